@@ -1,0 +1,1150 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch>=2.6",
+#   "torchvision>=0.21",
+#   "faiss-gpu>=1.14.3; sys_platform == 'linux' and platform_machine == 'x86_64'",
+#   "faiss-cpu>=1.14.3; sys_platform != 'linux' or platform_machine != 'x86_64'",
+#   "pillow>=11.3",
+#   "numpy>=1.26",
+#   "tqdm>=4.66",
+# ]
+# ///
+"""DeepVision: which of my images look like this one?
+
+    python main.py                                    index bulk_images/, search with each image in that_one_image/
+    python main.py photo.jpg -k 20                    search with photo.jpg instead
+    python main.py --images ~/Pictures --index-only   bring the index of another folder up to date
+
+images on disk → pixels → features → index → matches → terminal, JSON
+
+Written, in image_index/<model>/ alone:
+    features.bin       what the model made of each image; appended as the work goes on
+    catalogue.sqlite   the files, and which features are theirs
+    index.faiss        the FAISS index; made from the features whenever they have changed
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import http.client
+import importlib
+import itertools
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sqlite3
+import stat
+import sys
+import threading
+import time
+import unicodedata
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    import faiss
+    import filelock
+    import numpy as np
+    import torch
+    import torchvision
+    import tqdm
+    from PIL import Image, ImageCms, ImageOps
+else:
+
+    class Lazy:
+        """A module imported when it is first used: torch takes seconds, `--help` and a usage error must not."""
+
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def __getattr__(self, attribute: str) -> Any:
+            try:
+                return getattr(importlib.import_module(self._name), attribute)
+            except ModuleNotFoundError as error:
+                raise DeepVisionError(f"{error}: run `pip install -r requirements.txt`") from error
+
+    faiss, np, torch, torchvision, tqdm = map(Lazy, ("faiss", "numpy", "torch", "torchvision", "tqdm"))
+    Image, ImageCms, ImageOps = map(Lazy, ("PIL.Image", "PIL.ImageCms", "PIL.ImageOps"))
+    filelock = Lazy("filelock")  # torch requires it, so it is there
+
+IMAGES = "bulk_images"
+QUERIES = "that_one_image"
+INDEX_DIR = "image_index"
+TOP = 10  # matches per query
+MODEL = "resnet50"
+WEIGHTS = "IMAGENET1K_V1"  # V2 is worse for retrieval: https://github.com/pytorch/vision/issues/8382
+SIDE = 224  # pixels, of the square that ResNet50 sees
+OFFLINE = "offline"  # the descriptor that needs no weights
+BATCH_SIZE = {"cpu": 32, "cuda": 256, "mps": 64}  # images
+AHEAD_BATCHES = 2  # decoded and waiting for the model: enough to overlap, bounded in memory
+SAVE_SECONDS = 10  # work at risk when the process is killed; 30 are promised
+CONNECT_SECONDS = 10  # torch.hub sets no timeout of its own and would hang for minutes
+DRAFT = 2  # a JPEG is decoded at the smallest scale that leaves this many times the model's side
+MAX_PIXELS = 128_000_000  # to decode, after JPEG scaling: 0.5 GB as Pillow holds them; phones reach 200 million in JPEG
+LARGE_PIXELS = 24_000_000  # images above it are decoded one at a time, so that memory stays bounded
+BLOCK = 4096  # records handled at once: 16 MB at 2048 dimensions
+DIGEST_BYTES = 16  # of SHA-256
+FORMAT = 1  # of the cache; raise it when a reader of the old one would go wrong
+PREPROCESSING = 1  # part of the model's identity; raise it when the same file would get other pixels
+NOT_AN_IMAGE = "not an image"
+PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
+NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5"}  # EPS would start Ghostscript; the others Pillow can only name
+
+log = logging.getLogger("deepvision")
+one_large_image = threading.Lock()
+T = TypeVar("T")
+R = TypeVar("R")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Types and errors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class DeepVisionError(Exception):
+    """What went wrong, where, and what to do about it, in one line."""
+
+
+class File(NamedTuple):
+    path: bytes  # relative to the collection
+    size: int  # bytes
+    mtime: int  # nanoseconds; -1: read it again next time
+
+
+class Picture(NamedTuple):
+    """A file that was read, for better or worse. It travels whole, so that rows and paths never part."""
+
+    file: File
+    digest: bytes | None = None  # of its content; None if it is not a usable image
+    pixels: torch.Tensor | None = None  # uint8 (3, side, side); None also if its features are known
+    reason: str | None = None  # why it is not usable; None also for what was never meant to be an image
+    vanished: bool = False  # or changed while it was read
+
+
+class Match(NamedTuple):
+    rank: int  # from 1
+    path: str
+    score: float  # cosine similarity, -1 to 1
+    identical: bool  # the same bytes as the query
+
+
+class Answer(NamedTuple):
+    query: str
+    matches: list[Match]
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """From pixels, uint8 (B, 3, side, side), to features, float32 (B, dim)."""
+
+    name: str
+    identity: str  # name, hash of the weights, preprocessing, dimension: the name of its folder in the cache
+    side: int
+    dim: int
+    device: str
+    network: Callable[[torch.Tensor], torch.Tensor]
+    resample: str = "bilinear"
+
+
+@dataclass(frozen=True)
+class Work:
+    """How to go about an update."""
+
+    batch_size: int | None = None  # images; None: by device
+    workers: int | None = None  # threads that read and decode; None: one a core
+    rebuild: bool = False  # extract the features of all images again
+    prune: bool = False  # forget the files that are gone
+
+
+@dataclass
+class Summary:
+    """What an update found and did."""
+
+    images: int = 0  # usable ones in the collection
+    skipped: int = 0
+    gone: int = 0
+    opened: int = 0  # files, in this run
+    new: int = 0  # usable ones among them, new or changed
+    recognised: int = 0  # of those, by content: moved, copied, or back again
+    reading: float = 0.0  # seconds that the model waited for pixels
+    model: float = 0.0  # seconds
+
+    def __str__(self) -> str:
+        known = f" ({self.recognised} recognised by content)" if self.recognised else ""
+        time = f"{self.reading:.1f} s reading, {self.model:.1f} s in the model" if self.opened else "no image was opened"
+        return (
+            f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged, "
+            f"{self.skipped:,} skipped, {self.gone:,} gone; {time}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_images(folder: str | Path, onerror: Callable[[OSError], None]) -> Iterator[File]:
+    """Every file below `folder` that may be an image, in a fixed order; links are followed, each folder once."""
+    visited: set[tuple[int, int]] = set()
+    waiting = [b""]
+    while waiting:
+        relative = waiting.pop()
+        here = os.path.join(os.fsencode(folder), relative)
+        try:
+            info = os.stat(here)
+            if (info.st_dev, info.st_ino) in visited:
+                continue
+            visited.add((info.st_dev, info.st_ino))
+            with os.scandir(here) as listing:
+                kept = (e for e in listing if not e.name.startswith(b".") and e.name.lower() not in PASSED_OVER)
+                entries = sorted(kept, key=lambda entry: entry.name)
+        except OSError as error:
+            onerror(error)
+            continue
+        folders = []
+        for entry in entries:
+            path = os.path.join(relative, entry.name)
+            try:
+                info = entry.stat()
+            except OSError:
+                continue  # a link to nowhere, or gone since it was listed
+            if stat.S_ISDIR(info.st_mode):
+                folders.append(path)
+            else:
+                yield File(path, info.st_size, info.st_mtime_ns)
+        waiting += reversed(folders)
+
+
+@cache
+def image_formats() -> tuple[list[str], set[str], str]:
+    """The formats that can be decoded here, the suffixes of their names, and the version of the decoders."""
+    Image.init()
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # a header of more than twice as many is refused
+    version = Image.__version__
+    try:
+        heif = importlib.import_module("pillow_heif")
+        heif.register_heif_opener()
+        version += f", pillow_heif {heif.__version__}"
+    except ImportError:
+        pass
+    formats = [name for name in Image.ID if name not in NOT_DECODED]
+    return formats, {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
+
+
+def read_picture(
+    file: File, root: bytes, transform: Callable[[Image.Image], torch.Tensor], known: Callable[[bytes], bool]
+) -> Picture:
+    """Read, hash and decode one file. Whatever is wrong with it becomes a reason and costs no other file.
+
+    Of a content whose hash is `known` nothing is decoded.
+    """
+    try:
+        # Without O_NONBLOCK, a FIFO in an image's place would hang the run.
+        path = os.path.join(root, file.path)
+        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | getattr(os, "O_NONBLOCK", 0))) as stream:
+            info = os.fstat(stream.fileno())
+            file = File(file.path, info.st_size, info.st_mtime_ns)
+            if not stat.S_ISREG(info.st_mode):
+                return Picture(file, reason="not a regular file")
+            if (image := open_image(stream, os.fsdecode(path))) is None:
+                return Picture(file)
+            digest = content_hash(stream)
+            pixels = None if known(digest) else transform(image)
+            after = os.fstat(stream.fileno())
+            return Picture(file, digest, pixels, vanished=file[1:] != (after.st_size, after.st_mtime_ns))
+    except Exception as error:  # decoders raise anything at all on a malformed file
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            file = file._replace(mtime=-1)  # the machine's trouble, perhaps not the file's
+        reason = getattr(error, "strerror", None) or first_line(error)
+        return Picture(file, reason=reason, vanished=isinstance(error, FileNotFoundError))
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
+    """The image in `stream`, of which only the header is read yet; None for what was never meant to be an image."""
+    formats, suffixes, _ = image_formats()
+    suffix = os.path.splitext(path)[1].lower()
+    try:
+        return Image.open(stream, formats=formats)
+    except Image.UnidentifiedImageError:
+        if suffix in {".heic", ".heif", ".hif"} - suffixes:
+            raise ValueError("a HEIF image: run `pip install pillow-heif`") from None
+        if suffix in suffixes:
+            raise ValueError("not an image, whatever its name" if stream.seek(0, 2) else "an empty file") from None
+        return None
+
+
+def content_hash(stream: BinaryIO) -> bytes:
+    """SHA-256 of the whole file, shortened. The position is put back, since Pillow has yet to read on from there."""
+    position, sha = stream.tell(), hashlib.sha256()
+    stream.seek(0)
+    while chunk := stream.read(1 << 20):
+        sha.update(chunk)
+    stream.seek(position)
+    return sha.digest()[:DIGEST_BYTES]
+
+
+def to_rgb(image: Image.Image, side: int) -> Image.Image:
+    """The first frame, upright, in 8-bit RGB, transparency over white. Not scaled, but a JPEG towards `side`."""
+    image.draft(None, (DRAFT * side, DRAFT * side))
+    if (count := image.width * image.height) > MAX_PIXELS:
+        raise ValueError(f"too large: {count:,} pixels, over {MAX_PIXELS:,}")
+    with one_large_image if count > LARGE_PIXELS else nullcontext():
+        image.load()
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:  # malformed EXIF raises anything, and says nothing of the orientation
+            pass
+        if image.mode[0] in "IF":
+            image = to_8_bits(image)
+        if image.mode == "LAB":
+            lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits (I;16, I) or of floating point (F) in 8 bits: Pillow's own conversion would clip it."""
+    values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
+    low, high = min(0.0, float(values.min())), float(values.max())
+    scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
+    top = next((scale for scale in scales if high <= scale), high)
+    return Image.fromarray(((values - low) * (255 / (top - low)) + 0.5).astype(np.uint8))
+
+
+def read_ahead(read: Callable[[T], R], tasks: Iterable[T], workers: int, ahead: int) -> Iterator[R]:
+    """`read` of each task, by `workers` threads, in order, with at most `ahead` results waiting."""
+    pending: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for task in tasks:
+            pending.append(pool.submit(read, task))
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(name: str | None = None, weights: str | Path | None = None, device: str = "auto") -> Model:
+    """The network that turns pixels into features, its classifier removed.
+
+    name     resnet50, any classification model of torchvision, timm:NAME, or offline. By default resnet50, and where
+             its weights cannot be had, offline, with a warning
+    weights  the name of torchvision weights (IMAGENET1K_V1), hash-checked when downloaded, or a local file of tensors
+    device   auto, cpu, cuda or mps
+
+    Raises DeepVisionError for an unknown name or device, and for weights that are missing, corrupt or do not fit.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(kind for kind in there if there[kind])
+    elif not there.get(device):
+        raise DeepVisionError(f"--device {device}: torch {torch.__version__} finds none on this machine")
+    if name == OFFLINE:
+        return offline_model(device)
+    try:
+        if name and name.startswith("timm:"):
+            return timm_model(name, weights, device)
+        return torchvision_model(name or MODEL, weights, device)
+    except ConnectionError as error:
+        if name or weights:
+            raise DeepVisionError(f"{error}; connect once, or give --weights FILE") from error
+        log.warning(
+            "%s. The built-in offline descriptor is used instead: it finds copies and edits of the same picture and "
+            "likeness of layout and colour, not subjects. For %s connect once or give --weights FILE; with --model "
+            "offline this warning goes", error, MODEL,
+        )  # fmt: skip
+        return offline_model(device)
+
+
+def torchvision_model(name: str, weights: str | Path | None, device: str) -> Model:
+    models = torchvision.models
+    names = models.list_models(module=models)
+    if name not in names:
+        raise unknown_model(name, [*names, OFFLINE])
+    listed = models.get_model_weights(name).__members__
+    entry = listed.get(str(weights or WEIGHTS), listed["DEFAULT"])
+    if weights is None or str(weights) in listed:
+        path = downloaded(entry.url, name)
+    elif not (path := Path(weights)).is_file():
+        raise DeepVisionError(f"--weights {weights}: no such file, nor weights of {name}; there are {', '.join(listed)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about initial weights, which are replaced at once
+        network = models.get_model(name, weights=None)
+    layers = [item for item in network.named_modules() if isinstance(item[1], (torch.nn.Linear, torch.nn.Conv2d))]
+    head, last = layers[-1]  # gives the classes; what enters it are the features
+    network.set_submodule(head, torch.nn.Identity())
+    load_weights(network, path, head)
+    recipe = entry.transforms()
+    return assemble_model(name, network, device, recipe.crop_size[0], recipe.mean, recipe.std, recipe.interpolation.value)
+
+
+def timm_model(name: str, weights: str | Path | None, device: str) -> Model:
+    """A model of the timm library, which keeps its weights in the Hugging Face cache."""
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError as error:
+        raise DeepVisionError(f"--model {name} needs timm: run `pip install timm`") from error
+    short = name.removeprefix("timm:")
+    if not timm.is_model(short):
+        raise unknown_model(name, [f"timm:{other}" for other in timm.list_models()])
+    try:
+        network = timm.create_model(short, pretrained=weights is None, num_classes=0)
+    except (OSError, RuntimeError) as error:
+        raise ConnectionError(f"the weights of {name} cannot be had ({first_line(error)})") from error
+    if weights is not None:
+        load_weights(network, Path(weights), network.pretrained_cfg["classifier"])
+    recipe = timm.data.resolve_model_data_config(network)
+    return assemble_model(name, network, device, recipe["input_size"][1], recipe["mean"], recipe["std"], recipe["interpolation"])
+
+
+def unknown_model(name: str, names: Sequence[str]) -> DeepVisionError:
+    near = ", ".join(difflib.get_close_matches(name, names, n=4, cutoff=0.5))
+    return DeepVisionError(f"--model {name}: no such model{near and f'; did you mean {near}?'}")
+
+
+def downloaded(url: str, name: str) -> Path:
+    """The file of `url` in torch's own cache, downloaded and hash-checked if it is not there yet."""
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    if path.exists():
+        return path
+    timeout, expected = socket.getdefaulttimeout(), torch.hub.HASH_REGEX.search(path.name)
+    try:
+        socket.setdefaulttimeout(CONNECT_SECONDS)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), expected and expected[1], log.isEnabledFor(logging.INFO))
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise ConnectionError(f"the weights of {name} cannot be had from {url} ({first_line(error)})") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return path
+
+
+def load_weights(network: torch.nn.Module, path: Path, head: str) -> None:
+    """Weights from a file of tensors: plain, wrapped as `state_dict`, or saved as `module.`, with or without the
+    classifier, `head`. All else must be there, in its shape: no part of a network is ever left untrained."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
+    except Exception as error:  # a corrupt file raises anything
+        advice = "expected are tensors as torch.save writes them; if it was downloaded, delete it and try again"
+        raise DeepVisionError(f"{path} cannot be read as weights: {advice} ({first_line(error)})") from error
+    try:
+        network.load_state_dict({key: value for key, value in state.items() if not key.startswith(f"{head}.")})
+    except RuntimeError as error:
+        details = re.sub(r"\s+", " ", str(error).partition("\n")[2])
+        raise DeepVisionError(f"{path} does not fit the model: {details.strip():.300}") from error
+
+
+def assemble_model(
+    name: str, network: torch.nn.Module, device: str, side: int, mean: Sequence[float], std: Sequence[float], resample: str
+) -> Model:  # fmt: skip
+    sha = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        sha.update(key.encode() + value.numpy().tobytes())
+    network = network.eval().to(device)
+    centre, spread = (torch.tensor(list(values), device=device).view(3, 1, 1) for values in (mean, std))
+
+    def forward(pixels: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cuda", torch.float16, enabled=device == "cuda"):
+            return network((pixels.float() / 255 - centre) / spread).float().flatten(1)
+
+    with torch.inference_mode():
+        dim = forward(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)).shape[1]
+    identity = re.sub(r"[^\w.-]", "-", f"{name}-{sha.hexdigest()[:8]}-p{PREPROCESSING}-{dim}")
+    return Model(name, identity, side, dim, device, forward, resample)
+
+
+def offline_model(device: str) -> Model:
+    """No weights, no training: histograms of gradient directions on a grid, as in HOG (Dalal & Triggs, CVPR 2005), of
+    which the square root is taken (Arandjelović & Zisserman, CVPR 2012), and a small layout of the colours."""
+    side, cells, directions = 128, 4, 8
+    dim = cells * cells * (directions + 3)
+
+    def describe(pixels: torch.Tensor) -> torch.Tensor:
+        pool, normalize = torch.nn.functional.adaptive_avg_pool2d, torch.nn.functional.normalize
+        rgb = pixels.float() / 255
+        grey = rgb.mean(1)
+        across, down = grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2], grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
+        turn = (torch.atan2(down, across) * (directions / (2 * torch.pi))).floor().long() % directions
+        votes = torch.nn.functional.one_hot(turn, directions) * torch.hypot(across, down)[..., None]
+        histogram = pool(votes.permute(0, 3, 1, 2), cells).sqrt().flatten(1)
+        colours = pool(rgb, cells)
+        colours = (colours - colours.mean((2, 3), keepdim=True)).flatten(1)
+        return torch.cat([normalize(histogram), 0.5 * normalize(colours)], 1)  # (B, dim)
+
+    return Model(OFFLINE, f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", side, dim, device, describe)
+
+
+def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Image.Image], torch.Tensor]:
+    """From a Pillow image of any kind to the pixels that a model takes, uint8 (3, side, side).
+
+    The whole picture is squeezed into a square: a crop of its centre would lose what stands at the edges.
+    """
+    transforms = torchvision.transforms
+    resize = transforms.Resize((side, side), transforms.InterpolationMode(resample))
+    return transforms.Compose([partial(to_rgb, side=side), resize, transforms.PILToTensor()])
+
+
+def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | None = None) -> np.ndarray:
+    """Features of a batch, float32 (B, dim), each of length 1, so that their inner product is the cosine similarity.
+
+    images  uint8 (B, 3, side, side) as stacked from `get_transform`, or Pillow images, or paths of image files
+    model   by default `load_model()`
+
+    Raises OSError for a path that is no image.
+    """
+    model = model or load_model()
+    if not isinstance(images, torch.Tensor):
+        opened = (image if isinstance(image, Image.Image) else Image.open(image) for image in images)
+        images = torch.stack([get_transform(model.side, model.resample)(image) for image in opened])
+    with torch.inference_mode():
+        return torch.nn.functional.normalize(model.network(images.to(model.device))).cpu().numpy()
+
+
+def with_features(
+    files: Iterable[File], root: str | Path, model: Model, work: Work, known: Callable[[bytes], bool], summary: Summary
+) -> Iterator[list[tuple[Picture, np.ndarray | None]]]:
+    """Read `files` and extract features, a batch at a time and in order: each picture with its vector, fp16 (dim,),
+    or with None if it is unusable or `known`. `summary` takes the time."""
+    size, workers = work.batch_size or BATCH_SIZE[model.device], work.workers or os.cpu_count() or 1
+    transform = get_transform(model.side, model.resample)
+    read = partial(read_picture, root=os.fsencode(root), transform=transform, known=known)
+    pictures = read_ahead(read, files, workers, AHEAD_BATCHES * size + workers)
+    start = time.perf_counter()
+    while batch := list(itertools.islice(pictures, size)):
+        summary.reading += (middle := time.perf_counter()) - start
+        pixels = [picture.pixels for picture in batch if picture.pixels is not None]
+        vectors = iter(extract_features_batch(torch.stack(pixels), model).astype(np.float16) if pixels else ())
+        pairs = [(picture._replace(pixels=None), None if picture.pixels is None else next(vectors)) for picture in batch]
+        summary.model += time.perf_counter() - middle
+        yield pairs
+        start = time.perf_counter()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Catalogue
+# ---------------------------------------------------------------------------------------------------------------------
+
+SCHEMA = [
+    "CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
+    # Every file that was ever read; without digest and reason: not an image. decoders: those that could not use it.
+    "CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, digest BLOB, reason TEXT, decoders TEXT)"
+    " WITHOUT ROWID",
+    "CREATE INDEX files_by_digest ON files (digest)",
+    "CREATE TABLE features (digest BLOB PRIMARY KEY, row INTEGER NOT NULL UNIQUE) WITHOUT ROWID",
+]
+SEEN = "CREATE TEMP TABLE seen (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER) WITHOUT ROWID"
+UNREAD = """CREATE TEMP TABLE unread AS SELECT * FROM seen WHERE ? OR NOT EXISTS (
+    SELECT 1 FROM files WHERE files.path = seen.path AND files.size = seen.size AND files.mtime = seen.mtime
+    AND (decoders = ? OR EXISTS (SELECT 1 FROM features WHERE features.digest = files.digest))) ORDER BY path"""
+HERE = "seen JOIN files USING (path) WHERE digest IS NOT NULL"  # the usable images of the collection
+SKIPPED = "seen JOIN files USING (path) WHERE reason IS NOT NULL"
+GONE = "files WHERE digest IS NOT NULL AND path NOT IN (SELECT path FROM seen)"
+
+
+class Catalogue:
+    """The cache of one model: which files there are, and the features of their contents.
+
+    features.bin starts with a random number, its generation; then comes one record a content: its hash, its vector,
+    and a checksum of both and of the model's identity. It only grows, or is replaced whole by a new generation, and
+    a record is on disk before the catalogue speaks of it. So, whatever was stopped or damaged, it shows whether the
+    two still fit each other, and each is mended from what holds of the other.
+    """
+
+    HEADER = 16  # bytes
+
+    def __init__(self, folder: Path, identity: str, dim: int) -> None:
+        self.folder, self.identity = folder, identity
+        self.features, self.index = folder / "features.bin", folder / "index.faiss"
+        self.record = np.dtype([("digest", f"V{DIGEST_BYTES}"), ("vector", "<f2", dim), ("checksum", "<u4")])
+        self.trusted_from = 0  # features of earlier rows are extracted again: --rebuild
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = filelock.FileLock(folder / "lock")
+        self.connect()
+
+    def connect(self) -> None:
+        # The threads that read use the connection for `is_known` alone; SQLite serialises them.
+        self.db = sqlite3.connect(self.folder / "catalogue.sqlite", timeout=60, check_same_thread=False)
+
+    def get(self, key: str) -> Any:
+        return next(iter(self.db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone() or [None]))
+
+    def put(self, **values: Any) -> None:
+        self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
+
+    def count(self, table: str) -> int:
+        return self.db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+
+    @contextmanager
+    def writing(self) -> Iterator[bool]:
+        """As the only writer; True if another run had to be waited for."""
+        waited = False
+        try:
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            log.warning("another run is writing %s: waiting for it", self.folder)
+            waited = bool(self.lock.acquire())
+        try:
+            yield waited
+        finally:
+            self.lock.release()
+
+    def check(self) -> None:
+        """Raise DatabaseError if this is not whole. The checksums of the features are left for `vectors` to check."""
+        version = self.db.execute("PRAGMA user_version").fetchone()[0]
+        if version > FORMAT:
+            raise DeepVisionError(
+                f"{self.folder} was written by a newer DeepVision (format {version}, this one knows {FORMAT}): update "
+                "DeepVision, or choose another --index-dir"
+            )
+        schema = [sql for (sql,) in self.db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid")]
+        if version < FORMAT or schema != SCHEMA:
+            raise sqlite3.DatabaseError("there is no catalogue of this format")
+        if (verdict := self.db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
+            raise sqlite3.DatabaseError(f"the catalogue is corrupt: {first_line(ValueError(verdict))}")
+        if self.get("identity") != self.identity:
+            raise sqlite3.DatabaseError("the catalogue is another model's")
+        if self.get("generation") != self.generation() or self.get("rows") > self.stored():
+            raise sqlite3.DatabaseError("the features are not those that the catalogue speaks of")
+
+    def repair(self, why: object) -> None:
+        """Make the catalogue again from every file and feature in it that holds; a new one begins like this, too."""
+        had = self.stored()
+        try:
+            files = self.db.execute("SELECT * FROM files").fetchall() if self.get("identity") == self.identity else []
+        except sqlite3.DatabaseError:
+            files = []
+        self.db.close()
+        for name in ("catalogue.sqlite-journal", "catalogue.sqlite"):
+            (self.folder / name).unlink(missing_ok=True)
+        self.connect()
+        self.db.executescript(f"BEGIN; {';'.join(SCHEMA)}; PRAGMA user_version = {FORMAT}; COMMIT")
+        with self.db:
+            self.put(identity=self.identity)
+            self.db.executemany("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
+        self.compact()
+        if had:
+            log.warning("%s: %s. Repaired: %d of %d features hold", self.folder, why, self.get("rows"), had)
+
+    def compact(self, kept: Callable[[bytes], bool] = lambda digest: True) -> None:
+        """Begin a new generation, with the newest intact record of each content that is `kept`."""
+        newest = {}
+        for row, records in self.records():
+            for i in np.flatnonzero(self.checksums(records) == records["checksum"]).tolist():
+                newest[records["digest"][i].tobytes()] = row + i
+        rows = np.array(sorted(row for digest, row in newest.items() if kept(digest)), np.int64)
+        generation, digests = os.urandom(self.HEADER), list[bytes]()
+        with whole_file(self.features) as stream:
+            stream.write(generation)
+            for row, records in self.records():
+                chosen = records[rows[(row <= rows) & (rows < row + len(records))] - row]
+                stream.write(chosen.tobytes())
+                digests += [digest.tobytes() for digest in chosen["digest"]]
+        with self.db:
+            self.db.execute("DELETE FROM features")
+            self.db.executemany("INSERT INTO features VALUES (?, ?)", zip(digests, itertools.count()))
+            self.put(generation=generation, rows=len(digests), index=None)
+
+    def generation(self) -> bytes | None:
+        try:
+            with open(self.features, "rb") as stream:
+                return stream.read(self.HEADER)
+        except OSError:
+            return None
+
+    def stored(self) -> int:
+        """Whole records in features.bin; those after the first `rows` are not the catalogue's, or not yet."""
+        size = self.features.stat().st_size if self.features.is_file() else 0
+        return max(0, size - self.HEADER) // self.record.itemsize
+
+    def records(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The row of the first, and the records, of each block."""
+        stored, size = self.stored(), self.record.itemsize
+        for row in range(0, stored, BLOCK):
+            yield row, np.fromfile(self.features, self.record, min(BLOCK, stored - row), offset=self.HEADER + row * size)
+
+    def checksums(self, records: np.ndarray) -> np.ndarray:
+        """Of identity, hash and vector in one: no vector holds beside another's hash, or in another model's cache."""
+        seed, end = zlib.crc32(self.identity.encode()), self.record.itemsize - 4
+        return np.array([zlib.crc32(record.tobytes()[:end], seed) for record in records], np.uint32)
+
+    def vectors(self) -> Iterator[np.ndarray]:
+        """All features in blocks, fp16 (n, dim). Raises DatabaseError if one does not match its checksum."""
+        for row, records in self.records():
+            records = records[: max(0, self.get("rows") - row)]
+            if (broken := self.checksums(records) != records["checksum"]).any():
+                raise sqlite3.DatabaseError(f"{broken.sum()} features do not match their checksum")
+            yield records["vector"]
+
+    def is_known(self, digest: bytes) -> bool:
+        found = self.db.execute("SELECT row FROM features WHERE digest = ?", (digest,)).fetchone()
+        return found is not None and found[0] >= self.trusted_from
+
+    def save(self, pairs: Sequence[tuple[Picture, np.ndarray | None]]) -> None:
+        """Make pictures and their features durable: first the features, then, at once, the files they belong to."""
+        fresh = {p.digest: vector for p, vector in pairs if p.digest and vector is not None and not self.is_known(p.digest)}
+        records, rows = np.zeros(len(fresh), self.record), self.get("rows")
+        for record, digest, vector in zip(records, fresh, fresh.values()):
+            record["digest"], record["vector"] = np.void(digest), vector
+        records["checksum"] = self.checksums(records)
+        with open(self.features, "r+b") as stream:
+            stream.seek(self.HEADER + rows * self.record.itemsize)
+            stream.write(records.tobytes())
+            stream.flush()
+            os.fsync(stream.fileno())
+        decoders = image_formats()[2]
+        with self.db:
+            self.db.executemany("INSERT OR REPLACE INTO features VALUES (?, ?)", zip(fresh, itertools.count(rows)))
+            self.db.executemany(
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)",
+                ((*p.file, p.digest, p.reason, None if p.digest else decoders) for p, _ in pairs if not p.vanished),
+            )
+            self.db.executemany("DELETE FROM seen WHERE path = ?", ((p.file.path,) for p, _ in pairs if p.vanished))
+            self.put(rows=rows + len(fresh))
+
+    def scan(self, files: Iterable[File], everything: bool) -> int:
+        """Take down what lies in the collection now, and choose what to read of it: what is new or changed, what
+        other decoders could not use, and what has lost its features. How many files that is."""
+        with self.db:
+            self.db.execute("DROP TABLE IF EXISTS seen")
+            self.db.execute("DROP TABLE IF EXISTS unread")
+            self.db.execute(SEEN)
+            self.db.executemany("INSERT OR IGNORE INTO seen VALUES (?, ?, ?)", files)
+            self.db.execute(UNREAD, (everything, image_formats()[2]))
+        return self.count("unread")
+
+    def unread(self) -> Iterator[File]:
+        """The files chosen, a page at a time, since the catalogue is written between."""
+        for first in range(0, self.count("unread"), BLOCK):
+            page = self.db.execute("SELECT * FROM unread WHERE rowid > ? ORDER BY rowid LIMIT ?", (first, BLOCK))
+            yield from map(File._make, page.fetchall())
+
+    def prune(self) -> None:
+        """Forget the files that are gone, and the features that no file is left of."""
+        with self.db:
+            self.db.execute("DELETE FROM files WHERE path NOT IN (SELECT path FROM seen)")
+        self.compact(lambda d: self.db.execute("SELECT 1 FROM files WHERE digest = ?", (d,)).fetchone() is not None)
+
+    def live_rows(self) -> np.ndarray:
+        """The rows, in order, that belong to a file of the collection; the other files are gone."""
+        rows = self.db.execute(f"SELECT row FROM features WHERE digest IN (SELECT digest FROM {HERE}) ORDER BY row")
+        return np.fromiter((row for (row,) in rows), np.int64)
+
+    def files_of(self, row: int, limit: int) -> list[tuple[bytes, bytes]]:
+        """Path and content hash of the files of the collection with these features."""
+        query = """SELECT path, digest FROM features JOIN files USING (digest) JOIN seen USING (path)
+            WHERE row = ? ORDER BY path LIMIT ?"""
+        return self.db.execute(query, (row, limit)).fetchall()
+
+    def read_index(self) -> faiss.Index | None:
+        """The stored index, mapped into memory, if it is whole and of just these features."""
+        try:
+            if self.get("index") != f"{self.get('rows')} {file_checksum(self.index)}":
+                return None
+            return faiss.read_index(str(self.index), faiss.IO_FLAG_MMAP_IFC if os.name == "posix" else 0)
+        except (FileNotFoundError, IsADirectoryError):
+            return None
+
+    def write_index(self, index: faiss.Index) -> None:
+        with whole_file(self.index) as stream:
+            faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
+        with self.db:
+            self.put(index=f"{index.ntotal} {file_checksum(self.index)}")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its place only when it is whole and on disk."""
+    part = path.with_name(f"{path.name}.part")
+    with open(part, "wb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, path)
+    if os.name == "posix":  # the new name is durable when the folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def file_checksum(path: Path) -> int:
+    with open(path, "rb") as stream:
+        checksum = 0
+        while chunk := stream.read(1 << 22):
+            checksum = zlib.crc32(chunk, checksum)
+        return checksum
+
+
+def open_catalogue(folder: Path, model: Model) -> Catalogue:
+    """The cache of `model`, whole: made, or repaired, if need be."""
+    catalogue = Catalogue(folder, model.identity, model.dim)
+    try:
+        catalogue.check()
+    except sqlite3.DatabaseError:
+        with catalogue.writing():
+            try:
+                catalogue.check()  # perhaps another run was in the midst of a change
+            except sqlite3.DatabaseError as error:
+                catalogue.repair(error)
+    return catalogue
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Index and search
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a search needs; `initialize_reverse_image_search` makes it."""
+
+    images: Path
+    model: Model
+    catalogue: Catalogue
+    generation: bytes | None  # of the catalogue: another one has other rows
+    index: faiss.Index
+    live: np.ndarray  # int64, the rows of the index that belong to a file of the collection
+    summary: Summary
+
+
+def build_index(features: np.ndarray | Iterable[np.ndarray]) -> faiss.Index:
+    """A FAISS index of `features`: (n, dim), of any float type, each of length 1; or an iterator of such blocks.
+
+    It is exact: a search compares with every vector, by inner product. They are stored as fp16, as the cache has them.
+    Raises ValueError if there are none, not even of no rows.
+    """
+    index = None
+    for block in [features] if isinstance(features, np.ndarray) else features:
+        dim = block.shape[1]
+        index = index or faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+        for i0 in range(0, len(block), BLOCK):
+            index.add(np.ascontiguousarray(block[i0 : i0 + BLOCK], np.float32))
+    if index is None:
+        raise ValueError("build_index was given no features")
+    return index
+
+
+def open_index(catalogue: Catalogue) -> faiss.Index:
+    """The index of the stored features, made first if they have changed."""
+    if (index := catalogue.read_index()) is None:
+        with catalogue.writing():
+            if (index := catalogue.read_index()) is None:  # no other run has made it meanwhile
+                catalogue.write_index(build_index(catalogue.vectors()))
+                index = catalogue.read_index()
+    return index
+
+
+def search(
+    queries: str | Path | Iterable[str | Path], engine: Engine | None = None, *, k: int = TOP, threshold: float = -1.0
+) -> Iterator[Answer]:
+    """What looks like each of the image files `queries`: an Answer for each, in their order.
+
+    engine     by default `initialize_reverse_image_search()`
+    k          matches at most; a picture that is there under several names gives several
+    threshold  cosine similarity, -1 to 1, that a match has at least
+
+    Exact, best first, equal scores by path; the query's own file is left out. A file that cannot be used gets an Answer
+    with an `error`. Raises DeepVisionError if another run has pruned or rebuilt the index since it was opened.
+    """
+    engine = engine or initialize_reverse_image_search()
+    names = [queries] if isinstance(queries, (str, os.PathLike)) else queries
+    files = (File(os.fsencode(name), 0, 0) for name in names)
+    for pairs in with_features(files, "", engine.model, Work(), lambda digest: False, Summary()):
+        if engine.catalogue.generation() != engine.generation:
+            raise DeepVisionError(f"{engine.catalogue.folder} was changed by another run: search once more")
+        xq = np.array([vector for _, vector in pairs if vector is not None], np.float32)
+        found = iter(zip(*nearest(engine, xq, k + 1)) if len(xq) else ())  # one more, for the query's own file
+        for query, vector in pairs:
+            name = os.fsdecode(query.file.path)
+            if vector is None:
+                yield Answer(name, [], query.reason or NOT_AN_IMAGE)
+            else:
+                yield Answer(name, matches_of(engine, query, *next(found), k, threshold))
+
+
+def nearest(engine: Engine, xq: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores D and rows I, (nq, >= k), of the live rows nearest to each of xq, (nq, dim).
+
+    All rows that tie with the k-th are among them: their order is then the caller's, and top k a prefix of top k+n.
+    """
+    n, params = len(engine.live), None
+    if n < engine.index.ntotal:
+        bitmap = np.packbits(np.isin(np.arange(engine.index.ntotal), engine.live), bitorder="little")
+        selector = faiss.IDSelectorBitmap(bitmap)
+        params = faiss.SearchParameters(sel=selector)
+    fetch = k
+    while True:
+        fetch = min(2 * fetch, n)
+        D, I = engine.index.search(xq, fetch, params=params)
+        if fetch == n or (D[:, k - 1] > D[:, -1]).all():
+            return D, I
+
+
+def matches_of(engine: Engine, query: Picture, D: np.ndarray, I: np.ndarray, k: int, threshold: float) -> list[Match]:
+    own, found = location(os.fsdecode(query.file.path)), []
+    for score, row in zip(D.clip(-1, 1).tolist(), I.tolist()):
+        if score >= threshold:
+            for name, digest in engine.catalogue.files_of(row, k + 1):
+                path = os.path.join(engine.images, os.fsdecode(name))
+                if digest != query.digest or location(path) != own:
+                    found.append((-score, path, digest == query.digest))
+    return [Match(rank, path, -minus, same) for rank, (minus, path, same) in enumerate(sorted(found)[:k], start=1)]
+
+
+def location(path: str) -> str:
+    """Where a file lies, not where it points: a link to an image of the collection is a query like any other."""
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Assembly
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summary:
+    """Bring the cache up to date with the folder `images`: read what is new or changed, see what is gone.
+
+    Raises DeepVisionError if no usable image is there; what is known is kept for the day the drive is back.
+    """
+    summary = Summary()
+    scan = partial(find_images, images, partial(unlisted, work))
+    if catalogue.scan(scan(), work.rebuild) or work.prune:
+        with catalogue.writing() as waited:
+            if waited:
+                catalogue.scan(scan(), work.rebuild)
+            catalogue.trusted_from = catalogue.get("rows") if work.rebuild else 0
+            read_new(catalogue, images, model, work, summary)
+            if work.prune and catalogue.count(HERE):
+                catalogue.prune()
+            elif work.rebuild:
+                catalogue.compact()
+    summary.images, summary.skipped, summary.gone = map(catalogue.count, (HERE, SKIPPED, GONE))
+    if summary.images:
+        return summary
+    if summary.gone:
+        raise DeepVisionError(
+            f"{images} has no usable image, but the index knows {summary.gone:,}: is a drive not connected, or --images "
+            f"another folder? Nothing was changed; to start afresh, delete {catalogue.folder}"
+        )
+    if summary.skipped:
+        query = f"SELECT count(*), reason FROM {SKIPPED} GROUP BY reason ORDER BY 1 DESC, 2 LIMIT 3"
+        reasons = "; ".join(f"{n:,} × {reason}" for n, reason in catalogue.db.execute(query))
+        raise DeepVisionError(f"{images} has no usable image, all {summary.skipped:,} were skipped: {reasons}")
+    there = "has no images" if images.is_dir() else "is missing"
+    raise DeepVisionError(f"{images} {there}: put images to search in there, or name another folder with --images")
+
+
+def unlisted(work: Work, error: OSError) -> None:
+    """A folder that cannot be listed is passed over, but must not make `--prune` forget what lies in it."""
+    if work.prune:
+        raise DeepVisionError(f"{error.filename!r} cannot be listed ({error.strerror}): nothing was pruned")
+    log.warning("%s cannot be listed (%s)", shown(os.fsdecode(error.filename)), error.strerror)
+
+
+def read_new(catalogue: Catalogue, images: Path, model: Model, work: Work, summary: Summary) -> None:
+    """The features of the files chosen, into the cache: every few seconds, and whatever ends the run."""
+    unsaved: list[tuple[Picture, np.ndarray | None]] = []
+    saved, label = time.monotonic(), f"{model.name} on {model.device}"
+    quiet = None if log.isEnabledFor(logging.INFO) else True  # None: on a terminal alone
+    with tqdm.tqdm(total=catalogue.count("unread"), desc=label, unit="img", disable=quiet) as bar:
+        try:
+            for pairs in with_features(catalogue.unread(), images, model, work, catalogue.is_known, summary):
+                unsaved += pairs
+                bar.update(len(pairs))
+                usable = [vector for picture, vector in pairs if picture.digest]
+                summary.opened += len(pairs)
+                summary.new += len(usable)
+                summary.recognised += sum(vector is None for vector in usable)
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    catalogue.save(unsaved)
+                    unsaved, saved = [], time.monotonic()
+        finally:
+            catalogue.save(unsaved)
+
+
+def initialize_reverse_image_search(
+    images: str | Path = IMAGES, index_dir: str | Path = INDEX_DIR, *, model: Model | None = None, work: Work = Work()
+) -> Engine:
+    """Bring the index of the folder `images` up to date, and make it ready for `search`.
+
+    index_dir  the cache; it has a sub-folder for each model
+    model      by default `load_model()`
+
+    Raises DeepVisionError if there is no usable image, or the cache cannot be written or is a newer version's.
+    """
+    model, images = model or load_model(), Path(images)
+    folder = Path(index_dir, model.identity)
+    if model.name == MODEL and not folder.exists() and any(Path(index_dir).glob(f"{OFFLINE}-*")):
+        log.warning("the weights of %s are here now: all images are indexed with it; the offline index is kept", MODEL)
+    try:
+        catalogue = open_catalogue(folder, model)
+        summary = update(catalogue, images, model, work)
+        try:
+            index = open_index(catalogue)
+        except sqlite3.DatabaseError as error:
+            with catalogue.writing():
+                catalogue.repair(error)
+            summary = update(catalogue, images, model, Work(work.batch_size, work.workers))
+            index = open_index(catalogue)
+        return Engine(images, model, catalogue, catalogue.generation(), index, catalogue.live_rows(), summary)
+    except (OSError, sqlite3.Error) as error:
+        raise DeepVisionError(
+            f"the cache {folder} cannot be used: {first_line(error)}. What was there is untouched; make room or mend its "
+            "permissions, or choose another place with --index-dir"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def shown(text: str) -> str:
+    """A name that cannot steer the terminal: control and direction characters are written as escapes."""
+    steering = ("Cc", "Cf", "Zl", "Zp")
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in steering else c for c in text)
+
+
+def as_text(answer: Answer, engine: Engine) -> str:
+    """A heading line, then `rank  score  path` for each match."""
+    lines = [f"{shown(answer.query)}  ({engine.model.name}, {engine.summary.images:,} images)"]
+    width = len(str(len(answer.matches)))
+    for rank, path, score, identical in answer.matches:
+        lines.append(f"  {rank:>{width}}  {score:6.3f}  {shown(path)}{'  identical' if identical else ''}")
+    return "\n".join(lines if answer.matches else [*lines, "  no match"])
+
+
+def as_json(answer: Answer, engine: Engine) -> str:
+    """One object on one line, in ASCII, so that any file name makes valid JSON."""
+    if answer.error:
+        return json.dumps({"query": answer.query, "error": answer.error})
+    matches = [match._replace(score=round(match.score, 6))._asdict() for match in answer.matches]
+    return json.dumps({"query": answer.query, "model": engine.model.name, "matches": matches})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def number(kind: type, low: float, high: float, text: str) -> Any:
+    """An argparse type: a number from `low` to `high`."""
+    try:
+        if low <= (value := kind(text)) <= high:
+            return value
+    except ValueError:
+        pass
+    bounds = f"from {low} to {high}" if high < float("inf") else f"of at least {low}"
+    raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'} {bounds}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    add, whole = parser.add_argument, partial(number, int, 1, float("inf"))
+    add("queries", nargs="*", metavar="QUERY", help=f"image files or folders to search with (default: {QUERIES}/)")
+    add("--images", default=IMAGES, metavar="DIR", help="the collection (default: %(default)s/)")
+    add("--index-dir", default=INDEX_DIR, metavar="DIR", help="the cache (default: %(default)s/)")
+    add("-k", "--top", type=whole, default=TOP, metavar="N", help="matches per query (default: %(default)s)")
+    add("--threshold", type=partial(number, float, -1, 1), default=-1.0, metavar="S",
+        help="leave out matches whose cosine similarity is below S")  # fmt: skip
+    add("--model", metavar="NAME", help=f"{MODEL} (default), any torchvision classification model, offline, timm:NAME")
+    add("--weights", metavar="NAME|FILE", help=f"torchvision weights (default: {WEIGHTS}) or a local file")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
+    add("--batch-size", type=whole, metavar="N", help="images that the model takes at once (default: by device)")
+    add("--workers", type=whole, metavar="N", help="threads that read and decode (default: one a core)")
+    add("--index-only", action="store_true", help="update the index, search nothing")
+    add("--rebuild", action="store_true", help="start again from the images")
+    add("--prune", action="store_true", help="forget files that are gone")
+    add("--json", action="store_true", help="one JSON object per query, a line each")
+    volume = parser.add_mutually_exclusive_group()
+    volume.add_argument("-q", "--quiet", action="store_true", help="warnings and errors alone")
+    volume.add_argument("-v", "--verbose", action="store_true", help="name the files that were skipped")
+    return parser
+
+
+def find_queries(names: Iterable[str]) -> Iterator[str]:
+    """The files named, and those in the folders named."""
+    for name in names:
+        if os.path.isdir(name):
+            yield from (os.path.join(name, os.fsdecode(file.path)) for file in find_images(name, partial(unlisted, Work())))
+        else:
+            yield name
+
+
+def run(options: argparse.Namespace) -> int:
+    """The main job; its exit status."""
+    model = load_model(options.model, options.weights, options.device)
+    work = Work(options.batch_size, options.workers, options.rebuild, options.prune)
+    engine = initialize_reverse_image_search(options.images, options.index_dir, model=model, work=work)
+    log.info("%s: %s (%s on %s)", options.images, engine.summary, model.name, model.device)
+    for path, reason in engine.catalogue.db.execute(f"SELECT path, reason FROM {SKIPPED} ORDER BY path"):
+        log.debug("skipped %s: %s", shown(os.path.join(options.images, os.fsdecode(path))), reason)
+    if options.index_only:
+        return 0
+    answered = failed = 0
+    for answer in search(find_queries(options.queries or [QUERIES]), engine, k=options.top, threshold=options.threshold):
+        if answer.error == NOT_AN_IMAGE and answer.query not in options.queries:
+            continue  # some other file in a folder of queries
+        answered += 1
+        if answer.error:
+            failed += 1
+            log.error("%s: %s", shown(answer.query), answer.error)
+        if options.json or not answer.error:
+            print((as_json if options.json else as_text)(answer, engine), flush=True)
+    if not answered:
+        where = ", ".join(options.queries) or f"{QUERIES}/"
+        raise DeepVisionError(f"no image to search with in {where}: put one there, or name it: python main.py photo.jpg")
+    return 1 if failed else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status: 0 all queries answered, 1 something failed, 2 usage, 130 interrupted."""
+    options = make_parser().parse_args(argv)
+    log.handlers = [logging.StreamHandler()]
+    log.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
+    warnings.filterwarnings("ignore", module="PIL")  # what Pillow doubts is either read or skipped with a reason
+    try:
+        sys.stdout.reconfigure(errors="surrogateescape")  # a name that is not UTF-8 comes out byte for byte
+        return run(options)
+    except DeepVisionError as error:
+        log.error("error: %s", error)
+        return 1
+    except KeyboardInterrupt:
+        log.error("interrupted: what was done is saved, the next run goes on from there")
+        return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # work is saved, as after Ctrl-C
+    raise SystemExit(main())
