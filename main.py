@@ -31,6 +31,7 @@ import difflib
 import hashlib
 import http.client
 import importlib
+import io
 import itertools
 import json
 import logging
@@ -109,9 +110,7 @@ one_large_image = threading.Lock()
 T = TypeVar("T")
 R = TypeVar("R")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Types and errors
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Types and errors ------------------------------------------------------------------------------------------------
 
 
 class DeepVisionError(Exception):
@@ -129,7 +128,8 @@ class Picture(NamedTuple):
 
     file: File
     digest: bytes | None = None  # of its content; None if it is not a usable image
-    pixels: torch.Tensor | None = None  # uint8 (3, side, side); None also if its features are known
+    pixels: torch.Tensor | None = None  # uint8 (3, side, side), until it has features; none if those are known
+    vector: np.ndarray | None = None  # its features, fp16 (dim,)
     reason: str | None = None  # why it is not usable; None also for what was never meant to be an image
     vanished: bool = False  # or changed while it was read
 
@@ -185,16 +185,14 @@ class Summary:
 
     def __str__(self) -> str:
         known = f" ({self.recognised} recognised by content)" if self.recognised else ""
-        time = f"{self.reading:.1f} s reading, {self.model:.1f} s in the model" if self.opened else "no image was opened"
+        spent = f"{self.reading:.1f} s reading, {self.model:.1f} s in the model"
         return (
             f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged, "
-            f"{self.skipped:,} skipped, {self.gone:,} gone; {time}"
+            f"{self.skipped:,} skipped, {self.gone:,} gone; {spent if self.opened else 'no image was opened'}"
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Images ----------------------------------------------------------------------------------------------------------
 
 
 def find_images(folder: str | Path, onerror: Callable[[OSError], None]) -> Iterator[File]:
@@ -316,7 +314,7 @@ def to_rgb(image: Image.Image, side: int) -> Image.Image:
             image = to_8_bits(image)
         if image.mode == "LAB":
             lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-            return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+            return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -347,9 +345,7 @@ def read_ahead(read: Callable[[T], R], tasks: Iterable[T], workers: int, ahead: 
         pool.shutdown(cancel_futures=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Features
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Features --------------------------------------------------------------------------------------------------------
 
 
 def load_model(name: str | None = None, weights: str | Path | None = None, device: str = "auto") -> Model:
@@ -388,46 +384,40 @@ def torchvision_model(name: str, weights: str | Path | None, device: str) -> Mod
     models = torchvision.models
     names = models.list_models(module=models)
     if name not in names:
-        raise unknown_model(name, [*names, OFFLINE])
+        near = ", ".join(difflib.get_close_matches(name, [*names, OFFLINE], n=4, cutoff=0.5))
+        raise DeepVisionError(f"--model {name}: no such model{near and f'; did you mean {near}?'}")
     listed = models.get_model_weights(name).__members__
     entry = listed.get(str(weights or WEIGHTS), listed["DEFAULT"])
     if weights is None or str(weights) in listed:
         path = downloaded(entry.url, name)
     elif not (path := Path(weights)).is_file():
-        raise DeepVisionError(f"--weights {weights}: no such file, nor weights of {name}; there are {', '.join(listed)}")
+        raise DeepVisionError(f"--weights {weights}: no such file, nor weights of {name} ({', '.join(listed)})")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about initial weights, which are replaced at once
         network = models.get_model(name, weights=None)
-    layers = [item for item in network.named_modules() if isinstance(item[1], (torch.nn.Linear, torch.nn.Conv2d))]
-    head, last = layers[-1]  # gives the classes; what enters it are the features
+    layers = (torch.nn.Linear, torch.nn.Conv2d)
+    *_, head = (name for name, layer in network.named_modules() if isinstance(layer, layers))  # gives the classes
     network.set_submodule(head, torch.nn.Identity())
     load_weights(network, path, head)
     recipe = entry.transforms()
-    return assemble_model(name, network, device, recipe.crop_size[0], recipe.mean, recipe.std, recipe.interpolation.value)
+    side, resample = recipe.crop_size[0], recipe.interpolation.value
+    return assemble_model(name, network, device, side, recipe.mean, recipe.std, resample)
 
 
 def timm_model(name: str, weights: str | Path | None, device: str) -> Model:
     """A model of the timm library, which keeps its weights in the Hugging Face cache."""
     try:
         timm = importlib.import_module("timm")
+        network = timm.create_model(name.removeprefix("timm:"), pretrained=weights is None, num_classes=0)
     except ImportError as error:
         raise DeepVisionError(f"--model {name} needs timm: run `pip install timm`") from error
-    short = name.removeprefix("timm:")
-    if not timm.is_model(short):
-        raise unknown_model(name, [f"timm:{other}" for other in timm.list_models()])
-    try:
-        network = timm.create_model(short, pretrained=weights is None, num_classes=0)
-    except (OSError, RuntimeError) as error:
-        raise ConnectionError(f"the weights of {name} cannot be had ({first_line(error)})") from error
+    except (OSError, RuntimeError) as error:  # no such model, or no weights of it
+        raise DeepVisionError(f"--model {name}: {first_line(error)}") from error
     if weights is not None:
         load_weights(network, Path(weights), network.pretrained_cfg["classifier"])
     recipe = timm.data.resolve_model_data_config(network)
-    return assemble_model(name, network, device, recipe["input_size"][1], recipe["mean"], recipe["std"], recipe["interpolation"])
-
-
-def unknown_model(name: str, names: Sequence[str]) -> DeepVisionError:
-    near = ", ".join(difflib.get_close_matches(name, names, n=4, cutoff=0.5))
-    return DeepVisionError(f"--model {name}: no such model{near and f'; did you mean {near}?'}")
+    side, resample = recipe["input_size"][1], recipe["interpolation"]
+    return assemble_model(name, network, device, side, recipe["mean"], recipe["std"], resample)
 
 
 def downloaded(url: str, name: str) -> Path:
@@ -464,7 +454,8 @@ def load_weights(network: torch.nn.Module, path: Path, head: str) -> None:
 
 
 def assemble_model(
-    name: str, network: torch.nn.Module, device: str, side: int, mean: Sequence[float], std: Sequence[float], resample: str
+    name: str, network: torch.nn.Module, device: str, side: int, mean: Sequence[float], std: Sequence[float],
+    resample: str,
 ) -> Model:  # fmt: skip
     sha = hashlib.sha256()
     for key, value in sorted(network.state_dict().items()):
@@ -508,9 +499,12 @@ def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Ima
 
     The whole picture is squeezed into a square: a crop of its centre would lose what stands at the edges.
     """
-    transforms = torchvision.transforms
-    resize = transforms.Resize((side, side), transforms.InterpolationMode(resample))
-    return transforms.Compose([partial(to_rgb, side=side), resize, transforms.PILToTensor()])
+
+    def transform(image: Image.Image) -> torch.Tensor:
+        square = to_rgb(image, side).resize((side, side), Image.Resampling[resample.upper()])
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+    return transform
 
 
 def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | None = None) -> np.ndarray:
@@ -531,9 +525,8 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
 
 def with_features(
     files: Iterable[File], root: str | Path, model: Model, work: Work, known: Callable[[bytes], bool], summary: Summary
-) -> Iterator[list[tuple[Picture, np.ndarray | None]]]:
-    """Read `files` and extract features, a batch at a time and in order: each picture with its vector, fp16 (dim,),
-    or with None if it is unusable or `known`. `summary` takes the time."""
+) -> Iterator[list[Picture]]:
+    """Read `files` and extract features, a batch at a time and in order. `summary` takes the time."""
     size, workers = work.batch_size or BATCH_SIZE[model.device], work.workers or os.cpu_count() or 1
     transform = get_transform(model.side, model.resample)
     read = partial(read_picture, root=os.fsencode(root), transform=transform, known=known)
@@ -543,19 +536,18 @@ def with_features(
         summary.reading += (middle := time.perf_counter()) - start
         pixels = [picture.pixels for picture in batch if picture.pixels is not None]
         vectors = iter(extract_features_batch(torch.stack(pixels), model).astype(np.float16) if pixels else ())
-        pairs = [(picture._replace(pixels=None), None if picture.pixels is None else next(vectors)) for picture in batch]
+        batch = [p if p.pixels is None else p._replace(pixels=None, vector=next(vectors)) for p in batch]
         summary.model += time.perf_counter() - middle
-        yield pairs
+        yield batch
         start = time.perf_counter()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Catalogue
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Catalogue -------------------------------------------------------------------------------------------------------
+
 
 SCHEMA = [
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
-    # Every file that was ever read; without digest and reason: not an image. decoders: those that could not use it.
+    # Every file that was ever read; without digest and reason: not an image.
     "CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, digest BLOB, reason TEXT, decoders TEXT)"
     " WITHOUT ROWID",
     "CREATE INDEX files_by_digest ON files (digest)",
@@ -564,7 +556,7 @@ SCHEMA = [
 SEEN = "CREATE TEMP TABLE seen (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER) WITHOUT ROWID"
 UNREAD = """CREATE TEMP TABLE unread AS SELECT * FROM seen WHERE ? OR NOT EXISTS (
     SELECT 1 FROM files WHERE files.path = seen.path AND files.size = seen.size AND files.mtime = seen.mtime
-    AND (decoders = ? OR EXISTS (SELECT 1 FROM features WHERE features.digest = files.digest))) ORDER BY path"""
+    AND CASE WHEN digest IS NULL THEN decoders = ? ELSE digest IN (SELECT digest FROM features) END) ORDER BY path"""
 HERE = "seen JOIN files USING (path) WHERE digest IS NOT NULL"  # the usable images of the collection
 SKIPPED = "seen JOIN files USING (path) WHERE reason IS NOT NULL"
 GONE = "files WHERE digest IS NOT NULL AND path NOT IN (SELECT path FROM seen)"
@@ -593,6 +585,7 @@ class Catalogue:
     def connect(self) -> None:
         # The threads that read use the connection for `is_known` alone; SQLite serialises them.
         self.db = sqlite3.connect(self.folder / "catalogue.sqlite", timeout=60, check_same_thread=False)
+        self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
 
     def get(self, key: str) -> Any:
         return next(iter(self.db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone() or [None]))
@@ -625,8 +618,8 @@ class Catalogue:
                 f"{self.folder} was written by a newer DeepVision (format {version}, this one knows {FORMAT}): update "
                 "DeepVision, or choose another --index-dir"
             )
-        schema = [sql for (sql,) in self.db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid")]
-        if version < FORMAT or schema != SCHEMA:
+        schema = self.db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid").fetchall()
+        if version < FORMAT or schema != [(sql,) for sql in SCHEMA]:
             raise sqlite3.DatabaseError("there is no catalogue of this format")
         if (verdict := self.db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(f"the catalogue is corrupt: {first_line(ValueError(verdict))}")
@@ -635,9 +628,20 @@ class Catalogue:
         if self.get("generation") != self.generation() or self.get("rows") > self.stored():
             raise sqlite3.DatabaseError("the features are not those that the catalogue speaks of")
 
-    def repair(self, why: object) -> None:
+    def mend(self) -> None:
         """Make the catalogue again from every file and feature in it that holds; a new one begins like this, too."""
-        had = self.stored()
+        with self.writing():
+            try:
+                return self.check()  # another run has mended it meanwhile, or was in the midst of a change
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError as error:
+                had, why = self.stored(), error
+            self.remake()
+            if had:
+                log.warning("%s: %s. Repaired: %d of %d features hold", self.folder, why, self.get("rows"), had)
+
+    def remake(self) -> None:
         try:
             files = self.db.execute("SELECT * FROM files").fetchall() if self.get("identity") == self.identity else []
         except sqlite3.DatabaseError:
@@ -651,8 +655,6 @@ class Catalogue:
             self.put(identity=self.identity)
             self.db.executemany("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
         self.compact()
-        if had:
-            log.warning("%s: %s. Repaired: %d of %d features hold", self.folder, why, self.get("rows"), had)
 
     def compact(self, kept: Callable[[bytes], bool] = lambda digest: True) -> None:
         """Begin a new generation, with the newest intact record of each content that is `kept`."""
@@ -689,7 +691,8 @@ class Catalogue:
         """The row of the first, and the records, of each block."""
         stored, size = self.stored(), self.record.itemsize
         for row in range(0, stored, BLOCK):
-            yield row, np.fromfile(self.features, self.record, min(BLOCK, stored - row), offset=self.HEADER + row * size)
+            count, offset = min(BLOCK, stored - row), self.HEADER + row * size
+            yield row, np.fromfile(self.features, self.record, count, offset=offset)
 
     def checksums(self, records: np.ndarray) -> np.ndarray:
         """Of identity, hash and vector in one: no vector holds beside another's hash, or in another model's cache."""
@@ -701,6 +704,8 @@ class Catalogue:
         for row, records in self.records():
             records = records[: max(0, self.get("rows") - row)]
             if (broken := self.checksums(records) != records["checksum"]).any():
+                with self.db:
+                    self.put(generation=None)  # `check` refuses it from now on
                 raise sqlite3.DatabaseError(f"{broken.sum()} features do not match their checksum")
             yield records["vector"]
 
@@ -708,9 +713,10 @@ class Catalogue:
         found = self.db.execute("SELECT row FROM features WHERE digest = ?", (digest,)).fetchone()
         return found is not None and found[0] >= self.trusted_from
 
-    def save(self, pairs: Sequence[tuple[Picture, np.ndarray | None]]) -> None:
+    def save(self, pictures: Sequence[Picture]) -> None:
         """Make pictures and their features durable: first the features, then, at once, the files they belong to."""
-        fresh = {p.digest: vector for p, vector in pairs if p.digest and vector is not None and not self.is_known(p.digest)}
+        extracted = {p.digest: p.vector for p in pictures if p.digest and p.vector is not None}
+        fresh = {digest: vector for digest, vector in extracted.items() if not self.is_known(digest)}
         records, rows = np.zeros(len(fresh), self.record), self.get("rows")
         for record, digest, vector in zip(records, fresh, fresh.values()):
             record["digest"], record["vector"] = np.void(digest), vector
@@ -720,14 +726,11 @@ class Catalogue:
             stream.write(records.tobytes())
             stream.flush()
             os.fsync(stream.fileno())
-        decoders = image_formats()[2]
+        there = [(*p.file, p.digest, p.reason, image_formats()[2]) for p in pictures if not p.vanished]
         with self.db:
             self.db.executemany("INSERT OR REPLACE INTO features VALUES (?, ?)", zip(fresh, itertools.count(rows)))
-            self.db.executemany(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)",
-                ((*p.file, p.digest, p.reason, None if p.digest else decoders) for p, _ in pairs if not p.vanished),
-            )
-            self.db.executemany("DELETE FROM seen WHERE path = ?", ((p.file.path,) for p, _ in pairs if p.vanished))
+            self.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", there)
+            self.db.executemany("DELETE FROM seen WHERE path = ?", [(p.file.path,) for p in pictures if p.vanished])
             self.put(rows=rows + len(fresh))
 
     def scan(self, files: Iterable[File], everything: bool) -> int:
@@ -742,10 +745,7 @@ class Catalogue:
         return self.count("unread")
 
     def unread(self) -> Iterator[File]:
-        """The files chosen, a page at a time, since the catalogue is written between."""
-        for first in range(0, self.count("unread"), BLOCK):
-            page = self.db.execute("SELECT * FROM unread WHERE rowid > ? ORDER BY rowid LIMIT ?", (first, BLOCK))
-            yield from map(File._make, page.fetchall())
+        return map(File._make, self.db.execute("SELECT * FROM unread"))
 
     def prune(self) -> None:
         """Forget the files that are gone, and the features that no file is left of."""
@@ -767,11 +767,11 @@ class Catalogue:
     def read_index(self) -> faiss.Index | None:
         """The stored index, mapped into memory, if it is whole and of just these features."""
         try:
-            if self.get("index") != f"{self.get('rows')} {file_checksum(self.index)}":
-                return None
-            return faiss.read_index(str(self.index), faiss.IO_FLAG_MMAP_IFC if os.name == "posix" else 0)
+            if self.get("index") == f"{self.get('rows')} {file_checksum(self.index)}":
+                return faiss.read_index(str(self.index), faiss.IO_FLAG_MMAP_IFC if os.name == "posix" else 0)
         except (FileNotFoundError, IsADirectoryError):
-            return None
+            pass
+        return None
 
     def write_index(self, index: faiss.Index) -> None:
         with whole_file(self.index) as stream:
@@ -803,23 +803,7 @@ def file_checksum(path: Path) -> int:
         return checksum
 
 
-def open_catalogue(folder: Path, model: Model) -> Catalogue:
-    """The cache of `model`, whole: made, or repaired, if need be."""
-    catalogue = Catalogue(folder, model.identity, model.dim)
-    try:
-        catalogue.check()
-    except sqlite3.DatabaseError:
-        with catalogue.writing():
-            try:
-                catalogue.check()  # perhaps another run was in the midst of a change
-            except sqlite3.DatabaseError as error:
-                catalogue.repair(error)
-    return catalogue
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Index and search
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Index and search ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -877,17 +861,17 @@ def search(
     engine = engine or initialize_reverse_image_search()
     names = [queries] if isinstance(queries, (str, os.PathLike)) else queries
     files = (File(os.fsencode(name), 0, 0) for name in names)
-    for pairs in with_features(files, "", engine.model, Work(), lambda digest: False, Summary()):
+    for pictures in with_features(files, "", engine.model, Work(), lambda digest: False, Summary()):
         if engine.catalogue.generation() != engine.generation:
             raise DeepVisionError(f"{engine.catalogue.folder} was changed by another run: search once more")
-        xq = np.array([vector for _, vector in pairs if vector is not None], np.float32)
+        xq = np.array([picture.vector for picture in pictures if picture.vector is not None], np.float32)
         found = iter(zip(*nearest(engine, xq, k + 1)) if len(xq) else ())  # one more, for the query's own file
-        for query, vector in pairs:
-            name = os.fsdecode(query.file.path)
-            if vector is None:
-                yield Answer(name, [], query.reason or NOT_AN_IMAGE)
+        for picture in pictures:
+            name = os.fsdecode(picture.file.path)
+            if picture.vector is None:
+                yield Answer(name, [], picture.reason or NOT_AN_IMAGE)
             else:
-                yield Answer(name, matches_of(engine, query, *next(found), k, threshold))
+                yield Answer(name, matches_of(engine, picture, *next(found), k, threshold))
 
 
 def nearest(engine: Engine, xq: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -924,9 +908,7 @@ def location(path: str) -> str:
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Assembly
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Assembly --------------------------------------------------------------------------------------------------------
 
 
 def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summary:
@@ -951,8 +933,8 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
         return summary
     if summary.gone:
         raise DeepVisionError(
-            f"{images} has no usable image, but the index knows {summary.gone:,}: is a drive not connected, or --images "
-            f"another folder? Nothing was changed; to start afresh, delete {catalogue.folder}"
+            f"{images} has no usable image, but the index knows {summary.gone:,}: is a drive not connected, or is "
+            f"--images another folder? Nothing was changed; to start afresh, delete {catalogue.folder}"
         )
     if summary.skipped:
         query = f"SELECT count(*), reason FROM {SKIPPED} GROUP BY reason ORDER BY 1 DESC, 2 LIMIT 3"
@@ -971,18 +953,18 @@ def unlisted(work: Work, error: OSError) -> None:
 
 def read_new(catalogue: Catalogue, images: Path, model: Model, work: Work, summary: Summary) -> None:
     """The features of the files chosen, into the cache: every few seconds, and whatever ends the run."""
-    unsaved: list[tuple[Picture, np.ndarray | None]] = []
+    unsaved: list[Picture] = []
     saved, label = time.monotonic(), f"{model.name} on {model.device}"
     quiet = None if log.isEnabledFor(logging.INFO) else True  # None: on a terminal alone
     with tqdm.tqdm(total=catalogue.count("unread"), desc=label, unit="img", disable=quiet) as bar:
         try:
-            for pairs in with_features(catalogue.unread(), images, model, work, catalogue.is_known, summary):
-                unsaved += pairs
-                bar.update(len(pairs))
-                usable = [vector for picture, vector in pairs if picture.digest]
-                summary.opened += len(pairs)
+            for pictures in with_features(catalogue.unread(), images, model, work, catalogue.is_known, summary):
+                unsaved += pictures
+                usable = [picture for picture in pictures if picture.digest]
+                summary.opened += len(pictures)
                 summary.new += len(usable)
-                summary.recognised += sum(vector is None for vector in usable)
+                summary.recognised += sum(picture.vector is None for picture in usable)
+                bar.update(len(pictures))
                 if time.monotonic() - saved > SAVE_SECONDS:
                     catalogue.save(unsaved)
                     unsaved, saved = [], time.monotonic()
@@ -1005,26 +987,29 @@ def initialize_reverse_image_search(
     if model.name == MODEL and not folder.exists() and any(Path(index_dir).glob(f"{OFFLINE}-*")):
         log.warning("the weights of %s are here now: all images are indexed with it; the offline index is kept", MODEL)
     try:
-        catalogue = open_catalogue(folder, model)
-        summary = update(catalogue, images, model, work)
+        catalogue = Catalogue(folder, model.identity, model.dim)
         try:
-            index = open_index(catalogue)
-        except sqlite3.DatabaseError as error:
-            with catalogue.writing():
-                catalogue.repair(error)
-            summary = update(catalogue, images, model, Work(work.batch_size, work.workers))
-            index = open_index(catalogue)
-        return Engine(images, model, catalogue, catalogue.generation(), index, catalogue.live_rows(), summary)
+            return ready(catalogue, images, model, work)
+        except sqlite3.OperationalError:
+            raise  # no room, no right: nothing is wrong with what is there
+        except sqlite3.DatabaseError:  # damaged, or new
+            catalogue.mend()
+            return ready(catalogue, images, model, work)
     except (OSError, sqlite3.Error) as error:
         raise DeepVisionError(
-            f"the cache {folder} cannot be used: {first_line(error)}. What was there is untouched; make room or mend its "
-            "permissions, or choose another place with --index-dir"
+            f"the cache {folder} cannot be used: {first_line(error)}. What was there is untouched; make room or mend "
+            "its permissions, or choose another place with --index-dir"
         ) from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Output
-# ---------------------------------------------------------------------------------------------------------------------
+def ready(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Engine:
+    catalogue.check()
+    summary = update(catalogue, images, model, work)
+    index = open_index(catalogue)
+    return Engine(images, model, catalogue, catalogue.generation(), index, catalogue.live_rows(), summary)
+
+
+# ---- Output ----------------------------------------------------------------------------------------------------------
 
 
 def shown(text: str) -> str:
@@ -1050,36 +1035,22 @@ def as_json(answer: Answer, engine: Engine) -> str:
     return json.dumps({"query": answer.query, "model": engine.model.name, "matches": matches})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 
-def number(kind: type, low: float, high: float, text: str) -> Any:
-    """An argparse type: a number from `low` to `high`."""
-    try:
-        if low <= (value := kind(text)) <= high:
-            return value
-    except ValueError:
-        pass
-    bounds = f"from {low} to {high}" if high < float("inf") else f"of at least {low}"
-    raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'} {bounds}")
-
-
-def make_parser() -> argparse.ArgumentParser:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
-    add, whole = parser.add_argument, partial(number, int, 1, float("inf"))
+    add = parser.add_argument
     add("queries", nargs="*", metavar="QUERY", help=f"image files or folders to search with (default: {QUERIES}/)")
     add("--images", default=IMAGES, metavar="DIR", help="the collection (default: %(default)s/)")
     add("--index-dir", default=INDEX_DIR, metavar="DIR", help="the cache (default: %(default)s/)")
-    add("-k", "--top", type=whole, default=TOP, metavar="N", help="matches per query (default: %(default)s)")
-    add("--threshold", type=partial(number, float, -1, 1), default=-1.0, metavar="S",
-        help="leave out matches whose cosine similarity is below S")  # fmt: skip
+    add("-k", "--top", type=int, default=TOP, metavar="N", help="matches per query (default: %(default)s)")
+    add("--threshold", type=float, default=-1.0, metavar="S", help="leave out matches of a cosine similarity below S")
     add("--model", metavar="NAME", help=f"{MODEL} (default), any torchvision classification model, offline, timm:NAME")
     add("--weights", metavar="NAME|FILE", help=f"torchvision weights (default: {WEIGHTS}) or a local file")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
-    add("--batch-size", type=whole, metavar="N", help="images that the model takes at once (default: by device)")
-    add("--workers", type=whole, metavar="N", help="threads that read and decode (default: one a core)")
+    add("--batch-size", type=int, metavar="N", help="images that the model takes at once (default: by device)")
+    add("--workers", type=int, metavar="N", help="threads that read and decode (default: one a core)")
     add("--index-only", action="store_true", help="update the index, search nothing")
     add("--rebuild", action="store_true", help="start again from the images")
     add("--prune", action="store_true", help="forget files that are gone")
@@ -1087,14 +1058,21 @@ def make_parser() -> argparse.ArgumentParser:
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-q", "--quiet", action="store_true", help="warnings and errors alone")
     volume.add_argument("-v", "--verbose", action="store_true", help="name the files that were skipped")
-    return parser
+    options = parser.parse_args(argv)
+    for option in ("top", "batch_size", "workers"):
+        if (value := getattr(options, option)) is not None and value < 1:
+            parser.error(f"--{option.replace('_', '-')} takes a whole number from 1 on, not {value}")
+    if not -1 <= options.threshold <= 1:
+        parser.error(f"--threshold takes a cosine similarity, -1 to 1, not {options.threshold}")
+    return options
 
 
 def find_queries(names: Iterable[str]) -> Iterator[str]:
     """The files named, and those in the folders named."""
     for name in names:
         if os.path.isdir(name):
-            yield from (os.path.join(name, os.fsdecode(file.path)) for file in find_images(name, partial(unlisted, Work())))
+            for file in find_images(name, partial(unlisted, Work())):
+                yield os.path.join(name, os.fsdecode(file.path))
         else:
             yield name
 
@@ -1110,7 +1088,8 @@ def run(options: argparse.Namespace) -> int:
     if options.index_only:
         return 0
     answered = failed = 0
-    for answer in search(find_queries(options.queries or [QUERIES]), engine, k=options.top, threshold=options.threshold):
+    queries = find_queries(options.queries or [QUERIES])
+    for answer in search(queries, engine, k=options.top, threshold=options.threshold):
         if answer.error == NOT_AN_IMAGE and answer.query not in options.queries:
             continue  # some other file in a folder of queries
         answered += 1
@@ -1121,18 +1100,19 @@ def run(options: argparse.Namespace) -> int:
             print((as_json if options.json else as_text)(answer, engine), flush=True)
     if not answered:
         where = ", ".join(options.queries) or f"{QUERIES}/"
-        raise DeepVisionError(f"no image to search with in {where}: put one there, or name it: python main.py photo.jpg")
+        raise DeepVisionError(f"no image to search with in {where}: put one there, or name it: main.py photo.jpg")
     return 1 if failed else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status: 0 all queries answered, 1 something failed, 2 usage, 130 interrupted."""
-    options = make_parser().parse_args(argv)
+    options = parse_arguments(argv)
     log.handlers = [logging.StreamHandler()]
     log.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
     warnings.filterwarnings("ignore", module="PIL")  # what Pillow doubts is either read or skipped with a reason
     try:
-        sys.stdout.reconfigure(errors="surrogateescape")  # a name that is not UTF-8 comes out byte for byte
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="surrogateescape")  # a name that is not UTF-8 comes out byte for byte
         return run(options)
     except DeepVisionError as error:
         log.error("error: %s", error)

@@ -1,0 +1,100 @@
+"""What the tests share: pictures, collections, and two ways to run the program. There is no network here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+MAIN = Path(__file__).parent.parent / "main.py"
+sys.path.insert(0, str(MAIN.parent))
+
+import main  # noqa: E402
+
+
+class Outcome(NamedTuple):
+    status: int
+    stdout: str
+    stderr: str
+
+
+def draw(seed: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
+    """A picture of its own for each seed, in RGB: blobs over a gradient, with no symmetry."""
+    random = np.random.default_rng(seed)
+    corners = random.integers(0, 256, (2, 2, 3), np.uint8)
+    image = Image.fromarray(corners).resize(size, Image.Resampling.BILINEAR)
+    canvas, (width, height) = ImageDraw.Draw(image), size
+    for _ in range(8):
+        x, y, r = random.uniform(0, width), random.uniform(0, height), random.uniform(0.05, 0.3) * min(size)
+        shape = canvas.ellipse if random.random() < 0.5 else canvas.rectangle
+        shape((x - r, y - r, x + r, y + 2 * r), fill=tuple(random.integers(0, 256, 3).tolist()))
+    return image
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an empty folder, with no weights, and with a proxy that refuses whatever is not on this machine."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.getbasetemp() / "no weights"))
+    for scheme in ("http", "https", "all"):
+        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def picture() -> Callable[..., Image.Image]:
+    """picture(seed, size=(96, 64)): see `draw`."""
+    return draw
+
+
+@pytest.fixture
+def collection(tmp_path: Path) -> Callable[..., Path]:
+    """collection(n, folder="bulk_images"): a folder with the pictures 0.png, 1.png, ... drawn from the seeds 0, 1, ..."""
+
+    def make(n: int, folder: str = "bulk_images") -> Path:
+        (root := tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for seed in range(n):
+            draw(seed).save(root / f"{seed}.png")
+        return root
+
+    return make
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """run(*args): the command line in this process, in tmp_path; its status, stdout and stderr."""
+
+    def call(*args: object) -> Outcome:
+        capfd.readouterr()
+        try:
+            status = main.main([str(arg) for arg in args])
+        except SystemExit as usage:
+            status = int(usage.code or 0)
+        return Outcome(status, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """program(*args, **popen): main.py in a process of its own (seconds to start), in tmp_path, its streams piped."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*args: object, **popen: Any) -> subprocess.Popen[str]:
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": tmp_path}
+        text = {"encoding": "utf-8", "errors": "surrogateescape"}
+        process = subprocess.Popen([sys.executable, str(MAIN), *map(str, args)], **{**pipes, **text, **popen})
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
