@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.6",
-#   "torchvision>=0.21",
+#   "torch>=2.7",
+#   "torchvision>=0.22",
 #   "faiss-gpu>=1.14.3; sys_platform == 'linux' and platform_machine == 'x86_64'",
 #   "faiss-cpu>=1.14.3; sys_platform != 'linux' or platform_machine != 'x86_64'",
 #   "pillow>=11.3",
@@ -195,9 +195,14 @@ class Summary:
 # ---- Images ----------------------------------------------------------------------------------------------------------
 
 
-def find_images(folder: str | Path, onerror: Callable[[OSError], None]) -> Iterator[File]:
-    """Every file below `folder` that may be an image, in a fixed order; links are followed, each folder once."""
-    visited: set[tuple[int, int]] = set()
+def find_images(
+    folder: str | Path, onerror: Callable[[OSError], None], without: Sequence[str | Path] = ()
+) -> Iterator[File]:
+    """Every file below `folder` that may be an image, in a fixed order, but for the folders `without`.
+
+    Links are followed, each folder once. `onerror` is told of a folder that cannot be listed.
+    """
+    visited = {(info.st_dev, info.st_ino) for info in map(os.stat, without)}
     waiting = [b""]
     while waiting:
         relative = waiting.pop()
@@ -537,7 +542,8 @@ def with_features(
         pixels = [picture.pixels for picture in batch if picture.pixels is not None]
         vectors = iter(extract_features_batch(torch.stack(pixels), model).astype(np.float16) if pixels else ())
         batch = [p if p.pixels is None else p._replace(pixels=None, vector=next(vectors)) for p in batch]
-        summary.model += time.perf_counter() - middle
+        summary.model += (spent := time.perf_counter() - middle)
+        size = max(1, size // 2) if spent > SAVE_SECONDS else size  # what is under way is not saved yet
         yield batch
         start = time.perf_counter()
 
@@ -583,8 +589,12 @@ class Catalogue:
         self.connect()
 
     def connect(self) -> None:
+        path = self.folder / "catalogue.sqlite"
+        if not path.exists():
+            path.touch()
+        self.inode = path.stat().st_ino
         # The threads that read use the connection for `is_known` alone; SQLite serialises them.
-        self.db = sqlite3.connect(self.folder / "catalogue.sqlite", timeout=60, check_same_thread=False)
+        self.db = sqlite3.connect(path, timeout=60, check_same_thread=False)
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
 
     def get(self, key: str) -> Any:
@@ -597,8 +607,8 @@ class Catalogue:
         return self.db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
 
     @contextmanager
-    def writing(self) -> Iterator[bool]:
-        """As the only writer; True if another run had to be waited for."""
+    def locked(self) -> Iterator[bool]:
+        """As the only run that may write; True if another one had to be waited for."""
         waited = False
         try:
             self.lock.acquire(timeout=0)
@@ -609,6 +619,14 @@ class Catalogue:
             yield waited
         finally:
             self.lock.release()
+
+    @contextmanager
+    def writing(self) -> Iterator[bool]:
+        """As `locked`, and sure that no other run has made the catalogue anew since it was opened here."""
+        with self.locked() as waited:
+            if (self.folder / "catalogue.sqlite").stat().st_ino != self.inode:
+                raise sqlite3.DatabaseError("another run has made the catalogue anew")
+            yield waited
 
     def check(self) -> None:
         """Raise DatabaseError if this is not whole. The checksums of the features are left for `vectors` to check."""
@@ -630,7 +648,9 @@ class Catalogue:
 
     def mend(self) -> None:
         """Make the catalogue again from every file and feature in it that holds; a new one begins like this, too."""
-        with self.writing():
+        with self.locked():
+            self.db.close()
+            self.connect()
             try:
                 return self.check()  # another run has mended it meanwhile, or was in the midst of a change
             except sqlite3.OperationalError:
@@ -784,11 +804,14 @@ class Catalogue:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file that takes its place only when it is whole and on disk."""
     part = path.with_name(f"{path.name}.part")
-    with open(part, "wb") as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     if os.name == "posix":  # the new name is durable when the folder is
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -917,7 +940,7 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
     Raises DeepVisionError if no usable image is there; what is known is kept for the day the drive is back.
     """
     summary = Summary()
-    scan = partial(find_images, images, partial(unlisted, work))
+    scan = partial(find_images, images, partial(unlisted, work), [catalogue.folder.parent])
     if catalogue.scan(scan(), work.rebuild) or work.prune:
         with catalogue.writing() as waited:
             if waited:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,13 +58,32 @@ def picture() -> Callable[..., Image.Image]:
 
 @pytest.fixture
 def collection(tmp_path: Path) -> Callable[..., Path]:
-    """collection(n, folder="bulk_images"): a folder with the pictures 0.png, 1.png, ... drawn from the seeds 0, 1, ..."""
+    """collection(n, folder="bulk_images"): a folder with 0.png, 1.png, ..., drawn from the seeds 0, 1, ..."""
 
     def make(n: int, folder: str = "bulk_images") -> Path:
         (root := tmp_path / folder).mkdir(parents=True, exist_ok=True)
         for seed in range(n):
             draw(seed).save(root / f"{seed}.png")
         return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """weights(name, seed=0): a file with untrained weights for this model of torchvision."""
+
+    @cache
+    def make(name: str, seed: int = 0) -> Path:
+        import torch
+        import torchvision
+
+        torch.manual_seed(seed)
+        path = tmp_path_factory.mktemp("weights") / f"{name}.pth"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about their untrained state
+            torch.save(torchvision.models.get_model(name, weights=None).state_dict(), path)
+        return path
 
     return make
 

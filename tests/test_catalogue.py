@@ -1,0 +1,937 @@
+"""The cache: what a run costs after another one, and what becomes of the answers when things go wrong in between."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import pytest
+import torch
+import torchvision
+from conftest import MAIN, Outcome, draw
+
+import main
+
+IMAGES, INDEX = Path("bulk_images"), Path("image_index")
+N = 6  # pictures in the collection to begin with
+SUMMARY = re.compile(
+    r"(?P<found>\d+) found, (?P<new>\d+) new( \((?P<recognised>\d+) recognised by content\))?, (?P<unchanged>\d+) "
+    r"unchanged, (?P<skipped>\d+) skipped, (?P<gone>\d+) gone; (?P<opened>no image was opened)?"
+)
+Run = Callable[..., Outcome]
+Index = Callable[..., dict[str, int]]
+
+
+def counts(outcome: Outcome) -> dict[str, int]:
+    """The figures of the summary that are not 0; `opened` is 1 if any file was opened."""
+    found = SUMMARY.search(outcome.stderr)
+    assert found, outcome
+    figures = {name: int(value or 0) for name, value in found.groupdict().items() if name != "opened"}
+    return {name: value for name, value in {**figures, "opened": int(not found["opened"])}.items() if value}
+
+
+def answers_of(outcome: Outcome) -> list[dict[str, Any]]:
+    """What was printed as JSON, with scores that allow for other rounding in another batch."""
+    assert outcome.status == 0, outcome
+    answers = [json.loads(line) for line in outcome.stdout.splitlines()]
+    for match in (match for answer in answers for match in answer["matches"]):
+        match["score"] = pytest.approx(match["score"], abs=2e-3)
+    return answers
+
+
+def cache_folder(index_dir: Path = INDEX) -> Path:
+    (folder,) = index_dir.iterdir()
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def edit(catalogue: Path, *statements: str) -> None:
+    db = sqlite3.connect(catalogue)
+    with db:
+        for statement in statements:
+            assert db.execute(statement).rowcount, statement
+    db.close()
+
+
+@pytest.fixture
+def index(run: Run, collection: Callable[[int], Path]) -> Index:
+    """index(*options): bring the index of `bulk_images` up to date; the figures of the summary."""
+    collection(N)
+
+    def call(*options: object) -> dict[str, int]:
+        outcome = run("--model", "offline", "--index-only", *options)
+        assert (outcome.status, outcome.stdout) == (0, ""), outcome
+        return counts(outcome)
+
+    return call
+
+
+@pytest.fixture
+def answers(run: Run) -> Callable[..., list[dict[str, Any]]]:
+    """answers(*options): to two queries that are not in the collection, one of them a copy of 0.png in half the size."""
+    draw(0).resize((48, 32)).save("small.png")
+    draw(100).save("other.png")
+    return lambda *options: answers_of(run("--model", "offline", "--json", "small.png", "other.png", *options))
+
+
+@pytest.fixture
+def fresh(answers: Callable[..., list[dict[str, Any]]]) -> Callable[..., list[dict[str, Any]]]:
+    """fresh(*options): the answers of an index that is made from nothing."""
+    return lambda *options: answers("--index-dir", tempfile.mkdtemp(), *options)
+
+
+@pytest.fixture
+def extracted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """extracted(): of how many images features were extracted since it was last asked."""
+    extract, sizes = main.extract_features_batch, list[int]()
+    monkeypatch.setattr(main, "extract_features_batch", lambda x, *rest: [sizes.append(len(x)), extract(x, *rest)][1])
+
+    def total() -> int:
+        count = sum(sizes)
+        sizes.clear()
+        return count
+
+    return total
+
+
+# ---- What a run costs after another ----------------------------------------------------------------------------------
+
+
+def test_a_second_run_opens_no_image(index: Index, extracted: Callable[[], int]) -> None:
+    assert (index(), extracted()) == ({"found": N, "new": N, "opened": 1}, N)
+    assert (index(), extracted()) == ({"found": N, "unchanged": N}, 0)
+
+
+def test_a_second_run_would_not_even_see_other_bytes_of_the_same_size_and_time(index: Index, answers: Any) -> None:
+    index()
+    before = answers()
+    for path in IMAGES.iterdir():
+        info = path.stat()
+        path.write_bytes(bytes(info.st_size))
+        os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+    assert answers() == before
+    assert index() == {"found": N, "unchanged": N}
+
+
+def test_the_same_folder_under_another_name_is_not_doubled(index: Index, extracted: Callable[[], int]) -> None:
+    index()
+    Path("link").symlink_to(IMAGES)
+    for same in (IMAGES.absolute(), "./bulk_images/", "link", "bulk_images/../bulk_images"):
+        assert index("--images", same) == {"found": N, "unchanged": N}
+    assert extracted() == N
+
+
+def add() -> None:
+    draw(50).save(IMAGES / "added.png")
+
+
+def change() -> None:
+    draw(50).save(IMAGES / "0.png")
+
+
+def change_back_in_time() -> None:
+    change()
+    os.utime(IMAGES / "0.png", (1e9, 1e9))
+
+
+def remove() -> None:
+    (IMAGES / "0.png").unlink()
+
+
+def touch() -> None:
+    os.utime(IMAGES / "0.png", (1e9, 1e9))
+
+
+def rename() -> None:
+    (IMAGES / "0.png").rename(IMAGES / "renamed.png")
+
+
+def swap() -> None:
+    for old, new in ("0.png", "swapping"), ("1.png", "0.png"), ("swapping", "1.png"):
+        (IMAGES / old).rename(IMAGES / new)
+
+
+def move() -> None:
+    (IMAGES / "deep" / "deeper").mkdir(parents=True)
+    for name in ("0.png", "1.png"):
+        (IMAGES / name).rename(IMAGES / "deep" / "deeper" / name)
+
+
+def copy() -> None:
+    shutil.copy(IMAGES / "0.png", IMAGES / "copy.png")
+
+
+def replace_by_a_copy() -> None:
+    shutil.copy(IMAGES / "0.png", IMAGES / "1.png")
+
+
+def ruin() -> None:
+    (IMAGES / "0.png").write_bytes(b"no longer an image")
+
+
+@pytest.mark.parametrize(
+    ("alter", "figures", "extractions"),
+    [
+        (add, {"found": N + 1, "new": 1, "unchanged": N}, 1),
+        (change, {"found": N, "new": 1, "unchanged": N - 1}, 1),
+        (change_back_in_time, {"found": N, "new": 1, "unchanged": N - 1}, 1),
+        (remove, {"found": N - 1, "unchanged": N - 1, "gone": 1}, 0),
+        (touch, {"found": N, "new": 1, "recognised": 1, "unchanged": N - 1}, 0),
+        (rename, {"found": N, "new": 1, "recognised": 1, "unchanged": N - 1, "gone": 1}, 0),
+        (swap, {"found": N, "new": 2, "recognised": 2, "unchanged": N - 2}, 0),
+        (move, {"found": N, "new": 2, "recognised": 2, "unchanged": N - 2, "gone": 2}, 0),
+        (copy, {"found": N + 1, "new": 1, "recognised": 1, "unchanged": N}, 0),
+        (replace_by_a_copy, {"found": N, "new": 1, "recognised": 1, "unchanged": N - 1}, 0),
+        (ruin, {"found": N, "unchanged": N - 1, "skipped": 1}, 0),
+    ],
+)
+def test_only_what_is_new_is_extracted(
+    alter: Callable[[], None],
+    figures: dict[str, int],
+    extractions: int,
+    index: Index,
+    extracted: Callable[[], int],
+    answers: Any,
+    fresh: Any,
+) -> None:
+    index()
+    extracted()
+    alter()
+    after = index()
+    after.pop("opened", None)
+    assert (after, extracted()) == (figures, extractions)
+    assert answers() == fresh()
+
+
+def test_a_hidden_folder_that_returns_costs_nothing(index: Index, extracted: Callable[[], int], answers: Any) -> None:
+    move()
+    index()
+    before = answers()
+    extracted()
+    (IMAGES / "deep").rename("hidden")
+    assert index() == {"found": N - 2, "unchanged": N - 2, "gone": 2}
+    assert {match["path"] for answer in answers() for match in answer["matches"]} == {
+        str(IMAGES / f"{seed}.png") for seed in range(2, N)
+    }
+    Path("hidden").rename(IMAGES / "deep")
+    extracted()
+    assert (index(), extracted()) == ({"found": N, "unchanged": N}, 0)
+    assert answers() == before
+
+
+def test_a_collection_can_move_together_with_its_cache(index: Index, extracted: Callable[[], int]) -> None:
+    move()
+    index()
+    extracted()
+    Path("elsewhere").mkdir()
+    IMAGES.rename("elsewhere/pictures")
+    INDEX.rename("elsewhere/cache")
+    options = ("--images", "elsewhere/pictures", "--index-dir", "elsewhere/cache")
+    assert (index(*options), extracted()) == ({"found": N, "unchanged": N}, 0)
+
+
+# ---- What is forgotten, and what never -------------------------------------------------------------------------------
+
+
+def test_prune_forgets_what_is_gone(index: Index, extracted: Callable[[], int], answers: Any, fresh: Any) -> None:
+    index()
+    features = cache_folder() / "features.bin"
+    size = features.stat().st_size
+    (IMAGES / "0.png").rename("away.png")
+    assert index("--prune") == {"found": N - 1, "unchanged": N - 1}
+    assert features.stat().st_size < size
+    assert answers() == fresh()
+    Path("away.png").rename(IMAGES / "0.png")
+    extracted()
+    index()
+    assert extracted() == 1
+
+
+def test_prune_keeps_the_features_of_a_copy_that_is_left(index: Index, extracted: Callable[[], int]) -> None:
+    copy()
+    index()
+    extracted()
+    remove()
+    assert index("--prune") == {"found": N, "unchanged": N}
+    copy()
+    assert (index()["found"], extracted()) == (N, 0)
+
+
+def test_without_prune_the_features_of_a_removed_image_are_kept(index: Index, extracted: Callable[[], int]) -> None:
+    index()
+    (IMAGES / "0.png").rename("away.png")
+    index()
+    Path("away.png").rename(IMAGES / "back under another name.png")
+    extracted()
+    assert (index()["recognised"], extracted()) == (1, 0)
+
+
+def emptied() -> None:
+    IMAGES.rename("away")
+    IMAGES.mkdir()
+
+
+def emptied_but_for_junk() -> None:
+    emptied()
+    for name in ("Thumbs.db", ".DS_Store", "notes.txt"):
+        (IMAGES / name).write_text("junk")
+
+
+@pytest.mark.parametrize("option", [(), ("--prune",), ("--rebuild",)], ids=["plain", "--prune", "--rebuild"])
+@pytest.mark.parametrize("vanish", [lambda: IMAGES.rename("away"), emptied, emptied_but_for_junk], ids="missing empty junk".split())
+def test_an_unplugged_drive_costs_nothing(
+    vanish: Callable[[], None], option: tuple[str, ...], index: Index, run: Run, answers: Any
+) -> None:
+    index()
+    before, features = answers(), (cache_folder() / "features.bin").read_bytes()
+    vanish()
+    outcome = run("--model", "offline", "--index-only", *option)
+    assert (outcome.status, outcome.stdout) == (1, "")
+    assert "bulk_images" in outcome.stderr and f"the index knows {N}" in outcome.stderr
+    assert (cache_folder() / "features.bin").read_bytes() == features
+    shutil.rmtree(IMAGES, ignore_errors=True)
+    Path("away").rename(IMAGES)
+    assert index() == {"found": N, "unchanged": N}
+    assert answers() == before
+
+
+def test_a_folder_that_cannot_be_listed_is_not_pruned(
+    index: Index, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move()
+    index()
+    scandir = os.scandir
+
+    def refusing(path: Any = ".") -> Any:
+        if os.fsdecode(path).endswith("deeper"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refusing)
+        outcome = run("--model", "offline", "--index-only")
+        assert outcome.status == 0 and "deeper" in outcome.stderr and "Permission denied" in outcome.stderr
+        outcome = run("--model", "offline", "--index-only", "--prune")
+        assert outcome.status == 1 and "deeper" in outcome.stderr
+    assert index() == {"found": N, "unchanged": N}
+
+
+# ---- Files that cannot be used ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bad(index: Index) -> Path:
+    """A file of the collection that begins like 5.png and ends early, after a first run."""
+    path = IMAGES / "bad.png"
+    path.write_bytes((IMAGES / "5.png").read_bytes()[:200])
+    assert index() == {"found": N + 1, "new": N, "skipped": 1, "opened": 1}
+    return path
+
+
+def test_a_bad_file_is_remembered_with_its_reason(bad: Path, index: Index, run: Run) -> None:
+    assert index() == {"found": N + 1, "unchanged": N, "skipped": 1}
+    assert re.search(r"bad\.png: .*truncated", run("--model", "offline", "--index-only", "-v").stderr)
+
+
+def test_a_bad_file_is_read_again_when_it_has_changed(bad: Path, index: Index) -> None:
+    draw(50).save(bad)
+    assert index() == {"found": N + 1, "new": 1, "unchanged": N, "opened": 1}
+
+
+def test_a_bad_file_is_read_again_by_other_decoders(bad: Path, index: Index) -> None:
+    edit(cache_folder() / "catalogue.sqlite", "UPDATE files SET decoders = 'an older Pillow'")
+    assert index() == {"found": N + 1, "unchanged": N, "skipped": 1, "opened": 1}
+    assert index() == {"found": N + 1, "unchanged": N, "skipped": 1}
+
+
+def test_a_file_that_was_never_an_image_is_not_opened_again(index: Index) -> None:
+    (IMAGES / "notes.txt").write_text("buy milk")
+    assert index() == {"found": N, "new": N, "opened": 1}
+    assert index() == {"found": N, "unchanged": N}
+
+
+@contextmanager
+def unreadable(path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For root nothing is unreadable, so that for root it is simulated."""
+    real = os.open
+
+    def refusing(name: Any, *args: Any, **options: Any) -> int:
+        if os.fsdecode(name).endswith(path.name):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+        return real(name, *args, **options)
+
+    with monkeypatch.context() as patch:
+        path.chmod(0)
+        patch.setattr(os, "open", refusing if os.geteuid() == 0 else real)
+        yield
+    path.chmod(0o644)
+
+
+def test_an_unreadable_file_is_tried_again(index: Index, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with unreadable(IMAGES / "3.png", monkeypatch):
+        assert index() == {"found": N, "new": N - 1, "skipped": 1, "opened": 1}
+        assert "3.png: Permission denied" in run("--model", "offline", "--index-only", "-v").stderr
+        assert index() == {"found": N, "unchanged": N - 1, "skipped": 1, "opened": 1}
+    assert index() == {"found": N, "new": 1, "unchanged": N - 1, "opened": 1}
+
+
+def at_extraction(number: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let something happen just before the features of a batch are extracted."""
+    extract, remaining = main.extract_features_batch, iter(range(number, 0, -1))
+
+    def extract_and_act(*args: Any) -> Any:
+        if next(remaining, None) == 1:
+            act()
+        return extract(*args)
+
+    monkeypatch.setattr(main, "extract_features_batch", extract_and_act)
+
+
+def test_a_file_that_vanishes_meanwhile_is_only_missing(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    last = IMAGES / "z.png"
+    draw(50).save(last)
+    at_extraction(1, last.unlink, monkeypatch)
+    assert index("--batch-size", 1, "--workers", 1) == {"found": N, "new": N, "opened": 1}
+    draw(50).save(last)
+    assert index() == {"found": N + 1, "new": 1, "unchanged": N, "opened": 1}
+
+
+# ---- Models never mix ------------------------------------------------------------------------------------------------
+
+TWINS = {"a": ("shufflenet_v2_x0_5", 1), "b": ("shufflenet_v2_x1_0", 1), "c": ("shufflenet_v2_x0_5", 2)}  # of 1024 each
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, ...]]:
+    """Two models, and one of them with other weights, of equal dimension: their options."""
+    folder, options = tmp_path_factory.mktemp("weights"), {}
+    for key, (name, seed) in TWINS.items():
+        torch.manual_seed(seed)
+        torch.save(torchvision.models.get_model(name, weights=None).state_dict(), folder / key)
+        options[key] = ("--model", name, "--weights", str(folder / key))
+    return options
+
+
+@pytest.mark.parametrize("other", ["b", "c"], ids=["another model", "other weights"])
+def test_models_of_equal_dimension_never_mix(
+    other: str, twins: dict[str, tuple[str, ...]], collection: Callable[[int], Path], run: Run
+) -> None:
+    collection(N)
+    draw(100).save("query.png")
+
+    def ask(model: str, *options: object) -> Outcome:
+        return run("query.png", "--json", *twins[model], *options)
+
+    expected = {model: answers_of(ask(model, "--index-dir", f"only {model}")) for model in ("a", other)}
+    assert expected["a"][0]["matches"] != expected[other][0]["matches"]
+    assert counts(ask("a")) == counts(ask(other)) == {"found": N, "new": N, "opened": 1}
+    for model in ("a", other):  # switching back is free
+        again = ask(model)
+        assert (answers_of(again), counts(again)) == (expected[model], {"found": N, "unchanged": N})
+
+    one, two = sorted(INDEX.iterdir())
+    shutil.rmtree(two)
+    shutil.copytree(one, two)
+    for model in ("a", other):
+        assert answers_of(ask(model)) == expected[model]
+
+
+# ---- Damage ----------------------------------------------------------------------------------------------------------
+
+
+class Original(NamedTuple):
+    """A cache in good order, and what to damage it with. All of it is copied before use."""
+
+    cache: Path
+    older: Path  # a copy from when there were fewer images
+    sibling: Path  # a copy that took in other images since then, as many
+    other: Path  # of another model of equal dimension
+    images: Path
+    queries: tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, twins: dict[str, tuple[str, ...]]) -> Original:
+    here = tmp_path_factory.mktemp("original")
+    names = ("cache", "older", "sibling", "other", "images")
+    cache, older, sibling, other, images = (here / name for name in names)
+    queries = (here / "small.png", here / "unknown.png")
+    draw(0).resize((48, 32)).save(queries[0])
+    draw(100).save(queries[1])
+
+    def put(*seeds: int) -> None:
+        shutil.rmtree(images, ignore_errors=True)
+        images.mkdir()
+        for seed in seeds:
+            draw(seed).save(images / f"{seed}.png")
+
+    def update(index_dir: Path, *options: str) -> None:
+        assert main.main(["-q", "--index-only", "--images", str(images), "--index-dir", str(index_dir), *options]) == 0
+
+    put(0, 1, 2, 3)
+    (images / "notes.txt").write_text("not an image")
+    (images / "bad.png").write_bytes(b"\x89PNG")
+    update(cache, "--model", "offline")
+    shutil.copytree(cache, older)
+    shutil.copytree(cache, sibling)
+    put(*range(20, 28))
+    update(sibling, "--model", "offline")
+    put(*range(12))
+    update(cache, "--model", "offline")
+    update(other, *twins["a"])
+    return Original(cache, older, sibling, other, images, queries)
+
+
+FILES = ("features.bin", "catalogue.sqlite", "index.faiss")
+
+
+def truncate(share: float, path: Path, original: Original) -> None:
+    os.truncate(path, int(share * path.stat().st_size) if share < 1 else path.stat().st_size - 1)
+
+
+def flip(seed: int, path: Path, original: Original) -> None:
+    data, place = bytearray(path.read_bytes()), random.Random(f"{path.name} {seed}")
+    data[place.randrange(len(data))] ^= 1 << place.randrange(8)
+    path.write_bytes(data)
+
+
+def overwrite(seed: int, path: Path, original: Original) -> None:
+    data, place = bytearray(path.read_bytes()), random.Random(f"{path.name} {seed}")
+    start = place.randrange(len(data))
+    data[start : start + 512] = place.randbytes(len(data[start : start + 512]))
+    path.write_bytes(data)
+
+
+def take_from(source: str, path: Path, original: Original) -> None:
+    shutil.copy(cache_folder(getattr(original, source)) / path.name, path)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("exploded"),)
+
+
+def plant(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Bomb()))
+
+
+DAMAGE: dict[str, Callable[[Path, Original], None]] = {
+    **{f"truncated to {share}": lambda p, o, s=share: truncate(s, p, o) for share in (0, 0.01, 0.5, 0.9, 1)},
+    **{f"bit flipped ({seed})": lambda p, o, s=seed: flip(s, p, o) for seed in range(8)},
+    **{f"overwritten ({seed})": lambda p, o, s=seed: overwrite(s, p, o) for seed in range(2)},
+    "deleted": lambda path, _: path.unlink(),
+    "pickled": lambda path, _: plant(path),
+    **{f"from {it}": lambda p, o, s=it: take_from(s, p, o) for it in ("older", "sibling", "other")},
+}
+UNSAID = {  # what an undisturbed run may leave behind as well; a flipped bit may also hit what is never read
+    ("catalogue.sqlite", "from older"),
+    *((file, name) for file in FILES for name in DAMAGE if name.startswith(("bit", "over")) and file != "index.faiss"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", FILES)
+def test_damage_is_noticed_and_repaired_and_never_answered_from(
+    name: str, damage: str, original: Original, run: Run
+) -> None:
+    shutil.copytree(original.cache, INDEX)
+    shutil.copytree(original.images, IMAGES)
+    ask = ("--model", "offline", "--json", *original.queries)
+    expected = answers_of(run(*ask, "--index-dir", "fresh"))
+    DAMAGE[damage](cache_folder() / name, original)
+
+    first = run(*ask, "-q")
+    assert answers_of(first) == expected
+    draw(50).save(IMAGES / "added.png")  # now the index is made from the features
+    second = run(*ask, "-q")
+    assert answers_of(second) == answers_of(run(*ask, "--index-dir", "fresh"))
+    assert "Traceback" not in first.stderr + second.stderr
+    assert first.stderr + second.stderr or (name, damage) in UNSAID
+
+    third = run(*ask)
+    assert counts(third) == {"found": 13, "unchanged": 13}
+    assert run(*ask, "-q").stderr == "" and not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_folder_in_the_place_of_a_cache_file_is_named_and_left_alone(name: str, original: Original, run: Run) -> None:
+    shutil.copytree(original.cache, INDEX)
+    path = cache_folder() / name
+    path.unlink()
+    path.mkdir()
+    (path / "mine.txt").write_text("do not delete")
+    ask = ("--model", "offline", "--json", "-q", "--images", original.images, *original.queries)
+    outcome = run(*ask)
+    assert outcome.status == 1 and outcome.stdout == "" and outcome.stderr.count("\n") == 1
+    assert name in outcome.stderr and (path / "mine.txt").read_text() == "do not delete"
+    shutil.rmtree(path)
+    assert answers_of(run(*ask)) == answers_of(run(*ask, "--index-dir", "fresh"))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE meta SET value = value - 3 WHERE key = 'rows'",
+        "UPDATE meta SET value = value + 3 WHERE key = 'rows'",
+        "UPDATE meta SET value = 'x' WHERE key = 'rows'",
+        "UPDATE meta SET value = zeroblob(16) WHERE key = 'generation'",
+        "DELETE FROM meta WHERE key = 'rows'",
+        "DELETE FROM meta WHERE key = 'identity'",
+        "DELETE FROM features WHERE row = 3",
+        "UPDATE features SET row = 100 - row",
+        "UPDATE features SET row = row + 100 WHERE row = 3",
+        "UPDATE files SET digest = zeroblob(16) WHERE path = CAST('0.png' AS BLOB)",
+        "UPDATE files SET size = 'x'",
+        "UPDATE files SET path = path || 'x'",
+        "DELETE FROM files",
+        "DROP TABLE features",
+        "DROP INDEX files_by_digest",
+        "PRAGMA user_version = 0",
+    ],
+)
+def test_a_catalogue_that_contradicts_the_features_is_never_answered_from(
+    statement: str, original: Original, run: Run
+) -> None:
+    shutil.copytree(original.cache, INDEX)
+    edit(cache_folder() / "catalogue.sqlite", statement)
+    ask = ("--model", "offline", "--json", "-q", "--images", original.images, *original.queries)
+    assert answers_of(run(*ask)) == answers_of(run(*ask, "--index-dir", "fresh"))
+
+
+def test_a_cache_that_is_lost_whole_is_made_again(index: Index, answers: Any) -> None:
+    index()
+    before = answers()
+    shutil.rmtree(INDEX)
+    assert answers() == before
+
+
+def test_the_cache_of_a_newer_version_is_refused_and_left_as_it_is(index: Index, run: Run) -> None:
+    index()
+    edit(cache_folder() / "catalogue.sqlite", "PRAGMA user_version = 99")
+    before = contents(INDEX)
+    draw(50).save(IMAGES / "added.png")
+    for option in ("--index-only", "--rebuild", "--prune"):
+        outcome = run("--model", "offline", option)
+        assert (outcome.status, outcome.stdout, outcome.stderr.count("\n")) == (1, "", 1)
+        assert "newer" in outcome.stderr and "--index-dir" in outcome.stderr
+    assert contents(INDEX) == before
+
+
+@pytest.mark.parametrize("name", [*FILES, "lock", "features.bin.part", "index.faiss.part", "catalogue.sqlite-journal"])
+def test_a_planted_pickle_never_runs(name: str, index: Index, answers: Any) -> None:
+    index()
+    before = answers()
+    plant(cache_folder() / name)
+    assert answers() == before
+    assert index() == {"found": N, "unchanged": N}
+    assert not Path("exploded").exists()
+
+
+def append(data: bytes) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "features.bin").open("ab").write(data)
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        append(b"half a record"),
+        append(bytes(10_000)),
+        lambda folder: append((folder / "features.bin").read_bytes()[16:])(folder),
+        lambda folder: append((folder / "features.bin").read_bytes()[16:-5])(folder),
+        lambda folder: (folder / "features.bin.part").write_bytes(b"half"),
+        lambda folder: (folder / "index.faiss.part").write_bytes(b"half"),
+        lambda folder: (folder / "lock").write_text("4194304"),
+    ],
+    ids=["half a record", "zeros", "all records twice", "records and a half", "features.bin.part", "index.faiss.part", "lock"],
+)
+def test_what_a_stopped_run_leaves_behind_is_harmless(
+    leave: Callable[[Path], Any], index: Index, answers: Any, fresh: Any
+) -> None:
+    index()
+    before = answers()
+    leave(cache_folder())
+    assert answers() == before
+    add()
+    assert index() == {"found": N + 1, "new": 1, "unchanged": N, "opened": 1}
+    assert answers() == fresh()
+
+
+# ---- Runs that end early ---------------------------------------------------------------------------------------------
+
+KILLED = """
+import collections, json, os, pathlib, random, shutil, sys
+root, start, out, trials, *argv = sys.argv[1:]
+sys.path.insert(0, root)
+import faiss, filelock, numpy, torch, torchvision, tqdm, PIL.Image, PIL.ImageOps, PIL.ImageCms
+import main
+main.SAVE_SECONDS = 0
+
+
+def run(index_dir, at_line):
+    times = collections.Counter()
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename == main.__file__:
+            if event == "line":
+                times[frame.f_lineno] += 1
+                at_line((frame.f_lineno, times[frame.f_lineno]))
+            return trace
+
+    shutil.copytree(start, index_dir)
+    if (child := os.fork()) == 0:  # it leaves as if it were killed: nothing is flushed, no `finally` is run
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.settrace(trace)
+        main.main([*argv, "--index-dir", str(index_dir)])
+        sys.settrace(None)
+        at_line("end")
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def find_writes(line):
+    state = {str(path): path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()}
+    if state != seen[-1]:
+        seen.append(state)
+        places.append(line)
+    if line == "end":
+        pathlib.Path(out, "places.json").write_text(json.dumps(places))
+
+
+undisturbed, seen, places = pathlib.Path(out, "undisturbed"), [None], []
+assert run(undisturbed, find_writes) == 0
+places = [tuple(place) for place in json.loads(pathlib.Path(out, "places.json").read_text()) if place != "end"]
+places = random.Random(0).sample(places, min(int(trials), len(places)))
+for place in places:
+    status = run(pathlib.Path(out, "-".join(map(str, place))), lambda line: line == place and os._exit(9))
+    assert status == 9, (place, status)
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--prune",), ("--rebuild",)], ids=["a first run", "--prune", "--rebuild"])
+def test_a_run_killed_between_two_writes_is_made_good_by_the_next(
+    options: tuple[str, ...], index: Index, run: Run, answers: Any, fresh: Any
+) -> None:
+    """Killed at the line that follows on a write to the cache, wherever one is."""
+    start, out = Path("start"), Path("killed")
+    start.mkdir(), out.mkdir()
+    if options:
+        index("--index-dir", start)
+    add(), ruin(), swap(), copy()
+    argv = ["--model", "offline", "--index-only", "-q", "--batch-size", "2", *options]
+    subprocess.run([sys.executable, "-c", KILLED, MAIN.parent, start, out, "15", *argv], check=True, timeout=120)
+    expected, caches = fresh(), [path for path in out.iterdir() if path.is_dir()]
+    assert len(caches) > 8
+    for cache in caches:
+        assert answers("--index-dir", cache, *options) == expected, cache
+        assert "opened" not in index("--index-dir", cache), cache
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def fail() -> None:
+    raise MemoryError("no memory left")
+
+
+@pytest.mark.parametrize("options", [(), ("--prune",)], ids=["plain", "--prune"])
+def test_an_interrupted_run_keeps_what_it_has_done(
+    options: tuple[str, ...], index: Index, run: Run, answers: Any, fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_extraction(4, interrupt, monkeypatch)
+    outcome = run("--model", "offline", "--index-only", "--batch-size", 1, *options)
+    assert (outcome.status, outcome.stdout) == (130, "") and outcome.stderr.count("\n") == 1
+    assert index() == {"found": N, "new": N - 3, "unchanged": 3, "opened": 1}
+    assert answers() == fresh()
+
+
+def test_an_interrupted_rebuild_keeps_the_features_that_were_there(
+    index: Index, run: Run, answers: Any, extracted: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index()
+    before = answers()
+    with monkeypatch.context() as patch:
+        at_extraction(4, interrupt, patch)
+        assert run("--model", "offline", "--index-only", "--batch-size", 1, "--rebuild").status == 130
+    assert index() == {"found": N, "unchanged": N}
+    assert answers() == before
+    extracted()
+    assert (index("--rebuild"), extracted()) == ({"found": N, "new": N, "opened": 1}, N)
+    assert answers() == before
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def disk_full_at_sync(number: int) -> Iterator[None]:
+    sync, remaining = os.fsync, iter(range(number, 0, -1))
+
+    def full(descriptor: int) -> None:
+        if next(remaining, 1) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        yield
+
+
+@pytest.mark.parametrize("option", ["--index-only", "--prune", "--rebuild"])
+@pytest.mark.parametrize(
+    "disk_full",
+    [*(lambda n=n: disk_full_at_sync(n) for n in (1, 2, 3)), *(lambda n=n: files_no_larger_than(n) for n in (0, 3000, 9000))],
+    ids=["1st sync", "2nd sync", "3rd sync", "no byte", "3000 bytes", "9000 bytes"],
+)
+def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(
+    disk_full: Callable[[], Any], option: str, index: Index, run: Run, answers: Any, fresh: Any
+) -> None:
+    index()
+    added = [IMAGES / f"added {seed}.png" for seed in range(50, 90)]
+    for seed, path in enumerate(added, 50):
+        draw(seed).save(path)
+    with disk_full():
+        outcome = run("--model", "offline", "--index-only", "-q", option)
+    assert outcome.status in (0, 1) and "Traceback" not in outcome.stderr
+    if outcome.status:
+        assert outcome.stderr.count("\n") == 1 and str(cache_folder()) in outcome.stderr
+    assert answers() == fresh()
+    for path in added:
+        path.unlink()
+    assert index() == {"found": N, "unchanged": N, "gone": 40}
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root may write everywhere: be somebody else for a while."""
+    root = os.geteuid() == 0
+    if root:
+        os.setegid(65534), os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0), os.setegid(0)
+
+
+@pytest.fixture
+def readable(monkeypatch: pytest.MonkeyPatch, collection: Any) -> Iterator[None]:
+    """In a folder that everybody may read and nobody may write."""
+    with tempfile.TemporaryDirectory() as name:
+        IMAGES.absolute()
+        monkeypatch.chdir(name)
+        IMAGES.mkdir()
+        for seed in range(N):
+            draw(seed).save(IMAGES / f"{seed}.png")
+        yield
+        for folder, _, _ in os.walk(name):
+            os.chmod(folder, 0o755)
+
+
+def lock_away() -> None:
+    for folder, _, files in os.walk("."):
+        for path in files:
+            os.chmod(os.path.join(folder, path), 0o444)
+        os.chmod(folder, 0o555)
+
+
+def test_a_cache_that_may_only_be_read_still_answers(readable: None, run: Run) -> None:
+    ask = ("--model", "offline", "--json", IMAGES / "0.png")
+    before = run(*ask)
+    lock_away()
+    with as_nobody():
+        assert run(*ask, "-q") == (0, before.stdout, "")
+
+
+@pytest.mark.parametrize("made_before", [False, True], ids=["no cache", "a cache"])
+def test_a_cache_that_cannot_be_written_is_one_line(made_before: bool, readable: None, run: Run) -> None:
+    if made_before:
+        run("--model", "offline", "--index-only")
+        add()
+    lock_away()
+    with as_nobody():
+        outcome = run("--model", "offline", "-q", IMAGES / "0.png")
+    assert (outcome.status, outcome.stdout, outcome.stderr.count("\n")) == (1, "", 1)
+    assert "image_index" in outcome.stderr and "--index-dir" in outcome.stderr
+
+
+@pytest.mark.parametrize("place", ["/dev/null/cache", "a file", "/proc/cache"])
+def test_a_place_where_no_cache_can_be_is_one_line(place: str, index: Index, run: Run) -> None:
+    Path("a file").write_text("mine")
+    outcome = run("--model", "offline", "-q", "--index-only", "--index-dir", place)
+    assert (outcome.status, outcome.stdout, outcome.stderr.count("\n")) == (1, "", 1)
+    assert place in outcome.stderr and Path("a file").read_text() == "mine"
+
+
+# ---- Runs at the same time -------------------------------------------------------------------------------------------
+
+
+def test_a_second_writer_waits_and_says_so(index: Index, program: Callable[..., subprocess.Popen[str]]) -> None:
+    index()
+    add()
+    with filelock.FileLock(cache_folder() / "lock"):
+        waiting = program("--model", "offline", "--index-only")
+        watchdog = threading.Timer(60, waiting.kill)
+        watchdog.start()
+        assert "waiting" in waiting.stderr.readline()
+    stderr = waiting.communicate(timeout=60)[1]
+    watchdog.cancel()
+    assert waiting.returncode == 0 and f"{N + 1} found, 1 new" in stderr
+
+
+def test_a_reader_is_never_blocked(index: Index, answers: Any) -> None:
+    index()
+    before = answers()
+    with filelock.FileLock(cache_folder() / "lock"):
+        assert answers() == before
+
+
+def test_two_runs_at_once_are_as_good_as_one(
+    collection: Callable[[int], Path], program: Callable[..., subprocess.Popen[str]], answers: Any, fresh: Any
+) -> None:
+    collection(120)
+    ask = ("--model", "offline", "--json", "small.png", "other.png")
+    both = [program(*ask) for _ in range(2)]
+    outputs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    expected = fresh()
+    for stdout, stderr in outputs:
+        assert answers_of(Outcome(0, stdout, stderr)) == expected
+    assert answers() == expected
+    assert (cache_folder() / "features.bin").stat().st_size < 120 * 400  # no image twice
+
+
+def test_another_run_that_prunes_meanwhile_is_noticed(index: Index) -> None:
+    """Rows are numbered anew by `--prune`: a search that goes on with the old ones would name wrong files."""
+    index()
+    engine = main.initialize_reverse_image_search(model=main.load_model("offline"))
+    remove()
+    index("--prune")
+    with pytest.raises(main.DeepVisionError, match="another run"):
+        list(main.search(IMAGES / "1.png", engine))

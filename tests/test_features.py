@@ -1,0 +1,343 @@
+"""Features: from pictures to vectors, by the offline descriptor, torchvision's networks and timm's."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import draw
+from PIL import Image, ImageDraw
+
+import main
+
+SMALL = "shufflenet_v2_x0_5"  # the quickest to load
+
+
+@pytest.fixture(scope="module", params=["offline", SMALL])
+def model(request: pytest.FixtureRequest, weights: Any) -> main.Model:
+    return main.load_model(request.param, None if request.param == "offline" else weights(request.param))
+
+
+@pytest.fixture(scope="module")
+def offline() -> main.Model:
+    return main.load_model("offline")
+
+
+def pixels(model: main.Model, *images: Image.Image) -> torch.Tensor:
+    return torch.stack([main.get_transform(model.side, model.resample)(image) for image in images])
+
+
+def recompressed(image: Image.Image, quality: int) -> Image.Image:
+    image.save(stream := io.BytesIO(), "JPEG", quality=quality)
+    return Image.open(stream)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pixels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("side", [1, 64, 299])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "I;16"])
+def test_transform_makes_a_square_of_bytes(picture, mode, side, resample):
+    image = Image.new(mode, (50, 30)) if mode == "I;16" else picture(1).convert(mode)
+    shown = main.get_transform(side, resample)(image)
+    assert shown.shape == (3, side, side) and shown.dtype == torch.uint8
+
+
+def test_transform_has_the_side_of_resnet50_by_default(picture):
+    assert main.get_transform()(picture(1)).shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("size", [(300, 100), (100, 300), (100, 100)], ids=["wide", "tall", "square"])
+@pytest.mark.parametrize("edge", ["left", "top", "right", "bottom"])
+def test_whole_picture_counts_to_its_edges(edge, size):
+    """What stands at an edge alone is seen, and at this edge: nothing is cropped, nothing is turned."""
+    (width, height), side = size, 50
+    box = {"left": (0, 0, 5, height), "top": (0, 0, width, 5), "right": (width - 6, 0, width, height)}
+    image = Image.new("RGB", size, "white")
+    ImageDraw.Draw(image).rectangle(box.get(edge, (0, height - 6, width, height)), fill="black")
+    seen = (main.get_transform(side)(image)[0] < 128).numpy()
+    ends = {"left": seen[:, 0], "top": seen[0], "right": seen[:, -1], "bottom": seen[-1]}
+    assert ends[edge].all() and not seen.all()
+    assert not seen[5:-5, 5:-5].any()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_features_have_length_one(model):
+    features = main.extract_features_batch([draw(seed) for seed in range(5)], model)
+    assert features.shape == (5, model.dim) and features.dtype == np.float32
+    assert np.linalg.norm(features, axis=1) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("colour", ["white", "black", "grey", "red"])
+def test_plain_picture_has_features_like_any_other(model, colour):
+    plain = main.extract_features_batch([Image.new("RGB", (40, 30), colour), Image.new("L", (1, 1))], model)
+    assert np.linalg.norm(plain, axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_pixels_pictures_and_paths_give_the_same_features(model, tmp_path):
+    images = [draw(seed) for seed in range(3)]
+    paths = [tmp_path / f"{seed}.png" for seed in range(3)]
+    for image, path in zip(images, paths):
+        image.save(path)
+    features = main.extract_features_batch(pixels(model, *images), model)
+    for same in (images, paths, [str(path) for path in paths]):
+        assert (main.extract_features_batch(same, model) == features).all()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"a text"], ids=["missing", "empty", "text"])
+def test_path_that_is_no_image_raises_oserror(offline, content):
+    if content is not None:
+        Path("a.jpg").write_bytes(content)
+    with pytest.raises(OSError):
+        main.extract_features_batch(["a.jpg"], offline)
+
+
+def test_features_do_not_depend_on_the_rest_of_the_batch(model):
+    images = [draw(seed) for seed in range(9)]
+    together = main.extract_features_batch(images, model)
+    alone = np.concatenate([main.extract_features_batch([image], model) for image in images])
+    assert np.abs(together - alone).max() < 0.0005
+
+
+def test_features_are_the_same_each_time(model):
+    again = main.load_model("offline") if model.name == "offline" else model
+    first, second = (main.extract_features_batch([draw(1), draw(2)], m) for m in (model, again))
+    assert (first == second).all()
+
+
+def test_different_pictures_have_different_features(model):
+    features = main.extract_features_batch([draw(seed) for seed in range(9)], model)
+    assert np.triu(features @ features.T, 1).max() < 0.99999
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The offline descriptor
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_offline_needs_no_weights_and_says_its_name(offline):
+    assert offline.name == "offline"
+    assert offline.identity.startswith("offline-") and offline.identity.endswith(f"-{offline.dim}")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        pytest.param(lambda image: image.resize((image.width // 2, image.height // 2)), id="half size"),
+        pytest.param(lambda image: image.resize((2 * image.width, 2 * image.height)), id="double size"),
+        pytest.param(lambda image: image.resize((300, 100)), id="squeezed"),
+        pytest.param(lambda image: recompressed(image, 30), id="JPEG"),
+        pytest.param(lambda image: image.convert("L"), id="grey"),
+        pytest.param(lambda image: image.point(lambda value: value * 0.7 + 30), id="paler"),
+        pytest.param(lambda image: image.convert("CMYK"), id="CMYK"),
+    ],
+)
+def test_offline_tells_an_edited_copy_from_all_other_pictures(offline, edit):
+    images = [draw(seed, (160, 120)) for seed in range(20)]
+    pictures = main.extract_features_batch(images, offline)
+    edited = main.extract_features_batch([edit(image) for image in images], offline)
+    assert ((edited @ pictures.T).argmax(axis=1) == np.arange(20)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+# ---------------------------------------------------------------------------------------------------------------------
+
+FAMILIES = {  # features of a model of each family in torchvision: what its classifier takes
+    "alexnet": 4096,
+    "convnext_tiny": 768,
+    "densenet121": 1024,
+    "efficientnet_b0": 1280,
+    "efficientnet_v2_s": 1280,
+    "googlenet": 1024,
+    "inception_v3": 2048,
+    "maxvit_t": 512,
+    "mnasnet0_5": 1280,
+    "mobilenet_v2": 1280,
+    "mobilenet_v3_small": 1024,
+    "regnet_x_400mf": 400,
+    "resnet18": 512,
+    "resnet50": 2048,
+    "shufflenet_v2_x0_5": 1024,
+    "squeezenet1_1": 512,
+    "swin_t": 768,
+    "vgg11": 4096,
+    "vit_b_32": 768,
+}
+
+
+def test_no_family_of_torchvision_is_left_out():
+    def family(name: str) -> str:
+        return name.rstrip("0123456789").partition("_")[0].rstrip("0123456789")
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    assert {n.replace("wide_", "").replace("ext", "", n[:6] == "resnex")[:5] for n in names} == {
+        f[:5] for f in FAMILIES
+    }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_classifier_is_removed(name, tmp_path):
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):
+        network = torchvision.models.get_model(name, weights=None, **{"init_weights": False} if "net" == name else {})
+    state = {
+        key: torch.full((), 0.01).to(value.dtype).expand(value.shape) for key, value in network.state_dict().items()
+    }
+    torch.save(state, tmp_path / "weights.pth")  # one number for each tensor
+    model = main.load_model(name, tmp_path / "weights.pth")
+    assert model.dim == FAMILIES[name]
+    assert main.extract_features_batch([draw(1)], model).shape == (1, model.dim)
+
+
+@pytest.mark.parametrize(
+    ("name", "classifier"),
+    [("resnet18", "fc"), ("mobilenet_v3_small", "classifier.3"), ("squeezenet1_1", "classifier.1")],
+)
+def test_features_are_what_enters_the_classifier(name, classifier, weights):
+    network = torchvision.models.get_model(name, weights=None).eval()
+    network.load_state_dict(torch.load(weights(name), weights_only=True))
+    entered: list[torch.Tensor] = []
+    network.get_submodule(classifier).register_forward_hook(lambda layer, inputs, output: entered.append(inputs[0]))
+    model = main.load_model(name, weights(name), device="cpu")
+    batch = pixels(model, draw(1), draw(2))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.inference_mode():
+        network((batch / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    expected = entered[0].mean((2, 3)) if entered[0].ndim == 4 else entered[0]  # global average pooled
+    expected = torch.nn.functional.normalize(expected).numpy()
+    assert np.abs(main.extract_features_batch(batch, model) - expected).max() < 1e-4
+
+
+def as_saved(state: dict[str, Any], form: str) -> dict[str, Any]:
+    match form:
+        case "wrapped":
+            return {"epoch": 90, "state_dict": state}
+        case "parallel":
+            return {f"module.{key}": value for key, value in state.items()}
+        case "wrapped parallel":
+            return {"state_dict": as_saved(state, "parallel")}
+        case "no classifier":
+            return {key: value for key, value in state.items() if not key.startswith("fc.")}
+        case "other classes":
+            return state | {"fc.weight": torch.ones(7, 1024), "fc.bias": torch.ones(7)}
+        case _:
+            return state
+
+
+@pytest.mark.parametrize("form", ["plain", "wrapped", "parallel", "wrapped parallel", "no classifier", "other classes"])
+def test_same_weights_are_the_same_model_however_saved(form, weights, tmp_path):
+    torch.save(as_saved(torch.load(weights(SMALL), weights_only=True), form), tmp_path / "other name.pt")
+    original, model = main.load_model(SMALL, weights(SMALL)), main.load_model(SMALL, str(tmp_path / "other name.pt"))
+    assert model.identity == original.identity
+    features, same = (main.extract_features_batch([draw(1)], m) for m in (original, model))
+    assert (features == same).all()
+
+
+def test_other_weights_are_another_model(weights):
+    assert main.load_model(SMALL, weights(SMALL)).identity != main.load_model(SMALL, weights(SMALL, seed=1)).identity
+
+
+def test_one_number_changed_is_another_model(weights, tmp_path):
+    state = torch.load(weights(SMALL), weights_only=True)
+    state["conv5.1.running_mean"][-1] += 1
+    torch.save(state, tmp_path / "weights.pth")
+    assert main.load_model(SMALL, tmp_path / "weights.pth").identity != main.load_model(SMALL, weights(SMALL)).identity
+
+
+def test_identity_is_a_plain_file_name(weights):
+    model = main.load_model(SMALL, weights(SMALL))
+    assert model.name == SMALL and model.identity.startswith(f"{SMALL}-")
+    assert Path(model.identity).name == model.identity
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refused, in one line that says what to do
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        pytest.param({"name": "resnet5"}, ["resnet5", "resnet50"], id="model misspelt"),
+        pytest.param({"name": "ofline"}, ["ofline", "offline"], id="offline misspelt"),
+        pytest.param({"name": "zzz"}, ["zzz", "no such model"], id="model unlike any"),
+        pytest.param({"name": "ResNet50_Weights"}, ["ResNet50_Weights"], id="not a model"),
+        pytest.param({"name": ""}, ["--model"], id="no name"),
+        pytest.param({"name": "fcn_resnet50"}, ["fcn_resnet50", "no such model"], id="no model for classes"),
+        pytest.param(
+            {"weights": "nowhere.pth"}, ["nowhere.pth", "no such file", "IMAGENET1K_V1"], id="weights missing"
+        ),
+        pytest.param(
+            {"name": "resnet18", "weights": "IMAGENET1K_V2"}, ["IMAGENET1K_V2", "IMAGENET1K_V1"], id="unknown"
+        ),
+        pytest.param({"weights": "."}, ["--weights"], id="weights are a folder"),
+        pytest.param({"name": "offline", "weights": "nowhere.pth"}, ["nowhere.pth"], id="weights for offline"),
+        pytest.param({"device": "tpu"}, ["tpu"], id="unknown device"),
+    ],
+)
+def test_says_what_is_wrong(arguments, said):
+    with pytest.raises(main.DeepVisionError) as caught:
+        main.load_model(**arguments)
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in said)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_device_that_is_not_there_is_refused(device):
+    if {"cuda": torch.cuda, "mps": torch.backends.mps}[device].is_available():
+        pytest.skip(f"{device} is here")
+    with pytest.raises(main.DeepVisionError, match=f"--device {device}"):
+        main.load_model("offline", device=device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# timm
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_timm_model_from_a_file(name, tmp_path):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    network = timm.create_model(name, pretrained=False).eval()
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    model = main.load_model(f"timm:{name}", tmp_path / "weights.pth", device="cpu")
+    assert (model.name, model.dim) == (f"timm:{name}", network.num_features)
+    assert Path(model.identity).name == model.identity
+    recipe = timm.data.resolve_model_data_config(network)
+    assert model.side == recipe["input_size"][1]
+    mean, std = (torch.tensor(recipe[key]).view(3, 1, 1) for key in ("mean", "std"))
+    batch = pixels(model, draw(1), draw(2))
+    with torch.inference_mode():
+        pooled = network.forward_head(network.forward_features((batch / 255 - mean) / std), pre_logits=True)
+    expected = torch.nn.functional.normalize(pooled).numpy()
+    assert np.abs(main.extract_features_batch(batch, model) - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        pytest.param("timm:test_vit", None, id="no network"),
+        pytest.param("timm:test_vit", "nowhere.pth", id="weights missing"),
+        pytest.param("timm:resnet5", None, id="model misspelt"),
+        pytest.param("timm:", None, id="no name"),
+        pytest.param("timm:../x", None, id="no model"),
+    ],
+)
+def test_timm_says_what_is_wrong(name, weights):
+    pytest.importorskip("timm")
+    with pytest.raises(main.DeepVisionError) as caught:
+        main.load_model(name, weights)
+    assert "\n" not in str(caught.value) and (weights or name) in str(caught.value)

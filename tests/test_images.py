@@ -1,0 +1,698 @@
+"""Images: what is found, what is read, how its pixels come out, and what is refused with a reason."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import itertools
+import os
+import random
+import shutil
+import signal
+import socket
+import struct
+import tempfile
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import draw
+from PIL import EpsImagePlugin, Image, ImageCms
+
+import main
+
+SIDE = 32  # pixels, of the squares compared here
+UNDO = {  # from the upright picture to the pixels that a camera stores with this orientation
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+COMMON = {"JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "TGA", "AVIF", "HEIF", "JPEG2000"}
+posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX file system")
+
+Image.init()
+if importlib.util.find_spec("pillow_heif"):
+    importlib.import_module("pillow_heif").register_heif_opener()
+NO_PICTURES = {"EPS", "WMF", "BUFR", "GRIB", "HDF5"}  # a program for Ghostscript; the others Pillow can only name
+WRITABLE = sorted(({"MPO"} | Image.OPEN.keys()) & Image.SAVE.keys() - NO_PICTURES)  # JPEG's reader reads MPO, too
+pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL")
+
+
+def listed(folder: str | Path) -> list[bytes]:
+    errors: list[OSError] = []
+    paths = [file.path for file in main.find_images(folder, errors.append)]
+    assert not errors
+    return paths
+
+
+def read(path: str | Path, side: int = SIDE) -> main.Picture:
+    return main.read_picture(main.File(os.fsencode(path), 0, 0), b"", main.get_transform(side), lambda digest: False)
+
+
+def pixels(path: str | Path, side: int = SIDE) -> np.ndarray:
+    """What the model would see of a file, (side, side, 3)."""
+    picture = read(path, side)
+    assert picture.reason is None and picture.digest and picture.pixels is not None
+    return picture.pixels.permute(1, 2, 0).numpy().astype(int)
+
+
+def squeezed(image: Image.Image, side: int = SIDE) -> np.ndarray:
+    """What the model should see of an RGB picture, by Pillow alone."""
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR)).astype(int)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Of 255, in the mean; unrelated pictures have some 80."""
+    return float(np.abs(a - b).mean())
+
+
+def touch(path: str | bytes | Path, content: bytes = b"") -> None:
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "wb") as stream:
+        stream.write(content)
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    image.save(stream := io.BytesIO(), kind, **options)
+    return stream.getvalue()
+
+
+@contextmanager
+def as_nobody() -> Iterator[Path]:
+    """An empty folder, and no right to read what the permissions forbid, not even as root."""
+    root = Path(tempfile.mkdtemp())  # pytest's own are root's alone
+    root.chmod(0o777)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        yield root
+    finally:
+        os.seteuid(user)
+        for path in root.rglob("*"):
+            path.chmod(0o700)
+        shutil.rmtree(root)
+
+
+@pytest.fixture
+def soon() -> Iterator[None]:
+    """What takes longer than ten seconds is stopped."""
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Found
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_order_depends_on_names_alone(tmp_path):
+    names = [f"{folder}{name}" for folder in ("", "b/", "a/", "a/c/") for name in ("z.png", "10.jpg", "9.jpg", "É.gif")]
+    for seed, root in enumerate(("one", "two")):
+        random.Random(seed).shuffle(names)
+        for name in names:
+            touch(tmp_path / root / name)
+    assert listed("one") == listed("two")
+    assert sorted(listed("one")) == sorted(map(os.fsencode, names))
+
+
+def test_records_size_and_time(tmp_path):
+    touch("sub/a.jpg", b"12345")
+    os.utime("sub/a.jpg", ns=(1, 1_234_567_890_123_456_789))
+    files = list(main.find_images(tmp_path, pytest.fail))
+    assert files == [(os.path.join(b"sub", b"a.jpg"), 5, os.stat("sub/a.jpg").st_mtime_ns)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".hidden.jpg", ".thumbnails/a.jpg", "._x.jpg", "@eaDir/a.jpg", "sub/@eaDir/a.jpg", "Thumbs.db", "thumbs.db",
+        "desktop.ini", "System Volume Information/a.jpg", "$RECYCLE.BIN/a.jpg", "__MACOSX/a.jpg",
+    ],
+)  # fmt: skip
+def test_passes_over(name):
+    touch(f"images/{name}")
+    touch("images/kept.jpg")
+    assert listed("images") == [b"kept.jpg"]
+
+
+@posix
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"new\nline.png", b"not utf-8 \xff\xfe.png", b"'quotes\" and \\.png", b"-dash.png", b"--model", b" ", b"\t.png",
+        b"%s {0} *?.png", "漢字 e\u0301 🙂 \u202e.png".encode(), b"x" * 251 + b".png",
+    ],
+    ids=ascii,
+)  # fmt: skip
+def test_any_name_is_found_and_read(tmp_path, picture, name):
+    folder = os.path.join(os.fsencode(tmp_path), name)
+    touch(os.path.join(folder, name), encoded(picture(1), "PNG"))
+    assert listed(tmp_path) == [os.path.join(name, name)]
+    assert read(os.fsdecode(os.path.join(folder, name))).pixels is not None
+
+
+@posix
+@pytest.mark.parametrize(
+    ("links", "found"),
+    [
+        pytest.param({"link.png": "real/a.png"}, ["link.png", "real/a.png"], id="to a file"),
+        pytest.param({"link": "../outside"}, ["link/b.png", "real/a.png"], id="to a folder"),
+        pytest.param({"1": "../outside", "2": "../outside"}, ["1/b.png", "real/a.png"], id="twice to a folder"),
+        pytest.param({"z": "real"}, ["real/a.png"], id="to a folder that is here itself"),
+        pytest.param({"real/up": ".."}, ["real/a.png"], id="to the folder above"),
+        pytest.param({"real/here": "."}, ["real/a.png"], id="to its own folder"),
+        pytest.param({"x": "y", "y": "x"}, ["real/a.png"], id="to each other"),
+        pytest.param({"self.png": "self.png"}, ["real/a.png"], id="to itself"),
+        pytest.param({"gone.png": "nowhere.png"}, ["real/a.png"], id="to nowhere"),
+    ],
+)
+def test_links_are_followed_and_each_folder_is_visited_once(links, found):
+    touch("images/real/a.png")
+    touch("outside/b.png")
+    for link, target in links.items():
+        os.symlink(target, f"images/{link}")
+    assert sorted(map(os.fsdecode, listed("images"))) == found
+
+
+@posix
+def test_folder_that_cannot_be_listed_is_reported_and_the_others_are_found():
+    with as_nobody() as root:
+        for name in ("a/1.png", "b/2.png", "c/3.png"):
+            touch(root / name)
+        (root / "b").chmod(0)
+        errors: list[OSError] = []
+        found = [file.path for file in main.find_images(root, errors.append)]
+    assert found == [b"a/1.png", b"c/3.png"]
+    assert [os.fsdecode(error.filename) for error in errors] == [str(root / "b")]
+
+
+def test_missing_folder_is_reported():
+    errors: list[OSError] = []
+    assert list(main.find_images("nowhere", errors.append)) == []
+    assert len(errors) == 1
+
+
+def test_empty_folder_has_none(tmp_path):
+    assert listed(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Read, whatever the format and the name
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def in_some_mode(image: Image.Image, kind: str) -> tuple[bytes, Image.Image]:
+    """`image` as a file of this format, in the best mode that it can hold; and as that mode shows it."""
+    for mode in ("F",) if kind == "SPIDER" else ("RGB", "P", "L", "1"):
+        shown = image.convert("L" if mode == "F" else mode)
+        try:
+            return encoded(shown.convert(mode), kind), shown.convert("RGB")
+        except (OSError, ValueError):
+            continue
+    raise AssertionError(f"Pillow cannot write {kind}")
+
+
+def test_the_common_formats_are_among_those_tried_here():
+    assert COMMON - set(WRITABLE) <= {"AVIF", "HEIF", "JPEG2000"}  # for which a library may be missing
+
+
+@pytest.mark.parametrize("name", ["picture", "picture.jpg", "picture.xyz"])
+@pytest.mark.parametrize("kind", WRITABLE)
+def test_every_format_gives_the_same_picture_by_whatever_name(picture, kind, name):
+    content, shown = in_some_mode(picture(3, (128, 128)), kind)
+    touch(name, content)
+    assert difference(pixels(name), squeezed(shown)) < 3
+
+
+@pytest.mark.parametrize("name", ["a.JPG", "a.jpeg", "a.JPEG", "a.jfif", "a.jpe", "a.png", "a.txt", "a.pdf", "a", "a."])
+def test_jpeg_of_any_name_gives_the_same_pixels(picture, name):
+    touch("a.jpg", encoded(picture(1), "JPEG"))
+    os.rename("a.jpg", "copy.jpg")
+    shutil.copy("copy.jpg", name)
+    assert (pixels(name) == pixels("copy.jpg")).all()
+
+
+def test_same_bytes_have_the_same_digest_and_others_another(picture):
+    for name, seed in {"a.png": 1, "b.jpg": 1, "c.png": 2}.items():
+        touch(name, encoded(picture(seed), "PNG"))
+    a, b, c = map(read, ("a.png", "b.jpg", "c.png"))
+    assert a.digest == b.digest != c.digest
+
+
+def test_known_content_is_not_decoded(picture):
+    touch("a.png", encoded(picture(1), "PNG"))
+    digest = read("a.png").digest
+    again = main.read_picture(main.File(b"a.png", 0, 0), b"", pytest.fail, {digest}.__contains__)
+    assert again.digest == digest and again.pixels is None and again.reason is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Upright
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROTATED = {
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "MPO": {"quality": 95, "subsampling": 0},
+    "PNG": {},
+    "TIFF": {},
+    "WEBP": {"lossless": True},
+    "AVIF": {"quality": 95},
+    "HEIF": {"quality": 95},
+}
+
+
+def exif(orientation: int, kind: int = 3, count: int = 1) -> bytes:
+    """EXIF data with this orientation; by its standard it is a 16-bit number, kind 3."""
+    return b"Exif\0\0II*\0\x08\0\0\0\1\0" + struct.pack("<HHIII", 0x0112, kind, count, orientation, 0)
+
+
+def twin(image: Image.Image, orientation: int) -> Image.Image:
+    """The same picture as a camera held otherwise would store it."""
+    turn = UNDO[orientation]
+    return image if turn is None else image.transpose(turn)
+
+
+@pytest.mark.parametrize("orientation", UNDO)
+@pytest.mark.parametrize("kind", [kind for kind in ROTATED if kind in WRITABLE])
+def test_exif_orientation_is_applied_once(picture, kind, orientation):
+    image = picture(5, (96, 64))
+    touch("twin", encoded(twin(image, orientation), kind, exif=exif(orientation), **ROTATED[kind]))
+    assert difference(pixels("twin"), squeezed(image)) < 3
+
+
+def test_eight_exif_rotated_twins_have_the_same_features(picture):
+    image, model = picture(5, (96, 64)), main.load_model("offline")
+    for orientation in UNDO:
+        twin(image, orientation).save(f"{orientation}.png", exif=exif(orientation))
+    features = main.extract_features_batch([f"{orientation}.png" for orientation in UNDO], model)
+    assert np.abs(features - features[0]).max() < 0.0005
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_large_photograph_that_is_decoded_at_a_smaller_scale_is_upright(picture, orientation):
+    image = picture(6, (1600, 1000))
+    touch("large.jpg", encoded(twin(image, orientation), "JPEG", exif=exif(orientation)))
+    assert difference(pixels("large.jpg"), squeezed(image)) < 3
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"Exif\0\0garbage", id="garbage"),
+        pytest.param(b"Exif\0\0", id="empty"),
+        pytest.param(b"Exif\0\0II*\0\xff\xff\xff\x7f", id="directory beyond the end"),
+        pytest.param(b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0", id="directory cut short"),
+        pytest.param(exif(9), id="9"),
+        pytest.param(exif(0), id="0"),
+        pytest.param(exif(int.from_bytes(b"six\0", "little"), kind=2, count=4), id="text"),
+        pytest.param(exif(6, count=0), id="no value"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_malformed_exif_is_ignored(picture, kind, data):
+    image = picture(5)
+    touch("bad exif", encoded(image, kind, exif=data))
+    touch("no exif", encoded(image, kind))
+    assert (pixels("bad exif") == pixels("no exif")).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Colours and frames
+# ---------------------------------------------------------------------------------------------------------------------
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+def halves(mode: str, left: Any, right: Any) -> Image.Image:
+    image = Image.new(mode, (64, 64), right)
+    image.paste(left, (0, 0, 32, 64))
+    return image
+
+
+def with_palette(mode: str, left: Any, right: Any) -> Image.Image:
+    image = halves(mode, left, right)
+    image.putpalette([*RED, *BLUE])
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "options", "right"),
+    [
+        pytest.param(halves("RGBA", (255, 0, 0, 0), (0, 0, 255, 255)), "PNG", {}, BLUE, id="RGBA"),
+        pytest.param(halves("RGBA", (255, 0, 0, 0), (0, 0, 255, 255)), "WEBP", {"lossless": True}, BLUE, id="WebP"),
+        pytest.param(halves("RGBA", (255, 0, 0, 0), (0, 0, 255, 255)), "TIFF", {}, BLUE, id="TIFF"),
+        pytest.param(halves("RGBA", (255, 0, 0, 0), (0, 0, 255, 255)), "ICO", {}, BLUE, id="ICO"),
+        pytest.param(halves("RGBA", (255, 0, 0, 0), (0, 0, 255, 255)), "GIF", {}, BLUE, id="GIF"),
+        pytest.param(halves("RGBA", (255, 0, 0, 0), (0, 0, 255, 128)), "PNG", {}, (127, 127, 255), id="half of it"),
+        pytest.param(halves("LA", (0, 0), (80, 255)), "PNG", {}, (80, 80, 80), id="LA"),
+        pytest.param(with_palette("P", 0, 1), "PNG", {"transparency": 0}, BLUE, id="P and an index"),
+        pytest.param(with_palette("P", 0, 1), "PNG", {"transparency": b"\0\x80"}, (127, 127, 255), id="P and a table"),
+        pytest.param(with_palette("PA", (0, 0), (1, 255)), "TIFF", {}, BLUE, id="PA"),
+        pytest.param(halves("RGB", RED, BLUE), "PNG", {"transparency": RED}, BLUE, id="RGB and a colour"),
+        pytest.param(halves("L", 0, 80), "PNG", {"transparency": 0}, (80, 80, 80), id="L and a grey"),
+        pytest.param(halves("1", 0, 1), "PNG", {"transparency": 0}, WHITE, id="1 bit and black"),
+        pytest.param(halves("I;16", 9, 80 * 257), "PNG", {"transparency": 9}, (80, 80, 80), id="16 bits and a grey"),
+    ],
+)
+def test_transparency_is_laid_over_white(image, kind, options, right):
+    touch("transparent", encoded(image, kind, **options))
+    shown = pixels("transparent")
+    assert difference(shown[:, : SIDE // 2 - 2], np.array(WHITE)) <= 1
+    assert difference(shown[:, SIDE // 2 + 2 :], np.array(right)) <= 1
+
+
+def grey_as(kind: str, scale: float) -> Callable[[Image.Image], Image.Image]:
+    return lambda image: Image.fromarray((np.asarray(image.convert("L"), float) * scale).astype(kind))
+
+
+def with_holes(image: Image.Image) -> Image.Image:
+    """Floating point, as scientific instruments save it: what was not measured is not a number, or infinite."""
+    values = np.asarray(image.convert("L")).astype(np.float32) / 255
+    values[:2], values[2:3], values[3:4] = np.nan, np.inf, -np.inf
+    return Image.fromarray(values)
+
+
+def to_lab(image: Image.Image) -> Image.Image:
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    return ImageCms.profileToProfile(image, srgb, lab, outputMode="LAB")
+
+
+@pytest.mark.parametrize(
+    ("convert", "kind", "options", "colour"),
+    [
+        pytest.param(lambda image: image.convert("CMYK"), "JPEG", {"quality": 95}, True, id="CMYK JPEG"),
+        pytest.param(lambda image: image.convert("CMYK"), "TIFF", {}, True, id="CMYK TIFF"),
+        pytest.param(lambda image: image.convert("YCbCr"), "TIFF", {}, True, id="YCbCr TIFF"),
+        pytest.param(to_lab, "TIFF", {}, True, id="LAB TIFF"),
+        pytest.param(lambda image: image.convert("L"), "PNG", {}, False, id="grey PNG"),
+        pytest.param(lambda image: image.convert("L"), "JPEG", {"quality": 95}, False, id="grey JPEG"),
+        pytest.param(lambda image: image.convert("P", palette=Image.Palette.ADAPTIVE), "PNG", {}, True, id="palette"),
+        pytest.param(lambda image: image.convert("1"), "PNG", {}, False, id="1 bit"),
+        pytest.param(grey_as("<u2", 257), "PNG", {}, False, id="I;16 PNG"),
+        pytest.param(grey_as("<u2", 257), "TIFF", {}, False, id="I;16 TIFF"),
+        pytest.param(grey_as(">u2", 257), "TIFF", {}, False, id="I;16B TIFF"),
+        pytest.param(grey_as("<i4", 257), "TIFF", {}, False, id="I of 16 bits"),
+        pytest.param(grey_as("<i4", 1 << 22), "TIFF", {}, False, id="I of 31 bits"),
+        pytest.param(grey_as("<f4", 1), "TIFF", {}, False, id="F to 255"),
+        pytest.param(grey_as("<f4", 1 / 255), "TIFF", {}, False, id="F to 1"),
+        pytest.param(grey_as("<f4", 1000), "TIFF", {}, False, id="F beyond"),
+        pytest.param(with_holes, "TIFF", {}, False, id="F with NaN"),
+    ],
+)
+def test_every_mode_shows_the_picture(picture, convert, kind, options, colour):
+    image = picture(9, (128, 128))
+    image.paste("white", (0, 112, 16, 128))  # the ends of the scale
+    image.paste("black", (112, 112, 128, 128))
+    touch("picture", encoded(convert(image), kind, **options))
+    expected = squeezed(image if colour else image.convert("L").convert("RGB"))
+    assert difference(pixels("picture")[4:], expected[4:]) < 6
+
+
+def test_hsv_shows_the_picture(picture):
+    image = picture(9, (128, 128))
+    shown = main.get_transform(SIDE)(image.convert("HSV")).permute(1, 2, 0).numpy().astype(int)
+    assert difference(shown, squeezed(image)) < 3
+
+
+@pytest.mark.parametrize("values", [np.nan, np.inf, -np.inf, 0.0, -5.0, 1e30], ids=str)
+def test_floating_point_picture_of_one_value_is_plain(values):
+    Image.fromarray(np.full((8, 8), values, np.float32)).save("plain.tif")
+    assert np.ptp(pixels("plain.tif")) == 0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ("GIF", "PNG", "WEBP", "TIFF", "AVIF", "MPO") if kind in WRITABLE])
+def test_first_frame_counts(kind):
+    first, second = (Image.new("RGB", (64, 64), colour) for colour in (RED, BLUE))
+    touch("frames", encoded(first, kind, save_all=True, append_images=[second]))
+    assert Image.open("frames").n_frames == 2
+    assert difference(pixels("frames"), np.array(RED)) < 5
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (2, 3), (1, 2), (5_000, 7)], ids=str)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP"])
+def test_odd_sizes(size, kind):
+    touch("odd", encoded(Image.new("RGB", size, (250, 120, 10)), kind))
+    assert difference(pixels("odd"), np.array((250, 120, 10))) < 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refused, with a reason
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def refused(path: str | Path) -> str:
+    """The reason, a line, why a file that claims to be an image is not usable."""
+    picture = read(path)
+    assert picture.digest is None and picture.pixels is None and not picture.vanished
+    assert picture.reason and "\n" not in picture.reason
+    return picture.reason
+
+
+@pytest.mark.parametrize("part", [0.5, 0.9], ids="{:.0%} of it".format)
+@pytest.mark.parametrize("kind", sorted(COMMON & set(WRITABLE)))
+def test_truncated(picture, kind, part):
+    content = encoded(picture(1, (400, 300)), kind)
+    touch("cut.jpg", content[: int(len(content) * part)])
+    refused("cut.jpg")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="zero bytes"),
+        pytest.param(b"\xff", id="one byte"),
+        pytest.param(b"Just a text.\n", id="text"),
+        pytest.param(b"\0" * 5000, id="zeros"),
+        pytest.param(b"<html><body>404 Not Found</body></html>", id="web page"),
+        pytest.param(b"\x89PNG\r\n\x1a\n", id="signature alone"),
+        pytest.param(b"\xff\xd8\xff\xe0\0\x10JFIF\0", id="start of a JPEG"),
+        pytest.param(random.Random(1).randbytes(5000), id="noise"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jpg", "a.PNG", "a.webp", "a.heic"])
+def test_named_like_an_image_but_none(name, content):
+    touch(name, content)
+    refused(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b"Just a text."),
+        ("a.txt", b""),
+        ("README", b"Just a text."),
+        ("empty", b""),
+        ("a.pdf", b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n1 0 obj\n"),
+        ("a.svg", b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>"),
+        ("a.mp4", b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom"),
+        ("a.zip", b"PK\x03\x04"),
+        ("a.py", b"import os\n"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_never_meant_to_be_an_image(name, content):
+    touch(name, content)
+    picture = read(name)
+    assert picture == main.Picture(picture.file)  # no reason: passed over quietly
+    assert not picture.vanished
+
+
+@posix
+@pytest.mark.parametrize("name", ["a.eps", "a.ps", "a.jpg", "a"])
+def test_eps_never_starts_ghostscript(tmp_path, picture, monkeypatch, name):
+    touch("bin/gs", b"#!/bin/sh\necho >> '%b/started'\n" % os.fsencode(tmp_path))
+    os.chmod("bin/gs", 0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow remembers where it found one
+    touch(name, encoded(picture(1), "EPS"))
+    assert read(name).pixels is None
+    assert not os.path.exists("started")
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+
+
+def bmp_header(width: int, height: int) -> bytes:
+    return struct.pack("<2sIII", b"BM", 1000, 0, 54) + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, *[0] * 6)
+
+
+def gif_header(width: int, height: int) -> bytes:
+    frame = struct.pack("<cHHHHBB", b",", 0, 0, width, height, 0, 8)
+    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0, 0, 0) + frame + b"\2\0\1\0;"
+
+
+def ico_of(png: bytes) -> bytes:
+    return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 0, 0, 0, 0, 1, 32, len(png), 22) + png
+
+
+@contextmanager
+def little_memory(extra: int = 300_000_000) -> Iterator[None]:
+    """Room for `extra` bytes more than this process has now."""
+    resource = pytest.importorskip("resource")
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("needs Linux")
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + extra, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(png_header(20_000, 15_000), id="PNG of 300 megapixels"),
+        pytest.param(png_header(20_000, 10_000), id="PNG of 200 megapixels"),
+        pytest.param(png_header(2**31 - 1, 2**31 - 1), id="PNG of 4 exapixels"),
+        pytest.param(bmp_header(20_000, 15_000), id="BMP of 300 megapixels"),
+        pytest.param(gif_header(65_535, 65_535), id="GIF of 4 gigapixels"),
+        pytest.param(b"P6 20000 15000 255\n" + bytes(50), id="PPM of 300 megapixels"),
+        pytest.param(ico_of(png_header(20_000, 15_000)), id="ICO around 300 megapixels"),
+    ],
+)
+def test_pixel_bomb_is_refused_by_its_header(content):
+    touch("bomb.png", content)
+    with little_memory():
+        reason = refused("bomb.png")
+    assert "pixels" in reason
+    assert read("bomb.png").file.mtime == os.stat("bomb.png").st_mtime_ns  # so that it is remembered
+
+
+def test_photograph_of_200_megapixels_is_read_all_the_same():
+    """A JPEG can be decoded at an eighth of its size."""
+    touch("phone.jpg", encoded(Image.new("L", (16_320, 12_240), 99), "JPEG"))
+    with little_memory():
+        assert difference(pixels("phone.jpg"), np.array(99)) < 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are none, and files that change
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize("name", ["a.jpg", "a"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(os.mkfifo, id="FIFO"),
+        pytest.param(lambda path: socket.socket(socket.AF_UNIX).bind(path), id="socket"),
+        pytest.param(lambda path: os.symlink("/dev/zero", path), id="device that never ends"),
+        pytest.param(os.mkdir, id="folder"),
+    ],
+)
+def test_what_is_no_regular_file_is_refused_and_never_waited_for(soon, make, name):
+    make(name)
+    assert refused(name) != "it hangs"
+
+
+@posix
+def test_fifo_that_is_being_written_to_is_never_waited_for(soon):
+    os.mkfifo("a.jpg")
+    both_ends = os.open("a.jpg", os.O_RDWR)
+    os.write(both_ends, b"\xff\xd8\xff\xe0")
+    assert refused("a.jpg") != "it hangs"
+    os.close(both_ends)
+
+
+@posix
+def test_file_that_may_not_be_read_has_a_reason(picture):
+    with as_nobody() as root:
+        touch(root / "a.png", encoded(picture(1), "PNG"))
+        (root / "a.png").chmod(0)
+        assert "ermission" in refused(root / "a.png")
+
+
+def test_file_that_vanished_is_left_out_this_time():
+    assert read("gone.png").vanished
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda: touch("a.png", b"something else"), id="overwritten"),
+        pytest.param(lambda: os.truncate("a.png", 9), id="truncated"),
+        pytest.param(lambda: os.utime("a.png", ns=(1, 1)), id="touched"),
+    ],
+)
+def test_file_that_changes_while_it_is_read_is_left_out_this_time(picture, change):
+    touch("a.png", encoded(picture(1), "PNG"))
+    transform = main.get_transform(SIDE)
+
+    def slow(image: Image.Image) -> Any:
+        shown = transform(image)
+        change()
+        return shown
+
+    assert main.read_picture(main.File(b"a.png", 0, 0), b"", slow, lambda digest: False).vanished
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many, in order
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 3, 20], ids="{} workers".format)
+@pytest.mark.parametrize(
+    "bad", [{0}, {4}, {8}, {3, 4, 5}, set(range(9))], ids=["first", "middle", "last", "a batch of", "all"]
+)
+def test_bad_file_costs_no_other_its_place(picture, bad, workers):
+    for i in range(9):
+        content = encoded(picture(i), "PNG")
+        touch(f"{i}.png", content[:200] if i in bad else content)
+    files = [main.File(b"%d.png" % i, 0, 0) for i in range(9)]
+    read_one = partial(main.read_picture, root=b"", transform=main.get_transform(SIDE), known=lambda digest: False)
+    pictures = list(main.read_ahead(read_one, files, workers, 4))
+    assert [p.file.path for p in pictures] == [file.path for file in files]
+    assert {i for i, p in enumerate(pictures) if p.reason} == bad
+    for i in set(range(9)) - bad:
+        assert difference(pictures[i].pixels.permute(1, 2, 0).numpy().astype(int), squeezed(draw(i))) == 0
+
+
+def test_results_keep_their_order_when_the_first_is_the_last_to_finish():
+    done = [threading.Event() for _ in range(6)]
+
+    def read_one(task: int) -> int:
+        assert task == 5 or done[task + 1].wait(10)  # each finishes after the next
+        done[task].set()
+        return task
+
+    assert list(main.read_ahead(read_one, range(6), 20, 20)) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("workers", [1, 8])
+def test_reads_ahead_no_further_than_told(workers):
+    tasks = iter(range(1000))
+    results = main.read_ahead(abs, tasks, workers, 5)
+    used = list(itertools.islice(results, 20))
+    assert used == list(range(20)) and len(list(tasks)) >= 1000 - 20 - 5
+
+
+def test_of_nothing_comes_nothing():
+    assert list(main.read_ahead(abs, [], 4, 4)) == []
