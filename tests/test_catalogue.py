@@ -17,6 +17,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +88,7 @@ def index(run: Run, collection: Callable[[int], Path]) -> Index:
 
 @pytest.fixture
 def answers(run: Run) -> Callable[..., list[dict[str, Any]]]:
-    """answers(*options): to two queries that are not in the collection, one of them a copy of 0.png in half the size."""
+    """answers(*options): to two queries from outside of the collection, one of them 0.png in half the size."""
     draw(0).resize((48, 32)).save("small.png")
     draw(100).save("other.png")
     return lambda *options: answers_of(run("--model", "offline", "--json", "small.png", "other.png", *options))
@@ -272,8 +273,8 @@ def test_prune_keeps_the_features_of_a_copy_that_is_left(index: Index, extracted
     extracted()
     remove()
     assert index("--prune") == {"found": N, "unchanged": N}
-    copy()
-    assert (index()["found"], extracted()) == (N, 0)
+    shutil.copy(IMAGES / "copy.png", IMAGES / "0.png")
+    assert (index()["found"], extracted()) == (N + 1, 0)
 
 
 def test_without_prune_the_features_of_a_removed_image_are_kept(index: Index, extracted: Callable[[], int]) -> None:
@@ -283,6 +284,10 @@ def test_without_prune_the_features_of_a_removed_image_are_kept(index: Index, ex
     Path("away.png").rename(IMAGES / "back under another name.png")
     extracted()
     assert (index()["recognised"], extracted()) == (1, 0)
+
+
+def unplugged() -> None:
+    IMAGES.rename("away")
 
 
 def emptied() -> None:
@@ -297,7 +302,7 @@ def emptied_but_for_junk() -> None:
 
 
 @pytest.mark.parametrize("option", [(), ("--prune",), ("--rebuild",)], ids=["plain", "--prune", "--rebuild"])
-@pytest.mark.parametrize("vanish", [lambda: IMAGES.rename("away"), emptied, emptied_but_for_junk], ids="missing empty junk".split())
+@pytest.mark.parametrize("vanish", [unplugged, emptied, emptied_but_for_junk])
 def test_an_unplugged_drive_costs_nothing(
     vanish: Callable[[], None], option: tuple[str, ...], index: Index, run: Run, answers: Any
 ) -> None:
@@ -306,7 +311,7 @@ def test_an_unplugged_drive_costs_nothing(
     vanish()
     outcome = run("--model", "offline", "--index-only", *option)
     assert (outcome.status, outcome.stdout) == (1, "")
-    assert "bulk_images" in outcome.stderr and f"the index knows {N}" in outcome.stderr
+    assert re.match(r"error: bulk_images/? .*(the index knows 6|nothing was pruned)", outcome.stderr)
     assert (cache_folder() / "features.bin").read_bytes() == features
     shutil.rmtree(IMAGES, ignore_errors=True)
     Path("away").rename(IMAGES)
@@ -314,9 +319,7 @@ def test_an_unplugged_drive_costs_nothing(
     assert answers() == before
 
 
-def test_a_folder_that_cannot_be_listed_is_not_pruned(
-    index: Index, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_listed_is_not_pruned(index: Index, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     move()
     index()
     scandir = os.scandir
@@ -435,7 +438,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, ...]
 def test_models_of_equal_dimension_never_mix(
     other: str, twins: dict[str, tuple[str, ...]], collection: Callable[[int], Path], run: Run
 ) -> None:
-    collection(N)
+    collection(3)
     draw(100).save("query.png")
 
     def ask(model: str, *options: object) -> Outcome:
@@ -443,10 +446,10 @@ def test_models_of_equal_dimension_never_mix(
 
     expected = {model: answers_of(ask(model, "--index-dir", f"only {model}")) for model in ("a", other)}
     assert expected["a"][0]["matches"] != expected[other][0]["matches"]
-    assert counts(ask("a")) == counts(ask(other)) == {"found": N, "new": N, "opened": 1}
+    assert counts(ask("a")) == counts(ask(other)) == {"found": 3, "new": 3, "opened": 1}
     for model in ("a", other):  # switching back is free
         again = ask(model)
-        assert (answers_of(again), counts(again)) == (expected[model], {"found": N, "unchanged": N})
+        assert (answers_of(again), counts(again)) == (expected[model], {"found": 3, "unchanged": 3})
 
     one, two = sorted(INDEX.iterdir())
     shutil.rmtree(two)
@@ -536,7 +539,7 @@ def plant(path: Path) -> None:
 
 DAMAGE: dict[str, Callable[[Path, Original], None]] = {
     **{f"truncated to {share}": lambda p, o, s=share: truncate(s, p, o) for share in (0, 0.01, 0.5, 0.9, 1)},
-    **{f"bit flipped ({seed})": lambda p, o, s=seed: flip(s, p, o) for seed in range(8)},
+    **{f"bit flipped ({seed})": lambda p, o, s=seed: flip(s, p, o) for seed in range(2)},
     **{f"overwritten ({seed})": lambda p, o, s=seed: overwrite(s, p, o) for seed in range(2)},
     "deleted": lambda path, _: path.unlink(),
     "pickled": lambda path, _: plant(path),
@@ -561,7 +564,7 @@ def test_damage_is_noticed_and_repaired_and_never_answered_from(
 
     first = run(*ask, "-q")
     assert answers_of(first) == expected
-    draw(50).save(IMAGES / "added.png")  # now the index is made from the features
+    draw(20).save(IMAGES / "20.png")  # the sibling has it; and now the index is made from the features
     second = run(*ask, "-q")
     assert answers_of(second) == answers_of(run(*ask, "--index-dir", "fresh"))
     assert "Traceback" not in first.stderr + second.stderr
@@ -570,6 +573,45 @@ def test_damage_is_noticed_and_repaired_and_never_answered_from(
     third = run(*ask)
     assert counts(third) == {"found": 13, "unchanged": 13}
     assert run(*ask, "-q").stderr == "" and not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_flipped_bit_changes_an_answer(name: str, original: Original, run: Run) -> None:
+    """Nor does it stop a run: wherever it is, but in the four bytes that tell the version of the cache."""
+    shutil.copytree(original.cache, INDEX)
+    ask = ("--model", "offline", "--json", "-q", "--images", original.images, *original.queries)
+    expected, places = answers_of(run(*ask)), random.Random(name)
+    whole, path = contents(cache_folder()), cache_folder() / name
+    used = [place for place, byte in enumerate(whole[name]) if byte and place not in range(60, 64)]
+    for place in places.sample(used, 120):
+        for other, content in whole.items():
+            (path.parent / other).write_bytes(content)
+        damaged = bytearray(whole[name])
+        damaged[place] ^= 1 << places.randrange(8)
+        path.write_bytes(damaged)
+        assert answers_of(run(*ask)) == expected, (place, damaged[place], damaged[max(0, place - 9) : place + 9])
+
+
+GARBLED = {
+    "a statement": (b"CREATE TABLE features", b"CREATE TAB\xccE features"),
+    "the name of a table": (b"CREATE TABLE files", b"CREATE TABLE f\xe9les"),
+    "the name of a column": (b"size INTEGER", b"\xf3ize INTEGER"),
+    "an option": (b"WITHOUT ROWID", b"WITHOUT ROW\xc9D"),
+    "a comma": (b"size INTEGER,", b"size INTEGER "),
+}
+
+
+@pytest.mark.parametrize("garbled", GARBLED)
+def test_a_garbled_schema_is_made_again(garbled: str, original: Original, run: Run) -> None:
+    """Of these Python's sqlite3 raises more kinds of errors than its own."""
+    shutil.copytree(original.cache, INDEX)
+    path, (old, new) = cache_folder() / "catalogue.sqlite", GARBLED[garbled]
+    assert old in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(old, new))
+    ask = ("--model", "offline", "--json", "--images", original.images, *original.queries)
+    outcome = run(*ask, "-q")
+    assert answers_of(outcome) == answers_of(run(*ask, "--index-dir", "fresh"))
+    assert "12 of 12 features hold" in outcome.stderr
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -582,7 +624,7 @@ def test_a_folder_in_the_place_of_a_cache_file_is_named_and_left_alone(name: str
     ask = ("--model", "offline", "--json", "-q", "--images", original.images, *original.queries)
     outcome = run(*ask)
     assert outcome.status == 1 and outcome.stdout == "" and outcome.stderr.count("\n") == 1
-    assert name in outcome.stderr and (path / "mine.txt").read_text() == "do not delete"
+    assert str(path.parent) in outcome.stderr and (path / "mine.txt").read_text() == "do not delete"
     shutil.rmtree(path)
     assert answers_of(run(*ask)) == answers_of(run(*ask, "--index-dir", "fresh"))
 
@@ -661,7 +703,7 @@ def append(data: bytes) -> Callable[[Path], Any]:
         lambda folder: (folder / "index.faiss.part").write_bytes(b"half"),
         lambda folder: (folder / "lock").write_text("4194304"),
     ],
-    ids=["half a record", "zeros", "all records twice", "records and a half", "features.bin.part", "index.faiss.part", "lock"],
+    ids=["half a record", "zeros", "records", "records and a half", "features.bin.part", "index.faiss.part", "lock"],
 )
 def test_what_a_stopped_run_leaves_behind_is_harmless(
     leave: Callable[[Path], Any], index: Index, answers: Any, fresh: Any
@@ -737,7 +779,7 @@ def test_a_run_killed_between_two_writes_is_made_good_by_the_next(
         index("--index-dir", start)
     add(), ruin(), swap(), copy()
     argv = ["--model", "offline", "--index-only", "-q", "--batch-size", "2", *options]
-    subprocess.run([sys.executable, "-c", KILLED, MAIN.parent, start, out, "15", *argv], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", KILLED, MAIN.parent, start, out, "12", *argv], check=True, timeout=120)
     expected, caches = fresh(), [path for path in out.iterdir() if path.is_dir()]
     assert len(caches) > 8
     for cache in caches:
@@ -747,10 +789,6 @@ def test_a_run_killed_between_two_writes_is_made_good_by_the_next(
 
 def interrupt() -> None:
     raise KeyboardInterrupt
-
-
-def fail() -> None:
-    raise MemoryError("no memory left")
 
 
 @pytest.mark.parametrize("options", [(), ("--prune",)], ids=["plain", "--prune"])
@@ -806,8 +844,8 @@ def disk_full_at_sync(number: int) -> Iterator[None]:
 @pytest.mark.parametrize("option", ["--index-only", "--prune", "--rebuild"])
 @pytest.mark.parametrize(
     "disk_full",
-    [*(lambda n=n: disk_full_at_sync(n) for n in (1, 2, 3)), *(lambda n=n: files_no_larger_than(n) for n in (0, 3000, 9000))],
-    ids=["1st sync", "2nd sync", "3rd sync", "no byte", "3000 bytes", "9000 bytes"],
+    [partial(disk_full_at_sync, n) for n in (1, 2, 3)] + [partial(files_no_larger_than, n) for n in (500, 3000, 9000)],
+    ids=["1st sync", "2nd sync", "3rd sync", "500 bytes", "3000 bytes", "9000 bytes"],
 )
 def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(
     disk_full: Callable[[], Any], option: str, index: Index, run: Run, answers: Any, fresh: Any
@@ -818,9 +856,8 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(
         draw(seed).save(path)
     with disk_full():
         outcome = run("--model", "offline", "--index-only", "-q", option)
-    assert outcome.status in (0, 1) and "Traceback" not in outcome.stderr
-    if outcome.status:
-        assert outcome.stderr.count("\n") == 1 and str(cache_folder()) in outcome.stderr
+    assert (outcome.status, outcome.stdout, outcome.stderr.count("\n")) == (1, "", 1)
+    assert str(cache_folder()) in outcome.stderr
     assert answers() == fresh()
     for path in added:
         path.unlink()
@@ -841,10 +878,9 @@ def as_nobody() -> Iterator[None]:
 
 
 @pytest.fixture
-def readable(monkeypatch: pytest.MonkeyPatch, collection: Any) -> Iterator[None]:
+def readable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In a folder that everybody may read and nobody may write."""
     with tempfile.TemporaryDirectory() as name:
-        IMAGES.absolute()
         monkeypatch.chdir(name)
         IMAGES.mkdir()
         for seed in range(N):

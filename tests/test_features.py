@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import draw
+from conftest import MAIN, draw
 from PIL import Image, ImageDraw
 
 import main
@@ -18,14 +22,19 @@ import main
 SMALL = "shufflenet_v2_x0_5"  # the quickest to load
 
 
-@pytest.fixture(scope="module", params=["offline", SMALL])
-def model(request: pytest.FixtureRequest, weights: Any) -> main.Model:
-    return main.load_model(request.param, None if request.param == "offline" else weights(request.param))
+@pytest.fixture(scope="module")
+def small(weights: Any) -> main.Model:
+    return main.load_model(SMALL, weights(SMALL))
 
 
 @pytest.fixture(scope="module")
 def offline() -> main.Model:
     return main.load_model("offline")
+
+
+@pytest.fixture(params=["offline", "small"])
+def model(request: pytest.FixtureRequest) -> main.Model:
+    return request.getfixturevalue(request.param)
 
 
 def pixels(model: main.Model, *images: Image.Image) -> torch.Tensor:
@@ -96,6 +105,16 @@ def test_pixels_pictures_and_paths_give_the_same_features(model, tmp_path):
         assert (main.extract_features_batch(same, model) == features).all()
 
 
+def test_path_of_a_heic_image_is_read_in_a_fresh_process():
+    """Pillow reads HEIC only once it has been told how."""
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    draw(1).save("a.heic")
+    code = "import main; print(main.extract_features_batch(['a.heic'], main.load_model('offline')).shape)"
+    found = {**os.environ, "PYTHONPATH": str(MAIN.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=found, capture_output=True, text=True)
+    assert done.stdout.startswith("(1, "), done.stderr
+
+
 @pytest.mark.parametrize("content", [None, b"", b"a text"], ids=["missing", "empty", "text"])
 def test_path_that_is_no_image_raises_oserror(offline, content):
     if content is not None:
@@ -155,62 +174,85 @@ def test_offline_tells_an_edited_copy_from_all_other_pictures(offline, edit):
 # Networks
 # ---------------------------------------------------------------------------------------------------------------------
 
-FAMILIES = {  # features of a model of each family in torchvision: what its classifier takes
+FAMILIES = {  # how many features a model of each family has: what enters its classifier
     "alexnet": 4096,
     "convnext_tiny": 768,
     "densenet121": 1024,
     "efficientnet_b0": 1280,
-    "efficientnet_v2_s": 1280,
     "googlenet": 1024,
-    "inception_v3": 2048,
     "maxvit_t": 512,
     "mnasnet0_5": 1280,
     "mobilenet_v2": 1280,
     "mobilenet_v3_small": 1024,
     "regnet_x_400mf": 400,
     "resnet18": 512,
-    "resnet50": 2048,
     "shufflenet_v2_x0_5": 1024,
     "squeezenet1_1": 512,
     "swin_t": 768,
-    "vgg11": 4096,
     "vit_b_32": 768,
 }
 
 
-def test_no_family_of_torchvision_is_left_out():
-    def family(name: str) -> str:
-        return name.rstrip("0123456789").partition("_")[0].rstrip("0123456789")
-
-    names = torchvision.models.list_models(module=torchvision.models)
-    assert {n.replace("wide_", "").replace("ext", "", n[:6] == "resnex")[:5] for n in names} == {
-        f[:5] for f in FAMILIES
-    }
+@pytest.fixture
+def no_initial_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing random numbers that are replaced at once takes most of the time to make a large network."""
+    for name in ("trunc_normal_", "normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_", "xavier_uniform_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda tensor, *args, **options: tensor)
 
 
+def of_one_number(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights in the shapes of this network, in a file of a few kilobytes."""
+    state = network.state_dict()
+    for key, value in state.items():
+        state[key] = torch.full((), 0.01).to(value.dtype).expand(value.shape)
+    return state
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization")
 @pytest.mark.parametrize("name", FAMILIES)
-def test_classifier_is_removed(name, tmp_path):
-    with torch.device("cpu" if name.startswith("regnet") else "meta"):
-        network = torchvision.models.get_model(name, weights=None, **{"init_weights": False} if "net" == name else {})
-    state = {
-        key: torch.full((), 0.01).to(value.dtype).expand(value.shape) for key, value in network.state_dict().items()
-    }
-    torch.save(state, tmp_path / "weights.pth")  # one number for each tensor
-    model = main.load_model(name, tmp_path / "weights.pth")
-    assert model.dim == FAMILIES[name]
-    assert main.extract_features_batch([draw(1)], model).shape == (1, model.dim)
+def test_classifier_is_removed(name, tmp_path, no_initial_weights):
+    torch.save(of_one_number(torchvision.models.get_model(name, weights=None)), tmp_path / "weights.pth")
+    assert main.load_model(name, tmp_path / "weights.pth").dim == FAMILIES[name]
 
 
+def cached(name: str, entry: str) -> Path:
+    """Where torch keeps these weights once they are downloaded."""
+    url = torchvision.models.get_model_weights(name)[entry].url
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def as_published(name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of DenseNet are older than the names of its layers; torchvision translates them."""
+    if not name.startswith("densenet"):
+        return state
+    old = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    return {re.sub(r"(denselayer\d+\.(?:norm|conv))", r"\1.", key): value for key, value in old.items()}
+
+
+@pytest.mark.parametrize("source", ["downloaded", "file"])
 @pytest.mark.parametrize(
     ("name", "classifier"),
-    [("resnet18", "fc"), ("mobilenet_v3_small", "classifier.3"), ("squeezenet1_1", "classifier.1")],
+    [
+        ("resnet18", "fc"),
+        ("mobilenet_v3_small", "classifier.3"),
+        ("squeezenet1_1", "classifier.1"),
+        ("googlenet", "fc"),
+        ("mnasnet0_5", "classifier.1"),
+        ("densenet121", "classifier"),
+    ],
 )
-def test_features_are_what_enters_the_classifier(name, classifier, weights):
-    network = torchvision.models.get_model(name, weights=None).eval()
-    network.load_state_dict(torch.load(weights(name), weights_only=True))
+def test_features_are_what_enters_the_classifier_of_torchvision(
+    name, classifier, source, weights, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = cached(name, "IMAGENET1K_V1")
+    torch.save(as_published(name, torch.load(weights(name), weights_only=True)), file)
+    network = torchvision.models.get_model(name, weights="IMAGENET1K_V1").eval()
     entered: list[torch.Tensor] = []
     network.get_submodule(classifier).register_forward_hook(lambda layer, inputs, output: entered.append(inputs[0]))
-    model = main.load_model(name, weights(name), device="cpu")
+    model = main.load_model(name, file if source == "file" else None, device="cpu")
     batch = pixels(model, draw(1), draw(2))
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.inference_mode():
@@ -218,6 +260,13 @@ def test_features_are_what_enters_the_classifier(name, classifier, weights):
     expected = entered[0].mean((2, 3)) if entered[0].ndim == 4 else entered[0]  # global average pooled
     expected = torch.nn.functional.normalize(expected).numpy()
     assert np.abs(main.extract_features_batch(batch, model) - expected).max() < 1e-4
+
+
+def test_weights_for_another_side_are_used_at_that_side(tmp_path, monkeypatch, no_initial_weights):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    torch.save(of_one_number(torchvision.models.vit_b_16(image_size=384)), cached("vit_b_16", "IMAGENET1K_SWAG_E2E_V1"))
+    model = main.load_model("vit_b_16", "IMAGENET1K_SWAG_E2E_V1")
+    assert (model.side, model.dim) == (384, 768)
 
 
 def as_saved(state: dict[str, Any], form: str) -> dict[str, Any]:
@@ -237,29 +286,25 @@ def as_saved(state: dict[str, Any], form: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("form", ["plain", "wrapped", "parallel", "wrapped parallel", "no classifier", "other classes"])
-def test_same_weights_are_the_same_model_however_saved(form, weights, tmp_path):
+def test_same_weights_are_the_same_model_however_saved(form, small, weights, tmp_path):
     torch.save(as_saved(torch.load(weights(SMALL), weights_only=True), form), tmp_path / "other name.pt")
-    original, model = main.load_model(SMALL, weights(SMALL)), main.load_model(SMALL, str(tmp_path / "other name.pt"))
-    assert model.identity == original.identity
-    features, same = (main.extract_features_batch([draw(1)], m) for m in (original, model))
-    assert (features == same).all()
+    assert main.load_model(SMALL, str(tmp_path / "other name.pt")).identity == small.identity
 
 
-def test_other_weights_are_another_model(weights):
-    assert main.load_model(SMALL, weights(SMALL)).identity != main.load_model(SMALL, weights(SMALL, seed=1)).identity
+def test_other_weights_are_another_model(small, weights):
+    assert main.load_model(SMALL, weights(SMALL, seed=1)).identity != small.identity
 
 
-def test_one_number_changed_is_another_model(weights, tmp_path):
+def test_one_number_changed_is_another_model(small, weights, tmp_path):
     state = torch.load(weights(SMALL), weights_only=True)
     state["conv5.1.running_mean"][-1] += 1
     torch.save(state, tmp_path / "weights.pth")
-    assert main.load_model(SMALL, tmp_path / "weights.pth").identity != main.load_model(SMALL, weights(SMALL)).identity
+    assert main.load_model(SMALL, tmp_path / "weights.pth").identity != small.identity
 
 
-def test_identity_is_a_plain_file_name(weights):
-    model = main.load_model(SMALL, weights(SMALL))
-    assert model.name == SMALL and model.identity.startswith(f"{SMALL}-")
-    assert Path(model.identity).name == model.identity
+def test_identity_is_a_plain_file_name(small):
+    assert small.name == SMALL and small.identity.startswith(f"{SMALL}-")
+    assert Path(small.identity).name == small.identity
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,7 +319,6 @@ def test_identity_is_a_plain_file_name(weights):
         pytest.param({"name": "ofline"}, ["ofline", "offline"], id="offline misspelt"),
         pytest.param({"name": "zzz"}, ["zzz", "no such model"], id="model unlike any"),
         pytest.param({"name": "ResNet50_Weights"}, ["ResNet50_Weights"], id="not a model"),
-        pytest.param({"name": ""}, ["--model"], id="no name"),
         pytest.param({"name": "fcn_resnet50"}, ["fcn_resnet50", "no such model"], id="no model for classes"),
         pytest.param(
             {"weights": "nowhere.pth"}, ["nowhere.pth", "no such file", "IMAGENET1K_V1"], id="weights missing"
@@ -283,7 +327,6 @@ def test_identity_is_a_plain_file_name(weights):
             {"name": "resnet18", "weights": "IMAGENET1K_V2"}, ["IMAGENET1K_V2", "IMAGENET1K_V1"], id="unknown"
         ),
         pytest.param({"weights": "."}, ["--weights"], id="weights are a folder"),
-        pytest.param({"name": "offline", "weights": "nowhere.pth"}, ["nowhere.pth"], id="weights for offline"),
         pytest.param({"device": "tpu"}, ["tpu"], id="unknown device"),
     ],
 )
@@ -333,7 +376,7 @@ def test_timm_model_from_a_file(name, tmp_path):
         pytest.param("timm:test_vit", "nowhere.pth", id="weights missing"),
         pytest.param("timm:resnet5", None, id="model misspelt"),
         pytest.param("timm:", None, id="no name"),
-        pytest.param("timm:../x", None, id="no model"),
+        pytest.param("timm:timm/resnet18", None, id="name on the Hub"),
     ],
 )
 def test_timm_says_what_is_wrong(name, weights):
