@@ -48,7 +48,7 @@ import time
 import unicodedata
 import warnings
 import zlib
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -246,7 +246,8 @@ def find_images(
 def image_formats() -> tuple[list[str], set[str], str]:
     """The formats that can be decoded here, the suffixes of their names, and the version of the decoders."""
     Image.init()
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # a header of more than twice as many is refused
+    # Pillow refuses a header of more than twice as many; `Image` itself is Lazy and would keep it to itself.
+    vars(sys.modules["PIL.Image"])["MAX_IMAGE_PIXELS"] = MAX_PIXELS
     version = Image.__version__
     try:
         heif = importlib.import_module("pillow_heif")
@@ -342,7 +343,9 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     low, high = min(0.0, float(values.min())), float(values.max())
     scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
     top = next((scale for scale in scales if high <= scale), high)
-    return Image.fromarray(((values - low) * (255 / (top - low)) + 0.5).astype(np.uint8))
+    grey = ((values - low) * (255 / (top - low)) + 0.5).astype(np.uint8)
+    grey[values == image.info.get("transparency")] = 255
+    return Image.fromarray(grey)
 
 
 def read_ahead(read: Callable[[T], R], tasks: Iterable[T], workers: int, ahead: int) -> Iterator[R]:
@@ -407,9 +410,12 @@ def torchvision_model(name: str, weights: str | Path | None, device: str) -> Mod
         path = downloaded(entry.url, name)
     elif not (path := Path(weights)).is_file():
         raise DeepVisionError(f"--weights {weights}: no such file, nor weights of {name} ({', '.join(listed)})")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about initial weights, which are replaced at once
-        network = models.get_model(name, weights=None)
+    given: dict[str, Any] = {}  # what torchvision itself gives to models that come with weights
+    if name in ("googlenet", "inception_v3"):
+        given = {"transform_input": True, "init_weights": False, "aux_logits": False}
+    elif name.startswith("vit_"):
+        given = {"image_size": entry.meta["min_size"][0]}
+    network = models.get_model(name, weights=None, **given)
     layers = (torch.nn.Linear, torch.nn.Conv2d)
     *_, head = (name for name, layer in network.named_modules() if isinstance(layer, layers))  # gives the classes
     network.set_submodule(head, torch.nn.Identity())
@@ -426,7 +432,7 @@ def timm_model(name: str, weights: str | Path | None, device: str) -> Model:
         network = timm.create_model(name.removeprefix("timm:"), pretrained=weights is None, num_classes=0)
     except ImportError as error:
         raise DeepVisionError(f"--model {name} needs timm: run `pip install timm`") from error
-    except (OSError, RuntimeError) as error:  # no such model, or no weights of it
+    except (OSError, RuntimeError, ValueError) as error:  # no such model, or no weights of it
         raise DeepVisionError(f"--model {name}: {first_line(error)}") from error
     if weights is not None:
         load_weights(network, Path(weights), network.pretrained_cfg["classifier"])
@@ -457,13 +463,19 @@ def load_weights(network: torch.nn.Module, path: Path, head: str) -> None:
     classifier, `head`. All else must be there, in its shape: no part of a network is ever left untrained."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        state = {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
+        state = state.get("state_dict", state)
+        version = getattr(state, "_metadata", None)  # by which old layouts are told from new ones
+        left_out = (f"{head}.", "aux1.", "aux2.", "AuxLogits.")  # what only answers or trains
+        plain = OrderedDict((re.sub(r"^module\.", "", key), value) for key, value in state.items())
+        renamed = ((re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key), plain[key]) for key in plain)
+        weights = OrderedDict((key, value) for key, value in renamed if not key.startswith(left_out))
+        weights._metadata = version  # type: ignore[attr-defined]
     except Exception as error:  # a corrupt file raises anything
         advice = "expected are tensors as torch.save writes them; if it was downloaded, delete it and try again"
         raise DeepVisionError(f"{path} cannot be read as weights: {advice} ({first_line(error)})") from error
     try:
-        network.load_state_dict({key: value for key, value in state.items() if not key.startswith(f"{head}.")})
-    except RuntimeError as error:
+        network.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:
         details = re.sub(r"\s+", " ", str(error).partition("\n")[2])
         raise DeepVisionError(f"{path} does not fit the model: {details.strip():.300}") from error
 
@@ -582,6 +594,7 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
     """
     model = model or load_model()
     if not isinstance(images, torch.Tensor):
+        image_formats()  # HEIC is among them now
         opened = (image if isinstance(image, Image.Image) else Image.open(image) for image in images)
         images = torch.stack([get_transform(model.side, model.resample)(image) for image in opened])
     with torch.inference_mode():

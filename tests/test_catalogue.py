@@ -311,7 +311,7 @@ def test_an_unplugged_drive_costs_nothing(
     vanish()
     outcome = run("--model", "offline", "--index-only", *option)
     assert (outcome.status, outcome.stdout) == (1, "")
-    assert re.match(r"error: bulk_images/? .*(the index knows 6|nothing was pruned)", outcome.stderr)
+    assert re.search(r"^error: bulk_images/? .*(the index knows 6|nothing was pruned)", outcome.stderr, re.MULTILINE)
     assert (cache_folder() / "features.bin").read_bytes() == features
     shutil.rmtree(IMAGES, ignore_errors=True)
     Path("away").rename(IMAGES)
@@ -818,7 +818,9 @@ def test_an_interrupted_rebuild_keeps_the_features_that_were_there(
 
 
 @contextmanager
-def files_no_larger_than(size: int) -> Iterator[None]:
+def files_no_larger_than(share: float) -> Iterator[None]:
+    """As full as when no file can grow beyond this share of what the features take now."""
+    size = int(share * (cache_folder() / "features.bin").stat().st_size)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -844,8 +846,8 @@ def disk_full_at_sync(number: int) -> Iterator[None]:
 @pytest.mark.parametrize("option", ["--index-only", "--prune", "--rebuild"])
 @pytest.mark.parametrize(
     "disk_full",
-    [partial(disk_full_at_sync, n) for n in (1, 2, 3)] + [partial(files_no_larger_than, n) for n in (500, 3000, 9000)],
-    ids=["1st sync", "2nd sync", "3rd sync", "500 bytes", "3000 bytes", "9000 bytes"],
+    [partial(disk_full_at_sync, n) for n in (1, 2, 3)] + [partial(files_no_larger_than, n) for n in (0.5, 1.2, 4)],
+    ids=["1st sync", "2nd sync", "3rd sync", "less room", "no more room", "little room"],
 )
 def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(
     disk_full: Callable[[], Any], option: str, index: Index, run: Run, answers: Any, fresh: Any
@@ -959,8 +961,9 @@ def test_two_runs_at_once_are_as_good_as_one(
     expected = fresh()
     for stdout, stderr in outputs:
         assert answers_of(Outcome(0, stdout, stderr)) == expected
-    assert answers() == expected
-    assert (cache_folder() / "features.bin").stat().st_size < 120 * 400  # no image twice
+    assert answers("--index-dir", "undisturbed") == answers() == expected
+    one, two = (cache_folder(index_dir) / "features.bin" for index_dir in (INDEX, Path("undisturbed")))
+    assert one.stat().st_size == two.stat().st_size  # no image is there twice
 
 
 def test_another_run_that_prunes_meanwhile_is_noticed(index: Index) -> None:
