@@ -99,6 +99,7 @@ EDGE_POWER = 0.3  # of the counts: a strong edge says little more than a weak on
 ORDERS = (0.5, 1.0, 1.0, 1.3, 1.3, 1.7, 1.7)  # weight of each Fourier order over the directions
 BRIGHTNESS_WEIGHT, HUE_WEIGHT, MEAN_WEIGHT = 0.2, 0.3, 0.02  # of the colours, where the edges have 1
 FAINT = 100.0  # a part of a lesser norm is noise (a photograph's is 200 and more) and stays small
+PARTS = ((0.80, 1), (0.67, 2), (0.52, 3))  # side of a query in the whole it may be a part of, places along each axis
 OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # brightness, red-green, yellow-blue
 BATCH_SIZE = {"cpu": 32, "cuda": 256, "mps": 64}  # images
 AHEAD_BATCHES = 2  # decoded and waiting for the model: enough to overlap, bounded in memory
@@ -111,6 +112,10 @@ BLOCK = 4096  # records handled at once: 16 MB at 2048 dimensions
 DIGEST_BYTES = 16  # of SHA-256
 FORMAT = 1  # of the cache; raise it when a reader of the old one would go wrong
 PREPROCESSING = 1  # part of the model's identity; raise it when the same file would get other pixels
+PLAIN, WRITTEN = 0.97, 0.5  # share of a line that has a bar's colour, plain or under text; with less it is the picture
+BAR_TOLERANCE = 20  # of 255, from the bar's colour
+BAR_END = 4  # lines within which a bar gives way to the picture; a page's margin or a backdrop fades out
+BAR_DEEPEST = 0.3  # share of a side
 NOT_AN_IMAGE = "not an image"
 PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
 NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5"}  # EPS would start Ghostscript; the others Pillow can only name
@@ -138,17 +143,27 @@ class Picture(NamedTuple):
 
     file: File
     digest: bytes | None = None  # of its content; None if it is not a usable image
-    pixels: torch.Tensor | None = None  # uint8 (3, side, side), until it has features; none if those are known
+    pixels: Any = None  # uint8 (3, side, side), until it has features; none if those are known. Of a query: its views
     vector: np.ndarray | None = None  # its features, fp16 (dim,)
     reason: str | None = None  # why it is not usable; None also for what was never meant to be an image
     vanished: bool = False  # or changed while it was read
 
 
+class View(NamedTuple):
+    """A query as it may have been before an edit."""
+
+    name: str  # the edit
+    pixels: torch.Tensor  # uint8 (3, side, side); smaller for a part
+    top: int = 0  # where the part lies in the whole
+    left: int = 0
+
+
 class Match(NamedTuple):
     rank: int  # from 1
     path: str
-    score: float  # cosine similarity, -1 to 1
+    score: float  # cosine similarity, -1 to 1, of the best view of the query
     identical: bool  # the same bytes as the query
+    view: str = ""  # how the query was looked at: mirrored, turned 90°, trimmed, part; empty: as it is
 
 
 class Answer(NamedTuple):
@@ -166,7 +181,7 @@ class Model:
     side: int
     dim: int
     device: str
-    network: Callable[[torch.Tensor], torch.Tensor]
+    network: Callable[..., torch.Tensor]
     resample: str = "bilinear"
 
 
@@ -260,7 +275,7 @@ def image_formats() -> tuple[list[str], set[str], str]:
 
 
 def read_picture(
-    file: File, root: bytes, transform: Callable[[Image.Image], torch.Tensor], known: Callable[[bytes], bool]
+    file: File, root: bytes, transform: Callable[[Image.Image], Any], known: Callable[[bytes], bool]
 ) -> Picture:
     """Read, hash and decode one file. Whatever is wrong with it becomes a reason and costs no other file.
 
@@ -621,6 +636,63 @@ def with_features(
         start = time.perf_counter()
 
 
+def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
+    """A query as it is, and as it would be before an edit: mirrored, turned, without a border or a caption bar, or as
+    a part of a larger picture. `views`: none, all, or auto: those that help most for their cost."""
+    square, picture = get_transform(model.side, model.resample), to_rgb(image, model.side)
+    found = [View("", square(picture))]
+    if views == "none":
+        return found
+
+    def add(edit: str, undo: Callable[[torch.Tensor], torch.Tensor], seen: Sequence[View]) -> None:
+        found.extend(View(f"{view.name}, {edit}".lstrip(", "), undo(view.pixels)) for view in seen)
+
+    if (inner := trimmed(picture)) is not picture:
+        found.append(View("trimmed", square(inner)))
+    add("mirrored", partial(torch.flip, dims=[2]), list(found))
+    upright = list(found)
+    for quarters in range(1, 4 if views == "all" or model.name == OFFLINE else 1):
+        add(f"turned {90 * quarters}°", partial(torch.rot90, k=quarters, dims=(1, 2)), upright)
+    if model.name == OFFLINE and inner is picture:
+        for share, places in PARTS:
+            side = round(share * model.side)
+            part = get_transform(side, model.resample)(picture)
+            starts = [round((2 * i + 1) / (2 * places) * (model.side - side)) for i in range(places)]
+            found += [View("part", part, top, left) for top in starts for left in starts]
+    return found
+
+
+def trimmed(image: Image.Image) -> Image.Image:
+    """The picture without plain borders and caption bars; itself if there are none."""
+    pixels, box = np.asarray(image, np.int16), (0, 0, image.width, image.height)
+    for _ in range(2):  # a border may lie around a bar
+        left, top, right, bottom = box
+        rows = pixels[top:bottom, left:right]
+        columns = rows.transpose(1, 0, 2)
+        box = left + bar(columns), top + bar(rows), right - bar(columns[::-1]), bottom - bar(rows[::-1])
+    return image if box == (0, 0, image.width, image.height) else image.crop(box)
+
+
+def bar(lines: np.ndarray) -> int:
+    """How many of the first lines, (n, length, 3), are a bar of one colour, with or without text on it: it begins and
+    ends plain, and the picture begins at once behind it."""
+    lines = lines[: int(len(lines) * BAR_DEEPEST)]
+    if not len(lines):
+        return 0
+    share = (np.abs(lines - np.median(lines[0], axis=0)) <= BAR_TOLERANCE).all(-1).mean(1)
+    end = int((share < WRITTEN).argmax())  # 0: there is no picture behind it
+    return end if share[0] >= PLAIN and (share[max(0, end - BAR_END) : end] >= PLAIN).any() else 0
+
+
+def features_of_views(views: Sequence[View], model: Model) -> np.ndarray:
+    """Features of a query in its views, fp16 as in the cache, (views, dim)."""
+    with torch.inference_mode():
+        whole = torch.stack([view.pixels for view in views if view.name != "part"]).to(model.device)
+        parts = [model.network(v.pixels[None].to(model.device), v.top, v.left) for v in views if v.name == "part"]
+        features = torch.cat([model.network(whole), *parts])
+        return torch.nn.functional.normalize(features).cpu().numpy().astype(np.float16)
+
+
 # ---- Catalogue -------------------------------------------------------------------------------------------------------
 
 
@@ -943,13 +1015,15 @@ def open_index(catalogue: Catalogue) -> faiss.Index:
 
 
 def search(
-    queries: str | Path | Iterable[str | Path], engine: Engine | None = None, *, k: int = TOP, threshold: float = -1.0
-) -> Iterator[Answer]:
+    queries: str | Path | Iterable[str | Path], engine: Engine | None = None, *, k: int = TOP, threshold: float = -1.0,
+    views: str = "auto",
+) -> Iterator[Answer]:  # fmt: skip
     """What looks like each of the image files `queries`: an Answer for each, in their order.
 
     engine     by default `initialize_reverse_image_search()`
     k          matches at most; a picture that is there under several names gives several
     threshold  cosine similarity, -1 to 1, that a match has at least
+    views      none, all or auto: the edits that a query is searched with, see `query_views`
 
     Exact, best first, equal scores by path; the query's own file is left out. A file that cannot be used gets an Answer
     with an `error`. Raises DeepVisionError if another run has pruned or rebuilt the index since it was opened.
@@ -957,17 +1031,16 @@ def search(
     engine = engine or initialize_reverse_image_search()
     names = [queries] if isinstance(queries, (str, os.PathLike)) else queries
     files = (File(os.fsencode(name), 0, 0) for name in names)
-    for pictures in with_features(files, "", engine.model, Work(), lambda digest: False, Summary()):
+    look = partial(query_views, model=engine.model, views=views)
+    read = partial(read_picture, root=b"", transform=look, known=lambda digest: False)
+    for picture in read_ahead(read, files, workers=2, ahead=4):  # a query has some twenty views
         if engine.catalogue.generation() != engine.generation:
             raise DeepVisionError(f"{engine.catalogue.folder} was changed by another run: search once more")
-        xq = np.array([picture.vector for picture in pictures if picture.vector is not None], np.float32)
-        found = iter(zip(*nearest(engine, xq, k + 1)) if len(xq) else ())  # one more, for the query's own file
-        for picture in pictures:
-            name = os.fsdecode(picture.file.path)
-            if picture.vector is None:
-                yield Answer(name, [], picture.reason or NOT_AN_IMAGE)
-            else:
-                yield Answer(name, matches_of(engine, picture, *next(found), k, threshold))
+        name = os.fsdecode(picture.file.path)
+        if picture.pixels is None:
+            yield Answer(name, [], picture.reason or NOT_AN_IMAGE)
+        else:
+            yield Answer(name, find_matches(engine, picture, k, threshold))
 
 
 def nearest(engine: Engine, xq: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -988,15 +1061,26 @@ def nearest(engine: Engine, xq: np.ndarray, k: int) -> tuple[np.ndarray, np.ndar
             return D, I
 
 
-def matches_of(engine: Engine, query: Picture, D: np.ndarray, I: np.ndarray, k: int, threshold: float) -> list[Match]:
-    own, found = location(os.fsdecode(query.file.path)), []
-    for score, row in zip(D.clip(-1, 1).tolist(), I.tolist()):
-        if score >= threshold:
-            for name, digest in engine.catalogue.files_of(row, k + 1):
-                path = os.path.join(engine.images, os.fsdecode(name))
-                if digest != query.digest or location(path) != own:
-                    found.append((-score, path, digest == query.digest))
-    return [Match(rank, path, -minus, same) for rank, (minus, path, same) in enumerate(sorted(found)[:k], start=1)]
+def find_matches(engine: Engine, query: Picture, k: int, threshold: float) -> list[Match]:
+    """The best view counts, and the first of equal ones, which is the query as it is."""
+    best: dict[int, tuple[float, str]] = {}
+    xq = features_of_views(query.pixels, engine.model).astype(np.float32)
+    for view, scores, rows in zip(query.pixels, *nearest(engine, xq, k + 1)):  # one more, for the query's own file
+        for score, row in zip(scores.clip(-1, 1).tolist(), rows.tolist()):
+            if score >= threshold and score > best.get(row, (-2.0, ""))[0]:
+                best[row] = score, view.name
+    own = location(os.fsdecode(query.file.path))
+    found: list[tuple[float, str, bool, str]] = []
+    for row in sorted(best, key=lambda row: -best[row][0]):
+        score, edit = best[row]
+        if len(found) > k and -score > found[k][0]:
+            break
+        for name, digest in engine.catalogue.files_of(row, k + 1):
+            path = os.path.join(engine.images, os.fsdecode(name))
+            if digest != query.digest or location(path) != own:
+                found.append((-score, path, digest == query.digest, edit))
+    ranked = enumerate(sorted(found)[:k], start=1)
+    return [Match(rank, path, -minus, same, edit) for rank, (minus, path, same, edit) in ranked]
 
 
 def location(path: str) -> str:
@@ -1118,8 +1202,9 @@ def as_text(answer: Answer, engine: Engine) -> str:
     """A heading line, then `rank  score  path` for each match."""
     lines = [f"{shown(answer.query)}  ({engine.model.name}, {engine.summary.images:,} images)"]
     width = len(str(len(answer.matches)))
-    for rank, path, score, identical in answer.matches:
-        lines.append(f"  {rank:>{width}}  {score:6.3f}  {shown(path)}{'  identical' if identical else ''}")
+    for rank, path, score, identical, view in answer.matches:
+        remark = "  identical" if identical else f"  {view}" if view else ""
+        lines.append(f"  {rank:>{width}}  {score:6.3f}  {shown(path)}{remark}")
     return "\n".join(lines if answer.matches else [*lines, "  no match"])
 
 
@@ -1142,6 +1227,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--index-dir", default=INDEX_DIR, metavar="DIR", help="the cache (default: %(default)s/)")
     add("-k", "--top", type=int, default=TOP, metavar="N", help="matches per query (default: %(default)s)")
     add("--threshold", type=float, default=-1.0, metavar="S", help="leave out matches of a cosine similarity below S")
+    add("--views", choices=("none", "auto", "all"), default="auto", help="edits of the query to see through")
     add("--model", metavar="NAME", help=f"{MODEL} (default), any torchvision classification model, offline, timm:NAME")
     add("--weights", metavar="NAME|FILE", help=f"torchvision weights (default: {WEIGHTS}) or a local file")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
@@ -1185,7 +1271,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     answered = failed = 0
     queries = find_queries(options.queries or [QUERIES])
-    for answer in search(queries, engine, k=options.top, threshold=options.threshold):
+    for answer in search(queries, engine, k=options.top, threshold=options.threshold, views=options.views):
         if answer.error == NOT_AN_IMAGE and answer.query not in options.queries:
             continue  # some other file in a folder of queries
         answered += 1

@@ -48,9 +48,7 @@ class Canvas:
         self.rng = np.random.default_rng(seed)
         self.image = Image.new("RGB", (self.w, self.h))
         self.pen = ImageDraw.Draw(self.image)
-        self.x, self.y = np.meshgrid(
-            np.linspace(0, 1, self.w, dtype="f4"), np.linspace(0, 1, self.h, dtype="f4")
-        )
+        self.x, self.y = np.meshgrid(np.linspace(0, 1, self.w, dtype="f4"), np.linspace(0, 1, self.h, dtype="f4"))
 
     def distance(self, x: float, y: float) -> np.ndarray:
         return np.hypot((self.x - x) * self.w, (self.y - y) * self.h) / self.unit
@@ -123,9 +121,7 @@ class Canvas:
     def text(self, x: float, y: float, words: str, size: float, fill: Colour, bold: float = 0) -> None:
         font = ImageFont.load_default(size=size * self.unit)
         stroke = round(bold * size * self.unit)
-        self.pen.text(
-            (x * self.w, y * self.h), words, fill, font, anchor="mm", align="center", stroke_width=stroke
-        )
+        self.pen.text((x * self.w, y * self.h), words, fill, font, anchor="mm", align="center", stroke_width=stroke)
 
 
 def pine(c: Canvas, x: float, base: float, height: float, colour: Colour) -> None:

@@ -1,0 +1,232 @@
+"""How well does a model find edited copies, on your own photographs?
+
+    python tests/evaluate.py ~/Pictures
+    python tests/evaluate.py ~/Pictures --model offline --model resnet50 --weights resnet50-0676ba61.pth
+
+A number of the photographs are edited in fourteen ways; each edited copy is then searched for among all of them.
+Printed is how often the original comes first (recall@1), or among the first ten (recall@10), with the query as it is
+and in all its views. Two floors stand beside: an 8×8 thumbnail and a plain gradient histogram. Where the folder has
+one sub-folder a class, also how often a photograph's nearest neighbour is of its own class (precision@1), and mAP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import random
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import main
+
+SEED = 7  # of the shuffle that chooses the photographs to edit
+
+Edit = Callable[[Image.Image], Image.Image]
+
+# ---- Edits -----------------------------------------------------------------------------------------------------------
+
+
+def half_size(image: Image.Image) -> Image.Image:
+    return image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.BICUBIC)
+
+
+def jpeg_30(image: Image.Image) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=30)
+    return Image.open(buffer).convert("RGB")
+
+
+def crop(area: float) -> Edit:
+    """Keep `area` of the picture, both sides cut alike, at a place drawn from the picture's own bytes."""
+
+    def edit(image: Image.Image) -> Image.Image:
+        place = random.Random(zlib.crc32(image.tobytes()))
+        width, height = round(image.width * area**0.5), round(image.height * area**0.5)
+        left, top = place.randint(0, image.width - width), place.randint(0, image.height - height)
+        return image.crop((left, top, left + width, top + height))
+
+    return edit
+
+
+def mirror(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def rotate_10(image: Image.Image) -> Image.Image:
+    return image.rotate(10, Image.Resampling.BICUBIC)  # same size, black corners
+
+
+def rotate_90(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.ROTATE_90)
+
+
+def colour(image: Image.Image) -> Image.Image:
+    """Saturation × 1.5, brightness × 1.25, hue turned by 25°."""
+    image = ImageEnhance.Brightness(ImageEnhance.Color(image).enhance(1.5)).enhance(1.25)
+    hue, saturation, value = image.convert("HSV").split()
+    return Image.merge("HSV", (hue.point([(h + 18) % 256 for h in range(256)]), saturation, value)).convert("RGB")
+
+
+def grey(image: Image.Image) -> Image.Image:
+    return image.convert("L").convert("RGB")
+
+
+def blur(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(0.008 * max(image.size)))  # 4 pixels at 500
+
+
+def caption(image: Image.Image) -> Image.Image:
+    """White text on a black bar that hides the lowest 16 % of the picture."""
+    image, top = image.copy(), round(image.height * 0.84)
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, top, image.width, image.height), fill="black")
+    font = ImageFont.load_default(size=image.height * 0.07)
+    draw.text((image.width / 2, (top + image.height) / 2), "when you see it", "white", font, anchor="mm")
+    return image
+
+
+def border(image: Image.Image) -> Image.Image:
+    """A white border on all sides, 12 % of the longer side wide."""
+    edge = round(0.12 * max(image.size))
+    canvas = Image.new("RGB", (image.width + 2 * edge, image.height + 2 * edge), "white")
+    canvas.paste(image, (edge, edge))
+    return canvas
+
+
+def aspect(image: Image.Image) -> Image.Image:
+    return image.resize((round(image.width * 1.4), image.height), Image.Resampling.BICUBIC)
+
+
+EDITS: dict[str, Edit] = {
+    "half size": half_size,
+    "jpeg 30": jpeg_30,
+    "crop 81 %": crop(0.81),
+    "crop 50 %": crop(0.50),
+    "crop 25 %": crop(0.25),
+    "mirror": mirror,
+    "rotate 10°": rotate_10,
+    "rotate 90°": rotate_90,
+    "colour": colour,
+    "grey": grey,
+    "blur": blur,
+    "caption": caption,
+    "border": border,
+    "aspect": aspect,
+}
+
+# ---- Floors ----------------------------------------------------------------------------------------------------------
+
+
+def unit(features: np.ndarray) -> np.ndarray:
+    return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-9)
+
+
+def thumbnail(image: Image.Image) -> np.ndarray:
+    small = np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.float32).ravel()
+    return unit(small - small.mean())
+
+
+def histogram(image: Image.Image) -> np.ndarray:
+    """Of gradient directions, 8 of them over half a turn in 4 × 4 cells, under a square root."""
+    light = np.asarray(image.resize((130, 130), Image.Resampling.BILINEAR).convert("L"), np.float32)
+    dx, dy = light[1:-1, 2:] - light[1:-1, :-2], light[2:, 1:-1] - light[:-2, 1:-1]
+    direction = (np.arctan2(dy, dx) % np.pi / np.pi * 8).astype(int) % 8
+    votes = np.eye(8, dtype=np.float32)[direction] * np.hypot(dx, dy)[..., None]
+    return unit(np.sqrt(votes.reshape(4, 32, 4, 32, 8).mean((1, 3))).ravel())
+
+
+FLOORS = {"thumbnail": thumbnail, "histogram": histogram}
+
+# ---- Measures --------------------------------------------------------------------------------------------------------
+
+
+def ranks(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """How many of the collection (columns) score above the original of each query (rows)."""
+    return (scores > scores[np.arange(len(truth)), truth][:, None]).sum(1)
+
+
+def by_class(features: np.ndarray, classes: np.ndarray) -> tuple[float, float]:
+    """Precision@1 and mean average precision, each photograph among all the others."""
+    scores = features @ features.T
+    np.fill_diagonal(scores, -np.inf)
+    hits = classes[np.argsort(-scores, axis=1, kind="stable")[:, :-1]] == classes[:, None]
+    precision = hits.cumsum(1) / np.arange(1, hits.shape[1] + 1)
+    return float(hits[:, 0].mean()), float(((precision * hits).sum(1) / np.maximum(hits.sum(1), 1)).mean())
+
+
+def read(folder: Path) -> tuple[list[Path], np.ndarray]:
+    """The photographs, shuffled, and the class of each, by its folder."""
+    stop: list[OSError] = []
+    paths = [folder / main.os.fsdecode(file.path) for file in main.find_images(folder, stop.append)]
+    suffixes = main.image_formats()[1]
+    paths = [path for path in paths if path.suffix.lower() in suffixes]
+    random.Random(SEED).shuffle(paths)
+    names = sorted({path.parent for path in paths})
+    return paths, np.array([names.index(path.parent) for path in paths])
+
+
+def opened(path: Path) -> Image.Image:
+    return main.to_rgb(Image.open(path), 10**6)
+
+
+def table(head: str, columns: dict[str, list[float]]) -> None:
+    names = list(columns)
+    print(f"{head:11}" + "".join(f"{name:>18}" for name in names))
+    for i, edit in enumerate(EDITS):
+        print(f"{edit:11}" + "".join(f"{columns[name][i]:18.3f}" for name in names))
+    print(f"{'mean':11}" + "".join(f"{np.mean(columns[name]):18.3f}" for name in names), flush=True)
+
+
+def evaluate(folder: Path, models: dict[str, main.Model], count: int) -> None:
+    paths, classes = read(folder)
+    truth = np.arange(min(count, len(paths)))
+    print(f"{folder}: {len(paths):,} photographs, {len(truth)} of them edited in {len(EDITS)} ways\n")
+    photos = [opened(paths[i]) for i in truth]
+    columns: dict[str, list[float]] = {}
+    collections: dict[str, np.ndarray] = {}
+    for name, floor in FLOORS.items():
+        collections[name] = np.stack([floor(opened(path)) for path in paths])
+        scores = [np.stack([floor(edit(photo)) for photo in photos]) @ collections[name].T for edit in EDITS.values()]
+        columns[f"{name} @1"] = [float((ranks(s, truth) == 0).mean()) for s in scores]
+    for name, model in models.items():
+        blocks = (paths[i : i + 64] for i in range(0, len(paths), 64))
+        collections[name] = xb = np.concatenate([main.extract_features_batch(block, model) for block in blocks])
+        one, every, ten = [], [], []
+        for edit in EDITS.values():
+            plain, best = [], []
+            for photo in photos:
+                views = main.query_views(edit(photo), model, "all")
+                scores = main.features_of_views(views, model).astype(np.float32) @ xb.T
+                plain.append(scores[0])
+                best.append(scores.max(0))
+            one.append(float((ranks(np.stack(plain), truth) == 0).mean()))
+            every.append(float((ranks(np.stack(best), truth) == 0).mean()))
+            ten.append(float((ranks(np.stack(best), truth) < 10).mean()))
+        columns |= {f"{name} @1": one, "in all views @1": every, "@10": ten}
+    table("recall", columns)
+    if len(set(classes.tolist())) > 1:
+        print("\nby class       precision@1       mAP")
+        for name, features in collections.items():
+            print("{:14} {:11.3f} {:9.3f}".format(name, *by_class(features, classes)))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", action="append", metavar="NAME", help="may be given again (default: offline)")
+    parser.add_argument("--weights", metavar="FILE", help="for all but offline")
+    parser.add_argument("--queries", type=int, default=150, metavar="N", help="to edit (default: %(default)s)")
+    options = parser.parse_args()
+    try:
+        chosen = options.model or [main.OFFLINE]
+        loaded = {name: main.load_model(name, None if name == main.OFFLINE else options.weights) for name in chosen}
+    except main.DeepVisionError as error:
+        raise SystemExit(f"error: {error}") from error
+    evaluate(options.folder, loaded, options.queries)
