@@ -116,6 +116,12 @@ PLAIN, WRITTEN = 0.97, 0.5  # share of a line that has a bar's colour, plain or 
 BAR_TOLERANCE = 20  # of 255, from the bar's colour
 BAR_END = 4  # lines within which a bar gives way to the picture; a page's margin or a backdrop fades out
 BAR_DEEPEST = 0.3  # share of a side
+CHANCE = {"copy": 0.01, "similar": 1.0}  # so many chance matches a search at or above the scores that get this label
+LABELS = ("weak", "similar", "copy", "identical")
+SAMPLE = 1000  # images that scores are compared with; twice as many take four times as long and say little more
+FEWEST = 50  # images; of a smaller collection nothing is said
+OWN = 0.1  # share of the sample that is nearer to an image than its own distance: far more than any burst
+ROUNDS = 10  # of leaving out related pairs; it settles after three or four
 NOT_AN_IMAGE = "not an image"
 PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
 NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5"}  # EPS would start Ghostscript; the others Pillow can only name
@@ -163,6 +169,7 @@ class Match(NamedTuple):
     path: str
     score: float  # cosine similarity, -1 to 1, of the best view of the query
     identical: bool  # the same bytes as the query
+    label: str = ""  # identical, copy, similar or weak; empty in a collection too small to tell
     view: str = ""  # how the query was looked at: mirrored, turned 90°, trimmed, part; empty: as it is
 
 
@@ -529,12 +536,13 @@ def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
     cells, Fourier transform over the directions, and what is strong in any picture weighted down. To that a layout of
     the colours. The mean of each part is removed, so that unrelated pictures score near 0.
 
-    A smaller square stands for the part at (top, left) of a picture whose rest is unknown.
+    A smaller rectangle stands for the part at (top, left) of a picture whose rest is unknown.
     """
-    normalize, n = torch.nn.functional.normalize, pixels.shape[-1]
+    normalize, (height, width) = torch.nn.functional.normalize, pixels.shape[-2:]
     with pixels.device:
         planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT), pixels.float())
-        edge_grid, colour_grid = ([windows(c, n, start) for start in (top, left)] for c in (EDGE_CELLS, COLOUR_CELLS))
+        cells = EDGE_CELLS, COLOUR_CELLS
+        edge_grid, colour_grid = ((windows(c, height, top), windows(c, width, left)) for c in cells)
         counts = torch.stack([pool(rise, *edge_grid) for rise in rises(planes[:, 0])], 1)
         edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier()), *edge_grid)
         colours = whiten(pool(planes, *colour_grid), *colour_grid)
@@ -592,11 +600,13 @@ def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Ima
     The whole picture is squeezed into a square: a crop of its centre would lose what stands at the edges.
     """
 
-    def transform(image: Image.Image) -> torch.Tensor:
-        square = to_rgb(image, side).resize((side, side), Image.Resampling[resample.upper()])
-        return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    return lambda image: squeeze(to_rgb(image, side), side, side, resample)
 
-    return transform
+
+def squeeze(image: Image.Image, width: int, height: int, resample: str) -> torch.Tensor:
+    """An RGB image as uint8 (3, height, width)."""
+    resized = image.resize((width, height), Image.Resampling[resample.upper()])
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
 def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | None = None) -> np.ndarray:
@@ -639,38 +649,42 @@ def with_features(
 def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
     """A query as it is, and as it would be before an edit: mirrored, turned, without a border or a caption bar, or as
     a part of a larger picture. `views`: none, all, or auto: those that help most for their cost."""
-    square, picture = get_transform(model.side, model.resample), to_rgb(image, model.side)
-    found = [View("", square(picture))]
+    picture, side, resample = to_rgb(image, model.side), model.side, model.resample
+    found = [View("", squeeze(picture, side, side, resample))]
     if views == "none":
         return found
 
     def add(edit: str, undo: Callable[[torch.Tensor], torch.Tensor], seen: Sequence[View]) -> None:
         found.extend(View(f"{view.name}, {edit}".lstrip(", "), undo(view.pixels)) for view in seen)
 
-    if (inner := trimmed(picture)) is not picture:
-        found.append(View("trimmed", square(inner)))
+    if box := content_box(picture):
+        found.append(View("trimmed", squeeze(picture.crop(box), side, side, resample)))
     add("mirrored", partial(torch.flip, dims=[2]), list(found))
     upright = list(found)
     for quarters in range(1, 4 if views == "all" or model.name == OFFLINE else 1):
         add(f"turned {90 * quarters}°", partial(torch.rot90, k=quarters, dims=(1, 2)), upright)
-    if model.name == OFFLINE and inner is picture:
+    if model.name == OFFLINE and box:  # a bar may hide a part instead of standing beside the whole
+        left, top, right, bottom = (round(x * side / full) for x, full in zip(box, 2 * picture.size))
+        found.append(View("trimmed", squeeze(picture.crop(box), right - left, bottom - top, resample), top, left))
+    elif model.name == OFFLINE:
         for share, places in PARTS:
-            side = round(share * model.side)
-            part = get_transform(side, model.resample)(picture)
-            starts = [round((2 * i + 1) / (2 * places) * (model.side - side)) for i in range(places)]
+            small = round(share * side)
+            part = squeeze(picture, small, small, resample)
+            starts = [round((2 * i + 1) / (2 * places) * (side - small)) for i in range(places)]
             found += [View("part", part, top, left) for top in starts for left in starts]
     return found
 
 
-def trimmed(image: Image.Image) -> Image.Image:
-    """The picture without plain borders and caption bars; itself if there are none."""
-    pixels, box = np.asarray(image, np.int16), (0, 0, image.width, image.height)
+def content_box(image: Image.Image) -> tuple[int, int, int, int] | None:
+    """Left, top, right and bottom of the picture within plain borders and caption bars; None if there are none."""
+    pixels, whole = np.asarray(image, np.int16), (0, 0, image.width, image.height)
+    box = whole
     for _ in range(2):  # a border may lie around a bar
         left, top, right, bottom = box
         rows = pixels[top:bottom, left:right]
         columns = rows.transpose(1, 0, 2)
         box = left + bar(columns), top + bar(rows), right - bar(columns[::-1]), bottom - bar(rows[::-1])
-    return image if box == (0, 0, image.width, image.height) else image.crop(box)
+    return None if box == whole else box
 
 
 def bar(lines: np.ndarray) -> int:
@@ -686,11 +700,12 @@ def bar(lines: np.ndarray) -> int:
 
 def features_of_views(views: Sequence[View], model: Model) -> np.ndarray:
     """Features of a query in its views, fp16 as in the cache, (views, dim)."""
+    whole = [view.pixels for view in views if view.pixels.shape[1:] == (model.side, model.side)]  # the first ones
     with torch.inference_mode():
-        whole = torch.stack([view.pixels for view in views if view.name != "part"]).to(model.device)
-        parts = [model.network(v.pixels[None].to(model.device), v.top, v.left) for v in views if v.name == "part"]
-        features = torch.cat([model.network(whole), *parts])
-        return torch.nn.functional.normalize(features).cpu().numpy().astype(np.float16)
+        features = [model.network(torch.stack(whole).to(model.device))]
+        for view in views[len(whole) :]:
+            features.append(model.network(view.pixels[None].to(model.device), view.top, view.left))
+        return torch.nn.functional.normalize(torch.cat(features)).cpu().numpy().astype(np.float16)
 
 
 # ---- Catalogue -------------------------------------------------------------------------------------------------------
@@ -923,6 +938,11 @@ class Catalogue:
         rows = self.db.execute(f"SELECT row FROM features WHERE digest IN (SELECT digest FROM {HERE}) ORDER BY row")
         return np.fromiter((row for (row,) in rows), np.int64)
 
+    def sample_rows(self, count: int) -> np.ndarray:
+        """Some of the live rows: those of the least content hashes, whatever the order in which files were added."""
+        query = f"SELECT row FROM features WHERE digest IN (SELECT digest FROM {HERE}) ORDER BY digest LIMIT ?"
+        return np.fromiter((row for (row,) in self.db.execute(query, (count,))), np.int64)
+
     def files_of(self, row: int, limit: int) -> list[tuple[bytes, bytes]]:
         """Path and content hash of the files of the collection with these features."""
         query = """SELECT path, digest FROM features JOIN files USING (digest) JOIN seen USING (path)
@@ -984,6 +1004,8 @@ class Engine:
     generation: bytes | None  # of the catalogue: another one has other rows
     index: faiss.Index
     live: np.ndarray  # int64, the rows of the index that belong to a file of the collection
+    sample: np.ndarray  # features of some of them, float32 (m, dim)
+    limits: dict[str, float]  # of the labels, see `chance_limits`
     summary: Summary
 
 
@@ -1015,14 +1037,14 @@ def open_index(catalogue: Catalogue) -> faiss.Index:
 
 
 def search(
-    queries: str | Path | Iterable[str | Path], engine: Engine | None = None, *, k: int = TOP, threshold: float = -1.0,
-    views: str = "auto",
+    queries: str | Path | Iterable[str | Path], engine: Engine | None = None, *,
+    k: int = TOP, threshold: float | str = -1.0, views: str = "auto",
 ) -> Iterator[Answer]:  # fmt: skip
     """What looks like each of the image files `queries`: an Answer for each, in their order.
 
     engine     by default `initialize_reverse_image_search()`
     k          matches at most; a picture that is there under several names gives several
-    threshold  cosine similarity, -1 to 1, that a match has at least
+    threshold  cosine similarity, -1 to 1, that a match has at least, or label: similar, copy, identical
     views      none, all or auto: the edits that a query is searched with, see `query_views`
 
     Exact, best first, equal scores by path; the query's own file is left out. A file that cannot be used gets an Answer
@@ -1061,26 +1083,61 @@ def nearest(engine: Engine, xq: np.ndarray, k: int) -> tuple[np.ndarray, np.ndar
             return D, I
 
 
-def find_matches(engine: Engine, query: Picture, k: int, threshold: float) -> list[Match]:
+def find_matches(engine: Engine, query: Picture, k: int, threshold: float | str) -> list[Match]:
     """The best view counts, and the first of equal ones, which is the query as it is."""
+    least, label = (-1.0, threshold) if isinstance(threshold, str) else (threshold, LABELS[0])
     best: dict[int, tuple[float, str]] = {}
     xq = features_of_views(query.pixels, engine.model).astype(np.float32)
     for view, scores, rows in zip(query.pixels, *nearest(engine, xq, k + 1)):  # one more, for the query's own file
         for score, row in zip(scores.clip(-1, 1).tolist(), rows.tolist()):
-            if score >= threshold and score > best.get(row, (-2.0, ""))[0]:
+            if score >= least and score > best.get(row, (-2.0, ""))[0]:
                 best[row] = score, view.name
-    own = location(os.fsdecode(query.file.path))
-    found: list[tuple[float, str, bool, str]] = []
+    own, reach = location(os.fsdecode(query.file.path)), own_distance((xq @ engine.sample.T).max(0))
+    found: list[tuple[float, str, str, str]] = []
     for row in sorted(best, key=lambda row: -best[row][0]):
         score, edit = best[row]
         if len(found) > k and -score > found[k][0]:
             break
+        word = "weak" if engine.limits else ""
+        word = next((name for name, limit in engine.limits.items() if 1 - score <= limit * reach), word)
         for name, digest in engine.catalogue.files_of(row, k + 1):
             path = os.path.join(engine.images, os.fsdecode(name))
             if digest != query.digest or location(path) != own:
-                found.append((-score, path, digest == query.digest, edit))
-    ranked = enumerate(sorted(found)[:k], start=1)
-    return [Match(rank, path, -minus, same, edit) for rank, (minus, path, same, edit) in ranked]
+                found.append((-score, path, "identical" if digest == query.digest else word, edit))
+    kept = [item for item in sorted(found) if label == LABELS[0] or item[2] in LABELS[LABELS.index(label) :]]
+    ranked = enumerate(kept[:k], start=1)
+    return [Match(rank, path, -minus, word == "identical", word, edit) for rank, (minus, path, word, edit) in ranked]
+
+
+def own_distance(scores: np.ndarray) -> np.ndarray:
+    """From an image's scores with the sample, (..., m), to how far a near but unrelated image is, (...)."""
+    rank = int(scores.shape[-1] * (1 - OWN))
+    return np.maximum(1 - np.partition(scores, rank, axis=-1)[..., rank], 1e-6)
+
+
+def chance_limits(sample: np.ndarray, n: int) -> dict[str, float]:
+    """How near, as a share of a query's own distance, a match among n images must be to get a label of CHANCE.
+
+    The distances d = 1 - score of unrelated images have a lower end, 0, towards which their number falls as a power of
+    d: a generalised Pareto tail with a known end point (Pickands, Annals of Statistics 1975). The power is estimated
+    from the nearest pairs, as by Hill (Annals of Statistics 1975), but with a median, which a burst of true look-alikes
+    does not move; and pairs nearer than chance would have them are left out, until that changes nothing. `sample`,
+    float32 (m, dim), is of the collection itself. Empty if it is too small to tell.
+    """
+    m = len(sample)
+    if m < FEWEST:
+        return {}
+    scores = (sample @ sample.T)[~np.eye(m, dtype=bool)].reshape(m, m - 1)
+    ranked = np.sort(np.maximum((1 - scores) / own_distance(scores)[:, None], 1e-6), axis=None)
+    first, tail, limits = 0, len(ranked) // 20, dict.fromkeys(CHANCE, 0.0)
+    for _ in range(ROUNDS):
+        reach, share = ranked[first + tail], tail / (len(ranked) - first)
+        power = np.median(np.log(reach / ranked[first : first + tail])) / np.log(2)
+        power *= 1 + m**-0.5  # a standard error, to be on the safe side: an image is worth one independent distance
+        limits = {label: float(reach * (chance / n / share) ** power) for label, chance in CHANCE.items()}
+        first = int(np.searchsorted(ranked, limits["copy"]))
+        tail = min(2 * m, len(ranked) - first - 1)
+    return limits
 
 
 def location(path: str) -> str:
@@ -1185,8 +1242,10 @@ def initialize_reverse_image_search(
 def ready(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Engine:
     catalogue.check()
     summary = update(catalogue, images, model, work)
-    index = open_index(catalogue)
-    return Engine(images, model, catalogue, catalogue.generation(), index, catalogue.live_rows(), summary)
+    index, live = open_index(catalogue), catalogue.live_rows()
+    sample = index.reconstruct_batch(catalogue.sample_rows(SAMPLE))
+    limits = chance_limits(sample, len(live))
+    return Engine(images, model, catalogue, catalogue.generation(), index, live, sample, limits, summary)
 
 
 # ---- Output ----------------------------------------------------------------------------------------------------------
@@ -1199,13 +1258,15 @@ def shown(text: str) -> str:
 
 
 def as_text(answer: Answer, engine: Engine) -> str:
-    """A heading line, then `rank  score  path` for each match."""
-    lines = [f"{shown(answer.query)}  ({engine.model.name}, {engine.summary.images:,} images)"]
-    width = len(str(len(answer.matches)))
-    for rank, path, score, identical, view in answer.matches:
-        remark = "  identical" if identical else f"  {view}" if view else ""
-        lines.append(f"  {rank:>{width}}  {score:6.3f}  {shown(path)}{remark}")
-    return "\n".join(lines if answer.matches else [*lines, "  no match"])
+    """A heading line, then `rank  score  path  label, view` for each match."""
+    heading = f"{shown(answer.query)}  ({engine.model.name}, {engine.summary.images:,} images)"
+    if not answer.matches or answer.matches[0].label in ("weak", "similar"):
+        heading += ": no confident match"
+    lines, width = [heading], len(str(len(answer.matches)))
+    for rank, path, score, _, label, view in answer.matches:
+        remark = ", ".join(filter(None, (label, view)))
+        lines.append(f"  {rank:>{width}}  {score:6.3f}  {shown(path)}  {remark}".rstrip())
+    return "\n".join(lines)
 
 
 def as_json(answer: Answer, engine: Engine) -> str:
@@ -1219,6 +1280,17 @@ def as_json(answer: Answer, engine: Engine) -> str:
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 
+def threshold(text: str) -> float | str:
+    if text in LABELS:
+        return text
+    try:
+        if -1 <= float(text) <= 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a cosine similarity, -1 to 1, nor {', '.join(LABELS)}")
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
@@ -1226,7 +1298,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", default=IMAGES, metavar="DIR", help="the collection (default: %(default)s/)")
     add("--index-dir", default=INDEX_DIR, metavar="DIR", help="the cache (default: %(default)s/)")
     add("-k", "--top", type=int, default=TOP, metavar="N", help="matches per query (default: %(default)s)")
-    add("--threshold", type=float, default=-1.0, metavar="S", help="leave out matches of a cosine similarity below S")
+    add("--threshold", type=threshold, default=-1.0, metavar="S", help="leave out matches of less: cosine or label")
     add("--views", choices=("none", "auto", "all"), default="auto", help="edits of the query to see through")
     add("--model", metavar="NAME", help=f"{MODEL} (default), any torchvision classification model, offline, timm:NAME")
     add("--weights", metavar="NAME|FILE", help=f"torchvision weights (default: {WEIGHTS}) or a local file")
@@ -1244,8 +1316,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for option in ("top", "batch_size", "workers"):
         if (value := getattr(options, option)) is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} takes a whole number from 1 on, not {value}")
-    if not -1 <= options.threshold <= 1:
-        parser.error(f"--threshold takes a cosine similarity, -1 to 1, not {options.threshold}")
     return options
 
 

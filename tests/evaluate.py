@@ -7,6 +7,8 @@ A number of the photographs are edited in fourteen ways; each edited copy is the
 Printed is how often the original comes first (recall@1), or among the first ten (recall@10), with the query as it is
 and in all its views. Two floors stand beside: an 8×8 thumbnail and a plain gradient histogram. Where the folder has
 one sub-folder a class, also how often a photograph's nearest neighbour is of its own class (precision@1), and mAP.
+Last, what the label `copy` is worth: how often the original, found first, gets it; and how often a photograph does
+that has no source, each half of the folder being searched for in the other.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
@@ -184,6 +187,24 @@ def table(head: str, columns: dict[str, list[float]]) -> None:
     print(f"{'mean':11}" + "".join(f"{np.mean(columns[name]):18.3f}" for name in names), flush=True)
 
 
+class Seen(NamedTuple):
+    """The scores of one query with all of the collection."""
+
+    plain: np.ndarray  # (n,), as it is
+    best: np.ndarray  # (n,), in its best view
+
+
+def look(photo: Image.Image, model: main.Model, xb: np.ndarray) -> Seen:
+    scores = main.features_of_views(main.query_views(photo, model, "all"), model).astype(np.float32) @ xb.T
+    return Seen(scores[0], scores.max(0))
+
+
+def label(best: np.ndarray, sample: np.ndarray, limits: dict[str, float]) -> str:
+    """Of the best match, whose scores with the sample and in all are given."""
+    ratio = (1 - best.max()) / main.own_distance(sample)
+    return next((word for word, limit in limits.items() if ratio <= limit), "weak")
+
+
 def evaluate(folder: Path, models: dict[str, main.Model], count: int) -> None:
     paths, classes = read(folder)
     truth = np.arange(min(count, len(paths)))
@@ -195,26 +216,45 @@ def evaluate(folder: Path, models: dict[str, main.Model], count: int) -> None:
         collections[name] = np.stack([floor(opened(path)) for path in paths])
         scores = [np.stack([floor(edit(photo)) for photo in photos]) @ collections[name].T for edit in EDITS.values()]
         columns[f"{name} @1"] = [float((ranks(s, truth) == 0).mean()) for s in scores]
+    strangers = []
     for name, model in models.items():
         blocks = (paths[i : i + 64] for i in range(0, len(paths), 64))
         collections[name] = xb = np.concatenate([main.extract_features_batch(block, model) for block in blocks])
-        one, every, ten = [], [], []
+        limits = main.chance_limits(xb[: main.SAMPLE], len(xb))
+        rows: list[list[float]] = []
         for edit in EDITS.values():
-            plain, best = [], []
-            for photo in photos:
-                views = main.query_views(edit(photo), model, "all")
-                scores = main.features_of_views(views, model).astype(np.float32) @ xb.T
-                plain.append(scores[0])
-                best.append(scores.max(0))
-            one.append(float((ranks(np.stack(plain), truth) == 0).mean()))
-            every.append(float((ranks(np.stack(best), truth) == 0).mean()))
-            ten.append(float((ranks(np.stack(best), truth) < 10).mean()))
-        columns |= {f"{name} @1": one, "in all views @1": every, "@10": ten}
+            seen = [look(edit(photo), model, xb) for photo in photos]
+            best = np.stack([one.best for one in seen])
+            first = ranks(best, truth) == 0
+            called = [label(one.best, one.best[: main.SAMPLE], limits) for one in seen]
+            rows.append([
+                float((ranks(np.stack([one.plain for one in seen]), truth) == 0).mean()), float(first.mean()),
+                float((ranks(best, truth) < 10).mean()),
+                float(np.mean([word == "copy" for word, found in zip(called, first) if found] or [np.nan])),
+            ])  # fmt: skip
+        heads = (f"{name} @1", "all views @1", "all views @10", "called copy")
+        columns |= {head: list(column) for head, column in zip(heads, zip(*rows))}
+        strangers.append((name, *without_source(paths, xb, model)))
     table("recall", columns)
     if len(set(classes.tolist())) > 1:
         print("\nby class       precision@1       mAP")
         for name, features in collections.items():
             print("{:14} {:11.3f} {:9.3f}".format(name, *by_class(features, classes)))
+    for name, copies, asked in strangers:
+        print(
+            f"\n{name}: of {asked:,} queries without a source in the collection, {copies / asked:.2%} are told of a copy"
+        )
+
+
+def without_source(paths: list[Path], xb: np.ndarray, model: main.Model) -> tuple[int, int]:
+    """Each half of the photographs is the collection, and the other half asks: how often is a copy claimed, of how many."""
+    half, copies = len(paths) // 2, 0
+    for inside, outside in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
+        limits = main.chance_limits(xb[inside][: main.SAMPLE], len(xb[inside]))
+        for path in paths[outside]:
+            best = look(opened(path), model, xb[inside]).best
+            copies += label(best, best[: main.SAMPLE], limits) == "copy"
+    return copies, len(paths)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import faiss
 import filelock
 import pytest
 import torch
@@ -37,6 +38,17 @@ SUMMARY = re.compile(
 )
 Run = Callable[..., Outcome]
 Index = Callable[..., dict[str, int]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """For a few small pictures, more threads only wait for each other: ten times as long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1), faiss.omp_set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(before), faiss.omp_set_num_threads(before)
 
 
 def counts(outcome: Outcome) -> dict[str, int]:
@@ -570,19 +582,19 @@ def test_damage_is_noticed_and_repaired_and_never_answered_from(
     assert "Traceback" not in first.stderr + second.stderr
     assert first.stderr + second.stderr or (name, damage) in UNSAID
 
-    third = run(*ask)
-    assert counts(third) == {"found": 13, "unchanged": 13}
+    third = counts(run(*ask))
+    assert (third["found"], third["unchanged"], "opened" in third) == (13, 13, False)
     assert run(*ask, "-q").stderr == "" and not Path("exploded").exists()
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_flipped_bit_changes_an_answer(name: str, original: Original, run: Run) -> None:
-    """Nor does it stop a run: wherever it is, but in the four bytes that tell the version of the cache."""
+    """Nor does it stop a run: wherever it is, but in the bytes that tell the version of the format."""
     shutil.copytree(original.cache, INDEX)
     ask = ("--model", "offline", "--json", "-q", "--images", original.images, *original.queries)
     expected, places = answers_of(run(*ask)), random.Random(name)
     whole, path = contents(cache_folder()), cache_folder() / name
-    used = [place for place, byte in enumerate(whole[name]) if byte and place not in range(60, 64)]
+    used = [place for place, byte in enumerate(whole[name]) if byte and place not in {*range(44, 48), *range(60, 64)}]
     for place in places.sample(used, 120):
         for other, content in whole.items():
             (path.parent / other).write_bytes(content)
@@ -623,7 +635,7 @@ def test_a_folder_in_the_place_of_a_cache_file_is_named_and_left_alone(name: str
     (path / "mine.txt").write_text("do not delete")
     ask = ("--model", "offline", "--json", "-q", "--images", original.images, *original.queries)
     outcome = run(*ask)
-    assert outcome.status == 1 and outcome.stdout == "" and outcome.stderr.count("\n") == 1
+    assert outcome.status == 1 and outcome.stdout == "" and outcome.stderr.count("error: ") == 1
     assert str(path.parent) in outcome.stderr and (path / "mine.txt").read_text() == "do not delete"
     shutil.rmtree(path)
     assert answers_of(run(*ask)) == answers_of(run(*ask, "--index-dir", "fresh"))
