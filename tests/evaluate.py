@@ -226,12 +226,10 @@ def evaluate(folder: Path, models: dict[str, main.Model], count: int) -> None:
             seen = [look(edit(photo), model, xb) for photo in photos]
             best = np.stack([one.best for one in seen])
             first = ranks(best, truth) == 0
-            called = [label(one.best, one.best[: main.SAMPLE], limits) for one in seen]
-            rows.append([
-                float((ranks(np.stack([one.plain for one in seen]), truth) == 0).mean()), float(first.mean()),
-                float((ranks(best, truth) < 10).mean()),
-                float(np.mean([word == "copy" for word, found in zip(called, first) if found] or [np.nan])),
-            ])  # fmt: skip
+            copies = np.array([label(one.best, one.best[: main.SAMPLE], limits) == "copy" for one in seen])
+            plain = ranks(np.stack([one.plain for one in seen]), truth) == 0
+            called = copies[first].mean() if first.any() else np.nan
+            rows.append([plain.mean(), first.mean(), (ranks(best, truth) < 10).mean(), called])
         heads = (f"{name} @1", "all views @1", "all views @10", "called copy")
         columns |= {head: list(column) for head, column in zip(heads, zip(*rows))}
         strangers.append((name, *without_source(paths, xb, model)))
@@ -240,14 +238,12 @@ def evaluate(folder: Path, models: dict[str, main.Model], count: int) -> None:
         print("\nby class       precision@1       mAP")
         for name, features in collections.items():
             print("{:14} {:11.3f} {:9.3f}".format(name, *by_class(features, classes)))
-    for name, copies, asked in strangers:
-        print(
-            f"\n{name}: of {asked:,} queries without a source in the collection, {copies / asked:.2%} are told of a copy"
-        )
+    for name, claimed, asked in strangers:
+        print(f"\n{name}: of {asked:,} queries with no source in the collection, {claimed / asked:.2%} get a `copy`")
 
 
 def without_source(paths: list[Path], xb: np.ndarray, model: main.Model) -> tuple[int, int]:
-    """Each half of the photographs is the collection, and the other half asks: how often is a copy claimed, of how many."""
+    """Each half of the photographs is the collection in turn, and the other asks: how many get a copy, of how many."""
     half, copies = len(paths) // 2, 0
     for inside, outside in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
         limits = main.chance_limits(xb[inside][: main.SAMPLE], len(xb[inside]))

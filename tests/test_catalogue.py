@@ -32,6 +32,7 @@ import main
 
 IMAGES, INDEX = Path("bulk_images"), Path("image_index")
 N = 6  # pictures in the collection to begin with
+ASK = ("--model", "offline", "--json", "--views", "none")
 SUMMARY = re.compile(
     r"(?P<found>\d+) found, (?P<new>\d+) new( \((?P<recognised>\d+) recognised by content\))?, (?P<unchanged>\d+) "
     r"unchanged, (?P<skipped>\d+) skipped, (?P<gone>\d+) gone; (?P<opened>no image was opened)?"
@@ -103,7 +104,7 @@ def answers(run: Run) -> Callable[..., list[dict[str, Any]]]:
     """answers(*options): to two queries from outside of the collection, one of them 0.png in half the size."""
     draw(0).resize((48, 32)).save("small.png")
     draw(100).save("other.png")
-    return lambda *options: answers_of(run("--model", "offline", "--json", "small.png", "other.png", *options))
+    return lambda *options: answers_of(run(*ASK, "small.png", "other.png", *options))
 
 
 @pytest.fixture
@@ -454,7 +455,7 @@ def test_models_of_equal_dimension_never_mix(
     draw(100).save("query.png")
 
     def ask(model: str, *options: object) -> Outcome:
-        return run("query.png", "--json", *twins[model], *options)
+        return run("query.png", "--json", "--views", "none", *twins[model], *options)
 
     expected = {model: answers_of(ask(model, "--index-dir", f"only {model}")) for model in ("a", other)}
     assert expected["a"][0]["matches"] != expected[other][0]["matches"]
@@ -570,7 +571,7 @@ def test_damage_is_noticed_and_repaired_and_never_answered_from(
 ) -> None:
     shutil.copytree(original.cache, INDEX)
     shutil.copytree(original.images, IMAGES)
-    ask = ("--model", "offline", "--json", *original.queries)
+    ask = (*ASK, *original.queries)
     expected = answers_of(run(*ask, "--index-dir", "fresh"))
     DAMAGE[damage](cache_folder() / name, original)
 
@@ -591,7 +592,7 @@ def test_damage_is_noticed_and_repaired_and_never_answered_from(
 def test_no_flipped_bit_changes_an_answer(name: str, original: Original, run: Run) -> None:
     """Nor does it stop a run: wherever it is, but in the bytes that tell the version of the format."""
     shutil.copytree(original.cache, INDEX)
-    ask = ("--model", "offline", "--json", "-q", "--images", original.images, *original.queries)
+    ask = (*ASK, "-q", "--images", original.images, *original.queries)
     expected, places = answers_of(run(*ask)), random.Random(name)
     whole, path = contents(cache_folder()), cache_folder() / name
     used = [place for place, byte in enumerate(whole[name]) if byte and place not in {*range(44, 48), *range(60, 64)}]
@@ -620,7 +621,7 @@ def test_a_garbled_schema_is_made_again(garbled: str, original: Original, run: R
     path, (old, new) = cache_folder() / "catalogue.sqlite", GARBLED[garbled]
     assert old in path.read_bytes()
     path.write_bytes(path.read_bytes().replace(old, new))
-    ask = ("--model", "offline", "--json", "--images", original.images, *original.queries)
+    ask = (*ASK, "--images", original.images, *original.queries)
     outcome = run(*ask, "-q")
     assert answers_of(outcome) == answers_of(run(*ask, "--index-dir", "fresh"))
     assert "12 of 12 features hold" in outcome.stderr
@@ -633,7 +634,7 @@ def test_a_folder_in_the_place_of_a_cache_file_is_named_and_left_alone(name: str
     path.unlink()
     path.mkdir()
     (path / "mine.txt").write_text("do not delete")
-    ask = ("--model", "offline", "--json", "-q", "--images", original.images, *original.queries)
+    ask = (*ASK, "-q", "--images", original.images, *original.queries)
     outcome = run(*ask)
     assert outcome.status == 1 and outcome.stdout == "" and outcome.stderr.count("error: ") == 1
     assert str(path.parent) in outcome.stderr and (path / "mine.txt").read_text() == "do not delete"
@@ -667,7 +668,7 @@ def test_a_catalogue_that_contradicts_the_features_is_never_answered_from(
 ) -> None:
     shutil.copytree(original.cache, INDEX)
     edit(cache_folder() / "catalogue.sqlite", statement)
-    ask = ("--model", "offline", "--json", "-q", "--images", original.images, *original.queries)
+    ask = (*ASK, "-q", "--images", original.images, *original.queries)
     assert answers_of(run(*ask)) == answers_of(run(*ask, "--index-dir", "fresh"))
 
 
@@ -966,7 +967,7 @@ def test_two_runs_at_once_are_as_good_as_one(
     collection: Callable[[int], Path], program: Callable[..., subprocess.Popen[str]], answers: Any, fresh: Any
 ) -> None:
     collection(120)
-    ask = ("--model", "offline", "--json", "small.png", "other.png")
+    ask = (*ASK, "small.png", "other.png")
     both = [program(*ask) for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs

@@ -18,7 +18,7 @@ import faiss
 import pytest
 import torch
 from conftest import MAIN, Outcome, draw
-from PIL import Image
+from PIL import Image, ImageOps
 
 import main
 
@@ -65,8 +65,8 @@ def one_line(outcome: Outcome, *words: str) -> None:
 
 # ---- Usage -----------------------------------------------------------------------------------------------------------
 
-OPTIONS = """--images --index-dir -k --top --threshold --model --weights --device --batch-size --workers --index-only
-    --rebuild --prune --json -q --quiet -v --verbose"""
+OPTIONS = """--images --index-dir -k --top --threshold --views --model --weights --device --batch-size --workers
+    --index-only --rebuild --prune --json -q --quiet -v --verbose"""
 
 
 def test_help_needs_no_package_and_names_every_option() -> None:
@@ -88,6 +88,7 @@ def test_help_needs_no_package_and_names_every_option() -> None:
         ("--top many", "--top.*many"),
         ("--threshold 1.5", "--threshold.*1.5"),
         ("--threshold nan", "--threshold.*nan"),
+        ("--views some", "--views.*some"),
         ("--device tpu", "--device.*tpu"),
         ("--batch-size -1", "--batch-size.*-1"),
         ("--workers 0", "--workers.* 0"),
@@ -112,17 +113,18 @@ def test_a_missing_package_is_one_line_that_tells_what_to_do() -> None:
 
 def test_the_text_form(search: Run) -> None:
     shutil.copy(QUERIES / "query.png", IMAGES / "copy.png")
-    heading, *lines = search().stdout.splitlines()
-    assert heading == "that_one_image/query.png  (offline, 13 images)"
+    heading, *lines = search("--views", "none").stdout.splitlines()
+    assert re.match(r"that_one_image/query\.png  \(offline, 13 images\)", heading)
     assert len(lines) == 10
     for rank, line in enumerate(lines, start=1):
-        assert re.fullmatch(rf"  {rank:2}  [ -]\d\.\d{{3}}  bulk_images/\w+\.png(  identical)?", line)
+        assert re.fullmatch(rf"  {rank:2}  [ -]\d\.\d{{3}}  bulk_images/\w+\.png(  [a-z]+)?", line)
     assert lines[0] == "   1   1.000  bulk_images/copy.png  identical"
-    assert lines[1].endswith("bulk_images/3.png")
+    assert "bulk_images/3.png" in lines[1] and not any("identical" in line for line in lines[1:])
 
 
 def test_the_text_form_of_no_match(search: Run) -> None:
-    assert search("--threshold", 1).stdout.splitlines()[1:] == ["  no match"]
+    (heading,) = search("--threshold", 1).stdout.splitlines()
+    assert re.fullmatch(r"that_one_image/query\.png  \(offline, 12 images\).*no.* match", heading)
 
 
 def test_the_json_form(search: Run) -> None:
@@ -130,14 +132,15 @@ def test_the_json_form(search: Run) -> None:
     Path("broken.png").touch()
     outcome = search("--json", "-k", 2, QUERIES, "broken.png")
     answer, error = objects(outcome)
-    assert answer == {
-        "query": "that_one_image/query.png",
-        "model": "offline",
-        "matches": [
-            {"rank": 1, "path": "bulk_images/copy.png", "score": pytest.approx(1, abs=1e-3), "identical": True},
-            {"rank": 2, "path": "bulk_images/3.png", "score": pytest.approx(0.95, abs=0.05), "identical": False},
-        ],
-    }
+    assert set(answer) == {"query", "model", "matches"}
+    assert (answer["query"], answer["model"]) == ("that_one_image/query.png", "offline")
+    for rank, match in enumerate(answer["matches"], start=1):
+        assert set(match) == {"rank", "path", "score", "identical", "label", "view"} and match["rank"] == rank
+    assert [(match["path"], match["identical"]) for match in answer["matches"]] == [
+        ("bulk_images/copy.png", True),
+        ("bulk_images/3.png", False),
+    ]
+    assert answer["matches"][0]["score"] == pytest.approx(1, abs=1e-3)
     assert error == {"query": "broken.png", "error": "an empty file"}
     assert outcome.status == 1
 
@@ -145,9 +148,10 @@ def test_the_json_form(search: Run) -> None:
 def test_json_and_text_tell_the_same(search: Run) -> None:
     matches = objects(search("--json"))[0]["matches"]
     lines = search().stdout.splitlines()[1:]
-    assert [line.split() for line in lines] == [[str(m["rank"]), f"{m['score']:.3f}", m["path"]] for m in matches]
+    assert [line.split()[:3] for line in lines] == [[str(m["rank"]), f"{m['score']:.3f}", m["path"]] for m in matches]
 
 
+VIEWS = ("none", "auto", "all")
 HOSTILE = {
     "newline": b"a\nb.png",
     "carriage return": b"a\rb.png",
@@ -249,6 +253,14 @@ def test_threshold(search: Run) -> None:
     scores = [match["score"] for match in objects(search("--json", "-k", 12))[0]["matches"]]
     found = objects(search("--json", "-k", 12, "--threshold", 0.9))[0]["matches"]
     assert 0 < len(found) < 12 and [match["score"] for match in found] == [score for score in scores if score >= 0.9]
+
+
+def test_views(search: Run) -> None:
+    ImageOps.mirror(draw(5)).save("mirrored.png")
+    best = {views: objects(search("--json", "mirrored.png", "--views", views))[0]["matches"][0] for views in VIEWS}
+    assert (best["auto"]["path"], best["auto"]["view"]) == ("bulk_images/5.png", "mirrored")
+    assert best["auto"]["score"] > 0.9 > best["none"]["score"]
+    assert (best["none"]["view"], best["all"]["view"]) == ("", "mirrored")
 
 
 def test_images(search: Run, collection: Callable[..., Path]) -> None:

@@ -106,7 +106,7 @@ def test_a_search_finds_what_brute_force_finds(n: int, collection: Any, find: An
     features = main.extract_features_batch(paths, model).astype(np.float16).astype(np.float32)
     scores = dict(zip(paths, (features @ main.extract_features_batch(["query.png"], model)[0]).tolist()))
 
-    matches = find("query.png", k=10)
+    matches = find("query.png", k=10, views="none")
     assert [match.rank for match in matches] == list(range(1, min(n, 10) + 1))
     assert [match.score for match in matches] == pytest.approx(sorted(scores.values(), reverse=True)[:10], abs=1e-3)
     assert [match.score for match in matches] == pytest.approx([scores[match.path] for match in matches], abs=1e-3)
@@ -337,6 +337,6 @@ def test_answers_do_not_depend_on_the_past(runs: list[tuple[bool, list[Any]]], m
                 main.initialize_reverse_image_search(root, Path(name, index), model=model, work=main.Work(prune=prune))
                 for index in ("kept", f"fresh {number}")
             ]
-            one, two = (next(main.search([f"{name}/query.png"], engine)).matches for engine in engines)
-            assert [(paths, same) for _, paths, _, same in one] == [(paths, same) for _, paths, _, same in two]
+            one, two = (next(main.search([f"{name}/query.png"], engine, views="none")).matches for engine in engines)
+            assert [(match.path, match.identical) for match in one] == [(match.path, match.identical) for match in two]
             assert [match.score for match in one] == pytest.approx([match.score for match in two], abs=1e-3)
