@@ -719,6 +719,7 @@ SCHEMA = [
     "CREATE INDEX files_by_digest ON files (digest)",
     "CREATE TABLE features (digest BLOB PRIMARY KEY, row INTEGER NOT NULL UNIQUE) WITHOUT ROWID",
 ]
+DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)  # the latter of a message that quotes a damaged schema
 SEEN = "CREATE TEMP TABLE seen (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER) WITHOUT ROWID"
 UNREAD = """CREATE TEMP TABLE unread AS SELECT * FROM seen WHERE ? OR NOT EXISTS (
     SELECT 1 FROM files WHERE files.path = seen.path AND files.size = seen.size AND files.mtime = seen.mtime
@@ -803,7 +804,9 @@ class Catalogue:
             raise sqlite3.DatabaseError(f"the catalogue is corrupt: {first_line(ValueError(verdict))}")
         if self.get("identity") != self.identity:
             raise sqlite3.DatabaseError("the catalogue is another model's")
-        if self.get("generation") != self.generation() or self.get("rows") > self.stored():
+        count, end = self.db.execute("SELECT count(*), ifnull(max(row) + 1, 0) FROM features").fetchone()
+        counts = [self.get("rows"), self.get("superseded")]
+        if counts != [end, end - count] or end > self.stored() or self.get("generation") != self.generation():
             raise sqlite3.DatabaseError("the features are not those that the catalogue speaks of")
 
     def mend(self) -> None:
@@ -815,17 +818,19 @@ class Catalogue:
                 return self.check()  # another run has mended it meanwhile, or was in the midst of a change
             except sqlite3.OperationalError:
                 raise
-            except sqlite3.DatabaseError as error:
-                had, why = self.stored(), error
+            except DAMAGE as error:
+                had, why, new = self.stored(), error, not self.features.exists() and not self.index.exists()
             self.remake()
-            if had:
+            if not new:
                 log.warning("%s: %s. Repaired: %d of %d features hold", self.folder, why, self.get("rows"), had)
 
     def remake(self) -> None:
+        columns, files = "path, size, mtime, digest, reason, decoders", []
         try:
-            files = self.db.execute("SELECT * FROM files").fetchall() if self.get("identity") == self.identity else []
-        except sqlite3.DatabaseError:
-            files = []
+            if self.get("identity") == self.identity:
+                files = self.db.execute(f"SELECT {columns} FROM files").fetchall()
+        except DAMAGE:
+            pass
         self.db.close()
         for name in ("catalogue.sqlite-journal", "catalogue.sqlite"):
             (self.folder / name).unlink(missing_ok=True)
@@ -833,7 +838,7 @@ class Catalogue:
         self.db.executescript(f"BEGIN; {';'.join(SCHEMA)}; PRAGMA user_version = {FORMAT}; COMMIT")
         with self.db:
             self.put(identity=self.identity)
-            self.db.executemany("INSERT INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
+            self.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
         self.compact()
 
     def compact(self, kept: Callable[[bytes], bool] = lambda digest: True) -> None:
@@ -853,7 +858,7 @@ class Catalogue:
         with self.db:
             self.db.execute("DELETE FROM features")
             self.db.executemany("INSERT INTO features VALUES (?, ?)", zip(digests, itertools.count()))
-            self.put(generation=generation, rows=len(digests), index=None)
+            self.put(generation=generation, rows=len(digests), superseded=0, index=None)
 
     def generation(self) -> bytes | None:
         try:
@@ -883,10 +888,14 @@ class Catalogue:
         """All features in blocks, fp16 (n, dim). Raises DatabaseError if one does not match its checksum."""
         for row, records in self.records():
             records = records[: max(0, self.get("rows") - row)]
-            if (broken := self.checksums(records) != records["checksum"]).any():
+            query = "SELECT row, digest FROM features WHERE row BETWEEN ? AND ?"
+            listed = dict(self.db.execute(query, (row, row + len(records) - 1)).fetchall())
+            broken = self.checksums(records) != records["checksum"]
+            broken |= [listed.get(row + i, d.tobytes()) != d.tobytes() for i, d in enumerate(records["digest"])]
+            if broken.any():
                 with self.db:
                     self.put(generation=None)  # `check` refuses it from now on
-                raise sqlite3.DatabaseError(f"{broken.sum()} features do not match their checksum")
+                raise sqlite3.DatabaseError(f"{broken.sum()} features do not match their checksum or the catalogue")
             yield records["vector"]
 
     def is_known(self, digest: bytes) -> bool:
@@ -911,7 +920,8 @@ class Catalogue:
             self.db.executemany("INSERT OR REPLACE INTO features VALUES (?, ?)", zip(fresh, itertools.count(rows)))
             self.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", there)
             self.db.executemany("DELETE FROM seen WHERE path = ?", [(p.file.path,) for p in pictures if p.vanished])
-            self.put(rows=rows + len(fresh))
+            end = rows + len(fresh)
+            self.put(rows=end, superseded=end - self.count("features"))
 
     def scan(self, files: Iterable[File], everything: bool) -> int:
         """Take down what lies in the collection now, and choose what to read of it: what is new or changed, what
@@ -1031,6 +1041,8 @@ def open_index(catalogue: Catalogue) -> faiss.Index:
     if (index := catalogue.read_index()) is None:
         with catalogue.writing():
             if (index := catalogue.read_index()) is None:  # no other run has made it meanwhile
+                if str(catalogue.get("index")).startswith(f"{catalogue.get('rows')} "):
+                    log.warning("%s is damaged or missing: it is made again from the features", catalogue.index)
                 catalogue.write_index(build_index(catalogue.vectors()))
                 index = catalogue.read_index()
     return index
@@ -1090,7 +1102,7 @@ def find_matches(engine: Engine, query: Picture, k: int, threshold: float | str)
     xq = features_of_views(query.pixels, engine.model).astype(np.float32)
     for view, scores, rows in zip(query.pixels, *nearest(engine, xq, k + 1)):  # one more, for the query's own file
         for score, row in zip(scores.clip(-1, 1).tolist(), rows.tolist()):
-            if score >= least and score > best.get(row, (-2.0, ""))[0]:
+            if round(score, 3) >= least and score > best.get(row, (-2.0, ""))[0]:
                 best[row] = score, view.name
     own, reach = location(os.fsdecode(query.file.path)), own_distance((xq @ engine.sample.T).max(0))
     found: list[tuple[float, str, str, str]] = []
@@ -1161,10 +1173,11 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
                 catalogue.scan(scan(), work.rebuild)
             catalogue.trusted_from = catalogue.get("rows") if work.rebuild else 0
             read_new(catalogue, images, model, work, summary)
-            if work.prune and catalogue.count(HERE):
-                catalogue.prune()
-            elif work.rebuild:
-                catalogue.compact()
+            if catalogue.count(HERE):
+                if work.prune:
+                    catalogue.prune()
+                elif work.rebuild:
+                    catalogue.compact()
     summary.images, summary.skipped, summary.gone = map(catalogue.count, (HERE, SKIPPED, GONE))
     if summary.images:
         return summary
@@ -1183,9 +1196,10 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
 
 def unlisted(work: Work, error: OSError) -> None:
     """A folder that cannot be listed is passed over, but must not make `--prune` forget what lies in it."""
+    what = f"{shown(os.fsdecode(error.filename))} cannot be listed ({error.strerror})"
     if work.prune:
-        raise DeepVisionError(f"{error.filename!r} cannot be listed ({error.strerror}): nothing was pruned")
-    log.warning("%s cannot be listed (%s)", shown(os.fsdecode(error.filename)), error.strerror)
+        raise DeepVisionError(f"{what}: nothing was pruned")
+    log.warning("%s", what)
 
 
 def read_new(catalogue: Catalogue, images: Path, model: Model, work: Work, summary: Summary) -> None:
@@ -1229,7 +1243,7 @@ def initialize_reverse_image_search(
             return ready(catalogue, images, model, work)
         except sqlite3.OperationalError:
             raise  # no room, no right: nothing is wrong with what is there
-        except sqlite3.DatabaseError:  # damaged, or new
+        except DAMAGE:  # or it is new
             catalogue.mend()
             return ready(catalogue, images, model, work)
     except (OSError, sqlite3.Error) as error:
@@ -1340,7 +1354,7 @@ def run(options: argparse.Namespace) -> int:
     if options.index_only:
         return 0
     answered = failed = 0
-    queries = find_queries(options.queries or [QUERIES])
+    queries = find_queries(options.queries or filter(os.path.isdir, [QUERIES]))
     for answer in search(queries, engine, k=options.top, threshold=options.threshold, views=options.views):
         if answer.error == NOT_AN_IMAGE and answer.query not in options.queries:
             continue  # some other file in a folder of queries

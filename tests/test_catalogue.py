@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import faiss
 import filelock
 import pytest
 import torch
@@ -39,17 +38,6 @@ SUMMARY = re.compile(
 )
 Run = Callable[..., Outcome]
 Index = Callable[..., dict[str, int]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """For a few small pictures, more threads only wait for each other: ten times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1), faiss.omp_set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(before), faiss.omp_set_num_threads(before)
 
 
 def counts(outcome: Outcome) -> dict[str, int]:

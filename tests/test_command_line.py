@@ -10,11 +10,10 @@ import socket
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import faiss
 import pytest
 import torch
 from conftest import MAIN, Outcome, draw
@@ -24,17 +23,6 @@ import main
 
 IMAGES, QUERIES, INDEX = Path("bulk_images"), Path("that_one_image"), Path("image_index")
 Run = Callable[..., Outcome]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """For a few small pictures, more threads only wait for each other: ten times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1), faiss.omp_set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(before), faiss.omp_set_num_threads(before)
 
 
 @pytest.fixture

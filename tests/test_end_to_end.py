@@ -13,28 +13,15 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import faiss
 import pytest
-import torch
 from conftest import MAIN, Outcome, draw
 from make_samples import QUERIES
 
 Program = Callable[..., "subprocess.Popen[str]"]
 IMAGES, INDEX = Path("bulk_images"), Path("image_index")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """For a few small pictures, more threads only wait for each other: ten times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1), faiss.omp_set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(before), faiss.omp_set_num_threads(before)
 
 
 def finish(process: subprocess.Popen[str]) -> Outcome:

@@ -6,14 +6,12 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pytest
-import torch
 from conftest import Outcome, draw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,17 +21,6 @@ from PIL.PngImagePlugin import PngInfo
 import main
 
 IMAGES = Path("bulk_images")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """For a few small pictures, more threads only wait for each other: ten times as long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1), faiss.omp_set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(before), faiss.omp_set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
