@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from conftest import draw
 from PIL import EpsImagePlugin, Image, ImageCms
@@ -409,7 +410,11 @@ def to_lab(image: Image.Image) -> Image.Image:
     [
         pytest.param(lambda image: image.convert("CMYK"), "JPEG", {"quality": 95}, True, id="CMYK JPEG"),
         pytest.param(lambda image: image.convert("CMYK"), "TIFF", {}, True, id="CMYK TIFF"),
-        pytest.param(lambda image: image.convert("YCbCr"), "TIFF", {}, True, id="YCbCr TIFF"),
+        pytest.param(
+            *(lambda image: image.convert("YCbCr"), "TIFF", {}, True),
+            id="YCbCr TIFF",
+            marks=pytest.mark.skipif(PIL.__version__ < "12", reason="Pillow 11 cannot read the one that it writes"),
+        ),
         pytest.param(to_lab, "TIFF", {}, True, id="LAB TIFF"),
         pytest.param(lambda image: image.convert("L"), "PNG", {}, False, id="grey PNG"),
         pytest.param(lambda image: image.convert("L"), "JPEG", {"quality": 95}, False, id="grey JPEG"),
