@@ -302,6 +302,8 @@ def read_picture(
             pixels = None if known(digest) else transform(image)
             after = os.fstat(stream.fileno())
             return Picture(file, digest, pixels, vanished=file[1:] != (after.st_size, after.st_mtime_ns))
+    except sqlite3.Error:
+        raise  # of `known`: it says nothing of the file
     except Exception as error:  # decoders raise anything at all on a malformed file
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
             file = file._replace(mtime=-1)  # the machine's trouble, perhaps not the file's
@@ -726,7 +728,8 @@ UNREAD = """CREATE TEMP TABLE unread AS SELECT * FROM seen WHERE ? OR NOT EXISTS
     AND CASE WHEN digest IS NULL THEN decoders = ? ELSE digest IN (SELECT digest FROM features) END) ORDER BY path"""
 HERE = "seen JOIN files USING (path) WHERE digest IS NOT NULL"  # the usable images of the collection
 SKIPPED = "seen JOIN files USING (path) WHERE reason IS NOT NULL"
-GONE = "files WHERE digest IS NOT NULL AND path NOT IN (SELECT path FROM seen)"
+GONE = f"""files WHERE digest IS NOT NULL AND path NOT IN (SELECT path FROM seen)
+    AND digest NOT IN (SELECT digest FROM {HERE})"""  # a file that was only moved is not gone
 
 
 class Catalogue:
@@ -746,7 +749,7 @@ class Catalogue:
         self.record = np.dtype([("digest", f"V{DIGEST_BYTES}"), ("vector", "<f2", dim), ("checksum", "<u4")])
         self.trusted_from = 0  # features of earlier rows are extracted again: --rebuild
         folder.mkdir(parents=True, exist_ok=True)
-        self.lock = filelock.FileLock(folder / "lock")
+        self.lock, self.one_lookup = filelock.FileLock(folder / "lock"), threading.Lock()
         self.connect()
 
     def connect(self) -> None:
@@ -754,9 +757,12 @@ class Catalogue:
         if not path.exists():
             path.touch()
         self.inode = path.stat().st_ino
-        # The threads that read use the connection for `is_known` alone; SQLite serialises them.
-        self.db = sqlite3.connect(path, timeout=60, check_same_thread=False)
+        self.db, self.lookup = (sqlite3.connect(path, timeout=60, check_same_thread=False) for _ in range(2))
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
+
+    def close(self) -> None:
+        self.db.close()
+        self.lookup.close()
 
     def get(self, key: str) -> Any:
         return next(iter(self.db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone() or [None]))
@@ -812,7 +818,7 @@ class Catalogue:
     def mend(self) -> None:
         """Make the catalogue again from every file and feature in it that holds; a new one begins like this, too."""
         with self.locked():
-            self.db.close()
+            self.close()
             self.connect()
             try:
                 return self.check()  # another run has mended it meanwhile, or was in the midst of a change
@@ -831,7 +837,7 @@ class Catalogue:
                 files = self.db.execute(f"SELECT {columns} FROM files").fetchall()
         except DAMAGE:
             pass
-        self.db.close()
+        self.close()
         for name in ("catalogue.sqlite-journal", "catalogue.sqlite"):
             (self.folder / name).unlink(missing_ok=True)
         self.connect()
@@ -899,8 +905,9 @@ class Catalogue:
             yield records["vector"]
 
     def is_known(self, digest: bytes) -> bool:
-        found = self.db.execute("SELECT row FROM features WHERE digest = ?", (digest,)).fetchone()
-        return found is not None and found[0] >= self.trusted_from
+        with self.one_lookup:  # asked by the threads that read, who must not share a connection unguarded
+            found = self.lookup.execute("SELECT row FROM features WHERE digest = ?", (digest,)).fetchall()
+        return any(row >= self.trusted_from for (row,) in found)
 
     def save(self, pictures: Sequence[Picture]) -> None:
         """Make pictures and their features durable: first the features, then, at once, the files they belong to."""

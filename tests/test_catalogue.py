@@ -16,12 +16,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -975,3 +977,19 @@ def test_another_run_that_prunes_meanwhile_is_noticed(index: Index) -> None:
     index("--prune")
     with pytest.raises(main.DeepVisionError, match="another run"):
         list(main.search(IMAGES / "1.png", engine))
+
+
+def test_threads_may_ask_what_is_known_while_the_catalogue_is_written(tmp_path):
+    """On Python 3.13, a connection that threads share unguarded fails now and then: "other API misuse"."""
+    catalogue = main.Catalogue(tmp_path / "cache", "a-model", 4)
+    catalogue.mend()
+    digests = [bytes([i]) * main.DIGEST_BYTES for i in range(64)]
+    catalogue.scan((), everything=False)
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(lambda: [catalogue.is_known(d) for d in digests]) for _ in range(200)]
+        for digest in digests:
+            file = main.File(digest, 1, 1)
+            catalogue.save([main.Picture(file, digest, vector=np.ones(4, np.float16))])
+            assert catalogue.get("rows") == digest[0] + 1
+        assert {type(known) for future in asked for known in future.result()} == {bool}
+    assert all(map(catalogue.is_known, digests))
