@@ -200,9 +200,9 @@ def ruin() -> None:
         (change_back_in_time, {"found": N, "new": 1, "unchanged": N - 1}, 1),
         (remove, {"found": N - 1, "unchanged": N - 1, "gone": 1}, 0),
         (touch, {"found": N, "new": 1, "recognised": 1, "unchanged": N - 1}, 0),
-        (rename, {"found": N, "new": 1, "recognised": 1, "unchanged": N - 1, "gone": 1}, 0),
+        (rename, {"found": N, "new": 1, "recognised": 1, "unchanged": N - 1}, 0),
         (swap, {"found": N, "new": 2, "recognised": 2, "unchanged": N - 2}, 0),
-        (move, {"found": N, "new": 2, "recognised": 2, "unchanged": N - 2, "gone": 2}, 0),
+        (move, {"found": N, "new": 2, "recognised": 2, "unchanged": N - 2}, 0),
         (copy, {"found": N + 1, "new": 1, "recognised": 1, "unchanged": N}, 0),
         (replace_by_a_copy, {"found": N, "new": 1, "recognised": 1, "unchanged": N - 1}, 0),
         (ruin, {"found": N, "unchanged": N - 1, "skipped": 1}, 0),
@@ -979,17 +979,24 @@ def test_another_run_that_prunes_meanwhile_is_noticed(index: Index) -> None:
         list(main.search(IMAGES / "1.png", engine))
 
 
-def test_threads_may_ask_what_is_known_while_the_catalogue_is_written(tmp_path):
+@pytest.fixture
+def hasty_threads() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_threads_may_ask_what_is_known_while_the_catalogue_is_written(tmp_path, hasty_threads):
     """On Python 3.13, a connection that threads share unguarded fails now and then: "other API misuse"."""
     catalogue = main.Catalogue(tmp_path / "cache", "a-model", 4)
     catalogue.mend()
     digests = [bytes([i]) * main.DIGEST_BYTES for i in range(64)]
     catalogue.scan((), everything=False)
     with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(lambda: [catalogue.is_known(d) for d in digests]) for _ in range(200)]
-        for digest in digests:
-            file = main.File(digest, 1, 1)
-            catalogue.save([main.Picture(file, digest, vector=np.ones(4, np.float16))])
-            assert catalogue.get("rows") == digest[0] + 1
+        asked = [pool.submit(lambda: [catalogue.is_known(digest) for digest in digests]) for _ in range(50)]
+        for row, digest in enumerate(digests):
+            catalogue.save([main.Picture(main.File(digest, 1, 1), digest, vector=np.ones(4, np.float16))])
+            assert catalogue.get("rows") == row + 1
         assert {type(known) for future in asked for known in future.result()} == {bool}
     assert all(map(catalogue.is_known, digests))
