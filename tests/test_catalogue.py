@@ -994,7 +994,7 @@ def test_threads_may_ask_what_is_known_while_the_catalogue_is_written(tmp_path, 
     digests = [bytes([i]) * main.DIGEST_BYTES for i in range(64)]
     catalogue.scan((), everything=False)
     with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(lambda: [catalogue.is_known(digest) for digest in digests]) for _ in range(50)]
+        asked = [pool.submit(lambda: [catalogue.is_known(digest) for digest in digests]) for _ in range(200)]
         for row, digest in enumerate(digests):
             catalogue.save([main.Picture(main.File(digest, 1, 1), digest, vector=np.ones(4, np.float16))])
             assert catalogue.get("rows") == row + 1
