@@ -48,14 +48,14 @@ import time
 import unicodedata
 import warnings
 import zlib
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 if TYPE_CHECKING:
     import faiss
@@ -128,8 +128,6 @@ NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5"}  # EPS would start Ghostsc
 
 log = logging.getLogger("deepvision")
 one_large_image = threading.Lock()
-T = TypeVar("T")
-R = TypeVar("R")
 
 # ---- Types and errors ------------------------------------------------------------------------------------------------
 
@@ -372,13 +370,12 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def read_ahead(read: Callable[[T], R], tasks: Iterable[T], workers: int, ahead: int) -> Iterator[R]:
-    """`read` of each task, by `workers` threads, in order, with at most `ahead` results waiting."""
-    pending: deque[Future[R]] = deque()
-    pool = ThreadPoolExecutor(workers)
+def read_ahead(read: Callable[[File], Picture], files: Iterable[File], workers: int, ahead: int) -> Iterator[Picture]:
+    """`read` of each file, by `workers` threads, in order, with at most `ahead` results waiting."""
+    pool, pending = ThreadPoolExecutor(workers), deque[Future[Picture]]()
     try:
-        for task in tasks:
-            pending.append(pool.submit(read, task))
+        for file in files:
+            pending.append(pool.submit(read, file))
             if len(pending) >= ahead:
                 yield pending.popleft().result()
         while pending:
@@ -414,11 +411,9 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
     except ConnectionError as error:
         if name or weights:
             raise DeepVisionError(f"{error}; connect once, or give --weights FILE") from error
-        log.warning(
-            "%s. The built-in offline descriptor is used instead: it finds copies and edits of the same picture and "
-            "likeness of layout and colour, not subjects. For %s connect once or give --weights FILE; with --model "
-            "offline this warning goes", error, MODEL,
-        )  # fmt: skip
+        what = "it finds copies and edits of the same picture and likeness of layout and colour, not subjects"
+        ways = f"For {MODEL} connect once or give --weights FILE; with --model offline this warning goes"
+        log.warning("%s. The built-in offline descriptor is used instead: %s. %s", error, what, ways)
         return offline_model(device)
 
 
@@ -488,17 +483,16 @@ def load_weights(network: torch.nn.Module, path: Path, head: str) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
-        version = getattr(state, "_metadata", None)  # by which old layouts are told from new ones
-        left_out = (f"{head}.", "aux1.", "aux2.", "AuxLogits.")  # what only answers or trains
-        plain = OrderedDict((re.sub(r"^module\.", "", key), value) for key, value in state.items())
-        renamed = ((re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key), plain[key]) for key in plain)
-        weights = OrderedDict((key, value) for key, value in renamed if not key.startswith(left_out))
-        weights._metadata = version  # type: ignore[attr-defined]
+        for key in list(state):  # in place: its `_metadata` tells old layouts from new ones
+            value, name = state.pop(key), key.removeprefix("module.")
+            name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name)
+            if not name.startswith((f"{head}.", "aux1.", "aux2.", "AuxLogits.")):  # what only answers or trains
+                state[name] = value
     except Exception as error:  # a corrupt file raises anything
         advice = "expected are tensors as torch.save writes them; if it was downloaded, delete it and try again"
         raise DeepVisionError(f"{path} cannot be read as weights: {advice} ({first_line(error)})") from error
     try:
-        network.load_state_dict(weights)
+        network.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
         details = re.sub(r"\s+", " ", str(error).partition("\n")[2])
         raise DeepVisionError(f"{path} does not fit the model: {details.strip():.300}") from error
@@ -533,10 +527,9 @@ def offline_model(device: str) -> Model:
 def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
     """A vector that needs no weights and no training, from uint8 (B, 3, side, side) to float32 (B, dim).
 
-    Directions of brightness edges, counted in soft bins under soft windows on a grid of cells, as in HOG (Dalal &
-    Triggs, CVPR 2005), and compressed by a power. Then whitened by a rule fixed in advance: cosine transform over the
-    cells, Fourier transform over the directions, and what is strong in any picture weighted down. To that a layout of
-    the colours. The mean of each part is removed, so that unrelated pictures score near 0.
+    Directions of brightness edges, counted in soft cells as in HOG (Dalal & Triggs, CVPR 2005) and compressed by a
+    power, and a layout of the colours. Whitened by a fixed rule: cosine transform over the cells, Fourier transform
+    over the directions, what is strong in any picture weighted down, means removed: unrelated pictures score near 0.
 
     A smaller rectangle stands for the part at (top, left) of a picture whose rest is unknown.
     """
@@ -549,8 +542,8 @@ def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
         edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier()), *edge_grid)
         colours = whiten(pool(planes, *colour_grid), *colour_grid)
         mean = planes.mean((2, 3)) / 255  # nearly nothing, but all that a blank picture has
-        weights = {1.0: edges, BRIGHTNESS_WEIGHT: colours[:, :1], HUE_WEIGHT: colours[:, 1:]}
-        parts = [weight * normalize(part.flatten(1), eps=FAINT) for weight, part in weights.items()]
+        weighted = (1.0, edges), (BRIGHTNESS_WEIGHT, colours[:, :1]), (HUE_WEIGHT, colours[:, 1:])
+        parts = [weight * normalize(part.flatten(1), eps=FAINT) for weight, part in weighted]
         return torch.cat([*parts, MEAN_WEIGHT * mean, torch.full_like(mean[:, :1], MEAN_WEIGHT)], 1)
 
 
@@ -601,7 +594,6 @@ def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Ima
 
     The whole picture is squeezed into a square: a crop of its centre would lose what stands at the edges.
     """
-
     return lambda image: squeeze(to_rgb(image, side), side, side, resample)
 
 
@@ -655,16 +647,15 @@ def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
     found = [View("", squeeze(picture, side, side, resample))]
     if views == "none":
         return found
-
-    def add(edit: str, undo: Callable[[torch.Tensor], torch.Tensor], seen: Sequence[View]) -> None:
-        found.extend(View(f"{view.name}, {edit}".lstrip(", "), undo(view.pixels)) for view in seen)
-
     if box := content_box(picture):
         found.append(View("trimmed", squeeze(picture.crop(box), side, side, resample)))
-    add("mirrored", partial(torch.flip, dims=[2]), list(found))
-    upright = list(found)
-    for quarters in range(1, 4 if views == "all" or model.name == OFFLINE else 1):
-        add(f"turned {90 * quarters}°", partial(torch.rot90, k=quarters, dims=(1, 2)), upright)
+    found += [View(f"{view.name}, mirrored".lstrip(", "), view.pixels.flip(2)) for view in found]
+    turns = range(1, 4 if views == "all" or model.name == OFFLINE else 1)
+    found += [
+        View(f"{view.name}, turned {90 * quarters}°".lstrip(", "), view.pixels.rot90(quarters, (1, 2)))
+        for quarters in turns
+        for view in found
+    ]
     if model.name == OFFLINE and box:  # a bar may hide a part instead of standing beside the whole
         left, top, right, bottom = (round(x * side / full) for x, full in zip(box, 2 * picture.size))
         found.append(View("trimmed", squeeze(picture.crop(box), right - left, bottom - top, resample), top, left))
@@ -722,7 +713,8 @@ SCHEMA = [
     "CREATE TABLE features (digest BLOB PRIMARY KEY, row INTEGER NOT NULL UNIQUE) WITHOUT ROWID",
 ]
 DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)  # the latter of a message that quotes a damaged schema
-SEEN = "CREATE TEMP TABLE seen (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER) WITHOUT ROWID"
+SEEN = """DROP TABLE IF EXISTS temp.seen; DROP TABLE IF EXISTS temp.unread;
+    CREATE TEMP TABLE seen (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER) WITHOUT ROWID"""
 UNREAD = """CREATE TEMP TABLE unread AS SELECT * FROM seen WHERE ? OR NOT EXISTS (
     SELECT 1 FROM files WHERE files.path = seen.path AND files.size = seen.size AND files.mtime = seen.mtime
     AND CASE WHEN digest IS NULL THEN decoders = ? ELSE digest IN (SELECT digest FROM features) END) ORDER BY path"""
@@ -911,11 +903,9 @@ class Catalogue:
 
     def save(self, pictures: Sequence[Picture]) -> None:
         """Make pictures and their features durable: first the features, then, at once, the files they belong to."""
-        extracted = {p.digest: p.vector for p in pictures if p.digest and p.vector is not None}
+        extracted = {p.digest: p.vector for p in pictures if p.digest and p.vector is not None and not p.vanished}
         fresh = {digest: vector for digest, vector in extracted.items() if not self.is_known(digest)}
-        records, rows = np.zeros(len(fresh), self.record), self.get("rows")
-        for record, digest, vector in zip(records, fresh, fresh.values()):
-            record["digest"], record["vector"] = np.void(digest), vector
+        records, rows = np.array([(*record, 0) for record in fresh.items()], self.record), self.get("rows")
         records["checksum"] = self.checksums(records)
         with open(self.features, "r+b") as stream:
             stream.seek(self.HEADER + rows * self.record.itemsize)
@@ -934,9 +924,7 @@ class Catalogue:
         """Take down what lies in the collection now, and choose what to read of it: what is new or changed, what
         other decoders could not use, and what has lost its features. How many files that is."""
         with self.db:
-            self.db.execute("DROP TABLE IF EXISTS seen")
-            self.db.execute("DROP TABLE IF EXISTS unread")
-            self.db.execute(SEEN)
+            self.db.executescript(SEEN)
             self.db.executemany("INSERT OR IGNORE INTO seen VALUES (?, ?, ?)", files)
             self.db.execute(UNREAD, (everything, image_formats()[2]))
         return self.count("unread")
@@ -950,15 +938,13 @@ class Catalogue:
             self.db.execute("DELETE FROM files WHERE path NOT IN (SELECT path FROM seen)")
         self.compact(lambda d: self.db.execute("SELECT 1 FROM files WHERE digest = ?", (d,)).fetchone() is not None)
 
-    def live_rows(self) -> np.ndarray:
-        """The rows, in order, that belong to a file of the collection; the other files are gone."""
-        rows = self.db.execute(f"SELECT row FROM features WHERE digest IN (SELECT digest FROM {HERE}) ORDER BY row")
-        return np.fromiter((row for (row,) in rows), np.int64)
+    def live_rows(self, order: str = "row", limit: int = -1) -> np.ndarray:
+        """The rows that belong to a file of the collection; the other files are gone.
 
-    def sample_rows(self, count: int) -> np.ndarray:
-        """Some of the live rows: those of the least content hashes, whatever the order in which files were added."""
-        query = f"SELECT row FROM features WHERE digest IN (SELECT digest FROM {HERE}) ORDER BY digest LIMIT ?"
-        return np.fromiter((row for (row,) in self.db.execute(query, (count,))), np.int64)
+        Ordered by digest, the first ones are a sample that does not depend on the order in which files were added.
+        """
+        query = f"SELECT row FROM features WHERE digest IN (SELECT digest FROM {HERE}) ORDER BY {order} LIMIT {limit}"
+        return np.fromiter((row for (row,) in self.db.execute(query)), np.int64)
 
     def files_of(self, row: int, limit: int) -> list[tuple[bytes, bytes]]:
         """Path and content hash of the files of the collection with these features."""
@@ -1001,11 +987,11 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def file_checksum(path: Path) -> int:
+    checksum = 0
     with open(path, "rb") as stream:
-        checksum = 0
         while chunk := stream.read(1 << 22):
             checksum = zlib.crc32(chunk, checksum)
-        return checksum
+    return checksum
 
 
 # ---- Index and search ------------------------------------------------------------------------------------------------
@@ -1092,8 +1078,7 @@ def nearest(engine: Engine, xq: np.ndarray, k: int) -> tuple[np.ndarray, np.ndar
     n, params = len(engine.live), None
     if n < engine.index.ntotal:
         bitmap = np.packbits(np.isin(np.arange(engine.index.ntotal), engine.live), bitorder="little")
-        selector = faiss.IDSelectorBitmap(bitmap)
-        params = faiss.SearchParameters(sel=selector)
+        params = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bitmap))
     fetch = k
     while True:
         fetch = min(2 * fetch, n)
@@ -1173,7 +1158,7 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
     Raises DeepVisionError if no usable image is there; what is known is kept for the day the drive is back.
     """
     summary = Summary()
-    scan = partial(find_images, images, partial(unlisted, work), [catalogue.folder.parent])
+    scan = partial(find_images, images, partial(unlisted, prune=work.prune), [catalogue.folder.parent])
     if catalogue.scan(scan(), work.rebuild) or work.prune:
         with catalogue.writing() as waited:
             if waited:
@@ -1201,10 +1186,10 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
     raise DeepVisionError(f"{images} {there}: put images to search in there, or name another folder with --images")
 
 
-def unlisted(work: Work, error: OSError) -> None:
+def unlisted(error: OSError, prune: bool = False) -> None:
     """A folder that cannot be listed is passed over, but must not make `--prune` forget what lies in it."""
     what = f"{shown(os.fsdecode(error.filename))} cannot be listed ({error.strerror})"
-    if work.prune:
+    if prune:
         raise DeepVisionError(f"{what}: nothing was pruned")
     log.warning("%s", what)
 
@@ -1218,7 +1203,7 @@ def read_new(catalogue: Catalogue, images: Path, model: Model, work: Work, summa
         try:
             for pictures in with_features(catalogue.unread(), images, model, work, catalogue.is_known, summary):
                 unsaved += pictures
-                usable = [picture for picture in pictures if picture.digest]
+                usable = [picture for picture in pictures if picture.digest and not picture.vanished]
                 summary.opened += len(pictures)
                 summary.new += len(usable)
                 summary.recognised += sum(picture.vector is None for picture in usable)
@@ -1263,10 +1248,13 @@ def initialize_reverse_image_search(
 def ready(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Engine:
     catalogue.check()
     summary = update(catalogue, images, model, work)
-    index, live = open_index(catalogue), catalogue.live_rows()
-    sample = index.reconstruct_batch(catalogue.sample_rows(SAMPLE))
+    generation, live, sampled = catalogue.generation(), catalogue.live_rows(), catalogue.live_rows("digest", SAMPLE)
+    index = open_index(catalogue)
+    if catalogue.generation() != generation:  # the rows are not those of the index
+        raise DeepVisionError(f"{catalogue.folder} was changed by another run: start again")
+    sample = index.reconstruct_batch(sampled)
     limits = chance_limits(sample, len(live))
-    return Engine(images, model, catalogue, catalogue.generation(), index, live, sample, limits, summary)
+    return Engine(images, model, catalogue, generation, index, live, sample, limits, summary)
 
 
 # ---- Output ----------------------------------------------------------------------------------------------------------
@@ -1344,8 +1332,7 @@ def find_queries(names: Iterable[str]) -> Iterator[str]:
     """The files named, and those in the folders named."""
     for name in names:
         if os.path.isdir(name):
-            for file in find_images(name, partial(unlisted, Work())):
-                yield os.path.join(name, os.fsdecode(file.path))
+            yield from (os.path.join(name, os.fsdecode(file.path)) for file in find_images(name, unlisted))
         else:
             yield name
 
@@ -1385,7 +1372,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="PIL")  # what Pillow doubts is either read or skipped with a reason
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="surrogateescape")  # a name that is not UTF-8 comes out byte for byte
+            # A name that is not UTF-8 comes out byte for byte; what an older code page lacks, as an escape.
+            utf8 = sys.stdout.encoding.lower() in ("utf-8", "utf8")
+            sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
         return run(options)
     except DeepVisionError as error:
         log.error("error: %s", error)
