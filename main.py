@@ -279,6 +279,34 @@ def image_formats() -> tuple[list[str], set[str], str]:
     return formats, {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
 
 
+def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
+    """The image in `stream`, of which only the header is read yet; None for what was never meant to be an image."""
+    formats, suffixes, _ = image_formats()
+    suffix = os.path.splitext(path)[1].lower()
+    try:
+        return Image.open(stream, formats=formats)
+    except Image.UnidentifiedImageError:
+        if suffix in {".heic", ".heif", ".hif"} - suffixes:
+            raise ValueError("a HEIF image: run `pip install pillow-heif`") from None
+        if suffix in suffixes:
+            raise ValueError("not an image, whatever its name" if stream.seek(0, 2) else "an empty file") from None
+        return None
+
+
+def content_hash(stream: BinaryIO) -> bytes:
+    """SHA-256 of the whole file, shortened. The position is put back, since Pillow has yet to read on from there."""
+    position, sha = stream.tell(), hashlib.sha256()
+    stream.seek(0)
+    while chunk := stream.read(1 << 20):
+        sha.update(chunk)
+    stream.seek(position)
+    return sha.digest()[:DIGEST_BYTES]
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def read_picture(
     file: File, root: bytes, transform: Callable[[Image.Image], Any], known: Callable[[bytes], bool]
 ) -> Picture:
@@ -309,32 +337,15 @@ def read_picture(
         return Picture(file, reason=reason, vanished=isinstance(error, FileNotFoundError))
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
-    """The image in `stream`, of which only the header is read yet; None for what was never meant to be an image."""
-    formats, suffixes, _ = image_formats()
-    suffix = os.path.splitext(path)[1].lower()
-    try:
-        return Image.open(stream, formats=formats)
-    except Image.UnidentifiedImageError:
-        if suffix in {".heic", ".heif", ".hif"} - suffixes:
-            raise ValueError("a HEIF image: run `pip install pillow-heif`") from None
-        if suffix in suffixes:
-            raise ValueError("not an image, whatever its name" if stream.seek(0, 2) else "an empty file") from None
-        return None
-
-
-def content_hash(stream: BinaryIO) -> bytes:
-    """SHA-256 of the whole file, shortened. The position is put back, since Pillow has yet to read on from there."""
-    position, sha = stream.tell(), hashlib.sha256()
-    stream.seek(0)
-    while chunk := stream.read(1 << 20):
-        sha.update(chunk)
-    stream.seek(position)
-    return sha.digest()[:DIGEST_BYTES]
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits (I;16, I) or of floating point (F) in 8 bits: Pillow's own conversion would clip it."""
+    values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
+    low, high = min(0.0, float(values.min())), float(values.max())
+    scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
+    top = next((scale for scale in scales if high <= scale), high)
+    grey = ((values - low) * (255 / (top - low)) + 0.5).astype(np.uint8)
+    grey[values == image.info.get("transparency")] = 255
+    return Image.fromarray(grey)
 
 
 def to_rgb(image: Image.Image, side: int) -> Image.Image:
@@ -359,17 +370,6 @@ def to_rgb(image: Image.Image, side: int) -> Image.Image:
         return image.convert("RGB")
 
 
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits (I;16, I) or of floating point (F) in 8 bits: Pillow's own conversion would clip it."""
-    values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
-    low, high = min(0.0, float(values.min())), float(values.max())
-    scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
-    top = next((scale for scale in scales if high <= scale), high)
-    grey = ((values - low) * (255 / (top - low)) + 0.5).astype(np.uint8)
-    grey[values == image.info.get("transparency")] = 255
-    return Image.fromarray(grey)
-
-
 def read_ahead(read: Callable[[File], Picture], files: Iterable[File], workers: int, ahead: int) -> Iterator[Picture]:
     """`read` of each file, by `workers` threads, in order, with at most `ahead` results waiting."""
     pool, pending = ThreadPoolExecutor(workers), deque[Future[Picture]]()
@@ -387,94 +387,75 @@ def read_ahead(read: Callable[[File], Picture], files: Iterable[File], workers: 
 # ---- Features --------------------------------------------------------------------------------------------------------
 
 
-def load_model(name: str | None = None, weights: str | Path | None = None, device: str = "auto") -> Model:
-    """The network that turns pixels into features, its classifier removed.
+def windows(cells: int, n: int, start: int) -> torch.Tensor:
+    """Gaussian weights, (cells, n), that pixels start to start + n of the side have in each cell; 1 over all pixels."""
+    distance = (torch.arange(OFFLINE_SIDE) + 0.5) * cells / OFFLINE_SIDE - (torch.arange(cells)[:, None] + 0.5)
+    weights = torch.exp(-2 * distance**2)  # half a cell is sigma
+    return (weights / weights.sum(1, keepdim=True))[:, start : start + n]
 
-    name     resnet50, any classification model of torchvision, timm:NAME, or offline. By default resnet50, and where
-             its weights cannot be had, offline, with a warning
-    weights  the name of torchvision weights (IMAGENET1K_V1), hash-checked when downloaded, or a local file of tensors
-    device   auto, cpu, cuda or mps
 
-    Raises DeepVisionError for an unknown name or device, and for weights that are missing, corrupt or do not fit.
+def pool(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """(..., n, n) to the mean in each cell, (..., cells, cells), over what is known of it."""
+    return rows @ planes @ columns.T / (rows.sum(1)[:, None] * columns.sum(1) + 1e-9)
+
+
+def rises(light: torch.Tensor) -> Iterator[torch.Tensor]:
+    """How steeply, (B, n, n), brightness (B, n, n) rises at each pixel in each of the directions."""
+    framed = torch.nn.functional.pad(light[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    dx, dy = framed[:, 1:-1, 2:] - framed[:, 1:-1, :-2], framed[:, 2:, 1:-1] - framed[:, :-2, 1:-1]
+    slope = torch.hypot(dx, dy) + 1e-3  # of 255: no division by 0 where it is flat
+    for k in range(DIRECTIONS):
+        angle = 2 * math.pi * k / DIRECTIONS
+        share = ((dx * math.cos(angle) + dy * math.sin(angle)) / slope).clamp_(min=0)
+        for _ in range(SHARPNESS):
+            share.square_()  # twice as fast as a power
+        yield share.mul_(slope)
+
+
+def whiten(maps: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Maps (B, c, cells, cells) to (B, c, cells² - 1): without their mean, cosine transform, weight 1 + frequency."""
+    known = rows.sum(1)[:, None] * columns.sum(1)
+    maps = (maps - (maps * known).sum((2, 3), keepdim=True) / known.sum()) * known
+    k = torch.arange(len(known), dtype=torch.float32)
+    cosines = torch.cos(math.pi / len(k) * k[:, None] * (k + 0.5))
+    cosines[0] /= math.sqrt(2)
+    return (cosines @ maps @ cosines.T * (1 + torch.hypot(k[:, None], k))).flatten(2)[:, :, 1:]
+
+
+def fourier() -> torch.Tensor:
+    """Real Fourier transform over the directions, (DIRECTIONS, 2 * len(ORDERS) - 1), each order weighted."""
+    phase = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None] * torch.arange(len(ORDERS))
+    even, odd = torch.tensor(ORDERS) * torch.stack([phase.cos(), phase.sin()])
+    return torch.cat([even[:, :1] / math.sqrt(2), even[:, 1:], odd[:, 1:]], 1)
+
+
+def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
+    """A vector that needs no weights and no training, from uint8 (B, 3, side, side) to float32 (B, dim).
+
+    Directions of brightness edges, counted in soft cells as in HOG (Dalal & Triggs, CVPR 2005) and compressed by a
+    power, and a layout of the colours. Whitened by a fixed rule: cosine transform over the cells, Fourier transform
+    over the directions, what is strong in any picture weighted down, means removed: unrelated pictures score near 0.
+
+    A smaller rectangle stands for the part at (top, left) of a picture whose rest is unknown.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        device = next(kind for kind in there if there[kind])
-    elif not there.get(device):
-        raise DeepVisionError(f"--device {device}: torch {torch.__version__} finds none on this machine")
-    if name == OFFLINE:
-        return offline_model(device)
-    try:
-        if name and name.startswith("timm:"):
-            return timm_model(name, weights, device)
-        return torchvision_model(name or MODEL, weights, device)
-    except ConnectionError as error:
-        if name or weights:
-            raise DeepVisionError(f"{error}; connect once, or give --weights FILE") from error
-        what = "it finds copies and edits of the same picture and likeness of layout and colour, not subjects"
-        ways = f"For {MODEL} connect once or give --weights FILE; with --model offline this warning goes"
-        log.warning("%s. The built-in offline descriptor is used instead: %s. %s", error, what, ways)
-        return offline_model(device)
+    normalize, (height, width) = torch.nn.functional.normalize, pixels.shape[-2:]
+    with pixels.device:
+        planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT), pixels.float())
+        cells = EDGE_CELLS, COLOUR_CELLS
+        edge_grid, colour_grid = ((windows(c, height, top), windows(c, width, left)) for c in cells)
+        counts = torch.stack([pool(rise, *edge_grid) for rise in rises(planes[:, 0])], 1)
+        edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier()), *edge_grid)
+        colours = whiten(pool(planes, *colour_grid), *colour_grid)
+        mean = planes.mean((2, 3)) / 255  # nearly nothing, but all that a blank picture has
+        weighted = (1.0, edges), (BRIGHTNESS_WEIGHT, colours[:, :1]), (HUE_WEIGHT, colours[:, 1:])
+        parts = [weight * normalize(part.flatten(1), eps=FAINT) for weight, part in weighted]
+        return torch.cat([*parts, MEAN_WEIGHT * mean, torch.full_like(mean[:, :1], MEAN_WEIGHT)], 1)
 
 
-def torchvision_model(name: str, weights: str | Path | None, device: str) -> Model:
-    models = torchvision.models
-    names = models.list_models(module=models)
-    if name not in names:
-        near = ", ".join(difflib.get_close_matches(name, [*names, OFFLINE], n=4, cutoff=0.5))
-        raise DeepVisionError(f"--model {name}: no such model{near and f'; did you mean {near}?'}")
-    listed = models.get_model_weights(name).__members__
-    entry = listed.get(str(weights or WEIGHTS), listed["DEFAULT"])
-    if weights is None or str(weights) in listed:
-        path = downloaded(entry.url, name)
-    elif not (path := Path(weights)).is_file():
-        raise DeepVisionError(f"--weights {weights}: no such file, nor weights of {name} ({', '.join(listed)})")
-    given: dict[str, Any] = {}  # what torchvision itself gives to models that come with weights
-    if name in ("googlenet", "inception_v3"):
-        given = {"transform_input": True, "init_weights": False, "aux_logits": False}
-    elif name.startswith("vit_"):
-        given = {"image_size": entry.meta["min_size"][0]}
-    network = models.get_model(name, weights=None, **given)
-    layers = (torch.nn.Linear, torch.nn.Conv2d)
-    *_, head = (name for name, layer in network.named_modules() if isinstance(layer, layers))  # gives the classes
-    network.set_submodule(head, torch.nn.Identity())
-    load_weights(network, path, head)
-    recipe = entry.transforms()
-    side, resample = recipe.crop_size[0], recipe.interpolation.value
-    return assemble_model(name, network, device, side, recipe.mean, recipe.std, resample)
-
-
-def timm_model(name: str, weights: str | Path | None, device: str) -> Model:
-    """A model of the timm library, which keeps its weights in the Hugging Face cache."""
-    try:
-        timm = importlib.import_module("timm")
-        network = timm.create_model(name.removeprefix("timm:"), pretrained=weights is None, num_classes=0)
-    except ImportError as error:
-        raise DeepVisionError(f"--model {name} needs timm: run `pip install timm`") from error
-    except (OSError, RuntimeError, ValueError) as error:  # no such model, or no weights of it
-        raise DeepVisionError(f"--model {name}: {first_line(error)}") from error
-    if weights is not None:
-        load_weights(network, Path(weights), network.pretrained_cfg["classifier"])
-    recipe = timm.data.resolve_model_data_config(network)
-    side, resample = recipe["input_size"][1], recipe["interpolation"]
-    return assemble_model(name, network, device, side, recipe["mean"], recipe["std"], resample)
-
-
-def downloaded(url: str, name: str) -> Path:
-    """The file of `url` in torch's own cache, downloaded and hash-checked if it is not there yet."""
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
-    if path.exists():
-        return path
-    timeout, expected = socket.getdefaulttimeout(), torch.hub.HASH_REGEX.search(path.name)
-    try:
-        socket.setdefaulttimeout(CONNECT_SECONDS)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), expected and expected[1], log.isEnabledFor(logging.INFO))
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise ConnectionError(f"the weights of {name} cannot be had from {url} ({first_line(error)})") from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return path
+def offline_model(device: str) -> Model:
+    """The built-in descriptor, a model like any other."""
+    dim = (2 * len(ORDERS) - 1) * (EDGE_CELLS**2 - 1) + 3 * (COLOUR_CELLS**2 - 1) + 4
+    return Model(OFFLINE, f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", OFFLINE_SIDE, dim, device, describe)
 
 
 def load_weights(network: torch.nn.Module, path: Path, head: str) -> None:
@@ -518,75 +499,100 @@ def assemble_model(
     return Model(name, identity, side, dim, device, forward, resample)
 
 
-def offline_model(device: str) -> Model:
-    """The built-in descriptor, a model like any other."""
-    dim = (2 * len(ORDERS) - 1) * (EDGE_CELLS**2 - 1) + 3 * (COLOUR_CELLS**2 - 1) + 4
-    return Model(OFFLINE, f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", OFFLINE_SIDE, dim, device, describe)
+def timm_model(name: str, weights: str | Path | None, device: str) -> Model:
+    """A model of the timm library, which keeps its weights in the Hugging Face cache."""
+    try:
+        timm = importlib.import_module("timm")
+        network = timm.create_model(name.removeprefix("timm:"), pretrained=weights is None, num_classes=0)
+    except ImportError as error:
+        raise DeepVisionError(f"--model {name} needs timm: run `pip install timm`") from error
+    except (OSError, RuntimeError, ValueError) as error:  # no such model, or no weights of it
+        raise DeepVisionError(f"--model {name}: {first_line(error)}") from error
+    if weights is not None:
+        load_weights(network, Path(weights), network.pretrained_cfg["classifier"])
+    recipe = timm.data.resolve_model_data_config(network)
+    side, resample = recipe["input_size"][1], recipe["interpolation"]
+    return assemble_model(name, network, device, side, recipe["mean"], recipe["std"], resample)
 
 
-def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
-    """A vector that needs no weights and no training, from uint8 (B, 3, side, side) to float32 (B, dim).
+def downloaded(url: str, name: str) -> Path:
+    """The file of `url` in torch's own cache, downloaded and hash-checked if it is not there yet."""
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    if path.exists():
+        return path
+    timeout, expected = socket.getdefaulttimeout(), torch.hub.HASH_REGEX.search(path.name)
+    try:
+        socket.setdefaulttimeout(CONNECT_SECONDS)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), expected and expected[1], log.isEnabledFor(logging.INFO))
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise ConnectionError(f"the weights of {name} cannot be had from {url} ({first_line(error)})") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return path
 
-    Directions of brightness edges, counted in soft cells as in HOG (Dalal & Triggs, CVPR 2005) and compressed by a
-    power, and a layout of the colours. Whitened by a fixed rule: cosine transform over the cells, Fourier transform
-    over the directions, what is strong in any picture weighted down, means removed: unrelated pictures score near 0.
 
-    A smaller rectangle stands for the part at (top, left) of a picture whose rest is unknown.
+def torchvision_model(name: str, weights: str | Path | None, device: str) -> Model:
+    models = torchvision.models
+    names = models.list_models(module=models)
+    if name not in names:
+        near = ", ".join(difflib.get_close_matches(name, [*names, OFFLINE], n=4, cutoff=0.5))
+        raise DeepVisionError(f"--model {name}: no such model{near and f'; did you mean {near}?'}")
+    listed = models.get_model_weights(name).__members__
+    entry = listed.get(str(weights or WEIGHTS), listed["DEFAULT"])
+    if weights is None or str(weights) in listed:
+        path = downloaded(entry.url, name)
+    elif not (path := Path(weights)).is_file():
+        raise DeepVisionError(f"--weights {weights}: no such file, nor weights of {name} ({', '.join(listed)})")
+    given: dict[str, Any] = {}  # what torchvision itself gives to models that come with weights
+    if name in ("googlenet", "inception_v3"):
+        given = {"transform_input": True, "init_weights": False, "aux_logits": False}
+    elif name.startswith("vit_"):
+        given = {"image_size": entry.meta["min_size"][0]}
+    network = models.get_model(name, weights=None, **given)
+    layers = (torch.nn.Linear, torch.nn.Conv2d)
+    *_, head = (name for name, layer in network.named_modules() if isinstance(layer, layers))  # gives the classes
+    network.set_submodule(head, torch.nn.Identity())
+    load_weights(network, path, head)
+    recipe = entry.transforms()
+    side, resample = recipe.crop_size[0], recipe.interpolation.value
+    return assemble_model(name, network, device, side, recipe.mean, recipe.std, resample)
+
+
+def load_model(name: str | None = None, weights: str | Path | None = None, device: str = "auto") -> Model:
+    """The network that turns pixels into features, its classifier removed.
+
+    name     resnet50, any classification model of torchvision, timm:NAME, or offline. By default resnet50, and where
+             its weights cannot be had, offline, with a warning
+    weights  the name of torchvision weights (IMAGENET1K_V1), hash-checked when downloaded, or a local file of tensors
+    device   auto, cpu, cuda or mps
+
+    Raises DeepVisionError for an unknown name or device, and for weights that are missing, corrupt or do not fit.
     """
-    normalize, (height, width) = torch.nn.functional.normalize, pixels.shape[-2:]
-    with pixels.device:
-        planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT), pixels.float())
-        cells = EDGE_CELLS, COLOUR_CELLS
-        edge_grid, colour_grid = ((windows(c, height, top), windows(c, width, left)) for c in cells)
-        counts = torch.stack([pool(rise, *edge_grid) for rise in rises(planes[:, 0])], 1)
-        edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier()), *edge_grid)
-        colours = whiten(pool(planes, *colour_grid), *colour_grid)
-        mean = planes.mean((2, 3)) / 255  # nearly nothing, but all that a blank picture has
-        weighted = (1.0, edges), (BRIGHTNESS_WEIGHT, colours[:, :1]), (HUE_WEIGHT, colours[:, 1:])
-        parts = [weight * normalize(part.flatten(1), eps=FAINT) for weight, part in weighted]
-        return torch.cat([*parts, MEAN_WEIGHT * mean, torch.full_like(mean[:, :1], MEAN_WEIGHT)], 1)
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(kind for kind in there if there[kind])
+    elif not there.get(device):
+        raise DeepVisionError(f"--device {device}: torch {torch.__version__} finds none on this machine")
+    if name == OFFLINE:
+        return offline_model(device)
+    try:
+        if name and name.startswith("timm:"):
+            return timm_model(name, weights, device)
+        return torchvision_model(name or MODEL, weights, device)
+    except ConnectionError as error:
+        if name or weights:
+            raise DeepVisionError(f"{error}; connect once, or give --weights FILE") from error
+        what = "it finds copies and edits of the same picture and likeness of layout and colour, not subjects"
+        ways = f"For {MODEL} connect once or give --weights FILE; with --model offline this warning goes"
+        log.warning("%s. The built-in offline descriptor is used instead: %s. %s", error, what, ways)
+        return offline_model(device)
 
 
-def rises(light: torch.Tensor) -> Iterator[torch.Tensor]:
-    """How steeply, (B, n, n), brightness (B, n, n) rises at each pixel in each of the directions."""
-    framed = torch.nn.functional.pad(light[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
-    dx, dy = framed[:, 1:-1, 2:] - framed[:, 1:-1, :-2], framed[:, 2:, 1:-1] - framed[:, :-2, 1:-1]
-    slope = torch.hypot(dx, dy) + 1e-3  # of 255: no division by 0 where it is flat
-    for k in range(DIRECTIONS):
-        angle = 2 * math.pi * k / DIRECTIONS
-        share = ((dx * math.cos(angle) + dy * math.sin(angle)) / slope).clamp_(min=0)
-        for _ in range(SHARPNESS):
-            share.square_()  # twice as fast as a power
-        yield share.mul_(slope)
-
-
-def windows(cells: int, n: int, start: int) -> torch.Tensor:
-    """Gaussian weights, (cells, n), that pixels start to start + n of the side have in each cell; 1 over all pixels."""
-    distance = (torch.arange(OFFLINE_SIDE) + 0.5) * cells / OFFLINE_SIDE - (torch.arange(cells)[:, None] + 0.5)
-    weights = torch.exp(-2 * distance**2)  # half a cell is sigma
-    return (weights / weights.sum(1, keepdim=True))[:, start : start + n]
-
-
-def pool(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """(..., n, n) to the mean in each cell, (..., cells, cells), over what is known of it."""
-    return rows @ planes @ columns.T / (rows.sum(1)[:, None] * columns.sum(1) + 1e-9)
-
-
-def fourier() -> torch.Tensor:
-    """Real Fourier transform over the directions, (DIRECTIONS, 2 * len(ORDERS) - 1), each order weighted."""
-    phase = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None] * torch.arange(len(ORDERS))
-    even, odd = torch.tensor(ORDERS) * torch.stack([phase.cos(), phase.sin()])
-    return torch.cat([even[:, :1] / math.sqrt(2), even[:, 1:], odd[:, 1:]], 1)
-
-
-def whiten(maps: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Maps (B, c, cells, cells) to (B, c, cells² - 1): without their mean, cosine transform, weight 1 + frequency."""
-    known = rows.sum(1)[:, None] * columns.sum(1)
-    maps = (maps - (maps * known).sum((2, 3), keepdim=True) / known.sum()) * known
-    k = torch.arange(len(known), dtype=torch.float32)
-    cosines = torch.cos(math.pi / len(k) * k[:, None] * (k + 0.5))
-    cosines[0] /= math.sqrt(2)
-    return (cosines @ maps @ cosines.T * (1 + torch.hypot(k[:, None], k))).flatten(2)[:, :, 1:]
+def squeeze(image: Image.Image, width: int, height: int, resample: str) -> torch.Tensor:
+    """An RGB image as uint8 (3, height, width)."""
+    resized = image.resize((width, height), Image.Resampling[resample.upper()])
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
 def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Image.Image], torch.Tensor]:
@@ -595,12 +601,6 @@ def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Ima
     The whole picture is squeezed into a square: a crop of its centre would lose what stands at the edges.
     """
     return lambda image: squeeze(to_rgb(image, side), side, side, resample)
-
-
-def squeeze(image: Image.Image, width: int, height: int, resample: str) -> torch.Tensor:
-    """An RGB image as uint8 (3, height, width)."""
-    resized = image.resize((width, height), Image.Resampling[resample.upper()])
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
 def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | None = None) -> np.ndarray:
@@ -640,6 +640,29 @@ def with_features(
         start = time.perf_counter()
 
 
+def bar(lines: np.ndarray) -> int:
+    """How many of the first lines, (n, length, 3), are a bar of one colour, with or without text on it: it begins and
+    ends plain, and the picture begins at once behind it."""
+    lines = lines[: int(len(lines) * BAR_DEEPEST)]
+    if not len(lines):
+        return 0
+    share = (np.abs(lines - np.median(lines[0], axis=0)) <= BAR_TOLERANCE).all(-1).mean(1)
+    end = int((share < WRITTEN).argmax())  # 0: there is no picture behind it
+    return end if share[0] >= PLAIN and (share[max(0, end - BAR_END) : end] >= PLAIN).any() else 0
+
+
+def content_box(image: Image.Image) -> tuple[int, int, int, int] | None:
+    """Left, top, right and bottom of the picture within plain borders and caption bars; None if there are none."""
+    pixels, whole = np.asarray(image, np.int16), (0, 0, image.width, image.height)
+    box = whole
+    for _ in range(2):  # a border may lie around a bar
+        left, top, right, bottom = box
+        rows = pixels[top:bottom, left:right]
+        columns = rows.transpose(1, 0, 2)
+        box = left + bar(columns), top + bar(rows), right - bar(columns[::-1]), bottom - bar(rows[::-1])
+    return None if box == whole else box
+
+
 def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
     """A query as it is, and as it would be before an edit: mirrored, turned, without a border or a caption bar, or as
     a part of a larger picture. `views`: none, all, or auto: those that help most for their cost."""
@@ -666,29 +689,6 @@ def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
             starts = [round((2 * i + 1) / (2 * places) * (side - small)) for i in range(places)]
             found += [View("part", part, top, left) for top in starts for left in starts]
     return found
-
-
-def content_box(image: Image.Image) -> tuple[int, int, int, int] | None:
-    """Left, top, right and bottom of the picture within plain borders and caption bars; None if there are none."""
-    pixels, whole = np.asarray(image, np.int16), (0, 0, image.width, image.height)
-    box = whole
-    for _ in range(2):  # a border may lie around a bar
-        left, top, right, bottom = box
-        rows = pixels[top:bottom, left:right]
-        columns = rows.transpose(1, 0, 2)
-        box = left + bar(columns), top + bar(rows), right - bar(columns[::-1]), bottom - bar(rows[::-1])
-    return None if box == whole else box
-
-
-def bar(lines: np.ndarray) -> int:
-    """How many of the first lines, (n, length, 3), are a bar of one colour, with or without text on it: it begins and
-    ends plain, and the picture begins at once behind it."""
-    lines = lines[: int(len(lines) * BAR_DEEPEST)]
-    if not len(lines):
-        return 0
-    share = (np.abs(lines - np.median(lines[0], axis=0)) <= BAR_TOLERANCE).all(-1).mean(1)
-    end = int((share < WRITTEN).argmax())  # 0: there is no picture behind it
-    return end if share[0] >= PLAIN and (share[max(0, end - BAR_END) : end] >= PLAIN).any() else 0
 
 
 def features_of_views(views: Sequence[View], model: Model) -> np.ndarray:
@@ -722,6 +722,32 @@ HERE = "seen JOIN files USING (path) WHERE digest IS NOT NULL"  # the usable ima
 SKIPPED = "seen JOIN files USING (path) WHERE reason IS NOT NULL"
 GONE = f"""files WHERE digest IS NOT NULL AND path NOT IN (SELECT path FROM seen)
     AND digest NOT IN (SELECT digest FROM {HERE})"""  # a file that was only moved is not gone
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its place only when it is whole and on disk."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name is durable when the folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def file_checksum(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 22):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
 
 
 class Catalogue:
@@ -968,32 +994,6 @@ class Catalogue:
             self.put(index=f"{index.ntotal} {file_checksum(self.index)}")
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its place only when it is whole and on disk."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with open(part, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name is durable when the folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def file_checksum(path: Path) -> int:
-    checksum = 0
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 22):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum
-
-
 # ---- Index and search ------------------------------------------------------------------------------------------------
 
 
@@ -1041,6 +1041,60 @@ def open_index(catalogue: Catalogue) -> faiss.Index:
     return index
 
 
+def nearest(engine: Engine, xq: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores D and rows I, (nq, >= k), of the live rows nearest to each of xq, (nq, dim).
+
+    All rows that tie with the k-th are among them: their order is then the caller's, and top k a prefix of top k+n.
+    """
+    n, params = len(engine.live), None
+    if n < engine.index.ntotal:
+        bitmap = np.packbits(np.isin(np.arange(engine.index.ntotal), engine.live), bitorder="little")
+        params = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bitmap))
+    fetch = k
+    while True:
+        fetch = min(2 * fetch, n)
+        D, I = engine.index.search(xq, fetch, params=params)
+        if fetch == n or (D[:, k - 1] > D[:, -1]).all():
+            return D, I
+
+
+def location(path: str) -> str:
+    """Where a file lies, not where it points: a link to an image of the collection is a query like any other."""
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+
+
+def own_distance(scores: np.ndarray) -> np.ndarray:
+    """From an image's scores with the sample, (..., m), to how far a near but unrelated image is, (...)."""
+    rank = int(scores.shape[-1] * (1 - OWN))
+    return np.maximum(1 - np.partition(scores, rank, axis=-1)[..., rank], 1e-6)
+
+
+def find_matches(engine: Engine, query: Picture, k: int, threshold: float | str) -> list[Match]:
+    """The best view counts, and the first of equal ones, which is the query as it is."""
+    least, label = (-1.0, threshold) if isinstance(threshold, str) else (threshold, LABELS[0])
+    best: dict[int, tuple[float, str]] = {}
+    xq = features_of_views(query.pixels, engine.model).astype(np.float32)
+    for view, scores, rows in zip(query.pixels, *nearest(engine, xq, k + 1)):  # one more, for the query's own file
+        for score, row in zip(scores.clip(-1, 1).tolist(), rows.tolist()):
+            if round(score, 3) >= least and score > best.get(row, (-2.0, ""))[0]:
+                best[row] = score, view.name
+    own, reach = location(os.fsdecode(query.file.path)), own_distance((xq @ engine.sample.T).max(0))
+    found: list[tuple[float, str, str, str]] = []
+    for row in sorted(best, key=lambda row: -best[row][0]):
+        score, edit = best[row]
+        if len(found) > k and -score > found[k][0]:
+            break
+        word = "weak" if engine.limits else ""
+        word = next((name for name, limit in engine.limits.items() if 1 - score <= limit * reach), word)
+        for name, digest in engine.catalogue.files_of(row, k + 1):
+            path = os.path.join(engine.images, os.fsdecode(name))
+            if digest != query.digest or location(path) != own:
+                found.append((-score, path, "identical" if digest == query.digest else word, edit))
+    kept = [item for item in sorted(found) if label == LABELS[0] or item[2] in LABELS[LABELS.index(label) :]]
+    ranked = enumerate(kept[:k], start=1)
+    return [Match(rank, path, -minus, word == "identical", word, edit) for rank, (minus, path, word, edit) in ranked]
+
+
 def search(
     queries: str | Path | Iterable[str | Path], engine: Engine | None = None, *,
     k: int = TOP, threshold: float | str = -1.0, views: str = "auto",
@@ -1070,55 +1124,6 @@ def search(
             yield Answer(name, find_matches(engine, picture, k, threshold))
 
 
-def nearest(engine: Engine, xq: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores D and rows I, (nq, >= k), of the live rows nearest to each of xq, (nq, dim).
-
-    All rows that tie with the k-th are among them: their order is then the caller's, and top k a prefix of top k+n.
-    """
-    n, params = len(engine.live), None
-    if n < engine.index.ntotal:
-        bitmap = np.packbits(np.isin(np.arange(engine.index.ntotal), engine.live), bitorder="little")
-        params = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bitmap))
-    fetch = k
-    while True:
-        fetch = min(2 * fetch, n)
-        D, I = engine.index.search(xq, fetch, params=params)
-        if fetch == n or (D[:, k - 1] > D[:, -1]).all():
-            return D, I
-
-
-def find_matches(engine: Engine, query: Picture, k: int, threshold: float | str) -> list[Match]:
-    """The best view counts, and the first of equal ones, which is the query as it is."""
-    least, label = (-1.0, threshold) if isinstance(threshold, str) else (threshold, LABELS[0])
-    best: dict[int, tuple[float, str]] = {}
-    xq = features_of_views(query.pixels, engine.model).astype(np.float32)
-    for view, scores, rows in zip(query.pixels, *nearest(engine, xq, k + 1)):  # one more, for the query's own file
-        for score, row in zip(scores.clip(-1, 1).tolist(), rows.tolist()):
-            if round(score, 3) >= least and score > best.get(row, (-2.0, ""))[0]:
-                best[row] = score, view.name
-    own, reach = location(os.fsdecode(query.file.path)), own_distance((xq @ engine.sample.T).max(0))
-    found: list[tuple[float, str, str, str]] = []
-    for row in sorted(best, key=lambda row: -best[row][0]):
-        score, edit = best[row]
-        if len(found) > k and -score > found[k][0]:
-            break
-        word = "weak" if engine.limits else ""
-        word = next((name for name, limit in engine.limits.items() if 1 - score <= limit * reach), word)
-        for name, digest in engine.catalogue.files_of(row, k + 1):
-            path = os.path.join(engine.images, os.fsdecode(name))
-            if digest != query.digest or location(path) != own:
-                found.append((-score, path, "identical" if digest == query.digest else word, edit))
-    kept = [item for item in sorted(found) if label == LABELS[0] or item[2] in LABELS[LABELS.index(label) :]]
-    ranked = enumerate(kept[:k], start=1)
-    return [Match(rank, path, -minus, word == "identical", word, edit) for rank, (minus, path, word, edit) in ranked]
-
-
-def own_distance(scores: np.ndarray) -> np.ndarray:
-    """From an image's scores with the sample, (..., m), to how far a near but unrelated image is, (...)."""
-    rank = int(scores.shape[-1] * (1 - OWN))
-    return np.maximum(1 - np.partition(scores, rank, axis=-1)[..., rank], 1e-6)
-
-
 def chance_limits(sample: np.ndarray, n: int) -> dict[str, float]:
     """How near, as a share of a query's own distance, a match among n images must be to get a label of CHANCE.
 
@@ -1144,12 +1149,36 @@ def chance_limits(sample: np.ndarray, n: int) -> dict[str, float]:
     return limits
 
 
-def location(path: str) -> str:
-    """Where a file lies, not where it points: a link to an image of the collection is a query like any other."""
-    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
-
-
 # ---- Assembly --------------------------------------------------------------------------------------------------------
+
+
+def unlisted(error: OSError, prune: bool = False) -> None:
+    """A folder that cannot be listed is passed over, but must not make `--prune` forget what lies in it."""
+    what = f"{shown(os.fsdecode(error.filename))} cannot be listed ({error.strerror})"
+    if prune:
+        raise DeepVisionError(f"{what}: nothing was pruned")
+    log.warning("%s", what)
+
+
+def read_new(catalogue: Catalogue, images: Path, model: Model, work: Work, summary: Summary) -> None:
+    """The features of the files chosen, into the cache: every few seconds, and whatever ends the run."""
+    unsaved: list[Picture] = []
+    saved, label = time.monotonic(), f"{model.name} on {model.device}"
+    quiet = None if log.isEnabledFor(logging.INFO) else True  # None: on a terminal alone
+    with tqdm.tqdm(total=catalogue.count("unread"), desc=label, unit="img", disable=quiet) as bar:
+        try:
+            for pictures in with_features(catalogue.unread(), images, model, work, catalogue.is_known, summary):
+                unsaved += pictures
+                usable = [picture for picture in pictures if picture.digest and not picture.vanished]
+                summary.opened += len(pictures)
+                summary.new += len(usable)
+                summary.recognised += sum(picture.vector is None for picture in usable)
+                bar.update(len(pictures))
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    catalogue.save(unsaved)
+                    unsaved, saved = [], time.monotonic()
+        finally:
+            catalogue.save(unsaved)
 
 
 def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summary:
@@ -1186,33 +1215,16 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
     raise DeepVisionError(f"{images} {there}: put images to search in there, or name another folder with --images")
 
 
-def unlisted(error: OSError, prune: bool = False) -> None:
-    """A folder that cannot be listed is passed over, but must not make `--prune` forget what lies in it."""
-    what = f"{shown(os.fsdecode(error.filename))} cannot be listed ({error.strerror})"
-    if prune:
-        raise DeepVisionError(f"{what}: nothing was pruned")
-    log.warning("%s", what)
-
-
-def read_new(catalogue: Catalogue, images: Path, model: Model, work: Work, summary: Summary) -> None:
-    """The features of the files chosen, into the cache: every few seconds, and whatever ends the run."""
-    unsaved: list[Picture] = []
-    saved, label = time.monotonic(), f"{model.name} on {model.device}"
-    quiet = None if log.isEnabledFor(logging.INFO) else True  # None: on a terminal alone
-    with tqdm.tqdm(total=catalogue.count("unread"), desc=label, unit="img", disable=quiet) as bar:
-        try:
-            for pictures in with_features(catalogue.unread(), images, model, work, catalogue.is_known, summary):
-                unsaved += pictures
-                usable = [picture for picture in pictures if picture.digest and not picture.vanished]
-                summary.opened += len(pictures)
-                summary.new += len(usable)
-                summary.recognised += sum(picture.vector is None for picture in usable)
-                bar.update(len(pictures))
-                if time.monotonic() - saved > SAVE_SECONDS:
-                    catalogue.save(unsaved)
-                    unsaved, saved = [], time.monotonic()
-        finally:
-            catalogue.save(unsaved)
+def ready(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Engine:
+    catalogue.check()
+    summary = update(catalogue, images, model, work)
+    generation, live, sampled = catalogue.generation(), catalogue.live_rows(), catalogue.live_rows("digest", SAMPLE)
+    index = open_index(catalogue)
+    if catalogue.generation() != generation:  # the rows are not those of the index
+        raise DeepVisionError(f"{catalogue.folder} was changed by another run: start again")
+    sample = index.reconstruct_batch(sampled)
+    limits = chance_limits(sample, len(live))
+    return Engine(images, model, catalogue, generation, index, live, sample, limits, summary)
 
 
 def initialize_reverse_image_search(
@@ -1243,18 +1255,6 @@ def initialize_reverse_image_search(
             f"the cache {folder} cannot be used: {first_line(error)}. What was there is untouched; make room or mend "
             "its permissions, or choose another place with --index-dir"
         ) from error
-
-
-def ready(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Engine:
-    catalogue.check()
-    summary = update(catalogue, images, model, work)
-    generation, live, sampled = catalogue.generation(), catalogue.live_rows(), catalogue.live_rows("digest", SAMPLE)
-    index = open_index(catalogue)
-    if catalogue.generation() != generation:  # the rows are not those of the index
-        raise DeepVisionError(f"{catalogue.folder} was changed by another run: start again")
-    sample = index.reconstruct_batch(sampled)
-    limits = chance_limits(sample, len(live))
-    return Engine(images, model, catalogue, generation, index, live, sample, limits, summary)
 
 
 # ---- Output ----------------------------------------------------------------------------------------------------------
