@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import hashlib
 import http.client
 import importlib
@@ -117,6 +118,7 @@ BAR_TOLERANCE = 20  # of 255, from the bar's colour
 BAR_END = 4  # lines within which a bar gives way to the picture; a page's margin or a backdrop fades out
 BAR_DEEPEST = 0.3  # share of a side
 CHANCE = {"copy": 0.01, "similar": 1.0}  # so many chance matches a search at or above the scores that get this label
+VIEWS = ("none", "auto", "all")
 LABELS = ("weak", "similar", "copy", "identical")
 SAMPLE = 1000  # images that scores are compared with; twice as many take four times as long and say little more
 FEWEST = 50  # images; of a smaller collection nothing is said
@@ -134,6 +136,16 @@ one_large_image = threading.Lock()
 
 class DeepVisionError(Exception):
     """What went wrong, where, and what to do about it, in one line."""
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def shown(text: str) -> str:
+    """A name that cannot steer the terminal: control and direction characters are written as escapes."""
+    steering = ("Cc", "Cf", "Zl", "Zp")
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in steering else c for c in text)
 
 
 class File(NamedTuple):
@@ -211,11 +223,11 @@ class Summary:
     new: int = 0  # usable ones among them, new or changed
     recognised: int = 0  # of those, by content: moved, copied, or back again
     reading: float = 0.0  # seconds that the model waited for pixels
-    model: float = 0.0  # seconds
+    computing: float = 0.0  # seconds in the model
 
     def __str__(self) -> str:
         known = f" ({self.recognised} recognised by content)" if self.recognised else ""
-        spent = f"{self.reading:.1f} s reading, {self.model:.1f} s in the model"
+        spent = f"{self.reading:.1f} s reading, {self.computing:.1f} s in the model"
         return (
             f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged, "
             f"{self.skipped:,} skipped, {self.gone:,} gone; {spent if self.opened else 'no image was opened'}"
@@ -253,8 +265,10 @@ def find_images(
             path = os.path.join(relative, entry.name)
             try:
                 info = entry.stat()
-            except OSError:
-                continue  # a link to nowhere, or gone since it was listed
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ELOOP):  # a link to nowhere, or gone since it was listed
+                    onerror(error)
+                continue
             if stat.S_ISDIR(info.st_mode):
                 folders.append(path)
             else:
@@ -301,10 +315,6 @@ def content_hash(stream: BinaryIO) -> bytes:
         sha.update(chunk)
     stream.seek(position)
     return sha.digest()[:DIGEST_BYTES]
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def read_picture(
@@ -372,16 +382,16 @@ def to_rgb(image: Image.Image, side: int) -> Image.Image:
 
 def read_ahead(read: Callable[[File], Picture], files: Iterable[File], workers: int, ahead: int) -> Iterator[Picture]:
     """`read` of each file, by `workers` threads, in order, with at most `ahead` results waiting."""
-    pool, pending = ThreadPoolExecutor(workers), deque[Future[Picture]]()
+    threads, pending = ThreadPoolExecutor(workers), deque[Future[Picture]]()
     try:
         for file in files:
-            pending.append(pool.submit(read, file))
+            pending.append(threads.submit(read, file))
             if len(pending) >= ahead:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        threads.shutdown(cancel_futures=True)
 
 
 # ---- Features --------------------------------------------------------------------------------------------------------
@@ -458,16 +468,16 @@ def offline_model(device: str) -> Model:
     return Model(OFFLINE, f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", OFFLINE_SIDE, dim, device, describe)
 
 
-def load_weights(network: torch.nn.Module, path: Path, head: str) -> None:
+def load_weights(network: torch.nn.Module, path: Path, *heads: str) -> None:
     """Weights from a file of tensors: plain, wrapped as `state_dict`, or saved as `module.`, with or without the
-    classifier, `head`. All else must be there, in its shape: no part of a network is ever left untrained."""
+    classifier, `heads`. All else must be there, in its shape: no part of a network is ever left untrained."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
         for key in list(state):  # in place: its `_metadata` tells old layouts from new ones
             value, name = state.pop(key), key.removeprefix("module.")
             name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name)
-            if not name.startswith((f"{head}.", "aux1.", "aux2.", "AuxLogits.")):  # what only answers or trains
+            if not name.startswith((*(f"{head}." for head in heads), "aux1.", "aux2.", "AuxLogits.")):
                 state[name] = value
     except Exception as error:  # a corrupt file raises anything
         advice = "expected are tensors as torch.save writes them; if it was downloaded, delete it and try again"
@@ -509,7 +519,8 @@ def timm_model(name: str, weights: str | Path | None, device: str) -> Model:
     except (OSError, RuntimeError, ValueError) as error:  # no such model, or no weights of it
         raise DeepVisionError(f"--model {name}: {first_line(error)}") from error
     if weights is not None:
-        load_weights(network, Path(weights), network.pretrained_cfg["classifier"])
+        heads = network.pretrained_cfg["classifier"]
+        load_weights(network, Path(weights), *([heads] if isinstance(heads, str) else heads))
     recipe = timm.data.resolve_model_data_config(network)
     side, resample = recipe["input_size"][1], recipe["interpolation"]
     return assemble_model(name, network, device, side, recipe["mean"], recipe["std"], resample)
@@ -574,6 +585,8 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
         device = next(kind for kind in there if there[kind])
     elif not there.get(device):
         raise DeepVisionError(f"--device {device}: torch {torch.__version__} finds none on this machine")
+    if name == OFFLINE and weights:
+        raise DeepVisionError(f"--weights {weights}: the offline descriptor takes none")
     if name == OFFLINE:
         return offline_model(device)
     try:
@@ -634,13 +647,13 @@ def with_features(
         pixels = [picture.pixels for picture in batch if picture.pixels is not None]
         vectors = iter(extract_features_batch(torch.stack(pixels), model).astype(np.float16) if pixels else ())
         batch = [p if p.pixels is None else p._replace(pixels=None, vector=next(vectors)) for p in batch]
-        summary.model += (spent := time.perf_counter() - middle)
+        summary.computing += (spent := time.perf_counter() - middle)
         size = max(1, size // 2) if spent > SAVE_SECONDS else size  # what is under way is not saved yet
         yield batch
         start = time.perf_counter()
 
 
-def bar(lines: np.ndarray) -> int:
+def bar_depth(lines: np.ndarray) -> int:
     """How many of the first lines, (n, length, 3), are a bar of one colour, with or without text on it: it begins and
     ends plain, and the picture begins at once behind it."""
     lines = lines[: int(len(lines) * BAR_DEEPEST)]
@@ -659,7 +672,8 @@ def content_box(image: Image.Image) -> tuple[int, int, int, int] | None:
         left, top, right, bottom = box
         rows = pixels[top:bottom, left:right]
         columns = rows.transpose(1, 0, 2)
-        box = left + bar(columns), top + bar(rows), right - bar(columns[::-1]), bottom - bar(rows[::-1])
+        right, bottom = right - bar_depth(columns[::-1]), bottom - bar_depth(rows[::-1])
+        box = left + bar_depth(columns), top + bar_depth(rows), right, bottom
     return None if box == whole else box
 
 
@@ -718,10 +732,10 @@ SEEN = """DROP TABLE IF EXISTS temp.seen; DROP TABLE IF EXISTS temp.unread;
 UNREAD = """CREATE TEMP TABLE unread AS SELECT * FROM seen WHERE ? OR NOT EXISTS (
     SELECT 1 FROM files WHERE files.path = seen.path AND files.size = seen.size AND files.mtime = seen.mtime
     AND CASE WHEN digest IS NULL THEN decoders = ? ELSE digest IN (SELECT digest FROM features) END) ORDER BY path"""
-HERE = "seen JOIN files USING (path) WHERE digest IS NOT NULL"  # the usable images of the collection
+USABLE = "seen JOIN files USING (path) WHERE digest IS NOT NULL"  # the usable images of the collection
 SKIPPED = "seen JOIN files USING (path) WHERE reason IS NOT NULL"
 GONE = f"""files WHERE digest IS NOT NULL AND path NOT IN (SELECT path FROM seen)
-    AND digest NOT IN (SELECT digest FROM {HERE})"""  # a file that was only moved is not gone
+    AND digest NOT IN (SELECT digest FROM {USABLE})"""  # a file that was only moved is not gone
 
 
 @contextmanager
@@ -969,7 +983,7 @@ class Catalogue:
 
         Ordered by digest, the first ones are a sample that does not depend on the order in which files were added.
         """
-        query = f"SELECT row FROM features WHERE digest IN (SELECT digest FROM {HERE}) ORDER BY {order} LIMIT {limit}"
+        query = f"SELECT row FROM features WHERE digest IN (SELECT digest FROM {USABLE}) ORDER BY {order} LIMIT {limit}"
         return np.fromiter((row for (row,) in self.db.execute(query)), np.int64)
 
     def files_of(self, row: int, limit: int) -> list[tuple[bytes, bytes]]:
@@ -1007,6 +1021,7 @@ class Engine:
     generation: bytes | None  # of the catalogue: another one has other rows
     index: faiss.Index
     live: np.ndarray  # int64, the rows of the index that belong to a file of the collection
+    selector: faiss.IDSelector | None  # of these rows; None if they are all there are
     sample: np.ndarray  # features of some of them, float32 (m, dim)
     limits: dict[str, float]  # of the labels, see `chance_limits`
     summary: Summary
@@ -1047,9 +1062,8 @@ def nearest(engine: Engine, xq: np.ndarray, k: int) -> tuple[np.ndarray, np.ndar
     All rows that tie with the k-th are among them: their order is then the caller's, and top k a prefix of top k+n.
     """
     n, params = len(engine.live), None
-    if n < engine.index.ntotal:
-        bitmap = np.packbits(np.isin(np.arange(engine.index.ntotal), engine.live), bitorder="little")
-        params = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bitmap))
+    if engine.selector is not None:
+        params = faiss.SearchParameters(sel=engine.selector)
     fetch = k
     while True:
         fetch = min(2 * fetch, n)
@@ -1109,6 +1123,8 @@ def search(
     Exact, best first, equal scores by path; the query's own file is left out. A file that cannot be used gets an Answer
     with an `error`. Raises DeepVisionError if another run has pruned or rebuilt the index since it was opened.
     """
+    if k < 1 or views not in VIEWS or (isinstance(threshold, str) and threshold not in LABELS):
+        raise ValueError(f"k={k}, threshold={threshold!r}, views={views!r}: see the documentation of search")
     engine = engine or initialize_reverse_image_search()
     names = [queries] if isinstance(queries, (str, os.PathLike)) else queries
     files = (File(os.fsencode(name), 0, 0) for name in names)
@@ -1194,12 +1210,12 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
                 catalogue.scan(scan(), work.rebuild)
             catalogue.trusted_from = catalogue.get("rows") if work.rebuild else 0
             read_new(catalogue, images, model, work, summary)
-            if catalogue.count(HERE):
+            if catalogue.count(USABLE):
                 if work.prune:
                     catalogue.prune()
                 elif work.rebuild:
                     catalogue.compact()
-    summary.images, summary.skipped, summary.gone = map(catalogue.count, (HERE, SKIPPED, GONE))
+    summary.images, summary.skipped, summary.gone = map(catalogue.count, (USABLE, SKIPPED, GONE))
     if summary.images:
         return summary
     if summary.gone:
@@ -1224,7 +1240,10 @@ def ready(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Engin
         raise DeepVisionError(f"{catalogue.folder} was changed by another run: start again")
     sample = index.reconstruct_batch(sampled)
     limits = chance_limits(sample, len(live))
-    return Engine(images, model, catalogue, generation, index, live, sample, limits, summary)
+    selector = None
+    if len(live) < index.ntotal:
+        selector = faiss.IDSelectorBitmap(np.packbits(np.isin(np.arange(index.ntotal), live), bitorder="little"))
+    return Engine(images, model, catalogue, generation, index, live, selector, sample, limits, summary)
 
 
 def initialize_reverse_image_search(
@@ -1237,6 +1256,8 @@ def initialize_reverse_image_search(
 
     Raises DeepVisionError if there is no usable image, or the cache cannot be written or is a newer version's.
     """
+    if os.path.realpath(images) == os.path.realpath(index_dir):
+        raise DeepVisionError(f"--index-dir {index_dir} is the collection itself: choose another folder for the cache")
     model, images = model or load_model(), Path(images)
     folder = Path(index_dir, model.identity)
     if model.name == MODEL and not folder.exists() and any(Path(index_dir).glob(f"{OFFLINE}-*")):
@@ -1250,7 +1271,7 @@ def initialize_reverse_image_search(
         except DAMAGE:  # or it is new
             catalogue.mend()
             return ready(catalogue, images, model, work)
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, sqlite3.Error, NotImplementedError) as error:  # the last of a file system without locks
         raise DeepVisionError(
             f"the cache {folder} cannot be used: {first_line(error)}. What was there is untouched; make room or mend "
             "its permissions, or choose another place with --index-dir"
@@ -1258,12 +1279,6 @@ def initialize_reverse_image_search(
 
 
 # ---- Output ----------------------------------------------------------------------------------------------------------
-
-
-def shown(text: str) -> str:
-    """A name that cannot steer the terminal: control and direction characters are written as escapes."""
-    steering = ("Cc", "Cf", "Zl", "Zp")
-    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in steering else c for c in text)
 
 
 def as_text(answer: Answer, engine: Engine) -> str:
@@ -1289,7 +1304,7 @@ def as_json(answer: Answer, engine: Engine) -> str:
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 
-def threshold(text: str) -> float | str:
+def score_or_label(text: str) -> float | str:
     if text in LABELS:
         return text
     try:
@@ -1307,9 +1322,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", default=IMAGES, metavar="DIR", help="the collection (default: %(default)s/)")
     add("--index-dir", default=INDEX_DIR, metavar="DIR", help="the cache (default: %(default)s/)")
     add("-k", "--top", type=int, default=TOP, metavar="N", help="matches per query (default: %(default)s)")
-    add("--threshold", type=threshold, default=-1.0, metavar="S", help="leave out matches of less: cosine or label")
-    add("--views", choices=("none", "auto", "all"), default="auto", help="edits of the query to see through")
-    add("--model", metavar="NAME", help=f"{MODEL} (default), any torchvision classification model, offline, timm:NAME")
+    add(
+        "--threshold", type=score_or_label, default=-1.0, metavar="S", help="leave out matches of less: cosine or label"
+    )
+    add("--views", choices=VIEWS, default="auto", help="edits of the query to see through")
+    add("--model", metavar="NAME", help=f"{MODEL} (default), any torchvision classification model, timm:NAME, offline")
     add("--weights", metavar="NAME|FILE", help=f"torchvision weights (default: {WEIGHTS}) or a local file")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
     add("--batch-size", type=int, metavar="N", help="images that the model takes at once (default: by device)")
