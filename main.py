@@ -219,6 +219,7 @@ class Summary:
     images: int = 0  # usable ones in the collection
     skipped: int = 0
     gone: int = 0
+    forgotten: int = 0  # by --prune
     opened: int = 0  # files, in this run
     new: int = 0  # usable ones among them, new or changed
     recognised: int = 0  # of those, by content: moved, copied, or back again
@@ -226,11 +227,12 @@ class Summary:
     computing: float = 0.0  # seconds in the model
 
     def __str__(self) -> str:
-        known = f" ({self.recognised} recognised by content)" if self.recognised else ""
+        known = f" ({self.recognised:,} recognised by content)" if self.recognised else ""
+        pruned = f", {self.forgotten:,} forgotten" if self.forgotten else ""
         spent = f"{self.reading:.1f} s reading, {self.computing:.1f} s in the model"
         return (
             f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged, "
-            f"{self.skipped:,} skipped, {self.gone:,} gone; {spent if self.opened else 'no image was opened'}"
+            f"{self.skipped:,} skipped, {self.gone:,} gone{pruned}; {spent if self.opened else 'no image was opened'}"
         )
 
 
@@ -299,6 +301,8 @@ def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
     suffix = os.path.splitext(path)[1].lower()
     try:
         return Image.open(stream, formats=formats)
+    except Image.DecompressionBombError:
+        raise ValueError(f"too large: over {2 * MAX_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
         if suffix in {".heic", ".heif", ".hif"} - suffixes:
             raise ValueError("a HEIF image: run `pip install pillow-heif`") from None
@@ -481,12 +485,17 @@ def load_weights(network: torch.nn.Module, path: Path, *heads: str) -> None:
                 state[name] = value
     except Exception as error:  # a corrupt file raises anything
         advice = "expected are tensors as torch.save writes them; if it was downloaded, delete it and try again"
-        raise DeepVisionError(f"{path} cannot be read as weights: {advice} ({first_line(error)})") from error
+        reason = first_line(error).partition(". ")[0]  # what follows is advice to load it unsafely
+        raise DeepVisionError(f"{path} cannot be read as weights: {advice} ({reason})") from error
     try:
         network.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
-        details = re.sub(r"\s+", " ", str(error).partition("\n")[2])
-        raise DeepVisionError(f"{path} does not fit the model: {details.strip():.300}") from error
+        want, have = (
+            {key: tuple(getattr(value, "shape", ())) for key, value in d.items()} for d in (network.state_dict(), state)
+        )
+        wrong = [key for key in {**want, **have} if want.get(key) != have.get(key)] or ["?"]
+        first = f"{wrong[0]} should be {want.get(wrong[0], 'absent')} and is {have.get(wrong[0], 'missing')}"
+        raise DeepVisionError(f"{path} does not fit the model: {len(wrong)} tensors differ; {first}") from error
 
 
 def assemble_model(
@@ -611,6 +620,8 @@ def squeeze(image: Image.Image, width: int, height: int, resample: str) -> torch
 def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Image.Image], torch.Tensor]:
     """From a Pillow image of any kind to the pixels that a model takes, uint8 (3, side, side).
 
+    side, resample  as the model has them: `get_transform(model.side, model.resample)`; by default those of ResNet50
+
     The whole picture is squeezed into a square: a crop of its centre would lose what stands at the edges.
     """
     return lambda image: squeeze(to_rgb(image, side), side, side, resample)
@@ -622,13 +633,19 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
     images  uint8 (B, 3, side, side) as stacked from `get_transform`, or Pillow images, or paths of image files
     model   by default `load_model()`
 
-    Raises OSError for a path that is no image.
+    Raises OSError for a path that is no image, ValueError for pixels of another side than the model's.
     """
     model = model or load_model()
+    if len(images) == 0:
+        return np.zeros((0, model.dim), np.float32)
     if not isinstance(images, torch.Tensor):
         image_formats()  # HEIC is among them now
         opened = (image if isinstance(image, Image.Image) else Image.open(image) for image in images)
         images = torch.stack([get_transform(model.side, model.resample)(image) for image in opened])
+    if images.shape[1:] != (3, model.side, model.side):
+        raise ValueError(
+            f"pixels are {tuple(images.shape[1:])}, but {model.name} takes (3, {model.side}, {model.side})"
+        )
     with torch.inference_mode():
         return torch.nn.functional.normalize(model.network(images.to(model.device))).cpu().numpy()
 
@@ -726,6 +743,7 @@ SCHEMA = [
     "CREATE INDEX files_by_digest ON files (digest)",
     "CREATE TABLE features (digest BLOB PRIMARY KEY, row INTEGER NOT NULL UNIQUE) WITHOUT ROWID",
 ]
+EARLIER = "(SELECT digest FROM features WHERE row < {})"
 DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)  # the latter of a message that quotes a damaged schema
 SEEN = """DROP TABLE IF EXISTS temp.seen; DROP TABLE IF EXISTS temp.unread;
     CREATE TEMP TABLE seen (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER) WITHOUT ROWID"""
@@ -756,11 +774,12 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-def file_checksum(path: Path) -> int:
+def file_checksum(path: Path, size: float = math.inf) -> int:
+    """CRC-32 of the first `size` bytes."""
     checksum = 0
     with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 22):
-            checksum = zlib.crc32(chunk, checksum)
+        while chunk := stream.read(int(min(size, 1 << 22))):
+            checksum, size = zlib.crc32(chunk, checksum), size - len(chunk)
     return checksum
 
 
@@ -840,12 +859,15 @@ class Catalogue:
             raise sqlite3.DatabaseError("there is no catalogue of this format")
         if (verdict := self.db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(f"the catalogue is corrupt: {first_line(ValueError(verdict))}")
-        if self.get("identity") != self.identity:
+        meta = dict(self.db.execute("SELECT key, value FROM meta").fetchall())
+        if meta.get("identity") != self.identity:
             raise sqlite3.DatabaseError("the catalogue is another model's")
         count, end = self.db.execute("SELECT count(*), ifnull(max(row) + 1, 0) FROM features").fetchone()
-        counts = [self.get("rows"), self.get("superseded")]
-        if counts != [end, end - count] or end > self.stored() or self.get("generation") != self.generation():
+        counts = [meta.get("rows"), meta.get("superseded")]
+        if counts != [end, end - count] or end > self.stored() or meta.get("generation") != self.generation():
             raise sqlite3.DatabaseError("the features are not those that the catalogue speaks of")
+        if meta.get("checksum") != file_checksum(self.features, self.HEADER + end * self.record.itemsize):
+            raise sqlite3.DatabaseError("the features do not match their checksum")
 
     def mend(self) -> None:
         """Make the catalogue again from every file and feature in it that holds; a new one begins like this, too."""
@@ -857,7 +879,8 @@ class Catalogue:
             except sqlite3.OperationalError:
                 raise
             except DAMAGE as error:
-                had, why, new = self.stored(), error, not self.features.exists() and not self.index.exists()
+                had, why = self.stored(), error
+                new = not self.features.exists() and not (self.folder / "catalogue.sqlite").stat().st_size
             self.remake()
             if not new:
                 log.warning("%s: %s. Repaired: %d of %d features hold", self.folder, why, self.get("rows"), had)
@@ -896,7 +919,8 @@ class Catalogue:
         with self.db:
             self.db.execute("DELETE FROM features")
             self.db.executemany("INSERT INTO features VALUES (?, ?)", zip(digests, itertools.count()))
-            self.put(generation=generation, rows=len(digests), superseded=0, index=None)
+            checksum = file_checksum(self.features)
+            self.put(generation=generation, rows=len(digests), superseded=0, checksum=checksum, index=None)
 
     def generation(self) -> bytes | None:
         try:
@@ -957,8 +981,8 @@ class Catalogue:
             self.db.executemany("INSERT OR REPLACE INTO features VALUES (?, ?)", zip(fresh, itertools.count(rows)))
             self.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", there)
             self.db.executemany("DELETE FROM seen WHERE path = ?", [(p.file.path,) for p in pictures if p.vanished])
-            end = rows + len(fresh)
-            self.put(rows=end, superseded=end - self.count("features"))
+            end, checksum = rows + len(fresh), zlib.crc32(records.tobytes(), self.get("checksum"))
+            self.put(rows=end, superseded=end - self.count("features"), checksum=checksum)
 
     def scan(self, files: Iterable[File], everything: bool) -> int:
         """Take down what lies in the collection now, and choose what to read of it: what is new or changed, what
@@ -1126,6 +1150,8 @@ def search(
     if k < 1 or views not in VIEWS or (isinstance(threshold, str) and threshold not in LABELS):
         raise ValueError(f"k={k}, threshold={threshold!r}, views={views!r}: see the documentation of search")
     engine = engine or initialize_reverse_image_search()
+    if threshold in ("similar", "copy") and not engine.limits:
+        raise DeepVisionError(f"{threshold!r} cannot be told among fewer than {FEWEST} images: give a number instead")
     names = [queries] if isinstance(queries, (str, os.PathLike)) else queries
     files = (File(os.fsencode(name), 0, 0) for name in names)
     look = partial(query_views, model=engine.model, views=views)
@@ -1203,15 +1229,20 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
     Raises DeepVisionError if no usable image is there; what is known is kept for the day the drive is back.
     """
     summary = Summary()
+    there = "has no usable image" if images.is_dir() else "is not a folder" if images.exists() else "is missing"
     scan = partial(find_images, images, partial(unlisted, prune=work.prune), [catalogue.folder.parent])
     if catalogue.scan(scan(), work.rebuild) or work.prune:
         with catalogue.writing() as waited:
             if waited:
                 catalogue.scan(scan(), work.rebuild)
-            catalogue.trusted_from = catalogue.get("rows") if work.rebuild else 0
+            before = catalogue.get("rows")
+            catalogue.trusted_from = before if work.rebuild else 0
             read_new(catalogue, images, model, work, summary)
             if catalogue.count(USABLE):
                 if work.prune:
+                    summary.forgotten = catalogue.count(GONE)
+                    if summary.forgotten and not catalogue.count(f"{USABLE} AND digest IN {EARLIER.format(before)}"):
+                        raise DeepVisionError(f"nothing in {images} is known to its index: nothing was pruned")
                     catalogue.prune()
                 elif work.rebuild:
                     catalogue.compact()
@@ -1220,14 +1251,13 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
         return summary
     if summary.gone:
         raise DeepVisionError(
-            f"{images} has no usable image, but the index knows {summary.gone:,}: is a drive not connected, or is "
-            f"--images another folder? Nothing was changed; to start afresh, delete {catalogue.folder}"
+            f"{images} {there}, but the index knows {summary.gone:,}: is a drive not connected, or is --images "
+            f"another folder? Nothing was changed; to start afresh, delete {catalogue.folder}"
         )
     if summary.skipped:
         query = f"SELECT count(*), reason FROM {SKIPPED} GROUP BY reason ORDER BY 1 DESC, 2 LIMIT 3"
         reasons = "; ".join(f"{n:,} × {reason}" for n, reason in catalogue.db.execute(query))
-        raise DeepVisionError(f"{images} has no usable image, all {summary.skipped:,} were skipped: {reasons}")
-    there = "has no images" if images.is_dir() else "is missing"
+        raise DeepVisionError(f"{images} {there}, all {summary.skipped:,} were skipped: {reasons}")
     raise DeepVisionError(f"{images} {there}: put images to search in there, or name another folder with --images")
 
 
@@ -1251,8 +1281,10 @@ def initialize_reverse_image_search(
 ) -> Engine:
     """Bring the index of the folder `images` up to date, and make it ready for `search`.
 
-    index_dir  the cache; it has a sub-folder for each model
+    images     the collection, a folder; files in it are searched for at any depth
+    index_dir  the cache of this collection; it has a sub-folder for each model
     model      by default `load_model()`
+    work       batch size, threads, and whether to rebuild or prune
 
     Raises DeepVisionError if there is no usable image, or the cache cannot be written or is a newer version's.
     """
@@ -1284,7 +1316,9 @@ def initialize_reverse_image_search(
 def as_text(answer: Answer, engine: Engine) -> str:
     """A heading line, then `rank  score  path  label, view` for each match."""
     heading = f"{shown(answer.query)}  ({engine.model.name}, {engine.summary.images:,} images)"
-    if not answer.matches or answer.matches[0].label in ("weak", "similar"):
+    if not answer.matches:
+        heading += ": no match"
+    elif answer.matches[0].label in ("weak", "similar"):
         heading += ": no confident match"
     lines, width = [heading], len(str(len(answer.matches)))
     for rank, path, score, _, label, view in answer.matches:
@@ -1322,10 +1356,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", default=IMAGES, metavar="DIR", help="the collection (default: %(default)s/)")
     add("--index-dir", default=INDEX_DIR, metavar="DIR", help="the cache (default: %(default)s/)")
     add("-k", "--top", type=int, default=TOP, metavar="N", help="matches per query (default: %(default)s)")
-    add(
-        "--threshold", type=score_or_label, default=-1.0, metavar="S", help="leave out matches of less: cosine or label"
-    )
-    add("--views", choices=VIEWS, default="auto", help="edits of the query to see through")
+    below = "leave out matches below S: a cosine, -1 to 1, or similar, copy, identical"
+    add("--threshold", type=score_or_label, default=-1.0, metavar="S", help=below)
+    add("--views", choices=VIEWS, default="auto", help="edits of the query to see through (default: those that pay)")
     add("--model", metavar="NAME", help=f"{MODEL} (default), any torchvision classification model, timm:NAME, offline")
     add("--weights", metavar="NAME|FILE", help=f"torchvision weights (default: {WEIGHTS}) or a local file")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
@@ -1333,23 +1366,26 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, metavar="N", help="threads that read and decode (default: one a core)")
     add("--index-only", action="store_true", help="update the index, search nothing")
     add("--rebuild", action="store_true", help="start again from the images")
-    add("--prune", action="store_true", help="forget files that are gone")
+    add("--prune", action="store_true", help="forget files that are gone, and their features")
     add("--json", action="store_true", help="one JSON object per query, a line each")
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-q", "--quiet", action="store_true", help="warnings and errors alone")
     volume.add_argument("-v", "--verbose", action="store_true", help="name the files that were skipped")
     options = parser.parse_args(argv)
+    if not (options.images and options.index_dir):
+        parser.error("--images and --index-dir take a folder")
     for option in ("top", "batch_size", "workers"):
         if (value := getattr(options, option)) is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} takes a whole number from 1 on, not {value}")
     return options
 
 
-def find_queries(names: Iterable[str]) -> Iterator[str]:
+def find_queries(names: Iterable[str], onerror: Callable[[OSError], None]) -> Iterator[str]:
     """The files named, and those in the folders named."""
     for name in names:
         if os.path.isdir(name):
-            yield from (os.path.join(name, os.fsdecode(file.path)) for file in find_images(name, unlisted))
+            for file in find_images(name, onerror):
+                yield os.path.join(name, os.fsdecode(file.path))
         else:
             yield name
 
@@ -1365,7 +1401,8 @@ def run(options: argparse.Namespace) -> int:
     if options.index_only:
         return 0
     answered = failed = 0
-    queries = find_queries(options.queries or filter(os.path.isdir, [QUERIES]))
+    locked: list[OSError] = []
+    queries = find_queries(options.queries or filter(os.path.isdir, [QUERIES]), locked.append)
     for answer in search(queries, engine, k=options.top, threshold=options.threshold, views=options.views):
         if answer.error == NOT_AN_IMAGE and answer.query not in options.queries:
             continue  # some other file in a folder of queries
@@ -1375,10 +1412,12 @@ def run(options: argparse.Namespace) -> int:
             log.error("%s: %s", shown(answer.query), answer.error)
         if options.json or not answer.error:
             print((as_json if options.json else as_text)(answer, engine), flush=True)
-    if not answered:
+    for error in locked:
+        log.error("%s cannot be listed (%s)", shown(os.fsdecode(error.filename)), error.strerror)
+    if not answered and not locked:
         where = ", ".join(options.queries) or f"{QUERIES}/"
         raise DeepVisionError(f"no image to search with in {where}: put one there, or name it: main.py photo.jpg")
-    return 1 if failed else 0
+    return 1 if failed or locked else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

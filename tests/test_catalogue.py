@@ -36,7 +36,7 @@ N = 6  # pictures in the collection to begin with
 ASK = ("--model", "offline", "--json", "--views", "none")
 SUMMARY = re.compile(
     r"(?P<found>\d+) found, (?P<new>\d+) new( \((?P<recognised>\d+) recognised by content\))?, (?P<unchanged>\d+) "
-    r"unchanged, (?P<skipped>\d+) skipped, (?P<gone>\d+) gone; (?P<opened>no image was opened)?"
+    r"unchanged, (?P<skipped>\d+) skipped, (?P<gone>\d+) gone(?:, \d+ forgotten)?; (?P<opened>no image was opened)?"
 )
 Run = Callable[..., Outcome]
 Index = Callable[..., dict[str, int]]
@@ -1000,3 +1000,47 @@ def test_threads_may_ask_what_is_known_while_the_catalogue_is_written(tmp_path, 
             assert catalogue.get("rows") == row + 1
         assert {type(known) for future in asked for known in future.result()} == {bool}
     assert all(map(catalogue.is_known, digests))
+
+
+def test_prune_with_another_collection_forgets_nothing(run, collection):
+    """One cache holds one collection: by a slip of --images, --prune would forget all of it."""
+    collection(6)
+    run("--model", "offline", "--index-only")
+    (other := Path("other")).mkdir()
+    draw(99).save(other / "another.png")
+    outcome = run("--model", "offline", "--index-only", "--images", "other", "--prune")
+    assert outcome.status == 1 and "nothing was pruned" in outcome.stderr
+    assert "no image was opened" in run("--model", "offline", "--index-only").stderr
+
+
+def test_prune_says_how_many_it_forgot(run, collection):
+    images = collection(6)
+    run("--model", "offline", "--index-only")
+    (images / "2.png").unlink()
+    assert "0 gone, 1 forgotten" in run("--model", "offline", "--index-only", "--prune").stderr
+    assert "0 gone;" in run("--model", "offline", "--index-only").stderr
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.95])
+def test_damaged_features_are_noticed_on_opening_even_beside_an_intact_index(run, collection, place):
+    collection(6)
+    run("--model", "offline", "--index-only")
+    (features,) = Path("image_index").glob("*/features.bin")
+    content = bytearray(features.read_bytes())
+    content[int(len(content) * place)] ^= 4
+    features.write_bytes(content)
+    outcome = run("--model", "offline", "--index-only")
+    assert outcome.status == 0 and "5 of 6 features hold" in outcome.stderr and "1 new" in outcome.stderr
+
+
+def test_a_cache_of_which_only_the_catalogue_is_left_is_said_to_be_damaged(run, collection):
+    collection(3)
+    run("--model", "offline", "--index-only")
+    for name in ("features.bin", "index.faiss"):
+        next(Path("image_index").glob(f"*/{name}")).unlink()
+    assert "0 of 0 features hold" in run("--model", "offline", "--index-only").stderr
+
+
+def test_the_collection_cannot_be_the_cache(run, collection):
+    outcome = run("--images", collection(2), "--index-dir", "bulk_images", "--model", "offline")
+    assert outcome.status == 1 and "choose another folder for the cache" in outcome.stderr

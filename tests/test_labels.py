@@ -139,7 +139,10 @@ def test_a_tiny_collection_gets_no_label_but_identical(run, collection):
     assert set(labels(run)) == {""}
     assert "no confident match" not in run("query.png", "--model", "offline").stdout
     draw(3).save("query.png")
-    assert labels(run, "--threshold", "copy") == ["identical"]
+    assert labels(run, "--threshold", "identical") == ["identical"]
+    outcome = run("query.png", "--model", "offline", "--threshold", "copy")
+    assert outcome.status == 1 and outcome.stdout == ""
+    assert "fewer than 50 images" in outcome.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
