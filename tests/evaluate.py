@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -207,6 +208,8 @@ def label(best: np.ndarray, sample: np.ndarray, limits: dict[str, float]) -> str
 
 def evaluate(folder: Path, models: dict[str, main.Model], count: int) -> None:
     paths, classes = read(folder)
+    if len(paths) < 2:
+        raise SystemExit(f"error: there are no photographs in {folder}")
     truth = np.arange(min(count, len(paths)))
     print(f"{folder}: {len(paths):,} photographs, {len(truth)} of them edited in {len(EDITS)} ways\n")
     photos = [opened(paths[i]) for i in truth]
@@ -222,13 +225,13 @@ def evaluate(folder: Path, models: dict[str, main.Model], count: int) -> None:
         collections[name] = xb = np.concatenate([main.extract_features_batch(block, model) for block in blocks])
         limits = main.chance_limits(xb[: main.SAMPLE], len(xb))
         rows: list[list[float]] = []
-        for edit in EDITS.values():
+        for edit in tqdm(EDITS.values(), desc=name, unit="edit"):
             seen = [look(edit(photo), model, xb) for photo in photos]
             best = np.stack([one.best for one in seen])
             first = ranks(best, truth) == 0
             copies = np.array([label(one.best, one.best[: main.SAMPLE], limits) == "copy" for one in seen])
             plain = ranks(np.stack([one.plain for one in seen]), truth) == 0
-            called = copies[first].mean() if first.any() else np.nan
+            called = copies[first].mean() if limits and first.any() else np.nan
             rows.append([plain.mean(), first.mean(), (ranks(best, truth) < 10).mean(), called])
         heads = (f"{name} @1", "all views @1", "all views @10", "called copy")
         columns |= {head: list(column) for head, column in zip(heads, zip(*rows))}
@@ -247,7 +250,7 @@ def without_source(paths: list[Path], xb: np.ndarray, model: main.Model) -> tupl
     half, copies = len(paths) // 2, 0
     for inside, outside in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
         limits = main.chance_limits(xb[inside][: main.SAMPLE], len(xb[inside]))
-        for path in paths[outside]:
+        for path in tqdm(paths[outside], desc="without a source"):
             best = look(opened(path), model, xb[inside]).best
             copies += label(best, best[: main.SAMPLE], limits) == "copy"
     return copies, len(paths)
