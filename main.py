@@ -743,7 +743,6 @@ SCHEMA = [
     "CREATE INDEX files_by_digest ON files (digest)",
     "CREATE TABLE features (digest BLOB PRIMARY KEY, row INTEGER NOT NULL UNIQUE) WITHOUT ROWID",
 ]
-EARLIER = "(SELECT digest FROM features WHERE row < {})"
 DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)  # the latter of a message that quotes a damaged schema
 SEEN = """DROP TABLE IF EXISTS temp.seen; DROP TABLE IF EXISTS temp.unread;
     CREATE TEMP TABLE seen (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER) WITHOUT ROWID"""
@@ -1230,7 +1229,9 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
     """
     summary = Summary()
     there = "has no usable image" if images.is_dir() else "is not a folder" if images.exists() else "is missing"
-    scan = partial(find_images, images, partial(unlisted, prune=work.prune), [catalogue.folder.parent])
+    scan: Callable[[], Iterable[File]] = tuple
+    if images.is_dir():
+        scan = partial(find_images, images, partial(unlisted, prune=work.prune), [catalogue.folder.parent])
     if catalogue.scan(scan(), work.rebuild) or work.prune:
         with catalogue.writing() as waited:
             if waited:
@@ -1241,7 +1242,8 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
             if catalogue.count(USABLE):
                 if work.prune:
                     summary.forgotten = catalogue.count(GONE)
-                    if summary.forgotten and not catalogue.count(f"{USABLE} AND digest IN {EARLIER.format(before)}"):
+                    earlier = f"digest IN (SELECT digest FROM features WHERE row < {before})"
+                    if summary.forgotten and not catalogue.count(f"{USABLE} AND {earlier}"):
                         raise DeepVisionError(f"nothing in {images} is known to its index: nothing was pruned")
                     catalogue.prune()
                 elif work.rebuild:
