@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Outcome, draw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -327,3 +329,16 @@ def test_answers_do_not_depend_on_the_past(runs: list[tuple[bool, list[Any]]], m
             one, two = (next(main.search([f"{name}/query.png"], engine, views="none")).matches for engine in engines)
             assert [(match.path, match.identical) for match in one] == [(match.path, match.identical) for match in two]
             assert [match.score for match in one] == pytest.approx([match.score for match in two], abs=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_cpu_and_gpu_agree_to_three_decimals(run, collection, weights):
+    collection(12)
+    draw(3).resize((48, 32)).save("query.png")
+    for chosen in (["--model", "offline"], ["--model", "resnet18", "--weights", weights("resnet18", 0)]):
+        answers = []
+        for device in ("cpu", "cuda"):
+            outcome = run("query.png", *chosen, "--device", device, "--index-dir", device, "--json", "-q")
+            assert outcome.status == 0, outcome.stderr
+            answers.append({match["path"]: match["score"] for match in json.loads(outcome.stdout)["matches"]})
+        assert answers[1] == pytest.approx(answers[0], abs=1e-3)
