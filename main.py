@@ -846,7 +846,7 @@ class Catalogue:
             yield waited
 
     def check(self) -> None:
-        """Raise DatabaseError if this is not whole. The checksums of the features are left for `vectors` to check."""
+        """Raise DatabaseError if this is not whole; which of the features are broken is for `compact` to find."""
         version = self.db.execute("PRAGMA user_version").fetchone()[0]
         if version > FORMAT:
             raise DeepVisionError(
@@ -858,10 +858,12 @@ class Catalogue:
             raise sqlite3.DatabaseError("there is no catalogue of this format")
         if (verdict := self.db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
             raise sqlite3.DatabaseError(f"the catalogue is corrupt: {first_line(ValueError(verdict))}")
-        meta = dict(self.db.execute("SELECT key, value FROM meta").fetchall())
+        with self.db:
+            self.db.execute("BEGIN")  # both of one moment, whatever another run adds meanwhile
+            meta = dict(self.db.execute("SELECT key, value FROM meta").fetchall())
+            count, end = self.db.execute("SELECT count(*), ifnull(max(row) + 1, 0) FROM features").fetchone()
         if meta.get("identity") != self.identity:
             raise sqlite3.DatabaseError("the catalogue is another model's")
-        count, end = self.db.execute("SELECT count(*), ifnull(max(row) + 1, 0) FROM features").fetchone()
         counts = [meta.get("rows"), meta.get("superseded")]
         if counts != [end, end - count] or end > self.stored() or meta.get("generation") != self.generation():
             raise sqlite3.DatabaseError("the features are not those that the catalogue speaks of")

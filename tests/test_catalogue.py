@@ -1044,3 +1044,24 @@ def test_a_cache_of_which_only_the_catalogue_is_left_is_said_to_be_damaged(run, 
 def test_the_collection_cannot_be_the_cache(run, collection):
     outcome = run("--images", collection(2), "--index-dir", "bulk_images", "--model", "offline")
     assert outcome.status == 1 and "choose another folder for the cache" in outcome.stderr
+
+
+def test_a_reader_never_takes_a_growing_cache_for_a_damaged_one(tmp_path, hasty_threads):
+    """Else it would wait for the writer, for hours perhaps, to mend what is whole."""
+    writer = main.Catalogue(tmp_path / "cache", "a-model", 4)
+    writer.mend()
+    writer.scan((), everything=False)
+    reader = main.Catalogue(tmp_path / "cache", "a-model", 4)
+    with ThreadPoolExecutor(1) as pool:
+
+        def grow() -> None:
+            for row in range(150):
+                digest = row.to_bytes(main.DIGEST_BYTES, "big")
+                writer.save([main.Picture(main.File(digest, 1, 1), digest, vector=np.ones(4, np.float16))])
+
+        growing = pool.submit(grow)
+        while not growing.done():
+            reader.check()
+        growing.result()
+    reader.check()
+    assert reader.get("rows") == 150
