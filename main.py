@@ -52,9 +52,9 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -111,7 +111,7 @@ MAX_PIXELS = 128_000_000  # to decode, after JPEG scaling: 0.5 GB as Pillow hold
 LARGE_PIXELS = 24_000_000  # images above it are decoded one at a time, so that memory stays bounded
 BLOCK = 4096  # records handled at once: 16 MB at 2048 dimensions
 DIGEST_BYTES = 16  # of SHA-256
-FORMAT = 1  # of the cache; raise it when a reader of the old one would go wrong
+FORMAT = 2  # of the cache; raise it when a reader of the old one would go wrong
 PREPROCESSING = 1  # part of the model's identity; raise it when the same file would get other pixels
 PLAIN, WRITTEN = 0.97, 0.5  # share of a line that has a bar's colour, plain or under text; with less it is the picture
 BAR_TOLERANCE = 20  # of 255, from the bar's colour
@@ -124,6 +124,19 @@ SAMPLE = 1000  # images that scores are compared with; twice as many take four t
 FEWEST = 50  # images; of a smaller collection nothing is said
 OWN = 0.1  # share of the sample that is nearer to an image than its own distance: far more than any burst
 ROUNDS = 10  # of leaving out related pairs; it settles after three or four
+EXACT_BYTES = 1 << 28  # of vectors: beyond, the first answer of a run would take more than half a second
+CHECKED_BYTES = 1 << 28  # of features.bin are checked on opening; of a larger one each record when it is used
+FEWEST_CODED = 64  # vectors; of fewer the codes cannot be trained
+CODED_DIM = 256  # principal components in the codes, 2 bits each
+TRAINED_ON, HELD_OUT = 30_000, 500  # vectors; more gain nothing, fewer measure recall to less than 0.001
+OUTGROWN = 2  # times the collection that the codes were trained on, they are trained again
+SHORTLIST, LONGEST = 1024, 16_384  # codes whose exact scores are computed: the fewest, the most
+CLOSELY = 10  # times as many as are asked for are looked at closely, or else all
+RECALL = 0.998  # of the true ten that the codes must find; 0.995 is promised
+ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
+TOGETHER = 16  # queries that are searched with at once
+GPU_QUERIES, GPU_MOST = 32, 2048  # views at once that are worth the loading; results at most that FAISS gives there
+GPU_RESERVE = 3 << 30  # bytes left to the model and to FAISS's own work
 NOT_AN_IMAGE = "not an image"
 PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
 NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5"}  # EPS would start Ghostscript; the others Pillow can only name
@@ -210,6 +223,9 @@ class Work:
     workers: int | None = None  # threads that read and decode; None: one a core
     rebuild: bool = False  # extract the features of all images again
     prune: bool = False  # forget the files that are gone
+    update: bool = True  # look for what is new, changed or gone in the collection
+    exact: bool = False  # compare with every vector, however many
+    exact_bytes: int = EXACT_BYTES  # of vectors, beyond which compact codes choose what to compare with
 
 
 @dataclass
@@ -225,6 +241,7 @@ class Summary:
     recognised: int = 0  # of those, by content: moved, copied, or back again
     reading: float = 0.0  # seconds that the model waited for pixels
     computing: float = 0.0  # seconds in the model
+    recall: float | None = None  # of the search by codes; None: it is exact
 
     def __str__(self) -> str:
         known = f" ({self.recognised:,} recognised by content)" if self.recognised else ""
@@ -239,32 +256,13 @@ class Summary:
 # ---- Images ----------------------------------------------------------------------------------------------------------
 
 
-def find_images(
-    folder: str | Path, onerror: Callable[[OSError], None], without: Sequence[str | Path] = ()
-) -> Iterator[File]:
-    """Every file below `folder` that may be an image, in a fixed order, but for the folders `without`.
-
-    Links are followed, each folder once. `onerror` is told of a folder that cannot be listed.
-    """
-    visited = {(info.st_dev, info.st_ino) for info in map(os.stat, without)}
-    waiting = [b""]
-    while waiting:
-        relative = waiting.pop()
-        here = os.path.join(os.fsencode(folder), relative)
-        try:
-            info = os.stat(here)
-            if (info.st_dev, info.st_ino) in visited:
+def list_folder(folder: bytes, relative: bytes, onerror: Callable[[OSError], None]) -> Iterator[File]:
+    """What a folder holds; of a sub-folder the path ends with a separator."""
+    with os.scandir(folder) as listing:
+        for entry in listing:
+            name = entry.name
+            if name.startswith(b".") or name.lower() in PASSED_OVER:
                 continue
-            visited.add((info.st_dev, info.st_ino))
-            with os.scandir(here) as listing:
-                kept = (e for e in listing if not e.name.startswith(b".") and e.name.lower() not in PASSED_OVER)
-                entries = sorted(kept, key=lambda entry: entry.name)
-        except OSError as error:
-            onerror(error)
-            continue
-        folders = []
-        for entry in entries:
-            path = os.path.join(relative, entry.name)
             try:
                 info = entry.stat()
             except OSError as error:
@@ -272,10 +270,36 @@ def find_images(
                     onerror(error)
                 continue
             if stat.S_ISDIR(info.st_mode):
-                folders.append(path)
-            else:
-                yield File(path, info.st_size, info.st_mtime_ns)
-        waiting += reversed(folders)
+                name += os.fsencode(os.sep)
+            yield File(relative + name, info.st_size, info.st_mtime_ns)
+
+
+def find_images(
+    folder: str | Path, onerror: Callable[[OSError], None], without: Sequence[str | Path] = ()
+) -> Iterator[File]:
+    """Every file below `folder` that may be an image, in the order of their paths, but for the folders `without`.
+
+    Links are followed, each folder once. `onerror` is told of a folder that cannot be listed.
+    """
+    root, separator = os.fsencode(folder), os.fsencode(os.sep)
+    visited = {(info.st_dev, info.st_ino) for info in map(os.stat, without)}
+    waiting = [iter([File(b"", 0, 0)])]
+    while waiting:
+        if (file := next(waiting[-1], None)) is None:
+            waiting.pop()
+        elif file.path and not file.path.endswith(separator):
+            yield file
+        else:
+            found: list[File] = []
+            try:
+                here = os.path.join(root, file.path.removesuffix(separator))
+                info = os.stat(here)
+                if (info.st_dev, info.st_ino) not in visited:
+                    visited.add((info.st_dev, info.st_ino))
+                    found += list_folder(here, file.path, onerror)
+            except OSError as error:
+                onerror(error)
+            waiting.append(iter(sorted(found)))
 
 
 @cache
@@ -737,22 +761,40 @@ def features_of_views(views: Sequence[View], model: Model) -> np.ndarray:
 
 SCHEMA = [
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
-    # Every file that was ever read; without digest and reason: not an image.
-    "CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, digest BLOB, reason TEXT, decoders TEXT)"
-    " WITHOUT ROWID",
+    # Every file that was ever read; without digest and reason: not an image. Whether it is there: since the last scan.
+    "CREATE TABLE files (path BLOB PRIMARY KEY CHECK (typeof(path) = 'blob'), size INTEGER, mtime INTEGER, digest BLOB,"
+    " reason TEXT, decoders TEXT, there INTEGER CHECK (there IN (0, 1))) WITHOUT ROWID",
     "CREATE INDEX files_by_digest ON files (digest)",
-    "CREATE TABLE features (digest BLOB PRIMARY KEY, row INTEGER NOT NULL UNIQUE) WITHOUT ROWID",
+    "CREATE INDEX files_gone ON files (digest) WHERE NOT there",
+    # Every record of features.bin; without digest: superseded. `files` counts those that are there with this content.
+    "CREATE TABLE features (row INTEGER PRIMARY KEY, digest BLOB UNIQUE, files INTEGER NOT NULL)",
+    "CREATE INDEX features_of_no_file ON features (row) WHERE files = 0",
+    "CREATE TRIGGER file_added AFTER INSERT ON files WHEN new.there BEGIN"
+    " UPDATE features SET files = files + 1 WHERE digest = new.digest; END",
+    "CREATE TRIGGER file_removed AFTER DELETE ON files WHEN old.there BEGIN"
+    " UPDATE features SET files = files - 1 WHERE digest = old.digest; END",
+    "CREATE TRIGGER file_changed AFTER UPDATE OF digest, there ON files BEGIN"
+    " UPDATE features SET files = files - old.there WHERE digest = old.digest;"
+    " UPDATE features SET files = files + new.there WHERE digest = new.digest; END",
 ]
-DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError)  # the latter of a message that quotes a damaged schema
-SEEN = """DROP TABLE IF EXISTS temp.seen; DROP TABLE IF EXISTS temp.unread;
-    CREATE TEMP TABLE seen (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER) WITHOUT ROWID"""
-UNREAD = """CREATE TEMP TABLE unread AS SELECT * FROM seen WHERE ? OR NOT EXISTS (
-    SELECT 1 FROM files WHERE files.path = seen.path AND files.size = seen.size AND files.mtime = seen.mtime
-    AND CASE WHEN digest IS NULL THEN decoders = ? ELSE digest IN (SELECT digest FROM features) END) ORDER BY path"""
-USABLE = "seen JOIN files USING (path) WHERE digest IS NOT NULL"  # the usable images of the collection
-SKIPPED = "seen JOIN files USING (path) WHERE reason IS NOT NULL"
-GONE = f"""files WHERE digest IS NOT NULL AND path NOT IN (SELECT path FROM seen)
-    AND digest NOT IN (SELECT digest FROM {USABLE})"""  # a file that was only moved is not gone
+# UnicodeDecodeError: of a message that quotes a damaged schema.
+DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError, json.JSONDecodeError)
+# What a scan found: to be read (there is NULL), gone (0) or back again unchanged (1).
+CHANGES = """DROP VIEW IF EXISTS temp.unread; DROP TABLE IF EXISTS temp.changes;
+    CREATE TEMP TABLE changes (path BLOB, size INTEGER, mtime INTEGER, there INTEGER);
+    CREATE TEMP VIEW unread AS SELECT path, size, mtime FROM changes WHERE there IS NULL"""
+USABLE = "files WHERE there AND digest IS NOT NULL"  # the usable images of the collection
+SKIPPED = "files WHERE there AND reason IS NOT NULL"
+GONE = """files WHERE NOT there AND digest IS NOT NULL
+    AND digest NOT IN (SELECT digest FROM features WHERE files > 0 AND digest IS NOT NULL)"""  # not those only moved
+
+
+def sync_folder(folder: Path) -> None:
+    """A new name, or one less, is durable when its folder is."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 @contextmanager
@@ -767,10 +809,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name is durable when the folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def file_checksum(path: Path, size: float = math.inf) -> int:
@@ -788,26 +827,40 @@ class Catalogue:
     features.bin starts with a random number, its generation; then comes one record a content: its hash, its vector,
     and a checksum of both and of the model's identity. It only grows, or is replaced whole by a new generation, and
     a record is on disk before the catalogue speaks of it. So, whatever was stopped or damaged, it shows whether the
-    two still fit each other, and each is mended from what holds of the other.
+    two still fit each other, and each is mended from what holds of the other. No vector is used before its checksum
+    has been seen to hold. The checksum of catalogue.sqlite lies beside it but while a run is writing.
     """
 
     HEADER = 16  # bytes
 
     def __init__(self, folder: Path, identity: str, dim: int) -> None:
         self.folder, self.identity = folder, identity
-        self.features, self.index = folder / "features.bin", folder / "index.faiss"
-        self.record = np.dtype([("digest", f"V{DIGEST_BYTES}"), ("vector", "<f2", dim), ("checksum", "<u4")])
+        self.path, self.features, self.index = (
+            folder / name for name in ("catalogue.sqlite", "features.bin", "index.faiss")
+        )
+        self.seal = folder / "catalogue.crc"
+        end = -(-(DIGEST_BYTES + 2 * dim) // 8) * 8
+        self.record = np.dtype(
+            {
+                "names": ["digest", "vector", "checksum"],
+                "formats": [f"V{DIGEST_BYTES}", ("<f2", (dim,)), "<u8"],
+                "offsets": [0, DIGEST_BYTES, end],
+                "itemsize": end + 8,
+            }
+        )
+        # Odd, so that no flipped bit is lost; of the identity, so that no record holds in another model's cache.
+        factors = hashlib.shake_256(identity.encode()).digest(end + 8)
+        self.factors = np.frombuffer(factors, np.uint64) | np.uint64(1)
         self.trusted_from = 0  # features of earlier rows are extracted again: --rebuild
         folder.mkdir(parents=True, exist_ok=True)
         self.lock, self.one_lookup = filelock.FileLock(folder / "lock"), threading.Lock()
         self.connect()
 
     def connect(self) -> None:
-        path = self.folder / "catalogue.sqlite"
-        if not path.exists():
-            path.touch()
-        self.inode = path.stat().st_ino
-        self.db, self.lookup = (sqlite3.connect(path, timeout=60, check_same_thread=False) for _ in range(2))
+        if not self.path.exists():
+            self.path.touch()
+        self.inode = self.path.stat().st_ino
+        self.db, self.lookup = (sqlite3.connect(self.path, timeout=60, check_same_thread=False) for _ in range(2))
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
 
     def close(self) -> None:
@@ -838,15 +891,42 @@ class Catalogue:
             self.lock.release()
 
     @contextmanager
+    def unsealed(self) -> Iterator[None]:
+        """For a change of the catalogue. Should the run be stopped in it, the next one finds no seal and looks closer."""
+        self.seal.unlink(missing_ok=True)
+        sync_folder(self.folder)
+        try:
+            yield
+        finally:
+            with suppress(OSError), whole_file(self.seal) as stream:
+                stream.write(b"%08x" % file_checksum(self.path))
+
+    @contextmanager
     def writing(self) -> Iterator[bool]:
         """As `locked`, and sure that no other run has made the catalogue anew since it was opened here."""
         with self.locked() as waited:
-            if (self.folder / "catalogue.sqlite").stat().st_ino != self.inode:
+            if self.path.stat().st_ino != self.inode:
                 raise sqlite3.DatabaseError("another run has made the catalogue anew")
-            yield waited
+            with self.unsealed():
+                yield waited
 
-    def check(self) -> None:
-        """Raise DatabaseError if this is not whole; which of the features are broken is for `compact` to find."""
+    def sealed(self) -> bool:
+        """Whether the catalogue matches its checksum; False also if another run is writing or was stopped."""
+        try:
+            seal = self.seal.read_bytes()
+            if seal == b"%08x" % file_checksum(self.path):
+                return True
+            if seal == self.seal.read_bytes():
+                raise sqlite3.DatabaseError("the catalogue does not match its checksum")
+        except FileNotFoundError:
+            pass
+        return False
+
+    def check(self, thorough: bool = True) -> None:
+        """Raise DatabaseError if this is not whole; which of the features are broken is for `compact` to find.
+
+        Not `thorough`: by nothing that takes longer the larger the collection is.
+        """
         version = self.db.execute("PRAGMA user_version").fetchone()[0]
         if version > FORMAT:
             raise DeepVisionError(
@@ -856,18 +936,20 @@ class Catalogue:
         schema = self.db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid").fetchall()
         if version < FORMAT or schema != [(sql,) for sql in SCHEMA]:
             raise sqlite3.DatabaseError("there is no catalogue of this format")
-        if (verdict := self.db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
+        if thorough and not self.sealed() and (
+            verdict := self.db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        ) != "ok":  # fmt: skip
             raise sqlite3.DatabaseError(f"the catalogue is corrupt: {first_line(ValueError(verdict))}")
         with self.db:
             self.db.execute("BEGIN")  # both of one moment, whatever another run adds meanwhile
             meta = dict(self.db.execute("SELECT key, value FROM meta").fetchall())
-            count, end = self.db.execute("SELECT count(*), ifnull(max(row) + 1, 0) FROM features").fetchone()
+            end = self.db.execute("SELECT ifnull(max(row) + 1, 0) FROM features").fetchone()[0]
         if meta.get("identity") != self.identity:
             raise sqlite3.DatabaseError("the catalogue is another model's")
-        counts = [meta.get("rows"), meta.get("superseded")]
-        if counts != [end, end - count] or end > self.stored() or meta.get("generation") != self.generation():
+        if meta.get("rows") != end or end > self.stored() or meta.get("generation") != self.generation():
             raise sqlite3.DatabaseError("the features are not those that the catalogue speaks of")
-        if meta.get("checksum") != file_checksum(self.features, self.HEADER + end * self.record.itemsize):
+        size = self.HEADER + end * self.record.itemsize
+        if thorough and size <= CHECKED_BYTES and meta.get("checksum") != file_checksum(self.features, size):
             raise sqlite3.DatabaseError("the features do not match their checksum")
 
     def mend(self) -> None:
@@ -881,13 +963,14 @@ class Catalogue:
                 raise
             except DAMAGE as error:
                 had, why = self.stored(), error
-                new = not self.features.exists() and not (self.folder / "catalogue.sqlite").stat().st_size
-            self.remake()
+                new = not self.features.exists() and not self.path.stat().st_size
+            with self.unsealed():
+                self.remake()
             if not new:
                 log.warning("%s: %s. Repaired: %d of %d features hold", self.folder, why, self.get("rows"), had)
 
     def remake(self) -> None:
-        columns, files = "path, size, mtime, digest, reason, decoders", []
+        columns, files = "path, size, mtime, digest, reason, decoders, there", []
         try:
             if self.get("identity") == self.identity:
                 files = self.db.execute(f"SELECT {columns} FROM files").fetchall()
@@ -900,28 +983,32 @@ class Catalogue:
         self.db.executescript(f"BEGIN; {';'.join(SCHEMA)}; PRAGMA user_version = {FORMAT}; COMMIT")
         with self.db:
             self.put(identity=self.identity)
-            self.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
-        self.compact()
-
-    def compact(self, kept: Callable[[bytes], bool] = lambda digest: True) -> None:
-        """Begin a new generation, with the newest intact record of each content that is `kept`."""
+            self.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", files)
         newest = {}
         for row, records in self.records():
-            for i in np.flatnonzero(self.checksums(records) == records["checksum"]).tolist():
+            for i in np.flatnonzero(self.holding(records)).tolist():
                 newest[records["digest"][i].tobytes()] = row + i
-        rows = np.array(sorted(row for digest, row in newest.items() if kept(digest)), np.int64)
+        self.compact(np.array(sorted(newest.values()), np.int64))
+
+    def compact(self, chosen: np.ndarray) -> None:
+        """Begin a new generation, of the records in these rows as far as they hold."""
         generation, digests = os.urandom(self.HEADER), list[bytes]()
         with whole_file(self.features) as stream:
             stream.write(generation)
             for row, records in self.records():
-                chosen = records[rows[(row <= rows) & (rows < row + len(records))] - row]
-                stream.write(chosen.tobytes())
-                digests += [digest.tobytes() for digest in chosen["digest"]]
+                first, last = np.searchsorted(chosen, [row, row + len(records)])
+                records = records[chosen[first:last] - row]
+                records = records[self.holding(records)]
+                stream.write(records.tobytes())
+                digests += [digest.tobytes() for digest in records["digest"]]
         with self.db:
             self.db.execute("DELETE FROM features")
-            self.db.executemany("INSERT INTO features VALUES (?, ?)", zip(digests, itertools.count()))
-            checksum = file_checksum(self.features)
-            self.put(generation=generation, rows=len(digests), superseded=0, checksum=checksum, index=None)
+            self.db.executemany("INSERT INTO features VALUES (?, ?, 0)", enumerate(digests))
+            self.db.execute(
+                "UPDATE features SET files = (SELECT count(*) FROM files WHERE digest = features.digest AND there)"
+            )
+            self.db.execute("UPDATE files SET mtime = -1 WHERE digest NOT IN (SELECT digest FROM features)")
+            self.put(totals=None, generation=generation, rows=len(digests), checksum=file_checksum(self.features))
 
     def generation(self) -> bytes | None:
         try:
@@ -935,31 +1022,58 @@ class Catalogue:
         size = self.features.stat().st_size if self.features.is_file() else 0
         return max(0, size - self.HEADER) // self.record.itemsize
 
-    def records(self) -> Iterator[tuple[int, np.ndarray]]:
+    def records(self, start: int = 0, end: float = math.inf) -> Iterator[tuple[int, np.ndarray]]:
         """The row of the first, and the records, of each block."""
-        stored, size = self.stored(), self.record.itemsize
-        for row in range(0, stored, BLOCK):
-            count, offset = min(BLOCK, stored - row), self.HEADER + row * size
+        end, size = int(min(end, self.stored())), self.record.itemsize
+        for row in range(start, end, BLOCK):
+            count, offset = min(BLOCK, end - row), self.HEADER + row * size
             yield row, np.fromfile(self.features, self.record, count, offset=offset)
 
     def checksums(self, records: np.ndarray) -> np.ndarray:
         """Of identity, hash and vector in one: no vector holds beside another's hash, or in another model's cache."""
-        seed, end = zlib.crc32(self.identity.encode()), self.record.itemsize - 4
-        return np.array([zlib.crc32(record.tobytes()[:end], seed) for record in records], np.uint32)
+        words = np.ascontiguousarray(records).view(np.uint64).reshape(-1, len(self.factors))[:, :-1]
+        return np.einsum("nw,w->n", words, self.factors[:-1]) + self.factors[-1]  # 5 GB/s; a matrix product half of it
 
-    def vectors(self) -> Iterator[np.ndarray]:
-        """All features in blocks, fp16 (n, dim). Raises DatabaseError if one does not match its checksum."""
-        for row, records in self.records():
-            records = records[: max(0, self.get("rows") - row)]
-            query = "SELECT row, digest FROM features WHERE row BETWEEN ? AND ?"
-            listed = dict(self.db.execute(query, (row, row + len(records) - 1)).fetchall())
-            broken = self.checksums(records) != records["checksum"]
-            broken |= [listed.get(row + i, d.tobytes()) != d.tobytes() for i, d in enumerate(records["digest"])]
-            if broken.any():
-                with self.db:
-                    self.put(generation=None)  # `check` refuses it from now on
-                raise sqlite3.DatabaseError(f"{broken.sum()} features do not match their checksum or the catalogue")
+    def holding(self, records: np.ndarray) -> np.ndarray:
+        """Which of the records match their checksum."""
+        return self.checksums(records) == records["checksum"]
+
+    def vectors(self, start: int = 0, end: float = math.inf) -> Iterator[np.ndarray]:
+        """All features from row `start` on, in blocks, fp16 (n, dim); superseded ones are 0.
+
+        Raises DatabaseError if one is not what was written.
+        """
+        for row, records in self.records(start, min(end, self.get("rows"))):
+            query = "SELECT digest FROM features WHERE row BETWEEN ? AND ? ORDER BY row"
+            digests = [digest for (digest,) in self.db.execute(query, (row, row + len(records) - 1))]
+            other = np.array([d is not None and d != r.tobytes() for d, r in zip(digests, records["digest"])])
+            superseded = np.array([digest is None for digest in digests])
+            self.prove(np.arange(row, row + len(records)), records, superseded, other)
+            records["vector"][superseded] = 0
             yield records["vector"]
+
+    def records_of(self, rows: np.ndarray) -> np.ndarray:
+        """Some records. Raises DatabaseError if one is not what was written."""
+        size = self.record.itemsize
+        if hasattr(os, "posix_fadvise"):  # all at once: one after the other, a thousand reads take 0.1 s of an SSD
+            with open(self.features, "rb") as stream:
+                for row in rows.tolist():
+                    os.posix_fadvise(stream.fileno(), self.HEADER + row * size, size, os.POSIX_FADV_WILLNEED)
+        # Mapped for the moment only, so that what was read does not count as memory of this process.
+        records = np.memmap(self.features, self.record, "r", self.HEADER, (self.stored(),))[rows]
+        self.prove(rows, records)
+        return records
+
+    def prove(self, rows: np.ndarray, records: np.ndarray, superseded: Any = False, other: Any = False) -> None:
+        """Raise DatabaseError if one of the records is broken; the files it belongs to are read again next time."""
+        broken = rows[(~self.holding(records) | other) & ~np.asarray(superseded)]
+        if len(broken):
+            one = [(row,) for row in broken.tolist()]
+            with self.writing(), self.db:
+                of_row = "(SELECT digest FROM features WHERE row = ?)"
+                self.db.executemany(f"UPDATE files SET mtime = -1 WHERE digest = {of_row}", one)
+                self.db.executemany("UPDATE features SET digest = NULL, files = 0 WHERE row = ?", one)
+            raise sqlite3.DatabaseError(f"{len(broken)} features do not match their checksum or the catalogue")
 
     def is_known(self, digest: bytes) -> bool:
         with self.one_lookup:  # asked by the threads that read, who must not share a connection unguarded
@@ -970,7 +1084,9 @@ class Catalogue:
         """Make pictures and their features durable: first the features, then, at once, the files they belong to."""
         extracted = {p.digest: p.vector for p in pictures if p.digest and p.vector is not None and not p.vanished}
         fresh = {digest: vector for digest, vector in extracted.items() if not self.is_known(digest)}
-        records, rows = np.array([(*record, 0) for record in fresh.items()], self.record), self.get("rows")
+        records, rows = np.zeros(len(fresh), self.record), self.get("rows")
+        for i, (digest, vector) in enumerate(fresh.items()):
+            records["digest"][i], records["vector"][i] = digest, vector
         records["checksum"] = self.checksums(records)
         with open(self.features, "r+b") as stream:
             stream.seek(self.HEADER + rows * self.record.itemsize)
@@ -979,61 +1095,256 @@ class Catalogue:
             os.fsync(stream.fileno())
         there = [(*p.file, p.digest, p.reason, image_formats()[2]) for p in pictures if not p.vanished]
         with self.db:
-            self.db.executemany("INSERT OR REPLACE INTO features VALUES (?, ?)", zip(fresh, itertools.count(rows)))
-            self.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", there)
-            self.db.executemany("DELETE FROM seen WHERE path = ?", [(p.file.path,) for p in pictures if p.vanished])
-            end, checksum = rows + len(fresh), zlib.crc32(records.tobytes(), self.get("checksum"))
-            self.put(rows=end, superseded=end - self.count("features"), checksum=checksum)
+            self.db.executemany("UPDATE features SET digest = NULL, files = 0 WHERE digest = ?", zip(fresh))
+            of_digest = "(SELECT count(*) FROM files WHERE digest = ?2 AND there)"
+            self.db.executemany(f"INSERT INTO features VALUES (?1, ?2, {of_digest})", enumerate(fresh, rows))
+            self.db.executemany(
+                "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, 1) ON CONFLICT (path) DO UPDATE SET size = excluded.size,"
+                " mtime = excluded.mtime, digest = excluded.digest, reason = excluded.reason,"
+                " decoders = excluded.decoders, there = 1",
+                there,
+            )
+            self.db.executemany(
+                "UPDATE files SET there = 0 WHERE path = ?", [(p.file.path,) for p in pictures if p.vanished]
+            )
+            self.put(totals=None, rows=rows + len(fresh), checksum=zlib.crc32(records.tobytes(), self.get("checksum")))
+
+    def differences(self, files: Iterable[File], everything: bool) -> Iterator[tuple[bytes, int, int, int | None]]:
+        """What a scan found that is not as the catalogue has it. Both are in the order of their paths."""
+        query = "SELECT path, size, mtime, there, digest IS NULL AND decoders <> ? FROM files ORDER BY path"
+        end = b"", 0, 0, 0, 0
+        with closing(self.db.execute(query, (image_formats()[2],))) as stored:
+            known = next(stored, end)
+            for file in files:
+                while known is not end and known[0] < file.path:
+                    if known[3]:
+                        yield *known[:3], 0
+                    known = next(stored, end)
+                if known[0] != file.path:
+                    yield *file, None
+                    continue
+                if everything or known[4] or known[1:3] != file[1:]:
+                    yield *file, None
+                elif not known[3]:
+                    yield *file, 1
+                known = next(stored, end)
+            for left in itertools.chain([known], stored):
+                if left[3]:
+                    yield *left[:3], 0
 
     def scan(self, files: Iterable[File], everything: bool) -> int:
-        """Take down what lies in the collection now, and choose what to read of it: what is new or changed, what
-        other decoders could not use, and what has lost its features. How many files that is."""
+        """Compare with what lies in the collection now, and choose what to read of it: what is new or changed, what
+        other decoders could not use, and what has lost its features. How many differences there are."""
+        self.db.executescript(CHANGES)
         with self.db:
-            self.db.executescript(SEEN)
-            self.db.executemany("INSERT OR IGNORE INTO seen VALUES (?, ?, ?)", files)
-            self.db.execute(UNREAD, (everything, image_formats()[2]))
-        return self.count("unread")
+            self.db.executemany("INSERT INTO changes VALUES (?, ?, ?, ?)", self.differences(files, everything))
+        return self.count("changes")
 
     def unread(self) -> Iterator[File]:
         return map(File._make, self.db.execute("SELECT * FROM unread"))
 
+    def settle(self) -> bool:
+        """Take down what is gone and what is back, unless no usable image would be left; whether one is."""
+        with self.db:
+            changed = "SELECT there, path FROM changes WHERE there IS NOT NULL"
+            self.db.executemany("UPDATE files SET there = ? WHERE path = ?", self.db.execute(changed).fetchall())
+            self.put(totals=None)
+            left = self.db.execute(f"SELECT EXISTS (SELECT 1 FROM {USABLE})").fetchone()[0]
+            if not left:
+                self.db.rollback()
+        return bool(left)
+
+    def totals(self, store: bool = False) -> list[int]:
+        """How many files are usable, skipped and gone: stored, since to count a million takes a second."""
+        totals = json.loads(self.get("totals") or "[]") or [self.count(kind) for kind in (USABLE, SKIPPED, GONE)]
+        if store:
+            with self.db:
+                self.put(totals=json.dumps(totals))
+        return totals
+
     def prune(self) -> None:
         """Forget the files that are gone, and the features that no file is left of."""
         with self.db:
-            self.db.execute("DELETE FROM files WHERE path NOT IN (SELECT path FROM seen)")
-        self.compact(lambda d: self.db.execute("SELECT 1 FROM files WHERE digest = ?", (d,)).fetchone() is not None)
+            self.db.execute("DELETE FROM files WHERE NOT there")
+        self.compact(self.live_rows())
 
-    def live_rows(self, order: str = "row", limit: int = -1) -> np.ndarray:
-        """The rows that belong to a file of the collection; the other files are gone.
+    def rows(self, condition: str) -> np.ndarray:
+        return np.fromiter((row for (row,) in self.db.execute(f"SELECT row FROM features {condition}")), np.int64)
 
-        Ordered by digest, the first ones are a sample that does not depend on the order in which files were added.
-        """
-        query = f"SELECT row FROM features WHERE digest IN (SELECT digest FROM {USABLE}) ORDER BY {order} LIMIT {limit}"
-        return np.fromiter((row for (row,) in self.db.execute(query)), np.int64)
+    def live_rows(self) -> np.ndarray:
+        """The rows that belong to a file of the collection, ascending; the other files are gone."""
+        return self.rows("WHERE files > 0 ORDER BY row")
 
-    def files_of(self, row: int, limit: int) -> list[tuple[bytes, bytes]]:
-        """Path and content hash of the files of the collection with these features."""
-        query = """SELECT path, digest FROM features JOIN files USING (digest) JOIN seen USING (path)
-            WHERE row = ? ORDER BY path LIMIT ?"""
-        return self.db.execute(query, (row, limit)).fetchall()
+    def files_of(self, row: int, limit: int) -> list[tuple[File, bytes]]:
+        """The files of the collection with these features, as they were when they were read, and their content hash."""
+        query = """SELECT path, size, mtime, digest FROM features JOIN files USING (digest)
+            WHERE row = ? AND there ORDER BY path LIMIT ?"""
+        return [(File(*found[:3]), found[3]) for found in self.db.execute(query, (row, limit))]
 
-    def read_index(self) -> faiss.Index | None:
-        """The stored index, mapped into memory, if it is whole and of just these features."""
+    def read_index(self, mapped: bool = True) -> tuple[faiss.Index, dict[str, Any]] | None:
+        """The stored index and what `write_index` noted of it, if it is whole and of this generation."""
         try:
-            if self.get("index") == f"{self.get('rows')} {file_checksum(self.index)}":
-                return faiss.read_index(str(self.index), faiss.IO_FLAG_MMAP_IFC if os.name == "posix" else 0)
+            size = self.index.stat().st_size
+            with open(self.index, "rb") as stream:
+                stream.seek(max(0, size - 8))
+                length, checksum = (int.from_bytes(stream.read(4), "little") for _ in range(2))
+                if size < 8 or file_checksum(self.index, size - 4) != checksum:
+                    log.warning("%s is damaged: it is made again from the features", self.index)
+                    return None
+                stream.seek(size - 8 - length)
+                notes = json.loads(stream.read(length))
         except (FileNotFoundError, IsADirectoryError):
-            pass
-        return None
+            return None
+        if bytes.fromhex(notes["generation"]) != self.generation():
+            return None
+        return faiss.read_index(str(self.index), faiss.IO_FLAG_MMAP_IFC if mapped and os.name == "posix" else 0), notes
 
-    def write_index(self, index: faiss.Index) -> None:
+    def write_index(self, index: faiss.Index, notes: dict[str, Any]) -> None:
+        """The index; behind it the notes as JSON, the length of these, and the CRC-32 of all before: 4 bytes each."""
+        text = json.dumps({**notes, "generation": self.get("generation").hex()}).encode()
+        checksum = 0
         with whole_file(self.index) as stream:
-            faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
-        with self.db:
-            self.put(index=f"{index.ntotal} {file_checksum(self.index)}")
+
+            def write(data: bytes) -> int:
+                nonlocal checksum
+                checksum = zlib.crc32(data, checksum)
+                return stream.write(data)
+
+            faiss.write_index(index, faiss.PyCallbackIOWriter(write))
+            write(text)
+            write(len(text).to_bytes(4, "little"))
+            stream.write(checksum.to_bytes(4, "little"))
+
+    def export(self, folder: Path) -> int:
+        """features.npy, float16 (n, dim), and paths.txt, a line each; how many. The first is there only if both are."""
+        joined = "features JOIN files USING (digest) WHERE there"
+        n, dim = self.count(joined), self.record["vector"].shape[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "features.npy").unlink(missing_ok=True)
+        with whole_file(folder / "features.npy") as features, whole_file(folder / "paths.txt") as paths:
+            np.lib.format.write_array_header_1_0(features, {"descr": "<f2", "fortran_order": False, "shape": (n, dim)})
+            row = 0
+            for block in self.vectors():
+                query = f"SELECT row - ?, path FROM {joined} AND row >= ? AND row < ? ORDER BY row, path"
+                for i, path in self.db.execute(query, (row, row, row + len(block))):
+                    features.write(block[i].tobytes())
+                    paths.write(path.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r") + b"\n")
+                row += len(block)
+        return n
 
 
 # ---- Index and search ------------------------------------------------------------------------------------------------
+
+
+def single(block: np.ndarray) -> np.ndarray:
+    """As float32, in order; torch is several times as fast at it as NumPy."""
+    return torch.from_numpy(np.ascontiguousarray(block)).float().numpy()
+
+
+def build_index(features: np.ndarray | Iterable[np.ndarray], index: faiss.Index | None = None) -> faiss.Index:
+    """A FAISS index of `features`: (n, dim), of any float type, each of length 1; or an iterator of such blocks.
+
+    It is exact: a search compares with every vector, by inner product. They are stored as fp16, as the cache has them.
+    Where an `index` is given they are added to that. Raises ValueError if there are none, not even of no rows.
+    """
+    for block in [features] if isinstance(features, np.ndarray) else features:
+        dim = block.shape[1]
+        index = index or faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+        for i0 in range(0, len(block), BLOCK):
+            index.add(single(block[i0 : i0 + BLOCK]))
+    if index is None:
+        raise ValueError("build_index was given no features")
+    return index
+
+
+def with_progress(blocks: Iterable[np.ndarray], rows: int, what: str) -> Iterator[np.ndarray]:
+    with tqdm.tqdm(total=rows, desc=what, unit="img", disable=None if log.isEnabledFor(logging.INFO) else True) as bar:
+        for block in blocks:
+            yield block
+            bar.update(len(block))
+
+
+class Nearest:
+    """The k rows nearest to each of `xq`, float32 (nq, dim), of all the blocks that are passed through."""
+
+    def __init__(self, xq: np.ndarray, k: int) -> None:
+        self.xq, self.k, self.heap = xq, k, faiss.ResultHeap(len(xq), k, keep_max=True)
+
+    def among(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        row = 0
+        for block in blocks:
+            D, I = faiss.knn(self.xq, single(block), min(self.k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+            self.heap.add_result(D, I + row)
+            row += len(block)
+            yield block
+        self.heap.finalize()
+
+
+def coded_index(catalogue: Catalogue, rows: int) -> tuple[faiss.Index, dict[str, Any]]:
+    """An index of compact codes, 64 bytes a vector, and what is to be known of it.
+
+    Principal components, turned at random so that they weigh alike, then product quantization in 4 bits, scanned whole
+    (André, Kermarrec & Le Scouarnec, VLDB 2015). By L2 distance, which ranks vectors of length 1 as a product does.
+    The codes only choose whose exact scores to compute: as many as it takes to find nearly all of the true nearest of
+    some vectors on which it was not trained.
+    """
+    chosen = np.sort(np.random.default_rng(0).permutation(rows)[: TRAINED_ON + HELD_OUT])
+    sample = np.concatenate([catalogue.records_of(part)["vector"] for part in np.array_split(chosen, 16)])
+    held = np.arange(len(chosen)) % (len(chosen) // min(HELD_OUT, len(chosen) // 2)) == 0
+    width = min(CODED_DIM, sample.shape[1], int(sum(~held))) // 2 * 2
+    index = faiss.index_factory(sample.shape[1], f"PCAR{width},PQ{width // 2}x4fs")
+    faiss.downcast_index(index.index).pq.cp.min_points_per_centroid = 1  # it would warn of a small collection
+    index.train(single(sample[~held]))
+    nearest = Nearest(single(sample[held]), min(TOP + 1, rows))
+    build_index(nearest.among(with_progress(catalogue.vectors(), rows, "compact codes")), index)
+    true, shortlist = [set(I) - {own} for I, own in zip(nearest.heap.I.tolist(), chosen[held].tolist())], SHORTLIST
+    while True:
+        found = index.search(nearest.xq, min(shortlist, rows))[1].tolist()
+        recall = sum(len(t & set(f)) for t, f in zip(true, found)) / sum(map(len, true))
+        if recall >= RECALL or shortlist >= min(LONGEST, rows):
+            return index, {"trained": rows, "shortlist": shortlist, "recall": round(recall, 4)}
+        shortlist *= 2
+
+
+def open_index(catalogue: Catalogue, work: Work = Work()) -> tuple[faiss.Index, dict[str, Any]]:
+    """The index of the stored features, brought up to date if need be, and what was noted of it."""
+    rows, dim = catalogue.get("rows"), catalogue.record["vector"].shape[0]
+    coded = rows >= FEWEST_CODED and rows * dim * 2 > work.exact_bytes
+    for mapped in (True, False):
+        with nullcontext() if mapped else catalogue.writing():
+            stored = catalogue.read_index(mapped)
+            if stored and (not work.update or (stored[1]["rows"] == rows and ("trained" in stored[1]) == coded)):
+                return stored
+            if mapped:
+                continue
+            if stored and ("trained" in stored[1]) == coded and rows <= OUTGROWN * stored[1].get("trained", rows):
+                index, notes = stored
+                build_index(with_progress(catalogue.vectors(notes["rows"]), rows - notes["rows"], "index"), index)
+            elif coded:
+                index, notes = coded_index(catalogue, rows)
+            else:
+                index, notes = build_index(with_progress(catalogue.vectors(), rows, "index")), {}
+            catalogue.write_index(index, {**notes, "rows": rows})
+    return open_index(catalogue, work)
+
+
+def index_on_gpus(catalogue: Catalogue) -> faiss.Index | None:
+    """All features as fp16, spread over the GPUs; None if there is no GPU, or not the room."""
+    count = faiss.get_num_gpus()
+    if not count or not torch.cuda.is_available():
+        return None
+    rows, dim = catalogue.get("rows"), catalogue.record["vector"].shape[0]
+    share = -(-rows // count)
+    if any(torch.cuda.mem_get_info(gpu)[0] < 2 * share * dim + GPU_RESERVE for gpu in range(count)):
+        log.warning("the %d features do not fit on the GPU: the processor searches", rows)
+        return None
+    index = faiss.IndexShards(dim, True, True)  # in threads, the rows of one after those of the other
+    for gpu in range(count):
+        config = faiss.GpuIndexFlatConfig()
+        config.device, config.useFloat16 = gpu, True
+        shard = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), dim, config)
+        index.add_shard(build_index(catalogue.vectors(gpu * share, (gpu + 1) * share), shard))
+    return index
 
 
 @dataclass(frozen=True)
@@ -1045,61 +1356,73 @@ class Engine:
     catalogue: Catalogue
     generation: bytes | None  # of the catalogue: another one has other rows
     index: faiss.Index
-    live: np.ndarray  # int64, the rows of the index that belong to a file of the collection
-    selector: faiss.IDSelector | None  # of these rows; None if they are all there are
-    sample: np.ndarray  # features of some of them, float32 (m, dim)
+    shortlist: int  # codes to look at closely; 0: the index is exact
+    exact: bool  # search exactly, whatever the index is
+    dead: np.ndarray  # bool (rows,), the rows that belong to no file of the collection
+    sample: np.ndarray  # features of some images of the collection, float32 (m, dim)
     limits: dict[str, float]  # of the labels, see `chance_limits`
     summary: Summary
 
+    @cached_property
+    def on_gpus(self) -> faiss.Index | None:
+        return index_on_gpus(self.catalogue)
 
-def build_index(features: np.ndarray | Iterable[np.ndarray]) -> faiss.Index:
-    """A FAISS index of `features`: (n, dim), of any float type, each of length 1; or an iterator of such blocks.
 
-    It is exact: a search compares with every vector, by inner product. They are stored as fp16, as the cache has them.
-    Raises ValueError if there are none, not even of no rows.
+def candidates(engine: Engine, xq: np.ndarray, count: int, exact: bool) -> np.ndarray:
+    """Rows, int64 (nq, count), among which the nearest to each of xq are; -1 where there are fewer."""
+    count = min(count, engine.index.ntotal)
+    if engine.shortlist and count <= GPU_MOST and len(xq) >= GPU_QUERIES and engine.on_gpus:
+        return engine.on_gpus.search(xq, count)[1]
+    if engine.shortlist and exact:
+        nearest = Nearest(xq, count)
+        deque(nearest.among(with_progress(engine.catalogue.vectors(), engine.index.ntotal, "exact search")), 0)
+        return nearest.heap.I
+    return engine.index.search(xq, count)[1]
+
+
+def exact_scores(catalogue: Catalogue, xq: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores D, rows I and content hashes, best first, of these rows for one query, (1, dim), from their features."""
+    records = catalogue.records_of(np.sort(rows))
+    index = build_index(records["vector"][:0])
+    index.add_sa_codes(np.ascontiguousarray(records["vector"]).view(np.uint8))
+    D, I = index.search(xq, len(rows))
+    return D[0], np.sort(rows)[I[0]], records["digest"][I[0]]
+
+
+def nearest(engine: Engine, xq: np.ndarray, k: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each of xq, (nq, dim): D, I and content hashes of the k nearest live rows and of all that tie with the last.
+
+    Their order is the caller's, so that top k is a prefix of top k+n. For a k of more than a tenth of the shortlist,
+    which the codes would not find surely, all is compared.
     """
-    index = None
-    for block in [features] if isinstance(features, np.ndarray) else features:
-        dim = block.shape[1]
-        index = index or faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-        for i0 in range(0, len(block), BLOCK):
-            index.add(np.ascontiguousarray(block[i0 : i0 + BLOCK], np.float32))
-    if index is None:
-        raise ValueError("build_index was given no features")
-    return index
-
-
-def open_index(catalogue: Catalogue) -> faiss.Index:
-    """The index of the stored features, made first if they have changed."""
-    if (index := catalogue.read_index()) is None:
-        with catalogue.writing():
-            if (index := catalogue.read_index()) is None:  # no other run has made it meanwhile
-                if str(catalogue.get("index")).startswith(f"{catalogue.get('rows')} "):
-                    log.warning("%s is damaged or missing: it is made again from the features", catalogue.index)
-                catalogue.write_index(build_index(catalogue.vectors()))
-                index = catalogue.read_index()
-    return index
-
-
-def nearest(engine: Engine, xq: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores D and rows I, (nq, >= k), of the live rows nearest to each of xq, (nq, dim).
-
-    All rows that tie with the k-th are among them: their order is then the caller's, and top k a prefix of top k+n.
-    """
-    n, params = len(engine.live), None
-    if engine.selector is not None:
-        params = faiss.SearchParameters(sel=engine.selector)
-    fetch = k
-    while True:
-        fetch = min(2 * fetch, n)
-        D, I = engine.index.search(xq, fetch, params=params)
-        if fetch == n or (D[:, k - 1] > D[:, -1]).all():
-            return D, I
+    exact = engine.exact or CLOSELY * k > engine.shortlist
+    first = 2 * k if exact else engine.shortlist
+    for query, rows in zip(xq[:, None], candidates(engine, xq, first, exact)):
+        count = first
+        while True:
+            live = rows[rows >= 0]
+            live = live[~engine.dead[live]]
+            D, I, digests = exact_scores(engine.catalogue, query, live)
+            if count >= engine.index.ntotal or (len(D) > k and D[k - 1] - D[-1] > ROUNDING):
+                last = np.searchsorted(-D, -D[k - 1], "right") if len(D) > k else len(D)
+                yield D[:last], I[:last], digests[:last]
+                break
+            count *= 4
+            (rows,) = candidates(engine, query, count, exact)
 
 
 def location(path: str) -> str:
     """Where a file lies, not where it points: a link to an image of the collection is a query like any other."""
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+
+
+def is_as_read(path: str, file: File) -> bool:
+    """Whether the file is there as it was when its features were extracted."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        return False
+    return (info.st_size, info.st_mtime_ns) == file[1:]
 
 
 def own_distance(scores: np.ndarray) -> np.ndarray:
@@ -1108,28 +1431,34 @@ def own_distance(scores: np.ndarray) -> np.ndarray:
     return np.maximum(1 - np.partition(scores, rank, axis=-1)[..., rank], 1e-6)
 
 
-def find_matches(engine: Engine, query: Picture, k: int, threshold: float | str) -> list[Match]:
-    """The best view counts, and the first of equal ones, which is the query as it is."""
+def find_matches(
+    engine: Engine, query: Picture, xq: np.ndarray, found: Iterable[Any], k: int, threshold: float | str
+) -> list[Match]:
+    """The matches among the rows `found` near each view, xq (views, dim), of a query.
+
+    The best view counts, and the first of equal ones, which is the query as it is.
+    """
     least, label = (-1.0, threshold) if isinstance(threshold, str) else (threshold, LABELS[0])
-    best: dict[int, tuple[float, str]] = {}
-    xq = features_of_views(query.pixels, engine.model).astype(np.float32)
-    for view, scores, rows in zip(query.pixels, *nearest(engine, xq, k + 1)):  # one more, for the query's own file
-        for score, row in zip(scores.clip(-1, 1).tolist(), rows.tolist()):
-            if round(score, 3) >= least and score > best.get(row, (-2.0, ""))[0]:
-                best[row] = score, view.name
+    best: dict[int, tuple[float, str, bytes]] = {}
+    for view, (scores, rows, digests) in zip(query.pixels, found):
+        for score, row, digest in zip(scores.clip(-1, 1).tolist(), rows.tolist(), digests):
+            if round(score, 3) >= least and score > best.get(row, (-2.0,))[0]:
+                best[row] = score, view.name, digest.tobytes()
     own, reach = location(os.fsdecode(query.file.path)), own_distance((xq @ engine.sample.T).max(0))
-    found: list[tuple[float, str, str, str]] = []
+    matches: list[tuple[float, str, str, str]] = []
     for row in sorted(best, key=lambda row: -best[row][0]):
-        score, edit = best[row]
-        if len(found) > k and -score > found[k][0]:
+        score, edit, digest = best[row]
+        if len(matches) > k and -score > matches[k][0]:
             break
         word = "weak" if engine.limits else ""
         word = next((name for name, limit in engine.limits.items() if 1 - score <= limit * reach), word)
-        for name, digest in engine.catalogue.files_of(row, k + 1):
-            path = os.path.join(engine.images, os.fsdecode(name))
-            if digest != query.digest or location(path) != own:
-                found.append((-score, path, "identical" if digest == query.digest else word, edit))
-    kept = [item for item in sorted(found) if label == LABELS[0] or item[2] in LABELS[LABELS.index(label) :]]
+        for file, listed in engine.catalogue.files_of(row, k + 1):
+            path = os.path.join(engine.images, os.fsdecode(file.path))
+            if listed != digest:
+                raise sqlite3.DatabaseError("the features are not those that the catalogue speaks of")
+            if is_as_read(path, file) and (digest != query.digest or location(path) != own):
+                matches.append((-score, path, "identical" if digest == query.digest else word, edit))
+    kept = [match for match in sorted(matches) if label == LABELS[0] or match[2] in LABELS[LABELS.index(label) :]]
     ranked = enumerate(kept[:k], start=1)
     return [Match(rank, path, -minus, word == "identical", word, edit) for rank, (minus, path, word, edit) in ranked]
 
@@ -1145,8 +1474,10 @@ def search(
     threshold  cosine similarity, -1 to 1, that a match has at least, or label: similar, copy, identical
     views      none, all or auto: the edits that a query is searched with, see `query_views`
 
-    Exact, best first, equal scores by path; the query's own file is left out. A file that cannot be used gets an Answer
-    with an `error`. Raises DeepVisionError if another run has pruned or rebuilt the index since it was opened.
+    Best first, equal scores by path; the query's own file is left out, and so is a file that is no longer what was
+    indexed. Scores are exact; in a large collection a match may be missed, see `coded_index`. A file that cannot be
+    used gets an Answer with an `error`. Raises DeepVisionError if another run has pruned or rebuilt the index since it
+    was opened, or features turn out to be damaged.
     """
     if k < 1 or views not in VIEWS or (isinstance(threshold, str) and threshold not in LABELS):
         raise ValueError(f"k={k}, threshold={threshold!r}, views={views!r}: see the documentation of search")
@@ -1157,14 +1488,28 @@ def search(
     files = (File(os.fsencode(name), 0, 0) for name in names)
     look = partial(query_views, model=engine.model, views=views)
     read = partial(read_picture, root=b"", transform=look, known=lambda digest: False)
-    for picture in read_ahead(read, files, workers=2, ahead=4):  # a query has some twenty views
-        if engine.catalogue.generation() != engine.generation:
-            raise DeepVisionError(f"{engine.catalogue.folder} was changed by another run: search once more")
+    pictures = read_ahead(read, files, workers=2, ahead=TOGETHER)  # a query has some twenty views
+    try:
+        while group := list(itertools.islice(pictures, TOGETHER)):
+            yield from answers(group, engine, k, threshold)
+    except sqlite3.DatabaseError as error:
+        raise DeepVisionError(f"{engine.catalogue.folder}: {error}. The next run mends it: search once more") from error
+
+
+def answers(group: Sequence[Picture], engine: Engine, k: int, threshold: float | str) -> Iterator[Answer]:
+    """Some queries at once: of 16 each costs a third of what it does alone."""
+    if engine.catalogue.generation() != engine.generation:
+        raise DeepVisionError(f"{engine.catalogue.folder} was changed by another run: search once more")
+    features = {i: single(features_of_views(p.pixels, engine.model)) for i, p in enumerate(group) if p.pixels}
+    if features:
+        found = nearest(engine, np.concatenate(list(features.values())), k + 1)  # one more, for the query's own file
+    for i, picture in enumerate(group):
         name = os.fsdecode(picture.file.path)
-        if picture.pixels is None:
-            yield Answer(name, [], picture.reason or NOT_AN_IMAGE)
+        if i in features:
+            views = itertools.islice(found, len(features[i]))
+            yield Answer(name, find_matches(engine, picture, features[i], views, k, threshold))
         else:
-            yield Answer(name, find_matches(engine, picture, k, threshold))
+            yield Answer(name, [], picture.reason or NOT_AN_IMAGE)
 
 
 def chance_limits(sample: np.ndarray, n: int) -> dict[str, float]:
@@ -1224,24 +1569,41 @@ def read_new(catalogue: Catalogue, images: Path, model: Model, work: Work, summa
             catalogue.save(unsaved)
 
 
+def label_limits(catalogue: Catalogue, store: bool = False) -> tuple[np.ndarray, dict[str, float]]:
+    """A sample of the collection's features, float32 (m, dim), and the `chance_limits` that follow, perhaps from store.
+
+    The least content hashes: a sample that does not depend on the order in which files were added.
+    """
+    rows = catalogue.rows(f"WHERE files > 0 AND digest IS NOT NULL ORDER BY digest LIMIT {SAMPLE}")
+    n, records = catalogue.get("rows") - len(catalogue.rows("WHERE files = 0")), catalogue.records_of(rows)
+    sample, key = single(records["vector"]), hashlib.sha256(b"%d " % n + records["digest"].tobytes()).hexdigest()
+    stored, limits = json.loads(catalogue.get("limits") or "[0, 0]")
+    if stored != key:
+        limits = chance_limits(sample, n)
+    if store:
+        with catalogue.db:
+            catalogue.put(limits=json.dumps([key, limits]))
+    return sample, limits
+
+
 def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summary:
     """Bring the cache up to date with the folder `images`: read what is new or changed, see what is gone.
 
     Raises DeepVisionError if no usable image is there; what is known is kept for the day the drive is back.
     """
-    summary = Summary()
+    summary, left = Summary(), True
     there = "has no usable image" if images.is_dir() else "is not a folder" if images.exists() else "is missing"
     scan: Callable[[], Iterable[File]] = tuple
     if images.is_dir():
         scan = partial(find_images, images, partial(unlisted, prune=work.prune), [catalogue.folder.parent])
-    if catalogue.scan(scan(), work.rebuild) or work.prune:
+    if catalogue.scan(scan(), work.rebuild) or work.prune or not catalogue.get("totals"):
         with catalogue.writing() as waited:
             if waited:
                 catalogue.scan(scan(), work.rebuild)
             before = catalogue.get("rows")
             catalogue.trusted_from = before if work.rebuild else 0
             read_new(catalogue, images, model, work, summary)
-            if catalogue.count(USABLE):
+            if left := catalogue.settle():
                 if work.prune:
                     summary.forgotten = catalogue.count(GONE)
                     earlier = f"digest IN (SELECT digest FROM features WHERE row < {before})"
@@ -1249,13 +1611,15 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
                         raise DeepVisionError(f"nothing in {images} is known to its index: nothing was pruned")
                     catalogue.prune()
                 elif work.rebuild:
-                    catalogue.compact()
-    summary.images, summary.skipped, summary.gone = map(catalogue.count, (USABLE, SKIPPED, GONE))
-    if summary.images:
+                    catalogue.compact(catalogue.rows("WHERE digest IS NOT NULL ORDER BY row"))
+                label_limits(catalogue, store=True)
+                catalogue.totals(store=True)
+    summary.images, summary.skipped, summary.gone = catalogue.totals()
+    if left and summary.images:
         return summary
-    if summary.gone:
+    if known := catalogue.count("files WHERE digest IS NOT NULL"):
         raise DeepVisionError(
-            f"{images} {there}, but the index knows {summary.gone:,}: is a drive not connected, or is --images "
+            f"{images} {there}, but the index knows {known:,}: is a drive not connected, or is --images "
             f"another folder? Nothing was changed; to start afresh, delete {catalogue.folder}"
         )
     if summary.skipped:
@@ -1266,18 +1630,18 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
 
 
 def ready(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Engine:
-    catalogue.check()
-    summary = update(catalogue, images, model, work)
-    generation, live, sampled = catalogue.generation(), catalogue.live_rows(), catalogue.live_rows("digest", SAMPLE)
-    index = open_index(catalogue)
+    catalogue.check(thorough=work.update)
+    summary = update(catalogue, images, model, work) if work.update else Summary(*catalogue.totals())
+    generation, gone = catalogue.generation(), catalogue.rows("WHERE files = 0")
+    sample, limits = label_limits(catalogue)
+    index, notes = open_index(catalogue, work)
     if catalogue.generation() != generation:  # the rows are not those of the index
         raise DeepVisionError(f"{catalogue.folder} was changed by another run: start again")
-    sample = index.reconstruct_batch(sampled)
-    limits = chance_limits(sample, len(live))
-    selector = None
-    if len(live) < index.ntotal:
-        selector = faiss.IDSelectorBitmap(np.packbits(np.isin(np.arange(index.ntotal), live), bitorder="little"))
-    return Engine(images, model, catalogue, generation, index, live, selector, sample, limits, summary)
+    dead = np.zeros(index.ntotal, bool)
+    dead[gone[gone < len(dead)]] = True
+    summary.recall = notes.get("recall") if not work.exact else None
+    shortlist = notes.get("shortlist", 0)
+    return Engine(images, model, catalogue, generation, index, shortlist, work.exact, dead, sample, limits, summary)
 
 
 def initialize_reverse_image_search(
@@ -1288,7 +1652,7 @@ def initialize_reverse_image_search(
     images     the collection, a folder; files in it are searched for at any depth
     index_dir  the cache of this collection; it has a sub-folder for each model
     model      by default `load_model()`
-    work       batch size, threads, and whether to rebuild or prune
+    work       batch size, threads, whether to rebuild, prune, or not to look for changes at all
 
     Raises DeepVisionError if there is no usable image, or the cache cannot be written or is a newer version's.
     """
@@ -1296,6 +1660,8 @@ def initialize_reverse_image_search(
         raise DeepVisionError(f"--index-dir {index_dir} is the collection itself: choose another folder for the cache")
     model, images = model or load_model(), Path(images)
     folder = Path(index_dir, model.identity)
+    if not (work.update or Path(folder, "catalogue.sqlite").exists()):
+        raise DeepVisionError(f"there is no index of {images} by {model.name} in {index_dir}: run without --no-update")
     if model.name == MODEL and not folder.exists() and any(Path(index_dir).glob(f"{OFFLINE}-*")):
         log.warning("the weights of %s are here now: all images are indexed with it; the offline index is kept", MODEL)
     try:
@@ -1369,8 +1735,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, metavar="N", help="images that the model takes at once (default: by device)")
     add("--workers", type=int, metavar="N", help="threads that read and decode (default: one a core)")
     add("--index-only", action="store_true", help="update the index, search nothing")
+    add("--no-update", action="store_true", help="search the index as it is, without a look at the collection")
+    add("--exact", action="store_true", help="compare with every image, however many there are")
     add("--rebuild", action="store_true", help="start again from the images")
     add("--prune", action="store_true", help="forget files that are gone, and their features")
+    add(
+        "--export",
+        metavar="DIR",
+        help="write features.npy and paths.txt, for any other vector database; search nothing",
+    )
     add("--json", action="store_true", help="one JSON object per query, a line each")
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-q", "--quiet", action="store_true", help="warnings and errors alone")
@@ -1381,6 +1754,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for option in ("top", "batch_size", "workers"):
         if (value := getattr(options, option)) is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} takes a whole number from 1 on, not {value}")
+    if options.no_update and (options.index_only or options.rebuild or options.prune):
+        parser.error("--no-update goes without --index-only, --rebuild and --prune")
     return options
 
 
@@ -1397,12 +1772,18 @@ def find_queries(names: Iterable[str], onerror: Callable[[OSError], None]) -> It
 def run(options: argparse.Namespace) -> int:
     """The main job; its exit status."""
     model = load_model(options.model, options.weights, options.device)
-    work = Work(options.batch_size, options.workers, options.rebuild, options.prune)
+    work = Work(
+        options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update, options.exact
+    )
     engine = initialize_reverse_image_search(options.images, options.index_dir, model=model, work=work)
     log.info("%s: %s (%s on %s)", options.images, engine.summary, model.name, model.device)
     for path, reason in engine.catalogue.db.execute(f"SELECT path, reason FROM {SKIPPED} ORDER BY path"):
         log.debug("skipped %s: %s", shown(os.path.join(options.images, os.fsdecode(path))), reason)
-    if options.index_only:
+    if options.export:
+        with engine.catalogue.writing():  # nobody else, meanwhile
+            count = engine.catalogue.export(Path(options.export))
+        log.info("%s: %d × %d features and their paths", options.export, count, model.dim)
+    if options.index_only or options.export:
         return 0
     answered = failed = 0
     locked: list[OSError] = []
