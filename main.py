@@ -892,7 +892,8 @@ class Catalogue:
 
     @contextmanager
     def unsealed(self) -> Iterator[None]:
-        """For a change of the catalogue. Should the run be stopped in it, the next one finds no seal and looks closer."""
+        """For a change of the catalogue. Should the run be stopped meanwhile, the next one misses the seal and looks
+        closer."""
         self.seal.unlink(missing_ok=True)
         sync_folder(self.folder)
         try:
@@ -1073,6 +1074,7 @@ class Catalogue:
                 of_row = "(SELECT digest FROM features WHERE row = ?)"
                 self.db.executemany(f"UPDATE files SET mtime = -1 WHERE digest = {of_row}", one)
                 self.db.executemany("UPDATE features SET digest = NULL, files = 0 WHERE row = ?", one)
+            log.warning("%s: %d features are damaged, and are extracted again", self.features, len(broken))
             raise sqlite3.DatabaseError(f"{len(broken)} features do not match their checksum or the catalogue")
 
     def is_known(self, digest: bytes) -> bool:
@@ -1382,6 +1384,8 @@ def candidates(engine: Engine, xq: np.ndarray, count: int, exact: bool) -> np.nd
 
 def exact_scores(catalogue: Catalogue, xq: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scores D, rows I and content hashes, best first, of these rows for one query, (1, dim), from their features."""
+    if not len(rows):
+        return np.empty(0, np.float32), rows, np.empty(0)
     records = catalogue.records_of(np.sort(rows))
     index = build_index(records["vector"][:0])
     index.add_sa_codes(np.ascontiguousarray(records["vector"]).view(np.uint8))
@@ -1776,12 +1780,20 @@ def run(options: argparse.Namespace) -> int:
         options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update, options.exact
     )
     engine = initialize_reverse_image_search(options.images, options.index_dir, model=model, work=work)
-    log.info("%s: %s (%s on %s)", options.images, engine.summary, model.name, model.device)
+    done = f"{engine.summary.images:,} images, searched without a look at what has changed"
+    done = str(engine.summary) if work.update else done
+    log.info("%s: %s (%s on %s)", options.images, done, model.name, model.device)
+    if engine.summary.recall is not None:
+        found = f"{engine.summary.recall:.3f}"
+        log.info("compact codes choose what is compared, recall@%d %s; --exact compares all", TOP, found)
     for path, reason in engine.catalogue.db.execute(f"SELECT path, reason FROM {SKIPPED} ORDER BY path"):
         log.debug("skipped %s: %s", shown(os.path.join(options.images, os.fsdecode(path))), reason)
     if options.export:
-        with engine.catalogue.writing():  # nobody else, meanwhile
-            count = engine.catalogue.export(Path(options.export))
+        try:
+            with engine.catalogue.writing():  # nobody else, meanwhile
+                count = engine.catalogue.export(Path(options.export))
+        except OSError as failure:
+            raise DeepVisionError(f"--export {options.export}: {first_line(failure)}") from failure
         log.info("%s: %d × %d features and their paths", options.export, count, model.dim)
     if options.index_only or options.export:
         return 0

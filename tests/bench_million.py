@@ -1,0 +1,290 @@
+"""The search at scale, on vectors that are made up: no image is needed.
+
+    python tests/bench_million.py                       100,000 vectors of 2,048 dimensions: 2 minutes, 3 GB of disk
+    python tests/bench_million.py --vectors 1000000     a million: 20 minutes, 14 GB
+
+A process of its own for each measurement; what it takes beyond start-up (imports), and its memory beyond that. Cold:
+the files of the cache were dropped from the page cache before. The peers' ways are FAISS flat, fp32, loaded whole, and
+a NumPy scan of blobs from SQLite. The collection is of empty files, one a vector.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import main
+
+LATENT = 256  # directions in which the vectors vary, each less than the one before, as in pooled features
+CLUSTER = 50  # vectors around a centre
+BLOCK = 20_000
+SCAN_QUERIES = 10  # for the peers that take seconds a query
+
+
+def made_up(n: int, dim: int, seed: int) -> Iterator[np.ndarray]:
+    """Clustered, non-negative, long-tailed, float32 of length 1, in blocks; of any seed around the same centres."""
+    common, own = np.random.default_rng(0), np.random.default_rng(seed)
+    weights = (
+        common.standard_normal((LATENT, dim), np.float32)
+        * (np.arange(1, LATENT + 1, dtype=np.float32) ** -0.4)[:, None]
+    )
+    centres = common.standard_normal((max(1, min(n // CLUSTER, 20_000)), LATENT), np.float32)
+    for start in range(0, n, BLOCK):
+        count = min(BLOCK, n - start)
+        latent = centres[own.integers(0, len(centres), count)] + own.standard_normal((count, LATENT), np.float32)
+        x = np.maximum(latent @ weights, 0)
+        x *= np.sqrt(x)
+        x += 0.2 * own.random((count, dim), np.float32)
+        yield x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def model_of(dim: int) -> main.Model:
+    """A query's pixels hold the number of its vector."""
+    queries = np.concatenate(list(made_up(1000, dim, seed=2)))
+
+    def network(pixels: Any) -> Any:
+        import torch
+
+        return torch.from_numpy(queries[[int(p.sum()) % len(queries) for p in pixels]])
+
+    return main.Model("made-up", f"made-up-{dim}", 8, dim, "cpu", network)
+
+
+def make_files(root: Path, n: int) -> None:
+    for start in range(0, n, 1000):
+        folder = root / f"folder-{start // 1000:05}"
+        folder.mkdir(parents=True)
+        for i in range(start, min(start + 1000, n)):
+            os.close(os.open(folder / f"IMG_{i:08}_a_name_of_usual_length.jpg", os.O_CREAT))
+
+
+def fill(catalogue: main.Catalogue, root: Path, n: int, dim: int) -> None:
+    """The catalogue of these files, each with a vector."""
+    catalogue.mend()
+    catalogue.scan(main.find_images(root, print), everything=False)
+    files = catalogue.unread()
+    with catalogue.writing():
+        for block in made_up(n, dim, seed=1):
+            digests = (os.urandom(main.DIGEST_BYTES) for _ in block)
+            catalogue.save([main.Picture(f, d, vector=v) for f, d, v in zip(files, digests, block.astype(np.float16))])
+        catalogue.settle()
+        catalogue.totals(store=True)
+        main.label_limits(catalogue, store=True)
+
+
+def peak(reset: bool = False) -> float:
+    """MB that this process has had in memory at most, from now on if `reset`."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1e3
+
+
+def start_up() -> None:
+    """What any run of the program takes."""
+    import faiss  # noqa: F401
+    import filelock  # noqa: F401
+    import torch
+    import torchvision  # noqa: F401
+    import tqdm  # noqa: F401
+
+    main.image_formats()
+    torch.zeros(2, 2) @ torch.zeros(2, 2)
+
+
+def drop_cached(folder: Path) -> None:
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+# ---- Measurements, each in a process of its own ----------------------------------------------------------------------
+
+
+def build(images: Path, cache: Path, dim: int) -> dict[str, float]:
+    catalogue = main.Catalogue(cache / f"made-up-{dim}", f"made-up-{dim}", dim)
+    base, start = peak(reset=True), time.perf_counter()
+    _, notes = main.open_index(catalogue)
+    return {
+        "build s": time.perf_counter() - start,
+        "build MB": peak() - base,
+        **{k: v for k, v in notes.items() if k != "generation"},
+    }
+
+
+def first_answer(images: Path, cache: Path, dim: int, exact: bool = False) -> dict[str, float]:
+    from PIL import Image
+
+    model = model_of(dim)
+    image = str(cache / "query.png")
+    Image.new("L", (8, 8), 3).save(image)
+    base, start = peak(reset=True), time.perf_counter()
+    engine = main.initialize_reverse_image_search(images, cache, model=model, work=main.Work(update=False, exact=exact))
+    answer = next(main.search(image, engine))
+    spent, memory = time.perf_counter() - start, peak() - base
+    assert len(answer.matches) == main.TOP, answer
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        next(main.search(image, engine))
+        times.append(time.perf_counter() - start)
+    return {"first s": spent, "first MB": memory, "again ms": 1e3 * statistics.median(times)}
+
+
+def batch(images: Path, cache: Path, dim: int) -> dict[str, float]:
+    engine = main.initialize_reverse_image_search(images, cache, model=model_of(dim), work=main.Work(update=False))
+    xq = np.concatenate(list(made_up(1000, dim, seed=2)))
+    list(main.nearest(engine, xq[:16], main.TOP))
+    start = time.perf_counter()
+    found = [
+        I
+        for i0 in range(0, len(xq), main.TOGETHER)
+        for _, I, _ in main.nearest(engine, xq[i0 : i0 + main.TOGETHER], main.TOP)
+    ]
+    spent = time.perf_counter() - start
+    true = main.candidates(replace(engine, exact=True), xq[:200], main.TOP, True)
+    recall = np.mean([len(set(t) & set(f[: main.TOP])) / main.TOP for t, f in zip(true, found)])
+    return {"batch ms": 1e3 * spent / len(xq), "recall": float(recall)}
+
+
+def add(images: Path, cache: Path, dim: int, count: int = 100) -> dict[str, float]:
+    """Without the scan."""
+    catalogue = main.Catalogue(cache / f"made-up-{dim}", f"made-up-{dim}", dim)
+    (block,) = made_up(count, dim, seed=int(time.time()))
+    files = [main.File(b"added-%d-%d" % (time.time(), i), 0, 0) for i in range(count)]
+    start = time.perf_counter()
+    catalogue.check()
+    with catalogue.writing():
+        catalogue.save(
+            [main.Picture(f, os.urandom(main.DIGEST_BYTES), vector=v) for f, v in zip(files, block.astype(np.float16))]
+        )
+        main.label_limits(catalogue, store=True)
+        catalogue.totals(store=True)
+    main.open_index(catalogue)
+    return {"add s": time.perf_counter() - start}
+
+
+def rerun(images: Path, cache: Path, dim: int) -> dict[str, float]:
+    model = model_of(dim)
+    base, start = peak(reset=True), time.perf_counter()
+    engine = main.initialize_reverse_image_search(images, cache, model=model)
+    assert engine.summary.opened == 0
+    return {"rerun s": time.perf_counter() - start, "rerun MB": peak() - base}
+
+
+def peer_flat(images: Path, cache: Path, dim: int) -> dict[str, float]:
+    """What the usual script does: the index in fp32, read whole, one query."""
+    import faiss
+
+    xq, path = next(made_up(1000, dim, seed=2)), cache / "peer.faiss"
+    base, start = peak(reset=True), time.perf_counter()
+    index = faiss.read_index(str(path))
+    index.search(xq[:1], main.TOP)
+    spent, memory = time.perf_counter() - start, peak() - base
+    start = time.perf_counter()
+    index.search(xq[:SCAN_QUERIES], main.TOP)
+    return {"first s": spent, "first MB": memory, "again ms": 1e3 * (time.perf_counter() - start) / SCAN_QUERIES}
+
+
+def peer_sqlite(images: Path, cache: Path, dim: int) -> dict[str, float]:
+    """Vectors as blobs in a table, fetched and compared in NumPy."""
+    xq = next(made_up(1000, dim, seed=2))
+    base, start = peak(reset=True), time.perf_counter()
+    rows = sqlite3.connect(cache / "peer.sqlite").execute("SELECT path, vector FROM images").fetchall()
+    xb = np.stack([np.frombuffer(vector, np.float32) for _, vector in rows])
+    np.argsort(xb @ xq[0])[: -main.TOP : -1]
+    return {"first s": time.perf_counter() - start, "first MB": peak() - base}
+
+
+STEPS: dict[str, Callable[..., dict[str, float]]] = {
+    step.__name__: step for step in (build, first_answer, batch, add, rerun, peer_flat, peer_sqlite)
+}
+
+
+def in_a_process(step: str, cold: bool, *args: Any) -> dict[str, float]:
+    if cold:
+        drop_cached(args[1])
+    command = [sys.executable, __file__, "--step", step, *map(str, args)]
+    out = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def measure(n: int, dim: int, folder: Path, peers: bool) -> Iterator[tuple[str, dict[str, float]]]:
+    images, cache = folder / "images", folder / "cache"
+    catalogue = main.Catalogue(cache / f"made-up-{dim}", f"made-up-{dim}", dim)
+    if not images.exists():
+        make_files(images, n)
+        fill(catalogue, images, n, dim)
+    args = images, cache, dim
+    yield "index made from stored features", in_a_process("build", True, *args)
+    size = sum(path.stat().st_size for path in (cache / f"made-up-{dim}").iterdir())
+    yield "disk", {"KB an image": size / n / 1e3}
+    for kind in ("cold", "warm"):
+        yield f"first answer, {kind}", in_a_process("first_answer", kind == "cold", *args)
+    yield "1,000 queries", in_a_process("batch", False, *args)
+    yield "nothing changed", in_a_process("rerun", False, *args)
+    yield "100 added, without scan and extraction", in_a_process("add", False, *args)
+    if peers:
+        import faiss
+
+        index = faiss.IndexFlatIP(dim)
+        for block in catalogue.vectors():
+            index.add(block.astype(np.float32))
+        faiss.write_index(index, str(cache / "peer.faiss"))
+        del index
+        for kind in ("cold", "warm"):
+            yield f"peers: FAISS flat, {kind}", in_a_process("peer_flat", kind == "cold", *args)
+        (cache / "peer.faiss").unlink()
+        db = sqlite3.connect(cache / "peer.sqlite")
+        db.execute("CREATE TABLE images (path TEXT, vector BLOB)")
+        for block in catalogue.vectors():
+            db.executemany(
+                "INSERT INTO images VALUES ('image.jpg', ?)", [(v.tobytes(),) for v in block.astype(np.float32)]
+            )
+        db.commit()
+        db.close()
+        yield "peers: SQLite blobs and NumPy, warm", in_a_process("peer_sqlite", False, *args)
+        (cache / "peer.sqlite").unlink()
+
+
+def run() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--vectors", type=int, default=100_000)
+    parser.add_argument("--dim", type=int, default=2048)
+    parser.add_argument("--folder", type=Path, help="keep what is made here, and use it again")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--step", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.step:
+        step, images, cache, dim = options.step
+        start_up()
+        print(json.dumps(STEPS[step](Path(images), Path(cache), int(dim))))
+        return
+    folder = options.folder or Path(tempfile.mkdtemp())
+    try:
+        for what, figures in measure(options.vectors, options.dim, folder, not options.no_peers):
+            print(f"{what:40}", *(f"{name} {value:.4g}  " for name, value in figures.items()), flush=True)
+    finally:
+        if not options.folder:
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    run()

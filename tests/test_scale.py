@@ -1,0 +1,462 @@
+"""Large collections, in small: compact codes, what is added to them, a look without an update, export.
+
+`Work(exact_bytes=0)` has collections of any size searched by codes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Outcome, draw
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import main
+
+CODED = main.Work(exact_bytes=0)
+SIDE, DIM = 8, 32
+
+
+@pytest.fixture(scope="module")
+def tiny() -> main.Model:
+    """A fixed random projection of 8 × 8 pixels: features of noise are vectors in all directions."""
+    weights = torch.from_numpy(np.random.default_rng(0).standard_normal((3 * SIDE * SIDE, DIM)).astype(np.float32))
+    return main.Model("tiny", "tiny-32", SIDE, DIM, "cpu", lambda pixels: (pixels.float().flatten(1) - 127.5) @ weights)
+
+
+def noise(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+
+
+def put(seed: int, folder: Path = Path("images")) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{seed}.bmp"
+    Image.fromarray(noise(seed)).save(path)
+    return path
+
+
+def scores_of(query: int, seeds: list[int], model: main.Model) -> dict[str, float]:
+    """By brute force: path to score."""
+    pixels = torch.from_numpy(np.stack([noise(seed) for seed in [query, *seeds]])).permute(0, 3, 1, 2)
+    q, *xb = main.extract_features_batch(pixels, model).astype(np.float16).astype(np.float32)
+    return {f"images/{seed}.bmp": float(x @ q) for seed, x in zip(seeds, xb)}
+
+
+@pytest.fixture
+def ask(tiny: main.Model) -> Callable[..., list[tuple[str, float]]]:
+    """ask(engine, k=10): path and score of the matches of a query that is not in the collection."""
+    query = put(10_000, Path("queries"))
+
+    def call(engine: main.Engine, k: int = 10, path: Path = query) -> list[tuple[str, float]]:
+        (answer,) = main.search(path, engine, k=k, views="none")
+        return [(match.path, match.score) for match in answer.matches]
+
+    return call
+
+
+def ranking(scores: dict[str, float], k: int = 10) -> list[Any]:
+    ranked = sorted(scores.items(), key=lambda item: (-item[1], item[0]))[:k]
+    return [(path, pytest.approx(score, abs=1e-4)) for path, score in ranked]
+
+
+def notes_of(engine: main.Engine) -> dict[str, Any]:
+    return engine.catalogue.read_index()[1]
+
+
+# ---- The codes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("work", "sizes"), [(CODED, range(1, 301)), (main.Work(), range(1, 301, 23))], ids=["codes", "exact"]
+)
+def test_a_collection_that_grows_one_by_one_is_searched_like_brute_force_does(
+    work: main.Work, sizes: range, tiny: main.Model, ask: Any
+) -> None:
+    """Every size from 0 to 300, over the first that the codes are trained on and several times of outgrowing it."""
+    with pytest.raises(main.DeepVisionError):
+        main.initialize_reverse_image_search("images", "index", model=tiny, work=work)
+    scores = scores_of(10_000, list(range(300)), tiny)
+    for n in sizes:
+        for seed in range(max(0, n - sizes.step), n):
+            put(seed)
+        engine = main.initialize_reverse_image_search("images", "index", model=tiny, work=work)
+        assert bool(engine.shortlist) == (work is CODED and n >= main.FEWEST_CODED)
+        assert ask(engine) == ranking(dict(list(scores.items())[:n]))
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(steps=st.lists(st.lists(st.tuples(st.booleans(), st.integers(0, 150)), max_size=60), min_size=2, max_size=5))
+def test_adding_and_removing_in_any_order_is_as_good_as_a_fresh_build(steps: list[Any], tiny: main.Model) -> None:
+    shutil.rmtree("images", ignore_errors=True)
+    shutil.rmtree("index", ignore_errors=True)
+    query, there = put(10_000, Path("queries")), set(range(70))
+    for changes in ([(True, seed) for seed in there], *steps):
+        for add, seed in changes:
+            (there.add if add else there.discard)(seed)
+            put(seed) if add else Path(f"images/{seed}.bmp").unlink(missing_ok=True)
+        there.add(0)
+        put(0)
+        (answer,) = main.search(query, main.initialize_reverse_image_search("images", "index", model=tiny, work=CODED))
+        fresh = main.initialize_reverse_image_search("images", f"fresh {random.random()}", model=tiny)
+        assert answer == next(main.search(query, fresh))
+
+
+@pytest.fixture
+def many(tiny: main.Model) -> Callable[..., main.Engine]:
+    """many(n): the engine of a catalogue with n random vectors and a file for each, searched by codes."""
+
+    def make(n: int) -> main.Engine:
+        catalogue = main.Catalogue(Path("index", tiny.identity), tiny.identity, DIM)
+        catalogue.mend()
+        x = np.random.default_rng(1).standard_normal((n, DIM))
+        x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
+        Path("images").mkdir()
+        pictures = []
+        for i in range(n):
+            path = Path("images", f"{i}.bmp")
+            path.touch()
+            file = main.File(os.fsencode(path.name), 0, path.stat().st_mtime_ns)
+            pictures.append(main.Picture(file, i.to_bytes(main.DIGEST_BYTES, "big"), vector=x[i]))
+        catalogue.scan((), everything=False)
+        with catalogue.writing():
+            catalogue.save(pictures)
+        return main.initialize_reverse_image_search("images", "index", model=tiny, work=CODED)
+
+    return make
+
+
+def test_the_codes_find_nearly_all_and_say_how_many(many: Any) -> None:
+    engine = many(6000)
+    notes, xq = notes_of(engine), np.random.default_rng(2).standard_normal((100, DIM)).astype(np.float32)
+    assert notes["rows"] == notes["trained"] == 6000 and main.RECALL <= notes["recall"] <= 1
+    assert engine.summary.recall == notes["recall"]
+    found = [set(I[:10].tolist()) for _, I, _ in main.nearest(engine, xq, 10)]
+    true = [set(I[:10].tolist()) for _, I, _ in main.nearest(replace(engine, exact=True), xq, 10)]
+    xb = np.concatenate(list(engine.catalogue.vectors())).astype(np.float32)
+    assert true == [set(np.argsort(-(xb @ q))[:10].tolist()) for q in xq]
+    assert np.mean([len(f & t) / 10 for f, t in zip(found, true)]) >= 0.995
+
+
+def test_the_shortlist_grows_until_the_recall_holds(many: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "SHORTLIST", 4)
+    engine = many(3000)
+    assert engine.shortlist > 16 and notes_of(engine)["recall"] >= main.RECALL
+    monkeypatch.setattr(main, "LONGEST", 8)
+    index, notes = main.coded_index(engine.catalogue, 3000)
+    assert (index.ntotal, notes["shortlist"]) == (3000, 8) and notes["recall"] < main.RECALL
+
+
+def test_scores_are_those_of_the_features_and_never_of_the_codes(many: Any) -> None:
+    engine = many(2000)
+    xb = np.concatenate(list(engine.catalogue.vectors())).astype(np.float32)
+    xq = np.random.default_rng(2).standard_normal((40, DIM)).astype(np.float32)
+    for q, (D, I, digests) in zip(xq, main.nearest(engine, xq, 10)):
+        np.testing.assert_allclose(D, xb[I] @ q, atol=1e-5)
+        assert [int.from_bytes(digest, "big") for digest in digests] == I.tolist() and (I >= 0).all()
+
+
+@pytest.mark.parametrize("shortlist", [0, 50, 1024], ids=["exact", "a short list", "a long list"])
+def test_top_k_begins_top_k_plus_n(shortlist: int, many: Any, ask: Any) -> None:
+    engine = replace(many(1500), shortlist=shortlist)
+    if not shortlist:
+        engine = replace(engine, exact=True, shortlist=1)
+    Path("images/0.bmp").touch()
+    all_of_them, by_codes = ask(engine, 60), ask(engine, 4)  # of a list of 50, no more than 4 and one to spare
+    for k in (1, 2, 3, 4, 5, 30):
+        assert ask(engine, k) == (by_codes if shortlist == 50 and k <= 4 else all_of_them)[:k]
+    assert ask(engine, 60) == ask(engine, 60)
+
+
+def test_a_query_is_answered_alike_alone_and_among_others(many: Any) -> None:
+    engine = many(1500)
+    queries = [put(20_000 + i, Path("queries")) for i in range(40)]
+    together = list(main.search(queries, engine))
+    assert [next(main.search(query, engine)) for query in queries] == together
+
+
+def test_what_is_gone_leaves_room_for_what_is_there(tiny: main.Model, ask: Any) -> None:
+    """Also where all that the codes hold nearest is gone."""
+    scores = scores_of(10_000, list(range(200)), tiny)
+    for seed in range(200):
+        put(seed)
+    engine = main.initialize_reverse_image_search("images", "index", model=tiny, work=CODED)
+    ranked = [path for path, _ in ranking(scores, 200)]
+    for path in ranked[:120]:
+        Path(path).rename(Path(path).with_suffix(".away"))
+        scores.pop(path)
+    os.makedirs("away")
+    for path in Path("images").glob("*.away"):
+        path.rename(Path("away", path.name))
+    engine = main.initialize_reverse_image_search("images", "index", model=tiny, work=CODED)
+    assert ask(replace(engine, shortlist=20), 2) == ranking(scores, 2)
+    assert ask(engine) == ranking(scores)
+
+
+def test_codes_are_appended_and_only_trained_again_when_outgrown(tiny: main.Model) -> None:
+    trained = []
+    for n in (80, 100, 160, 161, 200):
+        for seed in range(n):
+            path = Path(f"images/{seed}.bmp")
+            path.exists() or put(seed)
+        notes = notes_of(main.initialize_reverse_image_search("images", "index", model=tiny, work=CODED))
+        assert notes["rows"] == n
+        trained.append(notes["trained"])
+    assert trained == [80, 80, 80, 161, 161]
+
+
+def test_adding_reads_no_feature_that_was_there(tiny: main.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(100):
+        put(seed)
+    main.initialize_reverse_image_search("images", "index", model=tiny, work=CODED)
+    vectors, starts = main.Catalogue.vectors, list[int]()
+    monkeypatch.setattr(
+        main.Catalogue, "vectors", lambda self, start=0: [starts.append(start), vectors(self, start)][1]
+    )
+    put(100)
+    main.initialize_reverse_image_search("images", "index", model=tiny, work=CODED)
+    assert starts == [100]
+
+
+def test_the_kind_of_index_follows_the_size(tiny: main.Model, ask: Any) -> None:
+    for seed in range(100):
+        put(seed)
+    expected = ranking(scores_of(10_000, list(range(100)), tiny))
+    for work in (main.Work(), CODED, main.Work(exact_bytes=99 * DIM * 2), main.Work(exact_bytes=100 * DIM * 2), CODED):
+        engine = main.initialize_reverse_image_search("images", "index", model=tiny, work=work)
+        assert bool(engine.shortlist) == (work.exact_bytes < 100 * DIM * 2)
+        assert ask(engine) == expected
+
+
+def test_exact_compares_with_all_whatever_the_codes_say(many: Any, ask: Any) -> None:
+    engine = many(3000)
+    by_codes, exact = replace(engine, shortlist=12), replace(engine, shortlist=12, exact=True)
+    xq = np.random.default_rng(5).standard_normal((30, DIM)).astype(np.float32)
+    one, other = ([I[:1].tolist() for _, I, _ in main.nearest(e, xq, 1)] for e in (by_codes, exact))
+    xb = np.concatenate(list(engine.catalogue.vectors())).astype(np.float32)
+    assert other == [[int((xb @ q).argmax())] for q in xq] != one
+
+
+@pytest.fixture
+def coded(run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """coded(*args): the command line, with every collection searched by codes."""
+    monkeypatch.setattr(main, "Work", partial(main.Work, exact_bytes=0))
+    return lambda *args: run("--model", "offline", "--json", *args)
+
+
+def test_the_summary_tells_how_the_index_was_searched(coded: Any, collection: Any) -> None:
+    collection(80)
+    draw(3).resize((48, 32)).save("query.png")
+    by_codes, exact = coded("query.png"), coded("query.png", "--exact")
+    assert by_codes.stdout == exact.stdout != ""
+    assert re.search(r"compact codes .* recall@10 1\.000; --exact", by_codes.stderr)
+    assert "compact codes" not in exact.stderr
+
+
+# ---- Damage that is found when a feature is used ---------------------------------------------------------------------
+
+
+def test_a_broken_feature_is_never_answered_from_and_alone_extracted_again(
+    tiny: main.Model, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a collection too large to check all on opening."""
+    monkeypatch.setattr(main, "CHECKED_BYTES", 0)
+    for seed in range(100):
+        put(seed)
+    expected = ranking(scores_of(10_000, list(range(100)), tiny))
+    engine = main.initialize_reverse_image_search("images", "index", model=tiny, work=CODED)
+    with open(engine.catalogue.features, "r+b") as stream:
+        stream.seek(engine.catalogue.HEADER + 40 * engine.catalogue.record.itemsize + 30)
+        stream.write(b"\xff")
+    with pytest.raises(main.DeepVisionError, match=r"1 features do not match .* search once more"):
+        ask(engine)
+    engine = main.initialize_reverse_image_search("images", "index", model=tiny, work=CODED)
+    assert (engine.summary.opened, engine.index.ntotal) == (1, 101)
+    assert ask(engine) == expected
+
+
+# ---- Without an update -----------------------------------------------------------------------------------------------
+
+ASK = ("--model", "offline", "--no-update", "--json", "--views", "none")
+
+
+def paths(outcome: Outcome) -> list[str]:
+    assert outcome.status == 0, outcome.stderr
+    return [match["path"] for line in outcome.stdout.splitlines() for match in json.loads(line)["matches"]]
+
+
+def test_without_an_update_what_is_new_is_not_seen_and_what_is_gone_or_changed_is_left_out(
+    run: Callable[..., Outcome], collection: Any
+) -> None:
+    images = collection(6)
+    draw(0).resize((48, 32)).save("query.png")
+    run("--model", "offline", "--index-only")
+    before = paths(run("query.png", *ASK))
+    assert sorted(before) == [f"bulk_images/{i}.png" for i in range(6)]
+    shutil.copy("query.png", images / "new.png")
+    (images / "2.png").unlink()
+    draw(77).save(images / "3.png")
+    outcome = run("query.png", *ASK)
+    assert paths(outcome) == [path for path in before if path[-5] not in "23"]
+    assert "6 images" in outcome.stderr and "without a look at" in outcome.stderr
+    assert paths(run("query.png", "--model", "offline", "--json"))[0] == "bulk_images/new.png"
+
+
+def test_without_an_update_there_must_be_an_index(run: Callable[..., Outcome], collection: Any) -> None:
+    collection(2)
+    outcome = run("query.png", *ASK)
+    assert (outcome.status, outcome.stdout, outcome.stderr.count("\n")) == (1, "", 1)
+    assert "run without --no-update" in outcome.stderr and not Path("image_index").exists()
+
+
+@pytest.mark.parametrize("option", ["--index-only", "--rebuild", "--prune"])
+def test_no_update_contradicts_what_updates(option: str, run: Callable[..., Outcome]) -> None:
+    outcome = run("--no-update", option)
+    assert outcome.status == 2 and "--no-update goes without" in outcome.stderr
+
+
+def test_without_an_update_nobody_is_waited_for(
+    run: Callable[..., Outcome], collection: Any, program: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Even while another run adds features that the index does not have yet."""
+    images = collection(4)
+    run("--model", "offline", "--index-only")
+    draw(50).save(images / "new.png")
+    model = main.load_model("offline")
+    (folder,) = Path("image_index").iterdir()
+    catalogue = main.Catalogue(folder, model.identity, model.dim)
+    catalogue.scan(main.find_images(images, print), everything=False)
+    (file,) = catalogue.unread()
+    with catalogue.writing():
+        catalogue.save([main.Picture(file, bytes(16), vector=np.ones(model.dim, np.float16))])
+        outcome = run("bulk_images/0.png", *ASK)
+    assert sorted(paths(outcome)) == [f"bulk_images/{i}.png" for i in (1, 2, 3)] and "waiting" not in outcome.stderr
+
+
+# ---- Export ----------------------------------------------------------------------------------------------------------
+
+
+def exported(folder: str = "out") -> tuple[np.ndarray, list[bytes]]:
+    lines = Path(folder, "paths.txt").read_bytes().split(b"\n")
+    assert lines.pop() == b""
+    return np.load(Path(folder, "features.npy")), lines
+
+
+def unescaped(line: bytes) -> bytes:
+    return re.sub(rb"\\(.)", lambda m: {b"n": b"\n", b"r": b"\r"}.get(m[1], m[1]), line)
+
+
+def test_export_writes_a_vector_and_a_path_for_every_image(run: Callable[..., Outcome], collection: Any) -> None:
+    images = collection(20)
+    shutil.copy(images / "3.png", images / "copy.png")
+    for name in (b"new\nline.png", b"back\\slash.png", b"caf\xe9.png", b"return\r.png"):
+        draw(40).save(os.path.join(os.fsencode(images), name), "PNG")
+    run("--model", "offline", "--index-only")
+    (images / "5.png").unlink()
+    outcome = run("--model", "offline", "--export", "out")
+    assert (outcome.status, outcome.stdout) == (0, "") and "24 × 868" in outcome.stderr
+    features, lines = exported()
+    assert features.dtype == np.float16 and features.shape == (24, 868)
+    names = sorted(os.listdir(os.fsencode(images)))
+    assert sorted(map(unescaped, lines)) == names
+    files = [os.path.join(os.fsencode(images), unescaped(line)) for line in lines]
+    again = main.extract_features_batch([os.fsdecode(file) for file in files], main.load_model("offline"))
+    np.testing.assert_allclose(features, again, atol=1e-3)
+
+
+def test_an_export_that_fails_leaves_no_features_beside_other_paths(
+    run: Callable[..., Outcome], collection: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection(3)
+    assert run("--model", "offline", "--export", "out").status == 0
+
+    def full(*_: Any) -> Iterator[np.ndarray]:
+        raise OSError(28, "No space left on device")
+        yield
+
+    monkeypatch.setattr(main.Catalogue, "vectors", full)
+    outcome = run("--model", "offline", "--export", "out")
+    assert outcome.status == 1 and "No space left" in outcome.stderr and "Traceback" not in outcome.stderr
+    assert os.listdir("out") == ["paths.txt"]  # of the export before
+
+
+def test_an_export_loads_into_a_vector_database(run: Callable[..., Outcome], collection: Any) -> None:
+    lancedb = pytest.importorskip("lancedb", reason="pip install lancedb")
+    collection(30)
+    run("--model", "offline", "--export", "out")
+    features, lines = exported()
+    rows = [{"vector": v.astype(np.float32), "path": os.fsdecode(line)} for v, line in zip(features, lines)]
+    table = lancedb.connect("database").create_table("images", rows)
+    for row in (0, 7, 29):
+        found = table.search(features[row].astype(np.float32)).distance_type("cosine").limit(3).to_list()
+        (answer,) = main.search(f"bulk_images/{rows[row]['path']}", k=2, views="none")
+        assert [f"bulk_images/{match['path']}" for match in found[1:]] == [match.path for match in answer.matches]
+
+
+# ---- GPUs, with what stands for them ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Two GPUs as far as the choice goes: their indexes are in memory, and have no selection and few results."""
+    import faiss
+
+    state: dict[str, Any] = {"free": 10 << 30, "sizes": []}
+
+    class OnGpu(faiss.IndexFlatIP):
+        def search(self, xq: Any, k: int, **options: Any) -> Any:
+            assert k <= 2048 and not options
+            return super().search(xq, k)
+
+    def make(resources: Any, dim: int, config: Any) -> Any:
+        assert config.useFloat16 and config.device in (0, 1)
+        state["sizes"].append(config.device)
+        return OnGpu(dim)
+
+    for name, value in {
+        "get_num_gpus": lambda: 2,
+        "StandardGpuResources": lambda: None,
+        "GpuIndexFlatConfig": types.SimpleNamespace,
+        "GpuIndexFlatIP": make,
+    }.items():
+        monkeypatch.setattr(faiss, name, value, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (state["free"], 80 << 30))
+    return state
+
+
+def test_on_gpus_the_answers_are_the_same(many: Any, gpus: dict[str, Any]) -> None:
+    engine = many(3000)
+    xq = np.random.default_rng(5).standard_normal((main.GPU_QUERIES, DIM)).astype(np.float32)
+    on_gpus = [(D.tolist(), I.tolist()) for D, I, _ in main.nearest(engine, xq, 10)]
+    assert gpus["sizes"] == [0, 1] and engine.on_gpus.ntotal == 3000
+    exact = [(D.tolist(), I.tolist()) for D, I, _ in main.nearest(replace(engine, exact=True), xq, 10)]
+    assert on_gpus == exact
+
+
+def test_few_queries_are_not_worth_the_loading(many: Any, gpus: dict[str, Any]) -> None:
+    list(main.nearest(many(200), np.ones((main.GPU_QUERIES - 1, DIM), np.float32), 10))
+    assert gpus["sizes"] == []
+
+
+def test_what_does_not_fit_on_the_gpus_is_searched_by_the_processor_and_said_once(
+    many: Any, gpus: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    gpus["free"], engine = 1 << 30, many(200)
+    for _ in range(2):
+        list(main.nearest(engine, np.ones((main.GPU_QUERIES, DIM), np.float32), 10))
+    assert gpus["sizes"] == [] and caplog.text.count("do not fit on the GPU") == 1
