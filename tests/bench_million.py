@@ -80,8 +80,11 @@ def fill(catalogue: main.Catalogue, root: Path, n: int, dim: int) -> None:
     files = catalogue.unread()
     with catalogue.writing():
         for block in made_up(n, dim, seed=1):
-            digests = (os.urandom(main.DIGEST_BYTES) for _ in block)
-            catalogue.save([main.Picture(f, d, vector=v) for f, d, v in zip(files, digests, block.astype(np.float16))])
+            pictures = (
+                main.Picture(file, os.urandom(main.DIGEST_BYTES), vector=vector)
+                for vector, file in zip(block.astype(np.float16), files)
+            )
+            catalogue.save(list(pictures))
         catalogue.settle()
         catalogue.totals(store=True)
         main.label_limits(catalogue, store=True)
