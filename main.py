@@ -1061,7 +1061,7 @@ class Catalogue:
             if hasattr(os, "posix_fadvise"):  # all at once: one after the other, a thousand reads of an SSD take 0.1 s
                 for place in places:
                     os.posix_fadvise(stream.fileno(), place, size, os.POSIX_FADV_WILLNEED)
-            buffer = memoryview(records.view(np.uint8))
+            buffer = records.view(np.uint8).data
             for i, place in enumerate(places):
                 stream.seek(place)  # and no map: the faults of its pages take twice as long
                 if stream.readinto(buffer[i * size : (i + 1) * size]) != size:
