@@ -1203,7 +1203,8 @@ class Catalogue:
             return None
         if bytes.fromhex(notes["generation"]) != self.generation():
             return None
-        return faiss.read_index(str(self.index), faiss.IO_FLAG_MMAP_IFC if mapped and os.name == "posix" else 0), notes
+        mapped = mapped and os.name == "posix" and "trained" not in notes  # codes would be mapped and copied
+        return faiss.read_index(str(self.index), faiss.IO_FLAG_MMAP_IFC if mapped else 0), notes
 
     def write_index(self, index: faiss.Index, notes: dict[str, Any]) -> None:
         """The index; behind it the notes as JSON, the length of these, and the CRC-32 of all before: 4 bytes each."""
