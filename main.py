@@ -1690,6 +1690,14 @@ def find_gradio() -> None:
         raise DeepVisionError(f"--ui needs Gradio ({error}): run `pip install gradio`") from error
 
 
+UI_STYLE = """
+#found .grid-wrap{height:auto;max-height:none}#given .grid-container{grid-template-columns:repeat(3,1fr)}
+#found .grid-container{grid-template-columns:repeat(auto-fill,minmax(min(11rem,45%),1fr))}
+#found .caption-label{left:0;right:0;bottom:0;max-width:none;white-space:normal;overflow-wrap:anywhere;opacity:.93}
+#title h2{margin:0;overflow-wrap:anywhere}footer{display:none!important}
+"""
+
+
 class Desk:
     """What the tabs of the UI share: the engine, and a lock, since its catalogue is for one thread at a time."""
 
@@ -1715,8 +1723,8 @@ class Desk:
             old.catalogue.close()
         return self.state()
 
-    def search(self, path: str, k: int, least: float) -> tuple[Any, list[tuple[Any, str]], list[str], str]:
-        """Picture of the query, those of its matches with captions, their paths, and the query itself."""
+    def search(self, path: str, k: int, least: float) -> tuple[Any, str, Any, list[str], str]:
+        """The query's picture, a title, the pictures of its matches with captions, their paths, and the query."""
         try:
             with self.lock:
                 (answer,) = search(path, self.engine, k=int(k), threshold=least)
@@ -1724,16 +1732,16 @@ class Desk:
             raise gradio.Error(visible(str(error))) from error
         if answer.error:
             raise gradio.Error(f"{visible(os.path.basename(path))}: {visible(answer.error)}")
-        paths = [match.path for match in answer.matches]
+        paths, gone = [match.path for match in answer.matches], Image.new("L", (1, 1), 128)
         asked, *pictures = (
-            Image.open(io.BytesIO(it.pixels[0])) if it.pixels else Image.new("L", (1, 1), 128)
+            Image.open(io.BytesIO(it.pixels[0])) if it.pixels else gone
             for it in thumbnails([path, *paths], 2 * THUMBNAIL)
         )
-        captions = [
-            ", ".join(filter(None, (f"{match.score:.3f}", match.label, match.view))) + f" · {plain(match.path)}"
-            for match in answer.matches
-        ]
-        return asked, list(zip(pictures, captions)), paths, path
+        words = [" · ".join(filter(None, (f"{it.score:.3f}", it.label, it.view))) for it in answer.matches]
+        captions = [f"{word} · {plain(os.path.basename(path))}" for word, path in zip(words, paths)]
+        title = f"<h2>{len(paths)} like {visible(os.path.basename(path))}</h2>Click one to search from it"
+        found = gradio.Gallery(list(zip(pictures, captions)), selected_index=None)
+        return asked, title if paths else "<h2>No match</h2>Ask for a lower score", found, paths, path
 
 
 def user_interface(desk: Desk, top: int) -> Any:
@@ -1743,39 +1751,43 @@ def user_interface(desk: Desk, top: int) -> Any:
         with gradio.Row():
             with gradio.Column(scale=1, min_width=260):
                 given = gradio.Gallery(
-                    label="Drop, paste or choose pictures", sources=["upload", "clipboard"], file_types=["image"],
-                    columns=3, interactive=True, allow_preview=False, elem_id="given",
+                    label="Drop, paste or choose", sources=["upload", "clipboard"], file_types=["image"], height=230,
+                    interactive=True, allow_preview=False, object_fit="cover", elem_id="given",
                 )  # fmt: skip
+                asked = gradio.Image(label="Searched for", interactive=False, buttons=[], height=230, elem_id="asked")
                 k = gradio.Slider(1, 100, min(top, 100), step=1, label="How many", elem_id="top")
-                least = gradio.Slider(-1, 1, -1, step=0.01, label="From which score", elem_id="least")
-                asked = gradio.Image(label="Searched for", interactive=False, buttons=[], elem_id="asked")
-                state = gradio.Textbox(desk.state, label="Collection", interactive=False, elem_id="state")
+                least = gradio.Slider(0, 1, 0, step=0.01, label="From which score", elem_id="least")
+                state = gradio.Textbox(label="Collection", interactive=False, elem_id="state")
                 renew = gradio.Button("Update the index", elem_id="update")
             with gradio.Column(scale=3):
+                title = gradio.HTML(
+                    "<h2>What are you looking for?</h2>Give a picture, and see what looks like it", elem_id="title"
+                )
                 found = gradio.Gallery(
-                    label="Matches: click one to search from it", columns=4, height="auto", object_fit="contain",
+                    label="Matches", show_label=False, height="auto", object_fit="contain", columns=4,
                     interactive=False, allow_preview=False, buttons=[], elem_id="found",
                 )  # fmt: skip
 
         def from_given(given: list[tuple[str, str]] | None, k: int, least: float, event: gradio.EventData) -> Any:
             at = getattr(event, "index", 0)
-            return desk.search(given[at][0], k, least) if given else [gradio.skip()] * 4
+            return desk.search(given[at][0], k, least) if given else [gradio.skip()] * 5
 
         def from_found(paths: list[str], k: int, least: float, event: gradio.SelectData) -> Any:
             return desk.search(paths[event.index], k, least)
 
         def again(query: str, k: int, least: float) -> Any:
-            return desk.search(query, k, least) if query else [gradio.skip()] * 4
+            return desk.search(query, k, least) if query else [gradio.skip()] * 5
 
         def update(progress: Any = progress) -> str:
             return desk.update()
 
-        shown, private = [asked, found, paths, query], {"api_visibility": "private"}
+        shown, private = [asked, title, found, paths, query], {"api_visibility": "private"}
         given.upload(from_given, [given, k, least], shown, **private)
         given.select(from_given, [given, k, least], shown, **private)
         found.select(from_found, [paths, k, least], shown, **private)
         gradio.on([k.release, least.release], again, [query, k, least], shown, **private)
         renew.click(update, None, state, **private)
+        page.load(desk.state, None, state, **private)
     return page
 
 
@@ -1818,7 +1830,7 @@ def serve(engine: Engine, work: Work, port: int, top: int) -> None:
         page = user_interface(desk, top)
         app = gradio.mount_gradio_app(
             fastapi.FastAPI(openapi_url=None), page, "/", "127.0.0.1", port, footer_links=[], run_history=False,
-            max_file_size=UPLOAD_BYTES, ssr_mode=False, enable_monitoring=False, show_error=True,
+            max_file_size=UPLOAD_BYTES, ssr_mode=False, enable_monitoring=False, show_error=True, css=UI_STYLE,
         )  # fmt: skip
         log.info("http://127.0.0.1:%d", port)
         config = uvicorn.Config(guarded(app, port), log_level="error", timeout_graceful_shutdown=1)
