@@ -1284,47 +1284,53 @@ def different_files(engine: Engine, row: int) -> list[str]:
     return sorted(found.values())
 
 
+def least_scores(engine: Engine, place: np.ndarray, own: np.ndarray, threshold: float | str) -> np.ndarray:
+    """From which score on each picture, by its place, has a copy, float32 (n,); its own distance is put into `own`."""
+    if engine.limits:
+        for places, block in chosen_vectors(engine.catalogue, place, own > 0):
+            own[places] = own_distance(block.astype(np.float32) @ engine.sample.T)
+    if not isinstance(threshold, str):
+        return np.full_like(own, threshold - 0.0005)  # as it is printed
+    return 1 - engine.limits[threshold] * own if engine.limits else np.full_like(own, DUPLICATE)
+
+
 def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator[Group]:
     """Groups of the same picture in the collection, that of the largest file first. No file is touched.
 
-    threshold  cosine similarity, -1 to 1, or label: a pair has it whichever of the two is searched with. Of a
-               collection too small for labels, `copy` is DUPLICATE
+    threshold  cosine similarity, -1 to 1, or label: identical, copy, similar. A pair has it whichever of the two is
+               searched with. In a collection too small for labels, `copy` is DUPLICATE
 
-    A group has one file to keep, the largest, those of the same bytes, and those that are copies of just this one.
+    In a group are one file to keep, the largest; those of the same bytes; and those that are copies of just that one.
     Raises DeepVisionError if another run has changed the index since it was opened, or it turns out to be damaged.
     """
     catalogue, limits = engine.catalogue, engine.limits
+    if threshold == "similar" and not limits:
+        raise DeepVisionError(f"'similar' cannot be told among fewer than {FEWEST} images: give a number instead")
     rows, _, files = catalogue.largest_first().T
     place, own, first = np.full(rows.max() + 1, -1), np.ones(len(rows), np.float32), np.arange(len(rows))
     place[rows], scores = first, own
-    try:
-        for places, block in chosen_vectors(catalogue, place, own > 0) if limits else ():
-            own[places] = own_distance(block.astype(np.float32) @ engine.sample.T)
-        if isinstance(threshold, str) and threshold != "identical":
-            least = 1 - limits[threshold] * own if limits else np.full_like(own, DUPLICATE)
-            first, scores = first_alike(catalogue, engine.model.device, place, least)
-        elif threshold != "identical":
-            least = np.full_like(own, float(threshold) - 0.0005)  # as it is printed
-            first, scores = first_alike(catalogue, engine.model.device, place, least)
-    except sqlite3.DatabaseError as error:
-        raise DeepVisionError(f"{catalogue.folder}: {error}: start again, and it is repaired") from error
+    if threshold != "identical":
+        try:
+            first, scores = first_alike(
+                catalogue, engine.model.device, place, least_scores(engine, place, own, threshold)
+            )
+        except sqlite3.DatabaseError as error:
+            raise DeepVisionError(f"{catalogue.folder}: {error}. Start again, and it is repaired") from error
     if catalogue.generation() != engine.generation:
         raise DeepVisionError(f"{catalogue.folder} was changed by another run: start again")
-    members: dict[int, list[int]] = {head: [] for head in np.flatnonzero((files > 1) & (first == place[rows])).tolist()}
-    for member in np.flatnonzero(first != place[rows]).tolist():
-        members.setdefault(int(first[member]), []).append(member)
-    for head, others in sorted(members.items()):
+    copies: dict[int, list[int]] = {head: [] for head in np.flatnonzero((files > 1) & (first == place[rows])).tolist()}
+    for copy in np.flatnonzero(first != place[rows]).tolist():
+        copies.setdefault(int(first[copy]), []).append(copy)
+    for head, others in sorted(copies.items()):
         keep, *same = different_files(engine, int(rows[head])) or [""]
-        copies = [(-1.0, path, "identical") for path in same]
+        found = [(1.0, path, "identical") for path in same]
         for i in others:
             distance, word = (1 - scores[i]) / min(own[head], own[i]), "weak" if limits else ""
             word = next((name for name, limit in limits.items() if distance <= limit), word)
-            copies += [(-min(1.0, float(scores[i])), path, word) for path in different_files(engine, int(rows[i]))]
-        ranked = enumerate(sorted(copies, key=lambda copy: (copy[2] != "identical", copy)), start=1)
-        if keep and copies:
-            yield Group(
-                keep, [Match(rank, path, -minus, word == "identical", word) for rank, (minus, path, word) in ranked]
-            )
+            found += [(min(1.0, float(scores[i])), path, word) for path in different_files(engine, int(rows[i]))]
+        ranked = enumerate(sorted(found, key=lambda it: (it[2] != "identical", -it[0], it[1])), start=1)
+        if keep and found:
+            yield Group(keep, [Match(n, path, score, word == "identical", word) for n, (score, path, word) in ranked])
 
 
 # ---- Assembly --------------------------------------------------------------------------------------------------------
@@ -1538,7 +1544,7 @@ figure{margin:0;overflow:hidden;border-radius:.6rem;background:var(--card);heigh
 a{color:var(--link)}figure a{display:block;aspect-ratio:1;outline-offset:-3px}
 a:focus-visible,summary:focus-visible{outline:3px solid var(--link)}
 img,.none{display:flex;align-items:center;justify-content:center;width:100%;height:100%;object-fit:contain}
-.none{padding:1rem;color:var(--soft);text-align:center;overflow-wrap:anywhere}
+.none{min-height:8rem;padding:1rem;color:var(--soft);text-align:center;overflow-wrap:anywhere}
 figcaption{padding:.5rem .7rem .7rem;font-size:.875rem;overflow-wrap:anywhere}
 figcaption b{font-variant-numeric:tabular-nums}small{display:block}
 .bar{display:block;height:.3rem;margin:.3rem 0;border-radius:1rem;background:var(--line)}
@@ -1608,9 +1614,9 @@ def as_figure(path: str, picture: Picture, caption: str) -> str:
 
 def as_caption(match: Match) -> str:
     tag = f' <span class="tag {match.label}">{match.label}</span>' if match.label else ""
-    view = f"<small>{html.escape(match.view)}</small>" if match.view else ""
+    view = f" {html.escape(match.view)}" if match.view else ""
     bar = f'<span class="bar"><i style="width:{max(0.0, match.score):.1%}"></i></span>'
-    return f'<span class="of">{match.rank}</span> <b>{match.score:.3f}</b>{tag}{bar}{view}'
+    return f'<span class="of">{match.rank}</span> <b>{match.score:.3f}</b>{tag}{view}{bar}'
 
 
 def as_section(found: Answer | Group, pictures: Iterator[Picture]) -> str:
@@ -1627,24 +1633,24 @@ def as_section(found: Answer | Group, pictures: Iterator[Picture]) -> str:
     return f'{heading}<div class="found"><div class="asked">{asked}</div>{listed}</div></section>'
 
 
-def page_head(title: str, engine: Engine, seconds: float) -> str:
+def page_head(found: Sequence[Answer | Group], engine: Engine, seconds: float) -> str:
+    summary, model = engine.summary, engine.model
+    one, many = ("group", "groups") if found and isinstance(found[0], Group) else ("query", "queries")
+    title = f"{len(found):,} {one if len(found) == 1 else many}" if found else "No picture is there twice"
     query = f"SELECT path, reason FROM {SKIPPED} ORDER BY path LIMIT {PAGE_SKIPPED}"
-    skipped = "".join(
-        f"<li>{visible(os.fsdecode(path))}: {visible(reason)}</li>"
-        for path, reason in engine.catalogue.db.execute(query)
-    )
-    more = engine.summary.skipped - PAGE_SKIPPED
-    skipped += f"<li>and {more:,} more: run with -v</li>" if more > 0 else ""
-    summary = engine.summary
+    skipped = [f"{visible(os.fsdecode(path))}: {visible(why)}" for path, why in engine.catalogue.db.execute(query)]
+    if summary.skipped > PAGE_SKIPPED:
+        skipped.append(f"and {summary.skipped - PAGE_SKIPPED:,} more, which -v lists")
+    items = "".join(f"<li>{line}</li>" for line in skipped)
+    details = f"<details><summary>{summary.skipped:,} skipped</summary><ul>{items}</ul></details>" if skipped else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
-<meta name="referrer" content="no-referrer"><title>{title}: DeepVision</title><style>{STYLE}</style></head><body>
+<meta name="referrer" content="no-referrer"><title>{title} – DeepVision</title><style>{STYLE}</style></head><body>
 <header><h1>{title}</h1>
-<p>{summary.images:,} images in {visible(str(engine.images))} · {visible(engine.model.name)} on {engine.model.device} ·
-{time.strftime("%Y-%m-%d %H:%M")}, {seconds:.1f} s</p>
-<details><summary>{summary.skipped:,} skipped</summary><ul>{skipped}</ul></details></header><main>
+<p>{summary.images:,} images in {visible(str(engine.images))} · {visible(model.name)} on {model.device} ·
+{time.strftime("%Y-%m-%d %H:%M")}, {seconds:.1f} s</p>{details}</header><main>
 """
 
 
@@ -1653,29 +1659,28 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
 
     Raises DeepVisionError if it cannot be written; what was there is untouched then.
     """
-    room, on_page, paths = PAGE_PICTURES, list[Answer | Group](), list[str]()
+    room, kept = PAGE_PICTURES, list[Answer | Group]()
     for item in found:
         if room > 0:
-            on_page.append(item := item._replace(matches=item.matches[: room - 1]))
-            new = [] if isinstance(item, Answer) and item.error else [item[0], *(match.path for match in item.matches)]
-            paths += new
-            room -= max(1, len(new))
-    title = f"{len(found):,} {'groups' if found and isinstance(found[0], Group) else 'queries'}"
+            kept.append(item._replace(matches=item.matches[: room - 1]))
+            room -= 1 + len(kept[-1].matches)
+    left = sum(1 + len(item.matches) for item in found) - sum(1 + len(item.matches) for item in kept)
+    pictured = (item for item in kept if isinstance(item, Group) or not item.error)
+    pictures = thumbnails(path for item in pictured for path in (item[0], *(match.path for match in item.matches)))
     target = Path(os.path.realpath(path))
     try:
         if target.exists() and not target.is_file():
-            raise FileExistsError(errno.EEXIST, "there is something else of that name")
+            raise FileExistsError(errno.EEXIST, "something else has that name")
         with whole_file(target, f".{os.getpid()}") as stream:
-            stream.write(page_head(title, engine, seconds).encode())
-            pictures = thumbnails(paths)
-            for item in on_page:
+            stream.write(page_head(found, engine, seconds).encode())
+            for item in kept:
                 stream.write(as_section(item, pictures).encode() + b"\n")
-            stream.write(b"</main></body></html>\n")
+            footer = f"<footer>{left:,} more pictures have no room here: see --json</footer>" if left else ""
+            stream.write(f"</main>{footer}</body></html>\n".encode())
     except OSError as error:
         why = error.strerror or first_line(error)
-        raise DeepVisionError(
-            f"the page {path} cannot be written ({why}): give --report FILE, or --no-report"
-        ) from error
+        advice = "choose another place with --report FILE, or --no-report"
+        raise DeepVisionError(f"the page {shown(str(path))} cannot be written ({why}): {advice}") from error
 
 
 # ---- UI --------------------------------------------------------------------------------------------------------------
@@ -1694,6 +1699,7 @@ UI_STYLE = """
 #found .grid-wrap{height:auto;max-height:none}#given .grid-container{grid-template-columns:repeat(3,1fr)}
 #found .grid-container{grid-template-columns:repeat(auto-fill,minmax(min(11rem,45%),1fr))}
 #found .caption-label{left:0;right:0;bottom:0;max-width:none;white-space:normal;overflow-wrap:anywhere;opacity:.93}
+#found .selected{border-color:inherit;box-shadow:none}
 #title h2{margin:0;overflow-wrap:anywhere}footer{display:none!important}
 """
 
@@ -1939,7 +1945,7 @@ def groups(options: argparse.Namespace, engine: Engine) -> Iterator[Group]:
     for group in find_duplicates(engine, options.duplicates):
         count, copies = count + 1, copies + len(group.matches)
         yield group
-    log.info("%s pictures are there more than once, %s files beside those to keep", f"{count:,}", f"{copies:,}")
+    log.info("%s groups, %s files beside those to keep", f"{count:,}", f"{copies:,}")
 
 
 def run(options: argparse.Namespace) -> int:
