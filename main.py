@@ -65,12 +65,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 if TYPE_CHECKING:
     import faiss
     import filelock
-    import gradio
     import numpy as np
     import torch
     import torchvision
     import tqdm
     from PIL import Image, ImageCms, ImageOps
+
+    gradio: Any
 else:
 
     class Lazy:
@@ -134,7 +135,8 @@ FEWEST = 50  # images; of a smaller collection nothing is said
 OWN = 0.1  # share of the sample that is nearer to an image than its own distance: far more than any burst
 ROUNDS = 10  # of leaving out related pairs; it settles after three or four
 DUPLICATE = 0.95  # cosine; where no `copy` can be told, it is one: pictures saved again score more, look-alikes less
-THUMBNAIL, QUALITY = 256, 70  # pixels of the longer side and of WebP: 5 KB each
+THUMBNAIL, THUMBNAIL_BYTES = 256, 6200  # pixels of the longer side; at most, so that 100 queries × 10 make 10 MB
+QUALITIES = (70, 40, 15, 0)  # of WebP: a photograph takes 5 KB with the first, nearly always
 PAGE_PICTURES = 5000  # on a page, 40 MB; the rest is left to the other outputs
 PAGE_SKIPPED = 100  # reasons listed on a page
 COLOURS = {"identical": "32", "copy": "32", "similar": "33", "weak": "2"}  # green, yellow, faint: ANSI, of the labels
@@ -1571,8 +1573,11 @@ def thumbnail(image: Image.Image, side: int = THUMBNAIL) -> tuple[bytes, int, in
         except Exception:  # a malformed profile, or one of another kind of pixels: without it, then
             pass
     picture.thumbnail((side, side))
-    stream = io.BytesIO()
-    Image.fromarray(np.asarray(picture)).save(stream, "WEBP", quality=QUALITY)  # without what the file says of itself
+    picture = Image.fromarray(np.asarray(picture))  # without what the file says of itself
+    for quality in QUALITIES:
+        picture.save(stream := io.BytesIO(), "WEBP", quality=quality)
+        if stream.tell() <= THUMBNAIL_BYTES * (side / THUMBNAIL) ** 2:
+            break
     return stream.getvalue(), width, height
 
 
@@ -1826,6 +1831,7 @@ def serve(engine: Engine, work: Work, port: int, top: int) -> None:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name == "posix"))
         listening.bind(("127.0.0.1", port))
+        listening.listen()  # who calls before it is ready, waits
     except OSError as error:
         raise DeepVisionError(
             f"port {port} cannot be had ({error.strerror}): choose another one with --port"
@@ -1838,6 +1844,7 @@ def serve(engine: Engine, work: Work, port: int, top: int) -> None:
             fastapi.FastAPI(openapi_url=None), page, "/", "127.0.0.1", port, footer_links=[], run_history=False,
             max_file_size=UPLOAD_BYTES, ssr_mode=False, enable_monitoring=False, show_error=True, css=UI_STYLE,
         )  # fmt: skip
+        page.has_launched = True  # or Gradio would take any path on this machine for an uploaded one
         log.info("http://127.0.0.1:%d", port)
         config = uvicorn.Config(guarded(app, port), log_level="error", timeout_graceful_shutdown=1)
         uvicorn.Server(config).run([listening])
@@ -1894,14 +1901,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prune", action="store_true", help="forget files that are gone, and their features")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object per query, a line each")
-    form.add_argument("-0", "--null", action="store_true", help="the paths found alone, each with a NUL at its end")
+    form.add_argument("--null", action="store_true", help="or -0: the paths found alone, each with a NUL at its end")
     page = parser.add_mutually_exclusive_group()
     page.add_argument("--report", default=REPORT, metavar="FILE", help="the page to look at (default: %(default)s)")
     page.add_argument("--no-report", dest="report", action="store_const", const=None, help="write no page")
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-q", "--quiet", action="store_true", help="warnings and errors alone")
     volume.add_argument("-v", "--verbose", action="store_true", help="name the files that were skipped")
-    options = parser.parse_args(argv)
+    # Were -0 an option to argparse, so would be the -0.5 of `--threshold -0.5`.
+    options = parser.parse_args("--null" if arg == "-0" else arg for arg in (sys.argv[1:] if argv is None else argv))
     if options.port is not None and not 0 <= options.port < 65536:
         parser.error(f"--port takes a number from 0 to 65535, not {options.port}")
     if not (options.images and options.index_dir) or options.report == "":
