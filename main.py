@@ -1619,9 +1619,9 @@ def as_figure(path: str, picture: Picture, caption: str) -> str:
 
 def as_caption(match: Match) -> str:
     tag = f' <span class="tag {match.label}">{match.label}</span>' if match.label else ""
-    view = f" {html.escape(match.view)}" if match.view else ""
+    view = f"<small>{html.escape(match.view)}</small>" if match.view else ""
     bar = f'<span class="bar"><i style="width:{max(0.0, match.score):.1%}"></i></span>'
-    return f'<span class="of">{match.rank}</span> <b>{match.score:.3f}</b>{tag}{view}{bar}'
+    return f'<span class="of">{match.rank}</span> <b>{match.score:.3f}</b>{tag}{bar}{view}'
 
 
 def as_section(found: Answer | Group, pictures: Iterator[Picture]) -> str:
@@ -1701,7 +1701,8 @@ def find_gradio() -> None:
 
 
 UI_STYLE = """
-#found .grid-wrap{height:auto;max-height:none}#given .grid-container{grid-template-columns:repeat(3,1fr)}
+#found .grid-wrap{height:auto;max-height:none}#given .grid-wrap{padding-top:2.2rem}
+#given .grid-container{grid-template-columns:repeat(3,1fr)}
 #found .grid-container{grid-template-columns:repeat(auto-fill,minmax(min(11rem,45%),1fr))}
 #found .caption-label{left:0;right:0;bottom:0;max-width:none;white-space:normal;overflow-wrap:anywhere;opacity:.93}
 #found .selected{border-color:inherit;box-shadow:none}
