@@ -16,9 +16,9 @@
     python main.py photo.jpg -k 20                    search with photo.jpg instead
     python main.py --images ~/Pictures --index-only   bring the index of another folder up to date
 
-images on disk → pixels → features → index → matches → terminal, JSON
+images on disk → pixels → features → index → matches → terminal, JSON, page
 
-Written, in image_index/<model>/ alone:
+Written: results.html, the page to look at, and in image_index/<model>/
     features.bin       what the model made of each image; appended as the work goes on
     catalogue.sqlite   the files, and which features are theirs
     index.faiss        the FAISS index; made from the features whenever they have changed
@@ -27,9 +27,11 @@ Written, in image_index/<model>/ alone:
 from __future__ import annotations
 
 import argparse
+import base64
 import difflib
 import errno
 import hashlib
+import html
 import http.client
 import importlib
 import io
@@ -39,11 +41,13 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import sqlite3
 import stat
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -66,6 +70,8 @@ if TYPE_CHECKING:
     import torchvision
     import tqdm
     from PIL import Image, ImageCms, ImageOps
+
+    gradio: Any
 else:
 
     class Lazy:
@@ -83,10 +89,14 @@ else:
     faiss, np, torch, torchvision, tqdm = map(Lazy, ("faiss", "numpy", "torch", "torchvision", "tqdm"))
     Image, ImageCms, ImageOps = map(Lazy, ("PIL.Image", "PIL.ImageCms", "PIL.ImageOps"))
     filelock = Lazy("filelock")  # torch requires it, so it is there
+    gradio = Lazy("gradio")  # after `find_gradio`
 
 IMAGES = "bulk_images"
 QUERIES = "that_one_image"
 INDEX_DIR = "image_index"
+REPORT = "results.html"
+PORT = 7860  # of --ui
+UPLOAD_BYTES = 300_000_000  # of one file given to --ui: a photograph of 100 million pixels, uncompressed
 TOP = 10  # matches per query
 MODEL = "resnet50"
 WEIGHTS = "IMAGENET1K_V1"  # V2 is worse for retrieval: https://github.com/pytorch/vision/issues/8382
@@ -137,6 +147,12 @@ ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
 TOGETHER = 16  # queries that are searched with at once
 GPU_QUERIES, GPU_MOST = 32, 2048  # views at once that are worth the loading; results at most that FAISS gives there
 GPU_RESERVE = 3 << 30  # bytes left to the model and to FAISS's own work
+DUPLICATE = 0.95  # cosine; where no `copy` can be told, it is one: pictures saved again score more, look-alikes less
+THUMBNAIL, THUMBNAIL_BYTES = 256, 6200  # pixels of the longer side; at most, so that 100 queries × 10 make 10 MB
+QUALITIES = (70, 40, 15, 0)  # of WebP: a photograph takes 5 KB with the first, nearly always
+PAGE_PICTURES = 5000  # on a page, 40 MB; the rest is left to the other outputs
+PAGE_SKIPPED = 100  # reasons listed on a page
+COLOURS = {"identical": "32", "copy": "32", "similar": "33", "weak": "2"}  # green, yellow, faint: ANSI, of the labels
 NOT_AN_IMAGE = "not an image"
 PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
 NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5"}  # EPS would start Ghostscript; the others Pillow can only name
@@ -200,6 +216,13 @@ class Answer(NamedTuple):
     query: str
     matches: list[Match]
     error: str | None = None
+
+
+class Group(NamedTuple):
+    """The same picture, there more than once."""
+
+    keep: str  # the largest file; of equal ones the first by path
+    matches: list[Match]  # the other files, compared with it
 
 
 @dataclass(frozen=True)
@@ -798,9 +821,9 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its place only when it is whole and on disk."""
-    part = path.with_name(f"{path.name}.part")
+def whole_file(path: Path, mark: object = "") -> Iterator[BinaryIO]:
+    """A file that takes its place only when it is whole and on disk. `mark` tells apart who may write it at once."""
+    part = path.with_name(f"{path.name}{mark}.part")
     try:
         with open(part, "wb") as stream:
             yield stream
@@ -1187,6 +1210,12 @@ class Catalogue:
             WHERE row = ? AND there ORDER BY path LIMIT ?"""
         return [(File(*found[:3]), found[3]) for found in self.db.execute(query, (row, limit))]
 
+    def largest_first(self) -> np.ndarray:
+        """Row, bytes of a file, and number of files, int64 (n, 3), of each picture of the collection."""
+        query = """SELECT row, size, count(*) FROM features JOIN files USING (digest) WHERE there
+            GROUP BY row ORDER BY size DESC, min(path)"""
+        return np.fromiter(self.db.execute(query), np.dtype((np.int64, 3)))
+
     def read_index(self, mapped: bool = True) -> tuple[faiss.Index, dict[str, Any]] | None:
         """The stored index and what `write_index` noted of it, if it is whole and of this generation."""
         try:
@@ -1500,12 +1529,12 @@ def search(
     pictures = read_ahead(read, files, workers=2, ahead=TOGETHER)  # a query has some twenty views
     try:
         while group := list(itertools.islice(pictures, TOGETHER)):
-            yield from answers(group, engine, k, threshold)
+            yield from answer_together(group, engine, k, threshold)
     except sqlite3.DatabaseError as error:
         raise DeepVisionError(f"{engine.catalogue.folder}: {error}. The next run mends it: search once more") from error
 
 
-def answers(group: Sequence[Picture], engine: Engine, k: int, threshold: float | str) -> Iterator[Answer]:
+def answer_together(group: Sequence[Picture], engine: Engine, k: int, threshold: float | str) -> Iterator[Answer]:
     """Some queries at once: of 16 each costs a third of what it does alone."""
     if engine.catalogue.generation() != engine.generation:
         raise DeepVisionError(f"{engine.catalogue.folder} was changed by another run: search once more")
@@ -1544,6 +1573,120 @@ def chance_limits(sample: np.ndarray, n: int) -> dict[str, float]:
         first = int(np.searchsorted(ranked, limits["copy"]))
         tail = min(2 * m, len(ranked) - first - 1)
     return limits
+
+
+def chosen_vectors(catalogue: Catalogue, place: np.ndarray, chosen: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
+    """Places and features, fp16 (m, dim), of those rows whose place in `place`, (rows,), is `chosen`, bool (n,)."""
+    row = 0
+    for block in catalogue.vectors():
+        places = place[row : row + len(block)]
+        row += len(block)
+        kept = np.flatnonzero((places >= 0) & chosen[places])
+        yield places[kept], block[kept]
+
+
+def claim_in_order(heads: np.ndarray, D: torch.Tensor, alike: torch.Tensor, first: np.ndarray, scores: Any) -> None:
+    """Each of `heads` that no earlier one has claimed claims all later ones that are `alike`, bool (heads, heads)."""
+    alike = alike.triu(1)
+    for i in alike.any(1).nonzero()[:, 0].tolist():
+        if first[heads[i]] == heads[i]:
+            claimed = alike[i].nonzero()[:, 0].cpu().numpy()
+            claimed = claimed[first[heads[claimed]] == heads[claimed]]
+            first[heads[claimed]], scores[heads[claimed]] = heads[i], D[i].cpu().numpy()[claimed]
+
+
+def first_alike(catalogue: Catalogue, device: str, place: np.ndarray, least: np.ndarray) -> tuple[Any, np.ndarray]:
+    """For each picture, by its place, the place of the first one that it is a copy of, or its own; and their score.
+
+    place  of each row, -1 for none
+    least  score that a pair has with both, float32 (n,)
+
+    A copy has no copies: nothing chains. 8,192 pictures at a time are compared with all later ones.
+    """
+    own, needed = np.arange(n := len(least)), torch.from_numpy(least).to(device)
+    first, scores = own.copy(), np.ones(n, np.float32)
+    quiet = None if log.isEnabledFor(logging.INFO) else True  # None: on a terminal alone
+    for i0 in tqdm.trange(0, n, 2 * BLOCK, desc="comparing", unit="block", disable=quiet):
+        ours = (first == own) & (own >= i0) & (own < i0 + 2 * BLOCK)
+        if not ours.any():
+            continue
+        heads, features = map(np.concatenate, zip(*chosen_vectors(catalogue, place, ours)))
+        xh, heads = torch.from_numpy(features[np.argsort(heads)]).to(device).float(), np.sort(heads)
+        D = xh @ xh.T
+        claim_in_order(heads, D, (needed[heads][:, None] <= D) & (needed[heads] <= D), first, scores)
+        del D  # 0.3 GB
+        free = first[heads] == heads
+        heads, xh = heads[free], xh[torch.from_numpy(free)]
+        for places, block in chosen_vectors(catalogue, place, (first == own) & (own >= i0 + 2 * BLOCK)):
+            D = xh @ torch.from_numpy(block).to(device).float().T  # (heads, places)
+            alike = (needed[heads][:, None] <= D) & (needed[places] <= D)
+            found = alike.any(0).nonzero()[:, 0].cpu().numpy()
+            by = alike[:, found].cpu().numpy().argmax(0)  # the first
+            first[places[found]], scores[places[found]] = heads[by], D[by, found].cpu().numpy()
+    return first, scores
+
+
+def different_files(engine: Engine, row: int) -> list[str]:
+    """The files with these features. What links make of one of them is no other file."""
+    root, found = os.path.realpath(engine.images), dict[tuple[int, int], str]()
+    names = [os.fsdecode(file.path) for file, _ in engine.catalogue.files_of(row, sys.maxsize)]
+    for name in sorted(names, key=lambda name: os.path.realpath(os.path.join(root, name)) != os.path.join(root, name)):
+        path = os.path.join(engine.images, name)
+        try:
+            info = os.stat(path)
+            found.setdefault((info.st_dev, info.st_ino), path)
+        except OSError:  # gone meanwhile
+            continue
+    return sorted(found.values())
+
+
+def least_scores(engine: Engine, place: np.ndarray, own: np.ndarray, threshold: float | str) -> np.ndarray:
+    """From which score on each picture, by its place, has a copy, float32 (n,); its own distance is put into `own`."""
+    if engine.limits:
+        for places, block in chosen_vectors(engine.catalogue, place, own > 0):
+            own[places] = own_distance(block.astype(np.float32) @ engine.sample.T)
+    if not isinstance(threshold, str):
+        return np.full_like(own, threshold - 0.0005)  # as it is printed
+    return 1 - engine.limits[threshold] * own if engine.limits else np.full_like(own, DUPLICATE)
+
+
+def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator[Group]:
+    """Groups of the same picture in the collection, that of the largest file first. No file is touched.
+
+    threshold  cosine similarity, -1 to 1, or label: identical, copy, similar. A pair has it whichever of the two is
+               searched with. In a collection too small for labels, `copy` is DUPLICATE
+
+    In a group are one file to keep, the largest; those of the same bytes; and those that are copies of just that one.
+    Raises DeepVisionError if another run has changed the index since it was opened, or it turns out to be damaged.
+    """
+    catalogue, limits = engine.catalogue, engine.limits
+    if threshold == "similar" and not limits:
+        raise DeepVisionError(f"'similar' cannot be told among fewer than {FEWEST} images: give a number instead")
+    rows, _, files = catalogue.largest_first().T
+    place, own, first = np.full(rows.max() + 1, -1), np.ones(len(rows), np.float32), np.arange(len(rows))
+    place[rows], scores = first, own
+    if threshold != "identical":
+        try:
+            first, scores = first_alike(
+                catalogue, engine.model.device, place, least_scores(engine, place, own, threshold)
+            )
+        except sqlite3.DatabaseError as error:
+            raise DeepVisionError(f"{catalogue.folder}: {error}. Start again, and it is repaired") from error
+    if catalogue.generation() != engine.generation:
+        raise DeepVisionError(f"{catalogue.folder} was changed by another run: start again")
+    copies: dict[int, list[int]] = {head: [] for head in np.flatnonzero((files > 1) & (first == place[rows])).tolist()}
+    for copy in np.flatnonzero(first != place[rows]).tolist():
+        copies.setdefault(int(first[copy]), []).append(copy)
+    for head, others in sorted(copies.items()):
+        keep, *same = different_files(engine, int(rows[head])) or [""]
+        found = [(1.0, path, "identical") for path in same]
+        for i in others:
+            distance, word = (1 - scores[i]) / min(own[head], own[i]), "weak" if limits else ""
+            word = next((name for name, limit in limits.items() if distance <= limit), word)
+            found += [(min(1.0, float(scores[i])), path, word) for path in different_files(engine, int(rows[i]))]
+        ranked = enumerate(sorted(found, key=lambda it: (it[2] != "identical", -it[0], it[1])), start=1)
+        if keep and found:
+            yield Group(keep, [Match(n, path, score, word == "identical", word) for n, (score, path, word) in ranked])
 
 
 # ---- Assembly --------------------------------------------------------------------------------------------------------
@@ -1692,26 +1835,395 @@ def initialize_reverse_image_search(
 # ---- Output ----------------------------------------------------------------------------------------------------------
 
 
-def as_text(answer: Answer, engine: Engine) -> str:
-    """A heading line, then `rank  score  path  label, view` for each match."""
-    heading = f"{shown(answer.query)}  ({engine.model.name}, {engine.summary.images:,} images)"
-    if not answer.matches:
-        heading += ": no match"
-    elif answer.matches[0].label in ("weak", "similar"):
-        heading += ": no confident match"
-    lines, width = [heading], len(str(len(answer.matches)))
-    for rank, path, score, _, label, view in answer.matches:
-        remark = ", ".join(filter(None, (label, view)))
-        lines.append(f"  {rank:>{width}}  {score:6.3f}  {shown(path)}  {remark}".rstrip())
+def cells(text: str) -> int:
+    """Columns that a text takes on a terminal: two for a wide character, none for one that is drawn over another."""
+    over = ("Mn", "Me")
+    return sum((unicodedata.east_asian_width(c) in "WF") + 1 for c in text if unicodedata.category(c) not in over)
+
+
+def shortened(text: str, room: int) -> str:
+    """A path with … in its middle instead of what does not fit into `room` columns: its end tells most."""
+    if cells(text) <= room:
+        return text
+    head = "".join(c for c, end in zip(text, itertools.accumulate(map(cells, text))) if end <= room // 3)
+    left = room - 1 - cells(head)
+    tail = "".join(c for c, end in zip(text[::-1], itertools.accumulate(map(cells, text[::-1]))) if end <= left)
+    return f"{head}…{tail[::-1]}"
+
+
+def as_text(found: Answer | Group, engine: Engine, columns: int = 0, colour: bool = False) -> str:
+    """A heading line, then `rank  score  path  label, view` for each match.
+
+    columns  of the terminal: remarks are aligned, and long paths shortened, to fit; 0: it is none
+    """
+    name, matches, *_ = found
+    end = f"  ({engine.model.name}, {engine.summary.images:,} images)"
+    if isinstance(found, Group):
+        end = f"  (keep: the largest of {len(matches) + 1})"
+    elif not matches:
+        end += ": no match"
+    elif matches[0].label in ("weak", "similar"):
+        end += ": no confident match"
+    remarks = [", ".join(filter(None, (match.label, match.view))) for match in matches]
+    name, paths, rank_width = shown(name), [shown(match.path) for match in matches], len(str(len(matches)))
+    if columns:
+        name = shortened(name, max(20, columns - cells(end)))
+        room = columns - rank_width - 14 - max(map(cells, remarks), default=0)  # of score and blanks
+        paths = [shortened(path, max(20, room)) for path in paths]
+        width = max(map(cells, paths), default=0)
+        paths = [path + " " * (width - cells(path)) for path in paths]
+    lines = [f"\x1b[1m{name}\x1b[0m{end}" if colour else name + end]
+    for (rank, _, score, _, label, _), path, remark in zip(matches, paths, remarks):
+        remark = f"\x1b[{COLOURS[label]}m{remark}\x1b[0m" if colour and label else remark
+        lines.append(f"  {rank:>{rank_width}}  {score:6.3f}  {path}  {remark}".rstrip())
     return "\n".join(lines)
 
 
-def as_json(answer: Answer, engine: Engine) -> str:
+def as_json(found: Answer | Group, engine: Engine) -> str:
     """One object on one line, in ASCII, so that any file name makes valid JSON."""
-    if answer.error:
-        return json.dumps({"query": answer.query, "error": answer.error})
-    matches = [match._replace(score=round(match.score, 6))._asdict() for match in answer.matches]
-    return json.dumps({"query": answer.query, "model": engine.model.name, "matches": matches})
+    if isinstance(found, Answer) and found.error:
+        return json.dumps({"query": found.query, "error": found.error})
+    matches = [match._replace(score=round(match.score, 6))._asdict() for match in found.matches]
+    return json.dumps({found._fields[0]: found[0], "model": engine.model.name, "matches": matches})
+
+
+def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
+    """On stdout, at once. `form`: text, json, or null: paths alone, byte for byte, each with a NUL at its end."""
+    if form == "json":
+        print(as_json(found, engine), flush=True)
+    elif isinstance(found, Answer) and found.error:
+        return
+    elif form == "null":
+        sys.stdout.buffer.write(b"".join(os.fsencode(match.path) + b"\0" for match in found.matches))
+        sys.stdout.buffer.flush()
+    else:
+        terminal = sys.stdout.isatty()
+        colour = terminal and os.name == "posix" and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        print(as_text(found, engine, shutil.get_terminal_size().columns if terminal else 0, colour), flush=True)
+
+
+STYLE = """
+:root{color-scheme:light dark;--page:#fff;--card:#f3f3f6;--ink:#1a1a1f;--soft:#565662;--line:#d5d5de;--link:#0b57d0;
+--good:#0f6a2b;--fair:#8a4b00}
+@media(prefers-color-scheme:dark){:root{--page:#121215;--card:#1e1e23;--ink:#e8e8ee;--soft:#a9a9b6;--line:#3b3b45;
+--link:#a8c7fa;--good:#7fdc98;--fair:#f2bd70}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:90rem;padding:1.5rem clamp(.8rem,3vw,2.5rem);background:var(--page);color:var(--ink);
+font:1rem/1.45 system-ui,sans-serif}
+h1{margin:0;font-size:1.5rem}h2{margin:0;font-size:1.05rem;overflow-wrap:anywhere}p{margin:.2rem 0}
+header{margin-bottom:1.5rem}header p,footer,small,.of{color:var(--soft)}
+section{padding:1.2rem 0;border-top:1px solid var(--line);content-visibility:auto;contain-intrinsic-size:auto 40rem}
+.found{display:grid;gap:1.2rem;grid-template-columns:minmax(0,15rem) minmax(0,1fr);margin-top:.8rem}
+ol{display:grid;gap:.9rem;grid-template-columns:repeat(auto-fill,minmax(min(10.5rem,46%),1fr));margin:0;padding:0;
+list-style:none;align-content:start}
+figure{margin:0;overflow:hidden;border-radius:.6rem;background:var(--card);height:100%}
+.asked figure{border:2px solid var(--link);height:auto}
+a{color:var(--link)}figure a{display:block;aspect-ratio:1;outline-offset:-3px}
+a:focus-visible,summary:focus-visible{outline:3px solid var(--link)}
+img,.none{display:flex;align-items:center;justify-content:center;width:100%;height:100%;object-fit:contain}
+.none{min-height:8rem;padding:1rem;color:var(--soft);text-align:center;overflow-wrap:anywhere}
+figcaption{padding:.5rem .7rem .7rem;font-size:.875rem;overflow-wrap:anywhere}
+figcaption b{font-variant-numeric:tabular-nums}small{display:block}
+.bar{display:block;height:.3rem;margin:.3rem 0;border-radius:1rem;background:var(--line)}
+.bar i{display:block;height:100%;border-radius:1rem;background:var(--link)}
+.tag{padding:0 .45em;border:1px solid;border-radius:1rem;color:var(--soft)}
+.identical,.copy,.keep{color:var(--good)}.similar{color:var(--fair)}.error{color:var(--fair)}
+@media(max-width:40rem){.found{grid-template-columns:1fr}.asked{max-width:15rem}}
+@media print{section{break-inside:avoid-page;content-visibility:visible}}
+"""
+
+
+def thumbnail(image: Image.Image, side: int = THUMBNAIL) -> tuple[bytes, int, int]:
+    """A small picture, WebP, and the width and height of the whole: upright, in the colours of its profile."""
+    width, height = image.size
+    picture = to_rgb(image, side)
+    if (picture.width - picture.height) * (width - height) < 0:  # turned by EXIF
+        width, height = height, width
+    if profile := image.info.get("icc_profile"):
+        try:
+            source = ImageOps.exif_transpose(image) if image.mode == "CMYK" else picture
+            source.thumbnail((side, side))
+            srgb = ImageCms.createProfile("sRGB")
+            picture = ImageCms.profileToProfile(source, io.BytesIO(profile), srgb, outputMode="RGB") or picture
+        except Exception:  # a malformed profile, or one of another kind of pixels: without it, then
+            pass
+    picture.thumbnail((side, side))
+    picture = Image.fromarray(np.asarray(picture))  # without what the file says of itself
+    for quality in QUALITIES:
+        picture.save(stream := io.BytesIO(), "WEBP", quality=quality)
+        if stream.tell() <= THUMBNAIL_BYTES * (side / THUMBNAIL) ** 2:
+            break
+    return stream.getvalue(), width, height
+
+
+def thumbnails(paths: Iterable[str], side: int = THUMBNAIL) -> Iterator[Picture]:
+    """Each file in turn, with `thumbnail` as its pixels, or a reason why it has none."""
+    read = partial(read_picture, root=b"", transform=partial(thumbnail, side=side), known=lambda digest: False)
+    workers = os.cpu_count() or 1
+    return read_ahead(read, (File(os.fsencode(path), 0, 0) for path in paths), workers, 4 * workers)
+
+
+def plain(path: str) -> str:
+    """A path as text, whatever it holds."""
+    return shown(os.fsencode(path).decode("utf-8", "replace"))
+
+
+def visible(path: str) -> str:
+    """A path as HTML."""
+    return html.escape(plain(path))
+
+
+def as_figure(path: str, picture: Picture, caption: str) -> str:
+    """A picture with what is to be said of it, and a link to its file."""
+    name, inside, size = (
+        visible(path),
+        f'<span class="none">{visible(picture.reason or "not there any more")}</span>',
+        "",
+    )
+    if picture.pixels:
+        data, width, height = picture.pixels
+        source = base64.b64encode(data).decode()
+        inside = f'<img src="data:image/webp;base64,{source}" alt="{name}" loading="lazy" decoding="async">'
+        size = f"{width:,} × {height:,} px, {picture.file.size / 1000:,.0f} KB"
+    folder, file = os.path.split(path)
+    return (
+        f'<figure><a href="{html.escape(Path(path).absolute().as_uri())}" title="{name}">{inside}</a>'
+        f"<figcaption>{caption}{visible(file)}<small>{visible(folder)}</small><small>{size}</small></figcaption></figure>"
+    )
+
+
+def as_caption(match: Match) -> str:
+    tag = f' <span class="tag {match.label}">{match.label}</span>' if match.label else ""
+    view = f"<small>{html.escape(match.view)}</small>" if match.view else ""
+    bar = f'<span class="bar"><i style="width:{max(0.0, match.score):.1%}"></i></span>'
+    return f'<span class="of">{match.rank}</span> <b>{match.score:.3f}</b>{tag}{bar}{view}'
+
+
+def as_section(found: Answer | Group, pictures: Iterator[Picture]) -> str:
+    """A query and its matches, or a file to keep and its copies. `pictures`: those of all of them, in order."""
+    name, matches, *_ = found
+    heading, tag = f"<section><h2>{visible(name)}</h2>", "query"
+    if isinstance(found, Group):
+        tag = "keep"
+    elif found.error:
+        return f'{heading}<p class="error">{visible(found.error)}</p></section>'
+    asked = as_figure(name, next(pictures), f'<span class="tag {tag}">{tag}</span> ')
+    items = "".join(f"<li>{as_figure(match.path, next(pictures), as_caption(match))}</li>" for match in matches)
+    listed = f'<ol role="list">{items}</ol>' if matches else "<p>No match.</p>"
+    return f'{heading}<div class="found"><div class="asked">{asked}</div>{listed}</div></section>'
+
+
+def page_head(found: Sequence[Answer | Group], engine: Engine, seconds: float) -> str:
+    summary, model = engine.summary, engine.model
+    one, many = ("group", "groups") if found and isinstance(found[0], Group) else ("query", "queries")
+    title = f"{len(found):,} {one if len(found) == 1 else many}" if found else "No picture is there twice"
+    query = f"SELECT path, reason FROM {SKIPPED} ORDER BY path LIMIT {PAGE_SKIPPED}"
+    skipped = [f"{visible(os.fsdecode(path))}: {visible(why)}" for path, why in engine.catalogue.db.execute(query)]
+    if summary.skipped > PAGE_SKIPPED:
+        skipped.append(f"and {summary.skipped - PAGE_SKIPPED:,} more, which -v lists")
+    items = "".join(f"<li>{line}</li>" for line in skipped)
+    details = f"<details><summary>{summary.skipped:,} skipped</summary><ul>{items}</ul></details>" if skipped else ""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
+<meta name="referrer" content="no-referrer"><title>{title} – DeepVision</title><style>{STYLE}</style></head><body>
+<header><h1>{title}</h1>
+<p>{summary.images:,} images in {visible(str(engine.images))} · {visible(model.name)} on {model.device} ·
+{time.strftime("%Y-%m-%d %H:%M")}, {seconds:.1f} s</p>{details}</header><main>
+"""
+
+
+def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine, seconds: float) -> None:
+    """All that was found, to look at: one file that needs no other, no script and no network.
+
+    Raises DeepVisionError if it cannot be written; what was there is untouched then.
+    """
+    room, kept = PAGE_PICTURES, list[Answer | Group]()
+    for item in found:
+        if room > 0:
+            kept.append(item._replace(matches=item.matches[: room - 1]))
+            room -= 1 + len(kept[-1].matches)
+    left = sum(1 + len(item.matches) for item in found) - sum(1 + len(item.matches) for item in kept)
+    pictured = (item for item in kept if isinstance(item, Group) or not item.error)
+    pictures = thumbnails(path for item in pictured for path in (item[0], *(match.path for match in item.matches)))
+    target = Path(os.path.realpath(path))
+    try:
+        if target.exists() and not target.is_file():
+            raise FileExistsError(errno.EEXIST, "something else has that name")
+        with whole_file(target, f".{os.getpid()}") as stream:
+            stream.write(page_head(found, engine, seconds).encode())
+            for item in kept:
+                stream.write(as_section(item, pictures).encode() + b"\n")
+            footer = f"<footer>{left:,} more pictures have no room here: see --json</footer>" if left else ""
+            stream.write(f"</main>{footer}</body></html>\n".encode())
+    except OSError as error:
+        why = error.strerror or first_line(error)
+        advice = "choose another place with --report FILE, or --no-report"
+        raise DeepVisionError(f"the page {shown(str(path))} cannot be written ({why}): {advice}") from error
+
+
+# ---- UI --------------------------------------------------------------------------------------------------------------
+
+
+def find_gradio() -> None:
+    """Import Gradio, and have it tell nobody that it is used."""
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
+    try:
+        importlib.import_module("gradio")
+    except ImportError as error:
+        raise DeepVisionError(f"--ui needs Gradio ({error}): run `pip install gradio`") from error
+
+
+UI_STYLE = """
+#found .grid-wrap{height:auto;max-height:none}#given .grid-wrap{padding-top:2.2rem}
+#given .grid-container{grid-template-columns:repeat(3,1fr)}
+#found .grid-container{grid-template-columns:repeat(auto-fill,minmax(min(11rem,45%),1fr))}
+#found .caption-label{left:0;right:0;bottom:0;max-width:none;white-space:normal;overflow-wrap:anywhere;opacity:.93}
+#found .selected{border-color:inherit;box-shadow:none}
+#title h2{margin:0;overflow-wrap:anywhere}footer{display:none!important}
+"""
+
+
+class Desk:
+    """What the tabs of the UI share: the engine, and a lock, since its catalogue is for one thread at a time."""
+
+    def __init__(self, engine: Engine, work: Work) -> None:
+        self.engine, self.work, self.lock = engine, work, threading.Lock()
+
+    def state(self) -> str:
+        summary, model = self.engine.summary, self.engine.model
+        where = f"{summary.images:,} images in {plain(str(self.engine.images))}, {summary.skipped:,} skipped"
+        return f"{where}; {model.name} on {model.device}"
+
+    def update(self) -> str:
+        """Bring the index up to date, while the one there is goes on answering."""
+        old = self.engine
+        try:
+            new = initialize_reverse_image_search(
+                old.images, old.catalogue.folder.parent, model=old.model, work=self.work
+            )
+        except DeepVisionError as error:
+            raise gradio.Error(visible(str(error))) from error
+        with self.lock:
+            self.engine = new
+            old.catalogue.close()
+        return self.state()
+
+    def search(self, path: str, k: int, least: float) -> tuple[Any, str, Any, list[str], str]:
+        """The query's picture, a title, the pictures of its matches with captions, their paths, and the query."""
+        try:
+            with self.lock:
+                (answer,) = search(path, self.engine, k=int(k), threshold=least)
+        except DeepVisionError as error:
+            raise gradio.Error(visible(str(error))) from error
+        if answer.error:
+            raise gradio.Error(f"{visible(os.path.basename(path))}: {visible(answer.error)}")
+        paths, gone = [match.path for match in answer.matches], Image.new("L", (1, 1), 128)
+        asked, *pictures = (
+            Image.open(io.BytesIO(it.pixels[0])) if it.pixels else gone
+            for it in thumbnails([path, *paths], 2 * THUMBNAIL)
+        )
+        words = [" · ".join(filter(None, (f"{it.score:.3f}", it.label, it.view))) for it in answer.matches]
+        captions = [f"{word} · {plain(os.path.basename(path))}" for word, path in zip(words, paths)]
+        title = f"<h2>{len(paths)} like {visible(os.path.basename(path))}</h2>Click one to search from it"
+        found = gradio.Gallery(list(zip(pictures, captions)), selected_index=None)
+        return asked, title if paths else "<h2>No match</h2>Ask for a lower score", found, paths, path
+
+
+def user_interface(desk: Desk, top: int) -> Any:
+    """The page in the browser, as Gradio Blocks. Paths of the collection stay on this side: a click sends a number."""
+    with gradio.Blocks(title="DeepVision", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        paths, query, progress = gradio.State([]), gradio.State(""), gradio.Progress(track_tqdm=True)
+        with gradio.Row():
+            with gradio.Column(scale=1, min_width=260):
+                given = gradio.Gallery(
+                    label="Drop, paste or choose", sources=["upload", "clipboard"], file_types=["image"], height=230,
+                    interactive=True, allow_preview=False, object_fit="cover", elem_id="given",
+                )  # fmt: skip
+                asked = gradio.Image(label="Searched for", interactive=False, buttons=[], height=230, elem_id="asked")
+                k = gradio.Slider(1, 100, min(top, 100), step=1, label="How many", elem_id="top")
+                least = gradio.Slider(0, 1, 0, step=0.01, label="From which score", elem_id="least")
+                state = gradio.Textbox(label="Collection", interactive=False, elem_id="state")
+                renew = gradio.Button("Update the index", elem_id="update")
+            with gradio.Column(scale=3):
+                title = gradio.HTML(
+                    "<h2>What are you looking for?</h2>Give a picture, and see what looks like it", elem_id="title"
+                )
+                found = gradio.Gallery(
+                    label="Matches", show_label=False, height="auto", object_fit="contain", columns=4,
+                    interactive=False, allow_preview=False, buttons=[], elem_id="found",
+                )  # fmt: skip
+
+        def from_given(given: list[tuple[str, str]] | None, k: int, least: float, event: gradio.EventData) -> Any:
+            at = getattr(event, "index", 0)
+            return desk.search(given[at][0], k, least) if given else [gradio.skip()] * 5
+
+        def from_found(paths: list[str], k: int, least: float, event: gradio.SelectData) -> Any:
+            return desk.search(paths[event.index], k, least)
+
+        def again(query: str, k: int, least: float) -> Any:
+            return desk.search(query, k, least) if query else [gradio.skip()] * 5
+
+        def update(progress: Any = progress) -> str:
+            return desk.update()
+
+        shown, private = [asked, title, found, paths, query], {"api_visibility": "private"}
+        given.upload(from_given, [given, k, least], shown, **private)
+        given.select(from_given, [given, k, least], shown, **private)
+        found.select(from_found, [paths, k, least], shown, **private)
+        gradio.on([k.release, least.release], again, [query, k, least], shown, **private)
+        renew.click(update, None, state, **private)
+        page.load(desk.state, None, state, **private)
+    return page
+
+
+def guarded(app: Any, port: int) -> Any:
+    """An ASGI application for this machine's own browser: no other site may ask it, and its page asks no other site."""
+    hosts = {f"{name}:{port}".encode() for name in ("127.0.0.1", "localhost")}
+    policy = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
+
+    async def guard(scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_policy(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"content-security-policy", policy)]
+            await send(message)
+
+        headers = dict(scope.get("headers", ()))
+        origin = headers.get(b"origin", b"http://" + headers.get(b"host", b"")).removeprefix(b"http://")
+        if scope["type"] == "lifespan" or {headers.get(b"host"), origin} <= hosts:
+            return await app(scope, receive, send_with_policy)
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            await send({"type": "http.response.body", "body": b"not from here"})
+
+    return guard
+
+
+def serve(engine: Engine, work: Work, port: int, top: int) -> None:
+    """The UI, on this machine alone, until it is interrupted."""
+    desk, listening = Desk(engine, work), socket.socket()
+    fastapi, uvicorn = map(importlib.import_module, ("fastapi", "uvicorn"))  # Gradio requires them
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name == "posix"))
+        listening.bind(("127.0.0.1", port))
+        listening.listen()  # who calls before it is ready, waits
+    except OSError as error:
+        raise DeepVisionError(
+            f"port {port} cannot be had ({error.strerror}): choose another one with --port"
+        ) from error
+    port = listening.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:  # of what is uploaded and shown
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        page = user_interface(desk, top)
+        app = gradio.mount_gradio_app(
+            fastapi.FastAPI(openapi_url=None), page, "/", "127.0.0.1", port, footer_links=[], run_history=False,
+            max_file_size=UPLOAD_BYTES, ssr_mode=False, enable_monitoring=False, show_error=True, css=UI_STYLE,
+        )  # fmt: skip
+        page.has_launched = True  # or Gradio would take any path on this machine for an uploaded one
+        log.info("http://127.0.0.1:%d", port)
+        config = uvicorn.Config(guarded(app, port), log_level="error", timeout_graceful_shutdown=1)
+        uvicorn.Server(config).run([listening])
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -1726,6 +2238,21 @@ def score_or_label(text: str) -> float | str:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{text!r} is neither a cosine similarity, -1 to 1, nor {', '.join(LABELS)}")
+
+
+def check_combination(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    chosen = {"--duplicates": options.duplicates is not None, "--ui": options.ui, "--export": options.export}
+    mode = next((option for option, given in chosen.items() if given), "--index-only" if options.index_only else None)
+    if options.no_update and (options.index_only or options.rebuild or options.prune):
+        parser.error("--no-update goes without --index-only, --rebuild and --prune")
+    if options.queries and mode:
+        parser.error(f"{mode} takes no QUERY: {options.queries[0]}")
+    if options.ui and (options.json or options.null):
+        parser.error("--ui prints nothing: leave out --json and --null")
+    if options.port is not None and not options.ui:
+        parser.error("--port is for --ui")
+    if options.duplicates == "weak":
+        parser.error("--duplicates weak: any two images are")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -1743,28 +2270,36 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
     add("--batch-size", type=int, metavar="N", help="images that the model takes at once (default: by device)")
     add("--workers", type=int, metavar="N", help="threads that read and decode (default: one a core)")
-    add("--index-only", action="store_true", help="update the index, search nothing")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--index-only", action="store_true", help="update the index, search nothing")
+    alike = "groups of the same picture in the collection: a copy, by default, or of this cosine or label"
+    mode.add_argument("--duplicates", type=score_or_label, nargs="?", const="copy", metavar="S", help=alike)
+    mode.add_argument("--ui", action="store_true", help="search in the browser; needs Gradio")
+    mode.add_argument("--export", metavar="DIR", help="features.npy and paths.txt, for any other vector database")
+    add("--port", type=int, metavar="N", help=f"of --ui, on this machine alone (default: {PORT}; 0: any)")
     add("--no-update", action="store_true", help="search the index as it is, without a look at the collection")
     add("--exact", action="store_true", help="compare with every image, however many there are")
     add("--rebuild", action="store_true", help="start again from the images")
     add("--prune", action="store_true", help="forget files that are gone, and their features")
-    add(
-        "--export",
-        metavar="DIR",
-        help="write features.npy and paths.txt, for any other vector database; search nothing",
-    )
-    add("--json", action="store_true", help="one JSON object per query, a line each")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object per query, a line each")
+    form.add_argument("--null", action="store_true", help="or -0: the paths found alone, each with a NUL at its end")
+    page = parser.add_mutually_exclusive_group()
+    page.add_argument("--report", default=REPORT, metavar="FILE", help="the page to look at (default: %(default)s)")
+    page.add_argument("--no-report", dest="report", action="store_const", const=None, help="write no page")
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("-q", "--quiet", action="store_true", help="warnings and errors alone")
     volume.add_argument("-v", "--verbose", action="store_true", help="name the files that were skipped")
-    options = parser.parse_args(argv)
-    if not (options.images and options.index_dir):
-        parser.error("--images and --index-dir take a folder")
+    # Were -0 an option to argparse, so would be the -0.5 of `--threshold -0.5`.
+    options = parser.parse_args("--null" if arg == "-0" else arg for arg in (sys.argv[1:] if argv is None else argv))
+    if options.port is not None and not 0 <= options.port < 65536:
+        parser.error(f"--port takes a number from 0 to 65535, not {options.port}")
+    if not (options.images and options.index_dir) or options.report == "":
+        parser.error("--images and --index-dir take a folder, and --report a file")
     for option in ("top", "batch_size", "workers"):
         if (value := getattr(options, option)) is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} takes a whole number from 1 on, not {value}")
-    if options.no_update and (options.index_only or options.rebuild or options.prune):
-        parser.error("--no-update goes without --index-only, --rebuild and --prune")
+    check_combination(options, parser)
     return options
 
 
@@ -1778,8 +2313,44 @@ def find_queries(names: Iterable[str], onerror: Callable[[OSError], None]) -> It
             yield name
 
 
+def answers(options: argparse.Namespace, engine: Engine, locked: list[OSError]) -> Iterator[Answer]:
+    """An Answer for each query. `locked` gets the folders of queries that cannot be listed."""
+    answered = False
+    queries = find_queries(options.queries or filter(os.path.isdir, [QUERIES]), locked.append)
+    for answer in search(queries, engine, k=options.top, threshold=options.threshold, views=options.views):
+        if answer.error == NOT_AN_IMAGE and answer.query not in options.queries:
+            continue  # some other file in a folder of queries
+        answered = True
+        if answer.error:
+            log.error("%s: %s", shown(answer.query), answer.error)
+        yield answer
+    if not answered and not locked:
+        where = ", ".join(options.queries) or f"{QUERIES}/"
+        raise DeepVisionError(f"no image to search with in {where}: put one there, or name it: main.py photo.jpg")
+
+
+def groups(options: argparse.Namespace, engine: Engine) -> Iterator[Group]:
+    """The groups of --duplicates, and at their end a word of how many there are."""
+    count = copies = 0
+    for group in find_duplicates(engine, options.duplicates):
+        count, copies = count + 1, copies + len(group.matches)
+        yield group
+    log.info("%s groups, %s files beside those to keep", f"{count:,}", f"{copies:,}")
+
+
+def write_export(engine: Engine, folder: str) -> None:
+    try:
+        with engine.catalogue.writing():  # nobody else, meanwhile
+            count = engine.catalogue.export(Path(folder))
+    except OSError as error:
+        raise DeepVisionError(f"--export {folder}: {first_line(error)}") from error
+    log.info("%s: %d × %d features and their paths", shown(folder), count, engine.model.dim)
+
+
 def run(options: argparse.Namespace) -> int:
     """The main job; its exit status."""
+    if options.ui:
+        find_gradio()  # or it would be missed when all is done
     model = load_model(options.model, options.weights, options.device)
     work = Work(
         options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update, options.exact
@@ -1789,37 +2360,27 @@ def run(options: argparse.Namespace) -> int:
     done = str(engine.summary) if work.update else done
     log.info("%s: %s (%s on %s)", options.images, done, model.name, model.device)
     if engine.summary.recall is not None:
-        found = f"{engine.summary.recall:.3f}"
-        log.info("compact codes choose what is compared, recall@%d %s; --exact compares all", TOP, found)
+        how = "compact codes choose what is compared, recall@%d %.3f; --exact compares all"
+        log.info(how, TOP, engine.summary.recall)
     for path, reason in engine.catalogue.db.execute(f"SELECT path, reason FROM {SKIPPED} ORDER BY path"):
         log.debug("skipped %s: %s", shown(os.path.join(options.images, os.fsdecode(path))), reason)
     if options.export:
-        try:
-            with engine.catalogue.writing():  # nobody else, meanwhile
-                count = engine.catalogue.export(Path(options.export))
-        except OSError as failure:
-            raise DeepVisionError(f"--export {options.export}: {first_line(failure)}") from failure
-        log.info("%s: %d × %d features and their paths", options.export, count, model.dim)
-    if options.index_only or options.export:
+        write_export(engine, options.export)
+    if options.ui:
+        serve(engine, work, PORT if options.port is None else options.port, options.top)
+    if options.index_only or options.export or options.ui:
         return 0
-    answered = failed = 0
+    found, start = list[Answer | Group](), time.perf_counter()
     locked: list[OSError] = []
-    queries = find_queries(options.queries or filter(os.path.isdir, [QUERIES]), locked.append)
-    for answer in search(queries, engine, k=options.top, threshold=options.threshold, views=options.views):
-        if answer.error == NOT_AN_IMAGE and answer.query not in options.queries:
-            continue  # some other file in a folder of queries
-        answered += 1
-        if answer.error:
-            failed += 1
-            log.error("%s: %s", shown(answer.query), answer.error)
-        if options.json or not answer.error:
-            print((as_json if options.json else as_text)(answer, engine), flush=True)
+    for item in groups(options, engine) if options.duplicates is not None else answers(options, engine, locked):
+        found.append(item)
+        print_found(item, engine, "json" if options.json else "null" if options.null else "text")
     for error in locked:
         log.error("%s cannot be listed (%s)", shown(os.fsdecode(error.filename)), error.strerror)
-    if not answered and not locked:
-        where = ", ".join(options.queries) or f"{QUERIES}/"
-        raise DeepVisionError(f"no image to search with in {where}: put one there, or name it: main.py photo.jpg")
-    return 1 if failed or locked else 0
+    if options.report:
+        write_page(options.report, found, engine, time.perf_counter() - start)
+        log.info("%s", shown(options.report))
+    return 1 if locked or any(isinstance(item, Answer) and item.error for item in found) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

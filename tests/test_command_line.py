@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +57,8 @@ def one_line(outcome: Outcome, *words: str) -> None:
 # ---- Usage -----------------------------------------------------------------------------------------------------------
 
 OPTIONS = """--images --index-dir -k --top --threshold --views --model --weights --device --batch-size --workers
-    --index-only --rebuild --prune --json -q --quiet -v --verbose"""
+    --index-only --duplicates --ui --port --rebuild --prune --json -0 --null --report --no-report -q --quiet -v
+    --verbose"""
 
 
 def test_help_needs_no_package_and_names_every_option() -> None:
@@ -82,6 +86,18 @@ def test_help_needs_no_package_and_names_every_option() -> None:
         ("--workers 0", "--workers.* 0"),
         ("--images", "--images"),
         ("-q -v", "not allowed with"),
+        ("--json -0", "not allowed with"),
+        ("--report page.html --no-report", "not allowed with"),
+        ("--duplicates --index-only", "not allowed with"),
+        ("--ui --duplicates", "not allowed with"),
+        ("--duplicates many", "--duplicates.*many"),
+        ("--duplicates weak", "--duplicates.*weak"),
+        ("photo.jpg --duplicates", "--duplicates.*QUERY.*photo.jpg"),
+        ("photo.jpg --ui", "--ui.*QUERY.*photo.jpg"),
+        ("photo.jpg --index-only", "--index-only.*QUERY.*photo.jpg"),
+        ("--ui --json", "--ui.*--json"),
+        ("--port 1", "--port.*--ui"),
+        ("--ui --port 65536", "--port.*65536"),
     ],
 )
 def test_a_usage_error_needs_no_package(line: str, complaint: str) -> None:
@@ -193,6 +209,23 @@ def test_a_name_that_is_not_utf8_comes_out_byte_for_byte(search: Run, program: C
     assert b"bulk_images/caf\xe9.png\n" in stdout, stderr
 
 
+def test_paths_alone_each_with_a_nul_at_its_end(search: Run, program: Callable[..., Any]) -> None:
+    names = [b"caf\xe9.png", b"a\nb.png", "写真.png".encode()]
+    for number, name in enumerate(names):
+        (IMAGES / f"{number}.png").rename(IMAGES / os.fsdecode(name))
+    Path("broken.png").touch()
+    queries = [IMAGES / os.fsdecode(name) for name in names]
+    process = program("--model", "offline", "-0", "-k", 11, *queries, "broken.png", encoding=None, errors=None)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and b"broken.png: an empty file" in stderr
+    *paths, end = stdout.split(b"\0")
+    assert (len(paths), end) == (3 * 11, b"")
+    for number, name in enumerate(names):
+        assert set(names) - set(paths[11 * number :][:11]) != set() and b"bulk_images/" + name in paths
+    assert search("--null").stdout.split("\0")[0] == "bulk_images/3.png"
+    assert search("-0", "--threshold", 1).stdout == ""
+
+
 def test_results_alone_go_to_stdout(search: Run) -> None:
     (IMAGES / "bad.png").touch()
     outcome = search("-v", "missing.png", QUERIES)
@@ -202,13 +235,13 @@ def test_results_alone_go_to_stdout(search: Run) -> None:
 
 
 def test_the_summary_names_model_and_device(search: Run) -> None:
-    (summary,) = search("--device", "cpu").stderr.splitlines()
+    (summary,) = search("--device", "cpu", "--no-report").stderr.splitlines()
     assert re.fullmatch(
         r"bulk_images: 12 found, 12 new, 0 unchanged, 0 skipped, 0 gone; [\d.]+ s reading, [\d.]+ s in the model "
         r"\(offline on cpu\)",
         summary,
     )
-    (summary,) = search("--device", "cpu").stderr.splitlines()
+    (summary,) = search("--device", "cpu", "--no-report").stderr.splitlines()
     assert summary == (
         "bulk_images: 12 found, 0 new, 12 unchanged, 0 skipped, 0 gone; no image was opened (offline on cpu)"
     )
@@ -227,6 +260,72 @@ def test_verbose_names_what_was_skipped(search: Run) -> None:
     assert "bulk_images/bad.png: an empty file" in search("--verbose").stderr
 
 
+# ---- On a terminal ---------------------------------------------------------------------------------------------------
+
+
+def on_terminal(columns: int, *args: object, **environment: str) -> str:
+    """What main.py prints on a terminal so many columns wide."""
+    terminal, its_end = os.openpty()
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS")}
+    environment = {**kept, "TERM": "xterm", **environment}
+    command = [sys.executable, MAIN, "--model", "offline", "-q", "--no-report", *map(str, args)]
+    process = subprocess.Popen(command, stdout=its_end, env=environment)
+    os.close(its_end)
+    seen = b""
+    try:
+        while chunk := os.read(terminal, 4096):
+            seen += chunk
+    except OSError:
+        pass  # the other end was closed
+    os.close(terminal)
+    assert process.wait(60) == 0
+    return seen.decode().replace("\r\n", "\n")
+
+
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
+
+
+def test_colour_on_a_terminal_alone_and_not_if_it_is_not_wanted(search: Run) -> None:
+    shutil.copy(QUERIES / "query.png", IMAGES / "same.png")
+    coloured = on_terminal(100)
+    assert coloured.startswith("\x1b[1mthat_one_image/query.png\x1b[0m") and "\x1b[32midentical" in coloured
+    plain = on_terminal(100, NO_COLOR="1")
+    assert plain == on_terminal(100, TERM="dumb") == COLOUR.sub("", coloured) and "\x1b" not in plain
+    assert [line.split() for line in plain.splitlines()] == [line.split() for line in search().stdout.splitlines()]
+
+
+@pytest.mark.parametrize("columns", [60, 200])
+def test_columns_are_aligned_and_fit(columns: int, search: Run) -> None:
+    long = "a folder with a long name/" * 5
+    (IMAGES / long).mkdir(parents=True)
+    for number, name in ((3, f"{long}/three.png"), (4, "写真写真写真写真.png"), (5, "e\u0301te\u0301.png")):
+        (IMAGES / f"{number}.png").rename(IMAGES / name)
+    _, *lines = on_terminal(columns, "-k", 12, NO_COLOR="1").splitlines()
+    assert max(map(main.cells, lines)) <= columns and len(lines) == 12
+    three = next(line for line in lines if "three.png" in line)
+    assert ("…" in three) == (columns < 200) and "bulk" in three
+    remarks = [re.search(r"  (mirrored|turned|part|trimmed).*$", line) for line in lines]
+    starts = {main.cells(line[: remark.start()]) for line, remark in zip(lines, remarks) if remark}
+    assert len(starts) == 1, lines
+    assert "…" not in search("-k", 12).stdout  # on a pipe nothing is shortened
+
+
+@pytest.mark.parametrize(
+    ("text", "room", "expected"),
+    [
+        ("short.png", 20, "short.png"),
+        ("a/long/path/to/some/picture.png", 20, "a/long…e/picture.png"),
+        ("写真写真写真写真写真.png", 13, "写真…真真.png"),
+        ("e\u0301" * 9 + ".png", 13, "e\u0301" * 9 + ".png"),
+    ],
+)
+def test_a_long_path_is_shortened_in_its_middle(text: str, room: int, expected: str) -> None:
+    shortened = main.shortened(text, room)
+    assert main.cells(shortened) <= room
+    assert (shortened == text) == (expected == text) and shortened[0] == text[0] and shortened.endswith(".png")
+
+
 # ---- Options ---------------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +340,10 @@ def test_threshold(search: Run) -> None:
     scores = [match["score"] for match in objects(search("--json", "-k", 12))[0]["matches"]]
     found = objects(search("--json", "-k", 12, "--threshold", 0.9))[0]["matches"]
     assert 0 < len(found) < 12 and [match["score"] for match in found] == [score for score in scores if score >= 0.9]
+
+
+def test_a_threshold_may_be_negative(search: Run) -> None:
+    assert search("--threshold", "-0.5").status == 0 and len(search("--threshold", "-1").stdout.splitlines()) == 11
 
 
 def test_views(search: Run) -> None:

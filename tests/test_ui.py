@@ -1,0 +1,259 @@
+"""Section UI: in a real browser, and what it refuses."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MAIN, Outcome, draw, requests
+from PIL import ImageOps
+
+Run = Callable[..., Outcome]
+WAIT = 60  # seconds, on a busy machine
+
+
+class Server:
+    """`main.py --ui`, with a collection of 8 pictures and one that cannot be used."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "bulk_images").mkdir()
+        for seed in range(8):
+            draw(seed, (240, 160)).save(folder / "bulk_images" / f"{seed}.png")
+        shutil.copy(folder / "bulk_images" / "5.png", folder / "bulk_images" / "<b>5 again&.png")
+        (folder / "bulk_images" / "broken.png").touch()
+        ImageOps.mirror(draw(5, (240, 160))).save(folder / "edited.jpg", quality=60)
+        draw(2, (120, 80)).save(folder / "small.png")
+        (folder / "no image.png").write_text("hello")
+        command = [sys.executable, MAIN, "--model", "offline", "--ui", "--port", "0", "-k", "3"]
+        environment = {**os.environ, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+        self.process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+        lines = iter(self.process.stderr.readline, "")
+        self.url = next(line.strip() for line in lines if line.startswith("http://127.0.0.1:"))
+
+    def ask(self, path: str, method: str = "GET", body: Any = None, **headers: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=WAIT)
+        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    pytest.importorskip("gradio", reason="Gradio is not installed")
+    server = Server(tmp_path_factory.mktemp("ui"))
+    yield server
+    server.process.kill()
+    server.process.communicate()
+
+
+class Tab:
+    def __init__(self, browser: Any, server: Server) -> None:
+        self.browser, self.folder = browser, server.folder
+        browser.get(server.url)
+        self.until(lambda: self.all("#given input[type=file]") and "images" in self.state())
+
+    def all(self, selector: str) -> list[Any]:
+        return self.browser.find_elements("css selector", selector)
+
+    def state(self) -> str:
+        return "".join(str(area.get_attribute("value")) for area in self.all("#state textarea"))
+
+    def title(self) -> str:
+        return "".join(title.text for title in self.all("#title h2"))
+
+    def captions(self) -> list[str]:
+        return [caption.text for caption in self.all("#found .caption-label")]
+
+    def give(self, *names: str) -> None:
+        self.all("#given input[type=file]")[0].send_keys("\n".join(str(self.folder / name) for name in names))
+
+    def until(self, there: Callable[[], Any]) -> Any:
+        end = time.monotonic() + WAIT
+        while time.monotonic() < end:
+            try:
+                if it := there():
+                    return it
+            except Exception as error:
+                if type(error).__name__ != "StaleElementReferenceException":  # drawn anew meanwhile
+                    raise
+            time.sleep(0.05)
+        raise AssertionError(f"it shows {self.title()!r}, {self.captions()}, {self.state()!r}")
+
+
+@pytest.fixture
+def tab(browser: Any, server: Server) -> Tab:
+    requests(browser)
+    return Tab(browser, server)
+
+
+# ---- Searching -------------------------------------------------------------------------------------------------------
+
+
+def test_an_edited_copy_is_found_and_a_click_searches_from_it(tab: Tab) -> None:
+    tab.give("edited.jpg")
+    tab.until(lambda: tab.title() == "3 like edited.jpg")
+    first, second, _ = tab.captions()
+    assert "mirrored" in first and {first.split(" · ")[-1], second.split(" · ")[-1]} == {"5.png", "<b>5 again&.png"}
+    at = next(i for i, caption in enumerate(tab.captions()) if caption.endswith("<b>5 again&.png"))
+    tab.all("#found .thumbnail-item")[at].click()
+    tab.until(lambda: tab.title() == "3 like <b>5 again&.png")
+    assert tab.captions()[0] == "1.000 · identical · 5.png"
+    assert not any(caption.endswith("again&.png") for caption in tab.captions())  # itself
+
+    loaded = "return [...document.querySelectorAll('#found img')].every(i => i.complete && i.naturalWidth > 100)"
+    tab.until(lambda: tab.browser.execute_script(loaded))
+
+
+def test_several_are_given_and_each_can_be_chosen(tab: Tab) -> None:
+    tab.give("small.png", "edited.jpg")
+    tab.until(lambda: tab.title() == "3 like small.png" and len(tab.all("#given .thumbnail-item")) == 2)
+    assert tab.captions()[0].endswith(" · 2.png")
+    tab.all("#given .thumbnail-item")[1].click()
+    tab.until(lambda: tab.title() == "3 like edited.jpg")
+
+
+def test_how_many_and_from_which_score(tab: Tab) -> None:
+    tab.give("small.png")
+    tab.until(lambda: len(tab.captions()) == 3)
+    set_to(tab, "#top", "5")
+    tab.until(lambda: len(tab.captions()) == 5)
+    set_to(tab, "#least", "0.9")
+    tab.until(lambda: [caption.split(" · ")[-1] for caption in tab.captions()] == ["2.png"])
+    set_to(tab, "#least", "1")
+    tab.until(lambda: tab.title() == "No match")
+
+
+def set_to(tab: Tab, slider: str, value: str) -> None:
+    field = tab.all(f"{slider} input[type=number]")[0]
+    field.send_keys("\ue009a\ue000", value, "\ue007", "\ue004")  # all of it, and then Enter and Tab
+
+
+def test_what_is_no_image_is_said(tab: Tab) -> None:
+    tab.give("no image.png")
+    tab.until(lambda: "not an image" in tab.browser.page_source)
+
+
+def test_the_index_is_updated_on_demand(tab: Tab) -> None:
+    before = tab.state()
+    assert before == "9 images in bulk_images, 1 skipped; offline on cpu"
+    draw(100, (240, 160)).save(tab.folder / "bulk_images" / "new.png")
+    draw(100, (120, 80)).save(tab.folder / "of new.png")
+    tab.all("#update")[0].click()
+    tab.until(lambda: tab.state().startswith("10 images"))
+    tab.give("of new.png")
+    tab.until(lambda: tab.title() == "3 like of new.png")
+    assert tab.captions()[0].endswith("new.png")
+
+
+def test_two_tabs_keep_their_own_queries(tab: Tab, server: Server) -> None:
+    browser = tab.browser
+    tab.give("small.png")
+    tab.until(lambda: tab.title() == "3 like small.png")
+    first = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    other = Tab(browser, server)
+    other.give("edited.jpg")
+    other.until(lambda: other.title() == "3 like edited.jpg")
+    browser.close()
+    browser.switch_to.window(first)
+    assert tab.title() == "3 like small.png"
+    tab.all("#found .thumbnail-item")[0].click()
+    tab.until(lambda: tab.title() == "3 like 2.png")
+
+
+def test_nothing_is_asked_of_another_host(tab: Tab, server: Server) -> None:
+    tab.give("edited.jpg")
+    tab.until(lambda: tab.title() == "3 like edited.jpg")
+    asked = requests(tab.browser)
+    assert len(asked) > 20
+    assert [url for url in asked if not url.startswith((server.url, "data:", "blob:"))] == []
+
+
+# ---- What it refuses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "bulk_images/1.png", "main.py", "image_index", "../ui/small.png", "http://127.0.0.1:9/x"]
+)
+def test_no_file_is_served(path: str, server: Server) -> None:
+    for name in (path, str(server.folder / path), "/../" + path):
+        for route in ("file=", "file/"):
+            assert server.ask(f"/gradio_api/{route}{name}")[0] >= 400
+
+
+def test_a_query_cannot_be_a_path_on_this_machine(server: Server) -> None:
+    """As a forged call would give it, where the page gives what it has uploaded."""
+    config = json.loads(server.ask("/config")[1])
+    calls = [call for call in config["dependencies"] if len(call["inputs"]) == 3]
+    image = {"image": {"path": str(server.folder / "small.png"), "meta": {"_type": "gradio.FileData"}}, "caption": None}
+    assert len(calls) == 4
+    for call in calls:
+        data = {"data": [[image], 3, 0], "fn_index": call["id"], "session_hash": "x", "event_data": {"index": 0}}
+        _, answer = server.ask("/gradio_api/run/predict", "POST", json.dumps(data), Content_Type="application/json")
+        assert b"like small" not in answer and b"webp" not in answer
+
+
+@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}])
+@pytest.mark.parametrize(("method", "path"), [("GET", "/"), ("GET", "/config"), ("POST", "/gradio_api/upload")])
+def test_another_site_is_refused(headers: dict[str, str], method: str, path: str, server: Server) -> None:
+    assert server.ask(path, method, **headers)[0] == 403
+
+
+def test_an_oversized_upload_is_refused(server: Server) -> None:
+    def parts() -> Iterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        for _ in range(310):
+            yield bytes(1_000_000)
+        yield b"\r\n--x--\r\n"
+
+    try:
+        status, _ = server.ask("/gradio_api/upload", "POST", parts(), Content_Type="multipart/form-data; boundary=x")
+        assert status == 413
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # it had seen enough
+    assert server.ask("/")[0] == 200
+
+
+def test_it_listens_on_this_machine_alone(server: Server) -> None:
+    listening = Path("/proc/net/tcp")
+    if not listening.exists():
+        pytest.skip("no /proc/net/tcp")
+    port = f"{int(server.url.rsplit(':')[-1]):04X}"
+    local = [line.split()[1] for line in listening.read_text().splitlines()[1:] if line.split()[3] == "0A"]
+    assert [address for address in local if address.endswith(f":{port}")] == [f"0100007F:{port}"]
+
+
+def test_a_port_that_is_taken_is_one_line(server: Server, run: Run, collection: Callable[[int], Path]) -> None:
+    collection(1)
+    outcome = run("--model", "offline", "-q", "--ui", "--port", server.url.rsplit(":")[-1])
+    assert (outcome.status, outcome.stdout) == (1, "")
+    assert outcome.stderr.startswith("error: port ") and "--port" in outcome.stderr and outcome.stderr.count("\n") == 1
+
+
+def test_without_gradio_it_is_one_line_at_once() -> None:
+    outcome = subprocess.run([sys.executable, "-S", "-E", MAIN, "--ui"], capture_output=True, text=True, timeout=60)
+    assert (outcome.returncode, outcome.stdout, outcome.stderr.count("\n")) == (1, "", 1)
+    assert "pip install gradio" in outcome.stderr
+
+
+def test_an_interruption_ends_it(tmp_path: Path, collection: Callable[[int], Path]) -> None:
+    pytest.importorskip("gradio", reason="Gradio is not installed")
+    command = [sys.executable, MAIN, "--model", "offline", "--ui", "--port", "0"]
+    collection(1)
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    next(line for line in iter(process.stderr.readline, "") if line.startswith("http"))
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=WAIT)
+    assert process.returncode == 130 and "Traceback" not in stderr
