@@ -204,13 +204,13 @@ def test_results_alone_go_to_stdout(search: Run) -> None:
 def test_the_summary_names_model_and_device(search: Run) -> None:
     (summary,) = search("--device", "cpu").stderr.splitlines()
     assert re.fullmatch(
-        r"bulk_images: 12 found, 12 new, 0 unchanged, 0 skipped, 0 gone; [\d.]+ s reading, [\d.]+ s in the model "
-        r"\(offline on cpu\)",
+        r"bulk_images: 12 found, 12 new, 0 unchanged, 0 skipped, 0 gone; [\d.,]+ images/s, "
+        r"\d+% waiting for decoding, \d+% for the network \(offline on cpu, fp32\)",
         summary,
     )
     (summary,) = search("--device", "cpu").stderr.splitlines()
     assert summary == (
-        "bulk_images: 12 found, 0 new, 12 unchanged, 0 skipped, 0 gone; no image was opened (offline on cpu)"
+        "bulk_images: 12 found, 0 new, 12 unchanged, 0 skipped, 0 gone; no image was opened (offline on cpu, fp32)"
     )
 
 
