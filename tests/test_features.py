@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import os
 import re
 import shutil
@@ -391,7 +392,7 @@ def test_batch_is_halved_where_memory_is_short_and_that_is_said_once(offline, co
     work, summary = main.Work(batch_size=8), main.Summary()
     batches = list(main.with_features(files, "bulk_images", short, work, lambda digest: False, summary))
     plain = main.with_features(files, "bulk_images", offline, main.Work(), lambda digest: False, summary)
-    for ours, theirs in zip(sum(batches, []), sum(plain, []), strict=True):
+    for ours, theirs in zip(itertools.chain(*batches), itertools.chain(*plain), strict=True):
         assert ours.file == theirs.file and ours.vector == pytest.approx(theirs.vector, abs=2e-3)
     assert [len(batch) for batch in batches] == [8, *[2] * 11]
     assert caplog.text.count("memory of the GPU is short") == 1
