@@ -1351,6 +1351,14 @@ def read_new(
             into.save(unsaved)
 
 
+def meet() -> None:
+    """Wait here until all ranks of torchrun have come."""
+    try:
+        torch.distributed.barrier()
+    except RuntimeError as error:
+        raise DeepVisionError("another rank has stopped: run it again, what was done is saved") from error
+
+
 def take_in(catalogue: Catalogue, model: Model, summary: Summary) -> bool:
     """Save what the other ranks have read, also those that were stopped, and remove their caches; True if any."""
     listing = "SELECT path, size, mtime, digest, reason, row FROM files LEFT JOIN features USING (digest)"
@@ -1387,12 +1395,12 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
             if take_in(catalogue, model, Summary()) or waited:
                 catalogue.scan(scan(), work.rebuild)
             if shared:
-                torch.distributed.barrier()
+                meet()
             before = catalogue.get("rows")
             catalogue.trusted_from = before if work.rebuild else 0
             read_new(catalogue, images, model, work, summary)
             if shared:
-                torch.distributed.barrier()
+                meet()
                 take_in(catalogue, model, summary)
             if catalogue.count(USABLE):
                 if work.prune:
@@ -1469,17 +1477,21 @@ def initialize_reverse_image_search(
 
 def read_share(images: str | Path, index_dir: str | Path, model: Model, work: Work) -> None:
     """As a rank that does not commit: read a share into a cache of its own, which the one that commits takes in."""
-    images, folder, size = Path(images), Path(index_dir, model.identity), (model.identity, model.dim)
-    torch.distributed.barrier()  # the catalogue is whole, and what an earlier run left has been taken in
-    catalogue, share = Catalogue(folder, *size), Catalogue(folder / f"rank-{work.rank}", *size)
-    share.mend()
-    share.scan((), False)
-    with share.writing():
-        catalogue.scan(find_images(images, unlisted, [index_dir]) if images.is_dir() else (), work.rebuild)
-        catalogue.trusted_from = catalogue.get("rows") if work.rebuild else 0
-        read_new(catalogue, images, model, work, Summary(), share)
-    share.close()
-    torch.distributed.barrier()
+    images, folder = Path(images), Path(index_dir, model.identity)
+    meet()  # the catalogue is whole, and what an earlier run left has been taken in
+    try:
+        catalogue = Catalogue(folder, model.identity, model.dim)
+        share = Catalogue(folder / f"rank-{work.rank}", model.identity, model.dim)
+        share.mend()
+        share.scan((), False)
+        with share.writing():
+            catalogue.scan(find_images(images, unlisted, [index_dir]) if images.is_dir() else (), work.rebuild)
+            catalogue.trusted_from = catalogue.get("rows") if work.rebuild else 0
+            read_new(catalogue, images, model, work, Summary(), share)
+        share.close()
+    except (OSError, sqlite3.Error) as error:
+        raise DeepVisionError(f"the cache {folder} cannot be used: {first_line(error)}") from error
+    meet()
 
 
 # ---- Output ----------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import main  # noqa: E402
 
-DISTINCT = 100  # images drawn of each kind; more of them are copies with other bytes at the end, as costly to read
+DISTINCT = 50  # images drawn of each kind; more of them are copies with other bytes at the end, as costly to read
 GFLOP = 8.2  # of ResNet50, an image
 NO_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 USUAL_SCRIPT = """
@@ -87,7 +87,8 @@ class Spent(NamedTuple):
 
 
 def drawn(seed: int, width: int, height: int) -> Image.Image:
-    """Noise with the statistics of photographs: amplitude falls as 1 / frequency, alike in all colours."""
+    """Noise with the statistics of photographs: amplitude falls as 1 / frequency, alike in all colours, but for a
+    grain; soft at the scale of its pixels if it is large. 12 megapixels have 4 MB, as from a phone."""
     random, (w, h) = np.random.default_rng(seed), (min(width, 1000), min(height, 750))
     frequency = np.hypot(np.fft.fftfreq(h)[:, None] * h, np.fft.rfftfreq(w)[None] * w)
     planes = []
@@ -96,10 +97,10 @@ def drawn(seed: int, width: int, height: int) -> Image.Image:
         plane = np.fft.irfft2(spectrum, (h, w))
         planes.append(plane / plane.std())
     light, hue = planes
-    pixels = 127 + 50 * np.stack([light + 0.3 * hue, light, light - 0.3 * hue], 2) + random.normal(0, 4, (h, w, 1))
-    tile = pixels.clip(0, 255).astype(np.uint8)
-    tile = np.pad(tile, ((0, height - h), (0, width - w), (0, 0)), mode="symmetric")
-    return Image.fromarray(tile)
+    pixels = 127 + 50 * np.stack([light + 0.3 * hue, light, light - 0.3 * hue], 2)
+    soft = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    grain = np.tile(random.normal(0, 3, (h, w, 1)), (-(-height // h), -(-width // w), 1))[:height, :width]
+    return Image.fromarray((np.asarray(soft) + grain).clip(0, 255).astype(np.uint8))
 
 
 def collection(options: Options, count: int, width: int, height: int, distinct: int = DISTINCT) -> Path:
