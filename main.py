@@ -538,7 +538,8 @@ def native_bf16() -> bool:
 
 def fuse(network: torch.nn.Module, device: str) -> torch.nn.Module:
     """Batch norms folded into their convolutions; on a CPU, sums and ReLUs done by the same kernels. It is what a
-    compiler does, but at once: `torch.compile` takes 20 s and gains nothing over it. Raises if it cannot."""
+    compiler does, but at once, and for any number of images bit by bit alike: `torch.compile` takes 20 s, gains
+    13 %, and rounds in another way. Raises if it cannot."""
     fused = importlib.import_module("torch.fx.experimental.optimization").fuse(network)
     layers, graph, nn = dict(fused.named_modules()), fused.graph, torch.nn
 
@@ -1574,10 +1575,16 @@ def find_queries(names: Iterable[str], onerror: Callable[[OSError], None]) -> It
             yield name
 
 
+def place() -> tuple[int, int]:
+    """The number of this process among those that torchrun started, and how many they are."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("RANK", 0)) % ranks, ranks
+
+
 def run(options: argparse.Namespace) -> int:
     """The main job; its exit status."""
     model = load_model(options.model, options.weights, options.device)
-    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, ranks = place()
     work = Work(options.batch_size, options.workers, options.rebuild, options.prune, rank, ranks)
     if ranks > 1:  # of torchrun
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=RANKS_WAIT))
@@ -1615,8 +1622,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status: 0 all queries answered, 1 something failed, 2 usage, 130 interrupted."""
     options = parse_arguments(argv)
     log.handlers = [logging.StreamHandler()]
-    if int(os.environ.get("RANK", 0)):  # the first speaks for all
-        log.handlers[0].setFormatter(logging.Formatter(f"rank {os.environ['RANK']}: %(message)s"))
+    if rank := place()[0]:  # the first speaks for all
+        log.handlers[0].setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
         options.quiet = True
     log.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
     warnings.filterwarnings("ignore", module="PIL")  # what Pillow doubts is either read or skipped with a reason

@@ -316,8 +316,8 @@ def test_batch_size_and_workers_change_no_answer(
     sizes: tuple[int, int], search: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = search("--index-dir", "default").stdout
-    extract, batches = main.extract_features_batch, list[int]()
-    monkeypatch.setattr(main, "extract_features_batch", lambda x, *rest: [batches.append(len(x)), extract(x, *rest)][1])
+    extract, batches = main.launch, list[int]()
+    monkeypatch.setattr(main, "launch", lambda x, *rest: [batches.append(len(x)), extract(x, *rest)][1])
     search("--index-only", "--batch-size", sizes[0], "--workers", sizes[1])
     assert batches == [*[sizes[0]] * (12 // sizes[0]), *([12 % sizes[0]] if 12 % sizes[0] else [])]
     assert search().stdout == expected
@@ -477,7 +477,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(search: Run) -> None:
 # ---- Interruptions ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", ["load_model", "extract_features_batch", "build_index", "search"])
+@pytest.mark.parametrize("moment", ["load_model", "launch", "build_index", "search"])
 def test_an_interruption_is_one_line_and_status_130(moment: str, search: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
