@@ -302,7 +302,7 @@ def test_weights(search: Run, run: Run) -> None:
 
 
 def test_device(search: Run, run: Run) -> None:
-    assert "(offline on cpu)" in search("--device", "cpu").stderr
+    assert "(offline on cpu, fp32)" in search("--device", "cpu").stderr
     for device, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
         outcome = search("--device", device)
         if there:
