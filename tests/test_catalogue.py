@@ -106,8 +106,8 @@ def fresh(answers: Callable[..., list[dict[str, Any]]]) -> Callable[..., list[di
 @pytest.fixture
 def extracted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """extracted(): of how many images features were extracted since it was last asked."""
-    extract, sizes = main.extract_features_batch, list[int]()
-    monkeypatch.setattr(main, "extract_features_batch", lambda x, *rest: [sizes.append(len(x)), extract(x, *rest)][1])
+    extract, sizes = main.launch, list[int]()
+    monkeypatch.setattr(main, "launch", lambda x, *rest: [sizes.append(len(x)), extract(x, *rest)][1])
 
     def total() -> int:
         count = sum(sizes)
@@ -402,14 +402,14 @@ def test_an_unreadable_file_is_tried_again(index: Index, run: Run, monkeypatch: 
 
 def at_extraction(number: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let something happen just before the features of a batch are extracted."""
-    extract, remaining = main.extract_features_batch, iter(range(number, 0, -1))
+    extract, remaining = main.launch, iter(range(number, 0, -1))
 
     def extract_and_act(*args: Any) -> Any:
         if next(remaining, None) == 1:
             act()
         return extract(*args)
 
-    monkeypatch.setattr(main, "extract_features_batch", extract_and_act)
+    monkeypatch.setattr(main, "launch", extract_and_act)
 
 
 def test_a_file_that_vanishes_meanwhile_is_only_missing(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:

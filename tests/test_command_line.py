@@ -237,13 +237,13 @@ def test_results_alone_go_to_stdout(search: Run) -> None:
 def test_the_summary_names_model_and_device(search: Run) -> None:
     (summary,) = search("--device", "cpu", "--no-report").stderr.splitlines()
     assert re.fullmatch(
-        r"bulk_images: 12 found, 12 new, 0 unchanged, 0 skipped, 0 gone; [\d.]+ s reading, [\d.]+ s in the model "
-        r"\(offline on cpu\)",
+        r"bulk_images: 12 found, 12 new, 0 unchanged, 0 skipped, 0 gone; [\d.,]+ images/s, "
+        r"\d+% waiting for decoding, \d+% for the network \(offline on cpu, fp32\)",
         summary,
     )
     (summary,) = search("--device", "cpu", "--no-report").stderr.splitlines()
     assert summary == (
-        "bulk_images: 12 found, 0 new, 12 unchanged, 0 skipped, 0 gone; no image was opened (offline on cpu)"
+        "bulk_images: 12 found, 0 new, 12 unchanged, 0 skipped, 0 gone; no image was opened (offline on cpu, fp32)"
     )
 
 
@@ -405,7 +405,7 @@ def test_weights(search: Run, run: Run) -> None:
 
 
 def test_device(search: Run, run: Run) -> None:
-    assert "(offline on cpu)" in search("--device", "cpu").stderr
+    assert "(offline on cpu, fp32)" in search("--device", "cpu").stderr
     for device, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
         outcome = search("--device", device)
         if there:
@@ -419,8 +419,8 @@ def test_batch_size_and_workers_change_no_answer(
     sizes: tuple[int, int], search: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = search("--index-dir", "default").stdout
-    extract, batches = main.extract_features_batch, list[int]()
-    monkeypatch.setattr(main, "extract_features_batch", lambda x, *rest: [batches.append(len(x)), extract(x, *rest)][1])
+    extract, batches = main.launch, list[int]()
+    monkeypatch.setattr(main, "launch", lambda x, *rest: [batches.append(len(x)), extract(x, *rest)][1])
     search("--index-only", "--batch-size", sizes[0], "--workers", sizes[1])
     assert batches == [*[sizes[0]] * (12 // sizes[0]), *([12 % sizes[0]] if 12 % sizes[0] else [])]
     assert search().stdout == expected
@@ -580,7 +580,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(search: Run) -> None:
 # ---- Interruptions ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", ["load_model", "extract_features_batch", "build_index", "search"])
+@pytest.mark.parametrize("moment", ["load_model", "launch", "build_index", "search"])
 def test_an_interruption_is_one_line_and_status_130(moment: str, search: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +234,12 @@ def as_published(name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.T
     return {re.sub(r"(denselayer\d+\.(?:norm|conv))", r"\1.", key): value for key, value in old.items()}
 
 
+@pytest.fixture
+def only_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor without bf16."""
+    monkeypatch.setattr(main, "native_bf16", lambda: False)
+
+
 @pytest.mark.parametrize("source", ["downloaded", "file"])
 @pytest.mark.parametrize(
     ("name", "classifier"),
@@ -244,7 +253,7 @@ def as_published(name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.T
     ],
 )
 def test_features_are_what_enters_the_classifier_of_torchvision(
-    name, classifier, source, weights, tmp_path, monkeypatch
+    name, classifier, source, weights, tmp_path, monkeypatch, only_fp32
 ):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     file = cached(name, "IMAGENET1K_V1")
@@ -308,6 +317,111 @@ def test_identity_is_a_plain_file_name(small):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Fast, and yet the same features
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kernels(model: main.Model) -> list[str]:
+    """What the network of this model calls, if it could be traced."""
+    return [str(node.target) for node in getattr(model.network.keywords["network"], "graph", torch.fx.Graph()).nodes]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "densenet121", "vit_b_32"])
+def test_fast_network_gives_the_features_of_the_plain_one(name, weights, monkeypatch):
+    swift = main.load_model(name, weights(name))
+    monkeypatch.setattr(main, "native_bf16", lambda: False)
+    monkeypatch.setattr(main, "fuse", lambda network, device: network)
+    plain = main.load_model(name, weights(name))
+    batch = pixels(plain, *map(draw, range(4)))
+    ours, theirs = (main.extract_features_batch(batch, model) for model in (swift, plain))
+    assert (ours * theirs).sum(1).min() >= 0.995
+    assert swift.identity == plain.identity and (ours != theirs).any()
+
+
+def test_convolutions_take_batch_norm_sum_and_relu_into_one_kernel(weights, only_fp32):
+    called = kernels(main.load_model("resnet18", weights("resnet18")))
+    assert sum("_convolution_pointwise" in name for name in called) == 17  # of 20; three shortcuts have no ReLU
+    assert sum("binary" in name for name in called) == 8
+    assert not [name for name in called if "relu" in name or "add" in name or "bn" in name]
+
+
+@pytest.mark.skipif(not main.native_bf16(), reason="this processor has no bf16")
+def test_bf16_is_taken_where_the_processor_has_it(small):
+    assert small.precision == "bf16"
+
+
+def test_bf16_is_not_taken_where_it_would_be_emulated(weights):
+    """Emulated, it takes four times as long as fp32."""
+    without = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "PYTHONPATH": str(MAIN.parent)}
+    code = f"import main; print(main.load_model({SMALL!r}, {str(weights(SMALL))!r}).precision)"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **without}, capture_output=True, text=True)
+    assert done.stdout == "fp32\n", done.stderr
+
+
+class Branching(torch.nn.Module):
+    """It looks at its pixels, and so cannot be traced."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3)) if x.mean() > 0 else x.amax((2, 3))
+
+
+class Fragile(torch.nn.Module):
+    """In low precision nothing is left of its features."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + 4096).mean((2, 3)) - 4096
+
+
+@pytest.mark.parametrize("network", [Branching(), Fragile()], ids=["cannot be traced", "needs fp32"])
+def test_network_that_cannot_be_made_fast_stays_as_it_is(network):
+    model = main.assemble_model("mine", network, "cpu", 8, [0.5, 0.4, 0.3], [0.2, 0.2, 0.2], "bilinear")
+    batch = torch.stack([torch.full((3, 8, 8), 40 * i, dtype=torch.uint8) for i in range(1, 5)])
+    centre = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)
+    expected = torch.nn.functional.normalize(torch.cat([network(x) for x in ((batch / 255 - centre) / 0.2).split(4)]))
+    assert np.abs(main.extract_features_batch(batch, model) - expected.numpy()).max() < 1e-2
+
+
+def test_batch_is_halved_where_memory_is_short_and_that_is_said_once(offline, collection, caplog):
+    def narrow(pixels: torch.Tensor) -> torch.Tensor:
+        if len(pixels) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return main.describe(pixels)
+
+    short = dataclasses.replace(offline, network=narrow)
+    files = list(main.find_images(collection(30), print))
+    work, summary = main.Work(batch_size=8), main.Summary()
+    batches = list(main.with_features(files, "bulk_images", short, work, lambda digest: False, summary))
+    plain = main.with_features(files, "bulk_images", offline, main.Work(), lambda digest: False, summary)
+    for ours, theirs in zip(itertools.chain(*batches), itertools.chain(*plain), strict=True):
+        assert ours.file == theirs.file and ours.vector == pytest.approx(theirs.vector, abs=2e-3)
+    assert [len(batch) for batch in batches] == [8, *[2] * 11]
+    assert caplog.text.count("memory of the GPU is short") == 1
+
+
+def test_memory_too_short_for_one_image_is_an_error(offline):
+    def none(pixels: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(main.DeepVisionError, match="--device cpu"):
+        main.extract_features_batch([draw(1)], dataclasses.replace(offline, network=none))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU can be used here")
+def test_gpu_that_cannot_be_used_is_said_with_the_reason(tmp_path, monkeypatch, caplog):
+    (tmp_path / "nvidia-smi").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main.load_model("offline").device == "cpu"
+    assert re.search(r"there is a GPU, but torch \S+ cannot use it: \w+", caplog.text)
+
+
+def test_a_machine_without_gpu_hears_nothing_of_it(caplog):
+    if shutil.which("nvidia-smi") or os.path.exists("/dev/nvidia0"):
+        pytest.skip("there is one")
+    main.load_model("offline")
+    assert not caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Refused, in one line that says what to do
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -351,7 +465,7 @@ def test_device_that_is_not_there_is_refused(device):
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-def test_timm_model_from_a_file(name, tmp_path):
+def test_timm_model_from_a_file(name, tmp_path, only_fp32):
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     network = timm.create_model(name, pretrained=False).eval()

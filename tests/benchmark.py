@@ -1,0 +1,271 @@
+"""How fast is it here, against the usual script and against what the machine allows?
+
+    python tests/benchmark.py                                  every section, an hour
+    python tests/benchmark.py few large --repeat 1             two of them, once
+    python tests/benchmark.py few --images ~/Pictures --json figures.json
+
+Ours and the usual script run in turn, each as a process of its own, over the same images. `whole` is the time of the
+process, with imports, weights and all warm-up; `beyond start-up` is without the time that the same program takes for
+one image. Medians of the repetitions. Without --weights the network is untrained: it takes as long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import main  # noqa: E402
+
+DISTINCT = 50  # images drawn of each kind; more of them are copies with other bytes at the end, as costly to read
+GFLOP = 8.2  # of ResNet50, an image
+NO_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+USUAL_SCRIPT = """
+import sys
+from pathlib import Path
+import numpy as np, torch, torchvision
+from PIL import Image
+
+folder, name, weights = sys.argv[1:]
+network = torchvision.models.get_model(name, weights=None)
+network.load_state_dict(torch.load(weights, weights_only=True))
+network.fc = torch.nn.Identity()
+network.eval()
+mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+
+def load(path):
+    image = Image.open(path).convert("RGB").resize((224, 224))
+    return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
+
+paths, features = sorted(Path(folder).iterdir()), []
+with torch.no_grad():
+    for i in range(0, len(paths), 32):
+        features.append(network(torch.stack([load(path) for path in paths[i : i + 32]])).numpy())
+np.save(Path(folder).parent / "usual.npy", np.concatenate(features))
+"""
+
+
+class Options(NamedTuple):
+    share: float  # of the images that a section takes
+    repeat: int
+    images: Path | None
+    network: str
+    weights: Path
+    folder: Path  # for what is written
+
+
+class Row(NamedTuple):
+    what: str
+    value: float
+    unit: str
+    baseline: float | None = None
+    promised: str = ""
+
+    def __str__(self) -> str:
+        ratio = f"{self.value / self.baseline:.2f} ×" if self.baseline else ""
+        baseline = "" if self.baseline is None else f"{self.baseline:,.2f}"
+        return f"| {self.what} | {self.value:,.2f} {self.unit} | {baseline} | {ratio} | {self.promised} |"
+
+
+class Spent(NamedTuple):
+    seconds: float
+    megabytes: float  # of memory, at the peak
+
+
+def drawn(seed: int, width: int, height: int) -> Image.Image:
+    """Noise with the statistics of photographs: amplitude falls as 1 / frequency, alike in all colours, but for a
+    grain; soft at the scale of its pixels if it is large. 12 megapixels have 4 MB, as from a phone."""
+    random, (w, h) = np.random.default_rng(seed), (min(width, 1000), min(height, 750))
+    frequency = np.hypot(np.fft.fftfreq(h)[:, None] * h, np.fft.rfftfreq(w)[None] * w)
+    planes = []
+    for _ in range(2):
+        spectrum = np.fft.rfft2(random.standard_normal((h, w))) / np.maximum(frequency, 1)
+        plane = np.fft.irfft2(spectrum, (h, w))
+        planes.append(plane / plane.std())
+    light, hue = planes
+    pixels = 127 + 50 * np.stack([light + 0.3 * hue, light, light - 0.3 * hue], 2)
+    soft = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    grain = np.tile(random.normal(0, 3, (h, w, 1)), (-(-height // h), -(-width // w), 1))[:height, :width]
+    return Image.fromarray((np.asarray(soft) + grain).clip(0, 255).astype(np.uint8))
+
+
+def collection(options: Options, count: int, width: int, height: int, distinct: int = DISTINCT) -> Path:
+    """A folder with so many JPEGs, of different contents, of the user's or of our own."""
+    folder = options.folder / f"{count} of {width} × {height}"
+    if folder.exists():
+        return folder
+    folder.mkdir()
+    contents: list[bytes] = []
+    if options.images:
+        found = (os.path.join(options.images, os.fsdecode(f.path)) for f in main.find_images(options.images, print))
+        named = [path for path in found if path.lower().endswith((".jpg", ".jpeg"))][: min(count, 10 * distinct)]
+        contents = [Path(path).read_bytes() for path in named]
+    for seed in range(0 if contents else min(count, distinct)):
+        drawn(seed, width, height).save(folder / "new", "JPEG", quality=92)
+        contents.append((folder / "new").read_bytes())
+        (folder / "new").unlink()
+    for i in range(count):
+        (folder / f"{i:06}.jpg").write_bytes(contents[i % len(contents)] + i.to_bytes(4, "big"))
+    return folder
+
+
+def process(command: list[str], environment: Mapping[str, str]) -> Spent:
+    start = time.perf_counter()
+    running = subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert running.stdout
+    said = running.stdout.read()
+    _, status, usage = os.wait4(running.pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"error: {command} failed: {said.decode(errors='replace')}")
+    return Spent(seconds, usage.ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10))
+
+
+def ours(folder: Path, options: Options, environment: Mapping[str, str] = {}, offline: bool = False) -> Spent:
+    with tempfile.TemporaryDirectory(dir=options.folder) as index_dir:
+        model = ["offline"] if offline else [options.network, "--weights", str(options.weights)]
+        where = ["--images", str(folder), "--index-dir", index_dir, "--index-only"]
+        return process([sys.executable, str(ROOT / "main.py"), *where, "--model", *model], environment)
+
+
+def usual(folder: Path, options: Options, environment: Mapping[str, str]) -> Spent:
+    command = [sys.executable, "-c", USUAL_SCRIPT, str(folder), options.network, str(options.weights)]
+    return process(command, environment)
+
+
+def against_the_usual_script(
+    count: int,
+    width: int,
+    height: int,
+    promised: str,
+    environment: Mapping[str, str] = {},
+) -> Callable[[Options], Iterator[Row]]:
+    """A section: the rate of extraction, from files to features in the cache."""
+
+    def section(options: Options) -> Iterator[Row]:
+        n = max(2, round(count * options.share))
+        many, one = collection(options, n, width, height), collection(options, 1, width, height)
+        whole: dict[Any, list[float]] = {ours: [], usual: []}
+        beyond: dict[Any, list[float]] = {ours: [], usual: []}
+        for _ in range(options.repeat):
+            for program in (usual, ours):
+                start_up = program(one, options, environment).seconds
+                seconds = program(many, options, environment).seconds
+                whole[program].append(n / seconds)
+                beyond[program].append((n - 1) / max(seconds - start_up, 1e-3))
+        what = f"{n:,} JPEGs of {width} × {height}" if not options.images else f"{n:,} of your JPEGs"
+        what += ", no bf16" if environment else ""
+        for name, rates in (("whole", whole), ("beyond start-up", beyond)):
+            mine, theirs = (statistics.median(rates[program]) for program in (ours, usual))
+            yield Row(f"{what}: {name}", mine, "images/s", theirs, promised)
+
+    return section
+
+
+def rate(work: Callable[[], Any], items: float, repeat: int) -> float:
+    """Items a second, warm."""
+    work()
+    seconds = []
+    for _ in range(repeat + 2):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return items / statistics.median(seconds)
+
+
+def ceilings(options: Options) -> Iterator[Row]:
+    """What the machine allows: decoding alone, the network alone, and the matrix product it could come near to."""
+    import torch
+
+    model = main.load_model(options.network, options.weights)
+    transform = main.get_transform(model.side, model.resample)
+    for width, height in ((500, 375), (4000, 3000)):
+        paths = list(collection(options, max(2, round(40 * options.share)), width, height, 8).iterdir())
+        decoded = rate(lambda paths=paths: [transform(Image.open(path)) for path in paths], len(paths), options.repeat)
+        yield Row(f"decoding {width} × {height}, one thread", decoded, "images/s")
+    size = max(2, round(main.BATCH_SIZE[model.device] * min(1.0, options.share)))
+    batch = torch.randint(0, 256, (size, 3, model.side, model.side), dtype=torch.uint8)
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(model.precision, torch.float32)
+    matrix, n = torch.randn(2048, 2048, device=model.device).to(kind), 2048
+    synchronise = torch.cuda.synchronize if model.device == "cuda" else lambda: None
+    rates: dict[str, list[float]] = {"product": [], "network": []}
+    for _ in range(options.repeat):
+        product = rate(lambda: (matrix @ matrix, synchronise()), 2 * n**3 / 1e9, 3)
+        rates["product"].append(product)
+        rates["network"].append(rate(lambda: main.extract_features_batch(batch, model), size, 1))
+    product, network = (statistics.median(rates[name]) for name in ("product", "network"))
+    yield Row(f"matrix product, {model.precision}", product, "GFLOP/s")
+    if options.network == "resnet50":
+        what = f"network alone, {model.precision}, {size} at once, against {GFLOP} GFLOP an image"
+        yield Row(what, network, "images/s", product / GFLOP, "0.80 ×")
+
+
+def memory(options: Options) -> Iterator[Row]:
+    """The peak while a collection ten times as large is indexed, with the offline descriptor."""
+    sizes = [max(2, round(n * options.share)) for n in (5000, 50000)]
+    few, many = (ours(collection(options, n, 64, 48), options, offline=True).megabytes for n in sizes)
+    yield Row(f"peak memory at {sizes[1]:,} images, against {sizes[0]:,}", many, "MB", few, "≤ 1.20 ×")
+
+
+SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
+    "many": against_the_usual_script(2000, 500, 375, "5.00 ×"),
+    "few": against_the_usual_script(200, 500, 375, "3.50 ×"),
+    "no-bf16": against_the_usual_script(500, 500, 375, "1.60 ×", NO_BF16),
+    "large": against_the_usual_script(200, 4000, 3000, "8.00 ×"),
+    "ceilings": ceilings,
+    "memory": memory,
+}
+
+
+def untrained(network: str, path: Path) -> Path:
+    import torch
+    import torchvision
+
+    torch.manual_seed(0)
+    torch.save(torchvision.models.get_model(network, weights=None).state_dict(), path)
+    return path
+
+
+def benchmark(sections: list[str], options: Options, kept: Path | None) -> None:
+    print("| what | figure | baseline | ratio | promised |\n|---|---|---|---|---|")
+    rows = []
+    for name in sections:
+        for row in SECTIONS[name](options):
+            print(row, flush=True)
+            rows.append({"section": name, **row._asdict()})
+            if kept:
+                kept.write_text(json.dumps({"cores": main.usable_cores(), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
+    parser.add_argument("--share", type=float, default=1.0, metavar="X", help="of the images (default: %(default)s)")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="take the JPEGs in it instead of drawing some")
+    parser.add_argument("--network", default="resnet50", help="a ResNet of torchvision (default: %(default)s)")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="default: untrained")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures")
+    given = parser.parse_args()
+    if unknown := set(given.sections) - set(SECTIONS):
+        parser.error(f"no such section: {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    with tempfile.TemporaryDirectory() as temporary:
+        weights = (given.weights or untrained(given.network, Path(temporary, "weights.pth"))).resolve()
+        settings = Options(given.share, given.repeat, given.images, given.network, weights, Path(temporary))
+        benchmark(given.sections or list(SECTIONS), settings, given.json)

@@ -1,0 +1,108 @@
+"""Several processes share the work: `torchrun --nproc-per-node 2 main.py --index-only`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import MAIN, Outcome, draw
+
+import main
+
+pytest.importorskip("torch").distributed.is_available() or pytest.skip("torch without it", allow_module_level=True)
+
+Run = Callable[..., Outcome]
+OFFLINE = ("--model", "offline")
+SLOWLY = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+import main
+
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+open(f"pid-{{os.environ['RANK']}}", "w").write(str(os.getpid()))
+main.SAVE_SECONDS = 0
+raise SystemExit(main.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def torchrun() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """torchrun(*args, script=MAIN): two ranks, in a session of their own."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*args: object, script: Path = MAIN) -> subprocess.Popen[str]:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+        command = [*map(str, launch), *map(str, args)]
+        started.append(subprocess.Popen(command, start_new_session=True, **pipes))  # type: ignore[call-overload]
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def finish(process: subprocess.Popen[str]) -> Outcome:
+    stdout, stderr = process.communicate(timeout=180)
+    return Outcome(process.returncode, stdout, stderr)
+
+
+@pytest.fixture
+def ask(run: Run) -> Callable[[str], str]:
+    """ask(index_dir): what a search prints, every byte of it."""
+    draw(3, (90, 70)).save("query.png")
+    return lambda index_dir: run("query.png", *OFFLINE, "--json", "-k", 100, "--index-dir", index_dir).stdout
+
+
+def test_two_ranks_make_the_index_that_one_process_makes(collection, torchrun, run, ask):
+    root = collection(60)
+    (root / "bad.png").touch()
+    (root / "again.png").write_bytes((root / "7.png").read_bytes())
+    ranks = finish(torchrun(*OFFLINE, "--index-only", "--index-dir", "two"))
+    assert ranks.status == 0 and ranks.stdout == ""
+    assert ranks.stderr.count("bulk_images: 62 found, 61 new") == 1
+    assert ranks.stderr.count(" found,") == 1 and "Traceback" not in ranks.stderr
+    assert not list(Path("two").glob("*/rank-*"))
+    assert "0 new" in run(*OFFLINE, "--index-only", "--index-dir", "two").stderr
+    assert ask("two") == ask("one") != ""
+
+    draw(100).save(root / "later.png")
+    searched = finish(torchrun("query.png", *OFFLINE, "--json", "-k", 100, "--index-dir", "two"))
+    assert (searched.status, searched.stdout) == (0, ask("one"))
+    assert "62 found, 1 new" in searched.stderr or "63 found, 1 new" in searched.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_costs_only_what_it_had_not_saved(rank, collection, torchrun, run, ask, tmp_path):
+    collection(400)
+    (tmp_path / "slowly.py").write_text(SLOWLY.format(folder=str(MAIN.parent)))
+    settings = ("--index-only", "--batch-size", 1, "--workers", 1, "--index-dir", "two")
+    process = torchrun(*OFFLINE, *settings, script=tmp_path / "slowly.py")
+    while sum(path.stat().st_size > 40_000 for path in Path("two").glob("*/rank-1/features.bin")) == 0:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.kill(int(Path(f"pid-{rank}").read_text()), signal.SIGKILL)
+    stopped = finish(process)
+    assert stopped.status != 0 and " found," not in stopped.stderr
+
+    size = main.DIGEST_BYTES + 2 * main.load_model("offline").dim + 4
+    records = sum(path.stat().st_size // size for path in Path("two").glob("*/**/features.bin"))
+    assert 10 < records < 400
+    summary = run(*OFFLINE, "--index-only", "--index-dir", "two").stderr
+    new = int(summary.partition("400 found, ")[2].partition(" new")[0])
+    assert 0 < new <= 400 - records
+    assert not list(Path("two").glob("*/rank-*"))
+    assert ask("two") == ask("one") != ""
+
+
+def test_what_the_first_rank_cannot_do_stops_them_all(torchrun):
+    outcome = finish(torchrun(*OFFLINE, "--index-only"))
+    assert outcome.status != 0 and outcome.stderr.count("bulk_images is missing") == 1
