@@ -904,7 +904,7 @@ def lock_away() -> None:
 
 
 def test_a_cache_that_may_only_be_read_still_answers(readable: None, run: Run) -> None:
-    ask = ("--model", "offline", "--json", IMAGES / "0.png")
+    ask = ("--model", "offline", "--json", "--no-report", IMAGES / "0.png")
     before = run(*ask)
     lock_away()
     with as_nobody():

@@ -372,8 +372,8 @@ def test_queries_are_files_and_folders(search: Run) -> None:
     draw(5).save(QUERIES / "deep" / "b.jpg")
     draw(6).save("alone.webp")
     assert [answer["query"] for answer in objects(search("--json"))] == [
-        "that_one_image/query.png",
         "that_one_image/deep/b.jpg",
+        "that_one_image/query.png",
     ]
     assert [answer["query"] for answer in objects(search("--json", "alone.webp", "that_one_image/deep"))] == [
         "alone.webp",
