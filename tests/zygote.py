@@ -1,0 +1,214 @@
+"""One process that has imported everything main.py needs, and forks a run of it in a tenth of a second.
+
+`Zygote` starts this file as a program and gives it requests, one JSON object a line. Each run is main.py as `python
+main.py` would run it, its `if __name__` included, in a process and a process group of its own; nothing in it is replaced
+but the values of constants that a test asks for.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MAIN = Path(__file__).parent.parent / "main.py"
+IMPORTED = (
+    "torch torchvision faiss filelock numpy tqdm PIL.Image PIL.ImageCms PIL.ImageOps PIL.ImageFilter "
+    "concurrent.futures.thread sqlite3 multiprocessing.synchronize"
+).split()
+
+
+class Ended(NamedTuple):
+    status: int  # of the program; minus the number of the signal that killed it
+    stdout: str
+    stderr: str
+    seconds: float
+    memory: int  # bytes, at its peak beyond what the imports take
+
+
+class Run:
+    """A run of main.py under way."""
+
+    def __init__(self, zygote: Zygote, pid: int, folder: Path) -> None:
+        self.zygote, self.pid, self.folder = zygote, pid, folder
+
+    def send(self, number: int) -> None:
+        """Only before `wait` has returned: until then its number is its own."""
+        os.kill(self.pid, number)
+
+    def alive(self) -> bool:
+        return bool(self.zygote.ask(alive=self.pid))
+
+    def said(self) -> str:
+        """On stderr, as yet."""
+        return (self.folder / "2").read_text(errors="replace")
+
+    def wait(self, timeout: float = 120) -> Ended:
+        ended = self.zygote.ask(wait=self.pid, timeout=timeout)
+        assert ended, f"it still runs after {timeout} seconds: {self.said()}"
+        out, err = ((self.folder / name).read_bytes().decode("utf-8", "surrogateescape") for name in "12")
+        for name in "12":
+            (self.folder / name).unlink()
+        self.folder.rmdir()
+        return Ended(ended["status"], out, err, ended["seconds"], ended["memory"])
+
+
+class Zygote:
+    """The other end of this file, run as a program. `faults`: a library for LD_PRELOAD, or none."""
+
+    def __init__(self, faults: Path | None) -> None:
+        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        preload = {"LD_PRELOAD": str(faults)} if faults else {}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], env={**os.environ, **one_thread, **preload},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        )  # fmt: skip
+
+    def ask(self, **request: Any) -> Any:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, *args: object, **options: Any) -> Run:
+        """Options:
+        cwd        a folder
+        env        what is added to the environment
+        constants  of main.py, with other values: {"SAVE_SECONDS": 0}
+        room       bytes of address space beyond what the imports take
+        limits     {"RLIMIT_NOFILE": 256}
+        faults     (folder, number, action, error) as `faults_arm` in faults.c takes them
+        trace      a file to put down in what is written below the folder of `faults`
+        code       Python to run instead of main.py, for the same price
+        """
+        folder = Path(tempfile.mkdtemp(prefix="run-"))
+        options["cwd"] = str(options.get("cwd") or os.getcwd())
+        return Run(self, self.ask(start=list(map(str, args)), folder=str(folder), **options), folder)
+
+    def __call__(self, *args: object, timeout: float = 120, **options: Any) -> Ended:
+        return self.start(*args, **options).wait(timeout)
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+def address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def arm(request: dict[str, Any]) -> None:
+    if "faults" in request:
+        folder, number, action, error = request["faults"]
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        trace = os.open(request["trace"], flags) if "trace" in request else -1
+        ctypes.CDLL(None).faults_arm(
+            os.fsencode(os.path.realpath(folder)), trace, ctypes.c_long(number), action, error
+        )
+    for name, value in request.get("limits", {}).items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    if "room" in request:
+        resource.setrlimit(resource.RLIMIT_AS, (address_space() + request["room"],) * 2)
+
+
+def be_main(body: types.CodeType, start: types.CodeType, request: dict[str, Any]) -> None:
+    sys.argv = [str(MAIN), *request["start"]]
+    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    exec(body, vars(module))
+    vars(module).update(request.get("constants", {}))
+    arm(request)
+    exec(compile(request["code"], "code", "exec") if "code" in request else start, vars(module))
+
+
+def child(body: types.CodeType, start: types.CodeType, request: dict[str, Any]) -> int:
+    """Its exit status, as Python would have it."""
+    os.setpgid(0, 0)
+    os.chdir(request["cwd"])
+    os.environ.update(request.get("env", {}))
+    for number, name in enumerate("012"):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if number else os.O_RDONLY
+        path = os.path.join(request["folder"], name) if number else os.devnull
+        os.dup2(os.open(path, flags), number)
+    for name in ("stdin", "stdout", "stderr"):
+        stream = open(("stdin", "stdout", "stderr").index(name), "r" if name == "stdin" else "w", encoding="utf-8",
+                      errors="backslashreplace" if name == "stderr" else "strict")  # fmt: skip
+        setattr(sys, name, stream)
+    status = 1
+    try:
+        be_main(body, start, request)
+        status = 0
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        if isinstance(leaving.code, str):
+            print(leaving.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    return status
+
+
+def serve() -> None:
+    for name in IMPORTED:
+        __import__(name)
+    from PIL import Image
+
+    Image.init()
+    *definitions, last = ast.parse(MAIN.read_text(encoding="utf-8")).body
+    guard = last.test if isinstance(last, ast.If) else None
+    assert guard and ast.unparse(guard) == "__name__ == '__main__'", "main.py ends otherwise"
+    body = compile(ast.Module(definitions, []), str(MAIN), "exec")
+    start = compile(ast.Module([last], []), str(MAIN), "exec")
+    assert len(os.listdir("/proc/self/task")) == 1, "a process of several threads cannot be forked safely"
+    began: dict[int, float] = {}
+    ended: dict[int, tuple[int, int]] = {}
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def reap(pid: int) -> bool:
+        if pid not in ended:
+            found, status, usage = os.wait4(pid, os.WNOHANG)
+            if found:
+                ended[pid] = os.waitstatus_to_exitcode(status), max(0, usage.ru_maxrss - base) * 1024
+        return pid in ended
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "start" in request:
+            if (pid := os.fork()) == 0:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                os._exit(child(body, start, request))
+            began[pid] = time.perf_counter()
+            answer: Any = pid
+        elif "alive" in request:
+            answer = os.waitid(os.P_PID, request["alive"], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        else:
+            pid, deadline = request["wait"], time.perf_counter() + request["timeout"]
+            while not reap(pid) and time.perf_counter() < deadline:
+                time.sleep(0.002)
+            answer = None
+            if pid in ended:
+                status, memory = ended.pop(pid)
+                answer = {"status": status, "memory": memory, "seconds": time.perf_counter() - began.pop(pid)}
+            else:
+                os.killpg(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the tests
+    serve()
