@@ -108,6 +108,7 @@ SAVE_SECONDS = 10  # work at risk when the process is killed; 30 are promised
 CONNECT_SECONDS = 10  # torch.hub sets no timeout of its own and would hang for minutes
 DRAFT = 2  # a JPEG is decoded at the smallest scale that leaves this many times the model's side
 MAX_PIXELS = 128_000_000  # to decode, after JPEG scaling: 0.5 GB as Pillow holds them; phones reach 200 million in JPEG
+HEADER_READS = 1_000_000  # of a few bytes each, half a second
 LARGE_PIXELS = 24_000_000  # images above it are decoded one at a time, so that memory stays bounded
 BLOCK = 4096  # records handled at once: 16 MB at 2048 dimensions
 DIGEST_BYTES = 16  # of SHA-256
@@ -125,8 +126,9 @@ FEWEST = 50  # images; of a smaller collection nothing is said
 OWN = 0.1  # share of the sample that is nearer to an image than its own distance: far more than any burst
 ROUNDS = 10  # of leaving out related pairs; it settles after three or four
 NOT_AN_IMAGE = "not an image"
+NO_MEMORY = re.compile("alloc|memory|start new thread|map segment")  # in the words of torch, FAISS, Python and ld.so
 PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
-NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5"}  # EPS would start Ghostscript; the others Pillow can only name
+NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS would start Ghostscript; the others Pillow only names
 
 log = logging.getLogger("deepvision")
 one_large_image = threading.Lock()
@@ -152,6 +154,11 @@ class File(NamedTuple):
     path: bytes  # relative to the collection
     size: int  # bytes
     mtime: int  # nanoseconds; -1: read it again next time
+
+
+def as_found(path: bytes, info: os.stat_result) -> File:
+    """A time that 64 bits of SQLite cannot hold (the year 2400) is wrapped around: it only has to differ."""
+    return File(path, info.st_size, info.st_mtime_ns % 2**63)
 
 
 class Picture(NamedTuple):
@@ -274,7 +281,7 @@ def find_images(
             if stat.S_ISDIR(info.st_mode):
                 folders.append(path)
             else:
-                yield File(path, info.st_size, info.st_mtime_ns)
+                yield as_found(path, info)
         waiting += reversed(folders)
 
 
@@ -293,6 +300,18 @@ def image_formats() -> tuple[list[str], set[str], str]:
         pass
     formats = [name for name in Image.ID if name not in NOT_DECODED]
     return formats, {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
+
+
+class HeaderReader(io.BufferedReader):
+    """A file whose header must come to an end: Pillow looks for a JPEG's next marker byte by byte, for hours if need be."""
+
+    reads_left: float = HEADER_READS
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise ValueError("its header does not end")
+        return super().read(size)
 
 
 def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
@@ -331,17 +350,18 @@ def read_picture(
     try:
         # Without O_NONBLOCK, a FIFO in an image's place would hang the run.
         path = os.path.join(root, file.path)
-        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | getattr(os, "O_NONBLOCK", 0))) as stream:
+        file_io = io.FileIO(path, opener=lambda p, flags: os.open(p, flags | getattr(os, "O_NONBLOCK", 0)))
+        with HeaderReader(file_io) as stream:
             info = os.fstat(stream.fileno())
-            file = File(file.path, info.st_size, info.st_mtime_ns)
+            file = as_found(file.path, info)
             if not stat.S_ISREG(info.st_mode):
                 return Picture(file, reason="not a regular file")
             if (image := open_image(stream, os.fsdecode(path))) is None:
                 return Picture(file)
+            stream.reads_left = math.inf
             digest = content_hash(stream)
             pixels = None if known(digest) else transform(image)
-            after = os.fstat(stream.fileno())
-            return Picture(file, digest, pixels, vanished=file[1:] != (after.st_size, after.st_mtime_ns))
+            return Picture(file, digest, pixels, vanished=file != as_found(file.path, os.fstat(stream.fileno())))
     except sqlite3.Error:
         raise  # of `known`: it says nothing of the file
     except Exception as error:  # decoders raise anything at all on a malformed file
@@ -1208,6 +1228,7 @@ def read_new(catalogue: Catalogue, images: Path, model: Model, work: Work, summa
     unsaved: list[Picture] = []
     saved, label = time.monotonic(), f"{model.name} on {model.device}"
     quiet = None if log.isEnabledFor(logging.INFO) else True  # None: on a terminal alone
+    tqdm.tqdm.monitor_interval = 0  # no thread beside it
     with tqdm.tqdm(total=catalogue.count("unread"), desc=label, unit="img", disable=quiet) as bar:
         try:
             for pictures in with_features(catalogue.unread(), images, model, work, catalogue.is_known, summary):
@@ -1438,6 +1459,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(options)
     except DeepVisionError as error:
         log.error("error: %s", error)
+        return 1
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not (isinstance(error, MemoryError) or NO_MEMORY.search(str(error))):
+            raise
+        log.error("error: out of memory (%s): free some, or try --workers 1 and a small --batch-size", first_line(error))
         return 1
     except KeyboardInterrupt:
         log.error("interrupted: what was done is saved, the next run goes on from there")

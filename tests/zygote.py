@@ -71,14 +71,15 @@ class Zygote:
     def __init__(self, faults: Path | None) -> None:
         one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         preload = {"LD_PRELOAD": str(faults)} if faults else {}
+        self.environment = {**os.environ, **one_thread, **preload}
         self.process = subprocess.Popen(
-            [sys.executable, __file__], env={**os.environ, **one_thread, **preload},
+            [sys.executable, __file__], env=self.environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
         )  # fmt: skip
 
     def ask(self, **request: Any) -> Any:
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.write(json.dumps(request, default=str) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
@@ -94,8 +95,9 @@ class Zygote:
         code       Python to run instead of main.py, for the same price
         """
         folder = Path(tempfile.mkdtemp(prefix="run-"))
-        options["cwd"] = str(options.get("cwd") or os.getcwd())
-        return Run(self, self.ask(start=list(map(str, args)), folder=str(folder), **options), folder)
+        options["cwd"] = options.get("cwd") or os.getcwd()
+        options["env"] = {**os.environ, **options.get("env", {})}
+        return Run(self, self.ask(start=list(map(str, args)), folder=folder, **options), folder)
 
     def __call__(self, *args: object, timeout: float = 120, **options: Any) -> Ended:
         return self.start(*args, **options).wait(timeout)

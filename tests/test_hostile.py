@@ -1,0 +1,288 @@
+"""Hostile input: images that lie, names that would do harm, caches and weights from a stranger. A line of reason is all
+that any of them gets, within ten seconds and a gigabyte; and no other file, nor the run, pays for it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import random
+import signal
+import sqlite3
+import struct
+import sys
+import unicodedata
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mutants
+import pytest
+from conftest import HOSTILE_NAMES, MAIN, Outcome, draw
+from PIL import Image
+from zygote import Ended, Zygote
+
+SEED = int(os.environ.get("SEED", 20))
+GIGABYTE = 1 << 30
+HERE = Path(__file__).parent
+OFFLINE = ("--model", "offline", "--views", "none")
+Run = Callable[..., Outcome]
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="needs Linux"),
+    pytest.mark.filterwarnings("ignore::Warning:PIL"),
+]
+
+
+def lines(text: str) -> list[str]:
+    return [line for line in text.split("\n") if line]
+
+
+# ---- Fuzzed images ---------------------------------------------------------------------------------------------------
+
+FUZZ = """
+import sys, warnings
+sys.path.insert(0, {here!r})
+import mutants
+warnings.simplefilter("ignore")
+read = lambda path: read_picture(File(os.fsencode(path), 0, 0), b"", get_transform(96), lambda digest: False)
+mutants.fuzz(read, {seed!r}, {begin}, {end}, ".")
+"""
+
+
+def fuzz(zygote: Zygote, count: int) -> dict[str, float]:
+    """What became of `count` mutants; a process that dies of one is a failure that names it."""
+    total, begin, step = {"read": 0, "refused": 0, "slowest": 0.0, "memory": 0}, 0, 500
+    print(f"SEED={SEED}, {len(mutants.samples())} samples")
+    while begin < count:
+        end = min(count, begin + step)
+        code = FUZZ.format(here=str(HERE), seed=SEED, begin=begin, end=end)
+        ended = zygote(code=code, room=GIGABYTE, timeout=600)
+        assert ended.status == 0, f"mutant {Path('progress').read_text()} of seed {SEED}: {ended}"
+        found = json.loads(ended.stdout.splitlines()[-1])
+        for word in ("read", "refused"):
+            total[word] += found.get(word, 0)
+        total["slowest"] = max(total["slowest"], found["slowest"])
+        total["memory"] = max(total["memory"], ended.memory)
+        begin = end
+    assert total["read"] + total["refused"] == count
+    print(total)
+    return total
+
+
+def test_the_samples_are_read_before_they_are_mutated() -> None:
+    import main
+
+    assert len(mutants.samples()) > 60
+    for name, content in mutants.samples().items():
+        Path("sample.jpg").write_bytes(content)
+        picture = main.read_picture(main.File(b"sample.jpg", 0, 0), b"", main.get_transform(96), lambda digest: False)
+        assert picture.pixels is not None, (name, picture)
+
+
+def test_fuzzed_images_are_read_or_refused(zygote: Zygote) -> None:
+    found = fuzz(zygote, 400)
+    assert found["read"] > 50 and found["refused"] > 50
+
+
+@pytest.mark.slow
+def test_fuzzed_images_by_the_thousand(zygote: Zygote) -> None:
+    found = fuzz(zygote, 20_000)
+    assert found["read"] > 2000 and found["refused"] > 2000
+
+
+# ---- Images that are larger than they look ---------------------------------------------------------------------------
+
+
+def png(width: int, height: int, *more: tuple[bytes, bytes], depth: int = 8, colour: int = 0) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    pack = zlib.compressobj(9)
+    row = bytes(1 + width * depth // 8 * {0: 1, 2: 3, 6: 4}[colour])
+    data = b"".join(pack.compress(row) for _ in range(height)) + pack.flush()
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    chunks = [chunk(b"IHDR", header), *(chunk(*it) for it in more), chunk(b"IDAT", data), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    image.save(stream := io.BytesIO(), kind, **options)
+    return stream.getvalue()
+
+
+def squeezed_text(name: bytes, megabytes: int) -> tuple[bytes, bytes]:
+    return b"zTXt", name + b"\0\0" + zlib.compress(bytes(megabytes << 20), 9)
+
+
+def ifd_chain(links: int, loop: bool) -> bytes:
+    """A TIFF whose directories each point to the next one, the last to the first."""
+    picture = saved(Image.new("L", (8, 8)), "TIFF")
+    (first,) = struct.unpack_from("<I", picture, 4)
+    (count,) = struct.unpack_from("<H", picture, first)
+    directory, chain = picture[first : first + 2 + 12 * count], bytearray(picture)
+    for link in range(links):
+        here = len(chain)
+        chain[-4:] = struct.pack("<I", here) if link == 0 else chain[-4:]
+        following = 8 if loop and link == links - 1 else here + len(directory) + 4
+        chain += directory + struct.pack("<I", following)
+    return bytes(chain)
+
+
+def exif_spiral(depth: int) -> bytes:
+    """A JPEG whose EXIF directories contain one another, and at last themselves."""
+    tiff = bytearray(b"II*\0" + struct.pack("<I", 8))
+    for level in range(depth):
+        here = len(tiff)
+        tiff += struct.pack("<HHHIII", 1, 0x8769, 4, 1, here + 18 if level < depth - 1 else 8, 0)
+    body = b"Exif\0\0" + bytes(tiff)[:65000]
+    plain = saved(Image.new("RGB", (8, 8)), "JPEG")
+    return plain[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + plain[2:]
+
+
+def many_segments(count: int) -> bytes:
+    plain = saved(Image.new("RGB", (8, 8)), "JPEG")
+    return plain[:2] + (b"\xff\xe2\xff\xff" + b"ICC_PROFILE\0\1\1".ljust(65533, b"x")) * count + plain[2:]
+
+
+def mpo_of(frames: int) -> bytes:
+    """At most 800: what tells of them is one segment, and Pillow cannot write more."""
+    first = Image.new("RGB", (8, 8))
+    return saved(first, "MPO", save_all=True, append_images=[first] * frames)
+
+
+def gif_of(frames: int) -> bytes:
+    plain = saved(Image.new("P", (8, 8)), "GIF")
+    start = plain.index(b",\0\0\0\0")
+    return plain[:start] + plain[start:-1] * frames + b";"
+
+
+def ico_of(content: bytes) -> bytes:
+    return struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(content), 22) + content
+
+
+def webp_header(width: int, height: int) -> bytes:
+    canvas = struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\x10\0\0\0" + canvas + b"VP8L" + struct.pack("<I", 8) + b"/" * 8
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def tiff_of(width: int, height: int) -> bytes:
+    entries = [(256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, height), (279, 64)]
+    packed = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4)
+
+
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "PNG, grey, 127 million pixels": lambda: png(11_000, 11_500),
+    "PNG with 16 bits": lambda: png(11_000, 11_500, depth=16),
+    "PNG, one row of 128 million": lambda: png(128_000_000, 1, depth=8),
+    "PNG, too large by one column": lambda: png(12_801, 10_000),
+    "PNG in an ICO": lambda: ico_of(png(16_000, 16_000)),
+    "GIF": lambda: saved(Image.new("P", (11_000, 11_500)), "GIF"),
+    "GIF of 100,000 frames": lambda: gif_of(100_000),
+    "GIF of 65,535 × 65,535": lambda: b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b";",
+    "TIFF of 4 gigapixels": lambda: tiff_of(65_535, 65_535),
+    "TIFF of a strip that is not there": lambda: tiff_of(11_000, 11_500),
+    "TIFF, packed": lambda: saved(Image.new("1", (11_000, 11_500)), "TIFF", compression="group4"),
+    "TIFF, a chain of 20,000 directories": lambda: ifd_chain(20_000, loop=False),
+    "TIFF, a chain that bites its tail": lambda: ifd_chain(5, loop=True),
+    "WebP": lambda: saved(Image.new("RGB", (9_000, 9_000)), "WEBP"),
+    "WebP of 16,384 × 16,384": lambda: webp_header(16_384, 16_384),
+    "WebP of 2^24 × 2^24": lambda: webp_header(1 << 24, 1 << 24),
+    "PPM of 10^18 pixels": lambda: b"P6 1000000000 1000000000 255\n",
+    "PNG, a text of 100 megabytes": lambda: png(8, 8, squeezed_text(b"a", 100)),
+    "PNG, 200 texts of a megabyte": lambda: png(8, 8, *[squeezed_text(b"%d" % i, 1) for i in range(200)]),
+    "PNG, 20 megabytes of plain text": lambda: png(8, 8, (b"tEXt", b"a\0" + b"x" * 20_000_000)),
+    "PNG, a colour profile of a gigabyte": lambda: png(8, 8, (b"iCCP", squeezed_text(b"icc", 1000)[1])),
+    "PNG, 100,000 chunks": lambda: png(8, 8, *[(b"tEXt", b"a\0b")] * 100_000),
+    "JPEG, EXIF directories in one another": lambda: exif_spiral(3_000),
+    "JPEG, 30 megabytes of profile": lambda: many_segments(500),
+    "MPO of 800 frames": lambda: mpo_of(800),
+}
+OTHERS = {
+    "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
+    "SVG with entities": b"<!DOCTYPE svg [<!ENTITY a 'aaaa'><!ENTITY b '&a;&a;&a;&a;'>]><svg>&b;</svg>",
+    "PDF": b"%PDF-1.7\n1 0 obj<</OpenAction<</S/Launch/F(sh)>>>>endobj\n",
+    "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(exploded) (w) file closefile\n",
+    "EPS in DOS": b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 32, 60) + bytes(20) + b"%!PS-Adobe-3.0 EPSF-3.0\n",
+    "WMF": b"\xd7\xcd\xc6\x9a" + bytes(40),
+    "shell script": b"#!/bin/sh\ntouch exploded\n",
+    "pickle": pickle.dumps(print),
+    "HTML": b"<html><script>alert(1)</script></html>",
+}
+READ_ONE = """
+import time, warnings
+warnings.simplefilter("ignore")
+start = time.perf_counter()
+picture = read_picture(File(b"bomb.jpg", 0, 0), b"", get_transform(96), lambda digest: False)
+print(picture.pixels is not None, round(time.perf_counter() - start, 2), picture.reason or "")
+"""
+
+
+def look_at(zygote: Zygote) -> tuple[bool, str, Ended]:
+    """Whether the bomb was read, the reason if not; in a gigabyte and ten seconds."""
+    ended = zygote(code=READ_ONE, room=GIGABYTE, timeout=60)
+    assert ended.status == 0 and ended.stdout.count("\n") == 1, ended
+    word, seconds, reason = ended.stdout.rstrip("\n").split(" ", 2)
+    assert float(seconds) < 10, ended
+    assert (word == "True") == (reason == ""), ended
+    return word == "True", reason, ended
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_bomb_is_read_or_refused_in_ten_seconds_and_a_gigabyte(bomb: str, zygote: Zygote) -> None:
+    Path("bomb.jpg").write_bytes(BOMBS[bomb]())
+    read, reason, ended = look_at(zygote)
+    print(read, reason, ended.memory >> 20, "MB")
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_no_picture_is_refused_whatever_its_name(kind: str, zygote: Zygote) -> None:
+    Path("bomb.jpg").write_bytes(OTHERS[kind])
+    read, reason, _ = look_at(zygote)
+    assert not read and reason and not Path("exploded").exists()
+
+
+STARTS = {
+    "nothing": b"",
+    "JPEG": b"\xff\xd8\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0",
+    "BMP": b"BM" + struct.pack("<IIIIiiHHIIiiII", 1000, 0, 54, 40, 8, 8, 1, 24, *[0] * 6),
+    "TIFF": tiff_of(8, 8),
+    "PNG": png(8, 8),
+    "PPM": b"P6 8 8 255\n",
+    "GIF": saved(Image.new("P", (8, 8)), "GIF"),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_sparse_file_of_two_gigabytes(start: str, zygote: Zygote) -> None:
+    Path("bomb.jpg").write_bytes(STARTS[start])
+    os.truncate("bomb.jpg", 2 << 30)
+    look_at(zygote)
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/full", "/dev/random", "/proc/self/mem", "/dev/stdin"])
+def test_a_link_to_a_device(device: str, zygote: Zygote) -> None:
+    os.symlink(device, "bomb.jpg")
+    read, reason, _ = look_at(zygote)
+    assert not read and reason
+
+
+def test_a_collection_of_bombs_costs_no_picture(zygote: Zygote, collection: Callable[[int], Path]) -> None:
+    images = collection(5)
+    for number, make in enumerate([*BOMBS.values()][7:20]):
+        (images / f"bomb {number}.jpg").write_bytes(make())
+    for name, content in OTHERS.items():
+        (images / f"{name}.jpg").write_bytes(content)
+    os.symlink("/dev/zero", images / "zero.jpg")
+    os.mkfifo(images / "fifo.jpg")
+    os.symlink(".", images / "loop")
+    first, second = (zygote(*OFFLINE, "--index-only", "-v", room=2 * GIGABYTE) for _ in range(2))
+    for ended in (first, second):
+        assert ended.status == 0 and "Traceback" not in ended.stderr, ended
+        assert all(f"{name}.jpg: " in ended.stderr for name in OTHERS)
+    assert "no image was opened" in second.stderr
