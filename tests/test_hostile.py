@@ -286,3 +286,266 @@ def test_a_collection_of_bombs_costs_no_picture(zygote: Zygote, collection: Call
         assert ended.status == 0 and "Traceback" not in ended.stderr, ended
         assert all(f"{name}.jpg: " in ended.stderr for name in OTHERS)
     assert "no image was opened" in second.stderr
+
+
+# ---- Hostile names ---------------------------------------------------------------------------------------------------
+
+
+def deep(name: bytes, length: int) -> list[bytes]:
+    """The folders and the name of a path of `length` bytes."""
+    rest = length - len(name)
+    folders = [b"d" * 200] * (rest // 201)
+    return [*folders, b"e" * (rest % 201 - 1), name] if rest % 201 > 1 else [*folders, b"f" + name]
+
+
+@pytest.fixture
+def named(collection: Callable[[int], Path]) -> dict[bytes, int]:
+    """A collection of all the names at once, each with a picture of its own: name and seed. Queries of the same names."""
+    images, names = os.fsencode(collection(3)), [*HOSTILE_NAMES.values(), b"deep.png"]
+    os.mkdir("queries")
+    for seed, name in enumerate(names, 100):
+        for root, size in ((images, (96, 64)), (b"queries", (48, 32))):
+            with open(os.path.join(root, name), "wb") as stream:
+                draw(seed).resize(size).save(stream, "PNG")
+    return {name: seed for seed, name in enumerate(names, 100)}
+
+
+def make_deep(root: Path, name: str, length: int) -> None:
+    """As a relative path: an absolute one would be too long for one call."""
+    here = os.open(root, os.O_RDONLY)
+    *folders, last = deep(os.fsencode(name), length)
+    for folder in folders:
+        os.mkdir(folder, dir_fd=here)
+        inner = os.open(folder, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    file = os.open(last, os.O_WRONLY | os.O_CREAT, dir_fd=here)
+    os.write(file, saved(draw(7), "PNG"))
+    os.close(file), os.close(here)
+
+
+def test_every_name_is_answered_with_in_json(named: dict[bytes, int], zygote: Zygote) -> None:
+    make_deep(Path("bulk_images"), "far.png", 4000)
+    ended = zygote(*OFFLINE, "--json", "queries", "-k", 1)
+    assert ended.status == 0 and ended.stdout.isascii() and "Traceback" not in ended.stderr, ended
+    objects = [json.loads(line) for line in ended.stdout.splitlines()]
+    pairs = {(os.fsencode(it["query"]), os.fsencode(it["matches"][0]["path"])) for it in objects}
+    assert pairs == {(b"queries/" + name, b"bulk_images/" + name) for name in named}
+    assert f"{len(named) + 4} found" in ended.stderr
+    assert not Path("exploded").exists()
+
+
+def test_every_name_is_a_line_of_text_that_steers_nothing(named: dict[bytes, int], zygote: Zygote) -> None:
+    ended = zygote(*OFFLINE, "-v", "queries", "-k", 1)
+    assert ended.status == 0 and len(lines(ended.stdout)) == ended.stdout.count("\n") == 2 * len(named)
+    harmful = {c for c in ended.stdout + ended.stderr if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp")} - {"\n"}
+    assert not harmful
+    for name in named:
+        if name.isascii() and b"\\" not in name and all(32 <= byte < 127 for byte in name):
+            assert f"bulk_images/{os.fsdecode(name)}" in ended.stdout
+
+
+@pytest.mark.parametrize("length", [3900, 4060, 4083, 4084, 4090, 4094])
+def test_a_path_of_four_thousand_bytes(length: int, zygote: Zygote, collection: Callable[[int], Path]) -> None:
+    """Beyond 4,095 bytes the system itself names no file: it is said, and costs no other."""
+    make_deep(collection(2), "far.png", length)
+    first, second = (zygote(*OFFLINE, "--json", "bulk_images/0.png") for _ in range(2))
+    assert first.status == second.status == 0 and first.stdout == second.stdout, first
+    assert "Traceback" not in first.stderr
+    paths = [match["path"] for match in json.loads(first.stdout)["matches"]]
+    reached = length + len("bulk_images/") < 4096
+    assert ([path for path in paths if path.endswith("far.png")] != []) == reached, first
+    assert reached or "far.png" in first.stderr or "listed" in first.stderr or "skipped" in first.stderr
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_folders_may_have_such_names_too(name: str, zygote: Zygote) -> None:
+    """The collection, the cache and the folder of queries."""
+    folders = [prefix + os.fsdecode(HOSTILE_NAMES[name])[-200:] for prefix in ("i", "c", "q")]
+    for folder in folders[::2]:
+        os.mkdir(folder)
+        draw(3).save(os.path.join(folder, "3.png"))
+    images, index, queries = (f"./{folder}" for folder in folders)
+    ended = zygote(*OFFLINE, "--json", "--images", images, "--index-dir", index, queries)
+    assert ended.status == 0 and len(json.loads(ended.stdout)["matches"]) == 1, ended
+    assert os.path.isdir(folders[1]) and not Path("exploded").exists()
+
+
+# ---- A stranger's cache and weights ----------------------------------------------------------------------------------
+
+
+class Bomb:
+    """A pickle that leaves a trace when it is loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (os.path.abspath("exploded"),)
+
+
+def in_numpy() -> bytes:
+    import numpy as np
+
+    np.save(stream := io.BytesIO(), np.array([Bomb()], dtype=object), allow_pickle=True)
+    return stream.getvalue()
+
+
+def in_torch(legacy: bool) -> bytes:
+    import torch
+
+    torch.save(Bomb(), stream := io.BytesIO(), _use_new_zipfile_serialization=not legacy)
+    return stream.getvalue()
+
+
+PICKLES: dict[str, Callable[[], bytes]] = {
+    **{f"protocol {protocol}": lambda protocol=protocol: pickle.dumps(Bomb(), protocol) for protocol in (0, 2, 5)},
+    "numpy": in_numpy,
+    "torch": lambda: in_torch(legacy=False),
+    "torch, old": lambda: in_torch(legacy=True),
+}
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_the_pickles_do_explode(kind: str) -> None:
+    """Else the tests below would show nothing."""
+    import numpy as np
+    import torch
+
+    content, load = PICKLES[kind](), pickle.loads
+    if kind == "numpy":
+        load = lambda data: np.load(io.BytesIO(data), allow_pickle=True)  # noqa: E731
+    elif "torch" in kind:
+        load = lambda data: torch.load(io.BytesIO(data), weights_only=False)  # noqa: E731
+    load(content)
+    assert Path("exploded").is_dir()
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_a_pickle_never_runs_wherever_it_is_planted(kind: str, zygote: Zygote, collection: Callable[..., Path]) -> None:
+    images, content = collection(4), PICKLES[kind]()
+    ask = (*OFFLINE, "--json", "bulk_images/0.png", "bulk_images/bomb.png", "--images")
+    before = zygote(*ask, images)
+    names = {path.name for path in Path("image_index").glob("*/*")} | {f"{name}.part" for name in ("features.bin",)}
+    (images / "bomb.png").write_bytes(content)
+    for name in sorted(names):
+        next(Path("image_index").iterdir()).joinpath(name).write_bytes(content)
+        ended = zygote(*ask, images)
+        assert "Traceback" not in ended.stderr and ended.stdout.splitlines()[0] == before.stdout.splitlines()[0], ended
+    Path("weights.pth").write_bytes(content)
+    for model in ("resnet50", "squeezenet1_1", "timm:resnet18"):
+        ended = zygote("--model", model, "--weights", "weights.pth", "--index-only")
+        assert ended.status == 1 and lines(ended.stderr)[-1].startswith("error: "), ended
+        assert "Traceback" not in ended.stderr
+    assert not Path("exploded").exists()
+
+
+def hostile_index(kind: str, good: bytes) -> bytes:
+    """What crashes or starves FAISS, or would, had it been read."""
+    chance = random.Random(f"{SEED} {kind}")
+    if kind == "claims 2^60 vectors":
+        return good[:8] + struct.pack("<q", 1 << 60) + good[16:]
+    if kind == "of another dimension":
+        return good[:4] + struct.pack("<i", 1 << 30) + good[8:]
+    if kind == "another kind":
+        return b"IwFl" + good[4:]
+    return good[:40] + chance.randbytes(len(good) - 40)
+
+
+@pytest.mark.parametrize("kind", ["claims 2^60 vectors", "of another dimension", "another kind", "noise"])
+def test_an_index_is_read_only_when_its_checksum_holds(
+    kind: str, zygote: Zygote, collection: Callable[..., Path]
+) -> None:
+    collection(8)
+    ask = (*OFFLINE, "--json", "bulk_images/0.png")
+    before = zygote(*ask)
+    (index,) = Path("image_index").glob("*/index.faiss")
+    index.write_bytes(hostile_index(kind, index.read_bytes()))
+    ended = zygote(*ask, room=GIGABYTE)
+    assert (ended.status, ended.stdout) == (0, before.stdout) and "made again" in ended.stderr, ended
+
+
+def test_sql_in_names_and_in_the_catalogue_is_text(zygote: Zygote, collection: Callable[..., Path]) -> None:
+    """A stranger's catalogue may hold triggers and views; it is known by its schema, and made again without them."""
+    images = collection(4)
+    (images / "x'; DELETE FROM files; --.png").write_bytes(saved(draw(9), "PNG"))
+    ask = (*OFFLINE, "--json", "bulk_images/0.png")
+    before = zygote(*ask)
+    (path,) = Path("image_index").glob("*/catalogue.sqlite")
+    db = sqlite3.connect(path)
+    db.executescript(
+        "CREATE TRIGGER evil AFTER INSERT ON files BEGIN DELETE FROM features; END;"
+        "CREATE VIEW seen AS SELECT 1; PRAGMA writable_schema = ON;"
+    )
+    db.close()
+    draw(10).save(images / "10.png")
+    ended = zygote(*ask)
+    assert ended.status == 0 and len(json.loads(ended.stdout)["matches"]) == 5, ended
+    assert len(json.loads(before.stdout)["matches"]) == 4
+    assert not sqlite3.connect(path).execute("SELECT 1 FROM sqlite_master WHERE type IN ('trigger', 'view')").fetchall()
+
+
+# ---- Little memory, few files, many files ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("megabytes", [0, 2, 5, 10, 20, 30, 50, 80, 150])
+def test_little_memory_is_one_line(megabytes: int, zygote: Zygote, collection: Callable[[int], Path]) -> None:
+    collection(30)
+    for workers in (1, 4):
+        ended = zygote(*OFFLINE, "--json", "bulk_images/0.png", "--workers", workers, room=megabytes << 20)
+        assert "Traceback" not in ended.stderr and ended.stderr.count("\n") == 1, ended
+        assert (ended.status == 0) == ("found" in ended.stderr) and ended.status in (0, 1)
+    assert zygote(*OFFLINE, "--json", "bulk_images/0.png").status == 0
+
+
+@pytest.mark.parametrize("kilobytes", [400_000, 1_500_000])
+def test_too_little_memory_to_start_is_one_line(
+    kilobytes: int, program: Callable[..., Any], collection: Callable[[int], Path]
+) -> None:
+    import resource
+
+    collection(3)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (kilobytes << 10,) * 2)  # noqa: E731
+    stdout, stderr = (process := program(*OFFLINE, preexec_fn=limit)).communicate(timeout=60)
+    assert (process.returncode, stdout) == (1, "") and "Traceback" not in stderr, stderr
+    assert stderr.count("\n") == 1 and stderr.startswith("error: "), stderr
+
+
+def test_few_open_files_suffice(zygote: Zygote, collection: Callable[[int], Path]) -> None:
+    images = collection(30)
+    for seed in range(100):
+        (folder := images / "deep" / "/".join("abcdefgh"[: seed % 8]) / str(seed)).mkdir(parents=True)
+        draw(seed).save(folder / "x.png")
+    ended = zygote(*OFFLINE, "--json", "bulk_images", "-k", 3, "--workers", 8, limits={"RLIMIT_NOFILE": 40})
+    assert ended.status == 0 and "0 skipped" in ended.stderr and len(lines(ended.stdout)) == 130, ended
+
+
+MANY = 200_000
+SMALL = b"BM" + struct.pack("<IIIIiiHHIIiiII", 58, 0, 54, 40, 1, 1, 1, 24, *[0] * 6)
+
+
+def fill(images: Path, files: int, folders: int) -> None:
+    """A hundredth are pictures, of 500 kinds; the rest bears false names, or is nothing at all."""
+    for number in range(files):
+        if number < folders:
+            (images / str(number)).mkdir(parents=True)
+        path = images / str(number % folders) / f"{number}"
+        if number % 100 == 0:
+            path.with_suffix(".bmp").write_bytes(SMALL + struct.pack("<I", number // 100 % 500))
+        elif number % 2:
+            path.with_suffix(".jpg").write_bytes(b"%d" % number)
+        else:
+            path.with_suffix(".txt").write_bytes(b"text")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folders", [1, 20_000])
+def test_two_hundred_thousand_files(folders: int, zygote: Zygote) -> None:
+    """Twenty times as many files as in a first run take hardly more memory, and no more open files."""
+    ask = (*OFFLINE, "--index-only")
+    limits = {"RLIMIT_NOFILE": 256}
+    fill(Path("few"), MANY // 20, max(1, folders // 20))
+    few = zygote(*ask, "--images", "few", "--index-dir", "few index", limits=limits)
+    fill(Path("many"), MANY, folders)
+    many, again = (zygote(*ask, "--images", "many", limits=limits, timeout=900) for _ in range(2))
+    assert few.status == many.status == again.status == 0, (few, many, again)
+    print(few.seconds, many.seconds, again.seconds, few.memory >> 20, many.memory >> 20, again.memory >> 20)
+    assert f"{MANY // 100 + MANY // 2:,} found" in many.stderr and "no image was opened" in again.stderr
+    assert max(many.memory, again.memory) < few.memory + (150 << 20)
