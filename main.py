@@ -128,7 +128,14 @@ ROUNDS = 10  # of leaving out related pairs; it settles after three or four
 NOT_AN_IMAGE = "not an image"
 NO_MEMORY = re.compile("alloc|memory|start new thread|map segment")  # in the words of torch, FAISS, Python and ld.so
 PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
-NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS would start Ghostscript; the others Pillow only names
+NOT_DECODED = {
+    "EPS",
+    "MPEG",
+    "BUFR",
+    "GRIB",
+    "HDF5",
+    "FTEX",
+}  # EPS would start Ghostscript; the others Pillow only names
 
 log = logging.getLogger("deepvision")
 one_large_image = threading.Lock()
@@ -1463,7 +1470,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError, ImportError) as error:
         if not (isinstance(error, MemoryError) or NO_MEMORY.search(str(error))):
             raise
-        log.error("error: out of memory (%s): free some, or try --workers 1 and a small --batch-size", first_line(error))
+        log.error(
+            "error: out of memory (%s): free some, or try --workers 1 and a small --batch-size", first_line(error)
+        )
         return 1
     except KeyboardInterrupt:
         log.error("interrupted: what was done is saved, the next run goes on from there")

@@ -51,11 +51,15 @@ def exif() -> Image.Exif:
 
 
 WRITTEN: dict[str, Callable[[], bytes]] = {  # one or more of each format that Pillow writes
-    **{kind: lambda kind=kind: saved(kind) for kind in "BMP DIB GIF ICNS IM JPEG MPO PNG PPM QOI SGI TIFF WEBP".split()},
+    **{
+        kind: lambda kind=kind: saved(kind) for kind in "BMP DIB GIF ICNS IM JPEG MPO PNG PPM QOI SGI TIFF WEBP".split()
+    },
     **{kind: lambda kind=kind: saved(kind) for kind in "AVIF HEIF JPEG2000 DDS PCX TGA ICO".split()},
     "SPIDER": lambda: saved("SPIDER", "F"),
     "BLP": lambda: saved("BLP", "P"),
-    **{f"{kind} of 1 bit": lambda kind=kind: saved(kind, "1") for kind in "BMP GIF MSP PCX PNG PPM TIFF XBM IM".split()},
+    **{
+        f"{kind} of 1 bit": lambda kind=kind: saved(kind, "1") for kind in "BMP GIF MSP PCX PNG PPM TIFF XBM IM".split()
+    },
     **{f"{kind}, palette": lambda kind=kind: saved(kind, "P") for kind in "BMP GIF PCX PNG TGA TIFF IM".split()},
     **{f"{kind}, alpha": lambda kind=kind: saved(kind, "RGBA") for kind in "DDS ICNS PNG SGI TGA TIFF WEBP".split()},
     **{f"{kind}, grey": lambda kind=kind: saved(kind, "L") for kind in "JPEG JPEG2000 PCX SGI TIFF".split()},
@@ -106,12 +110,14 @@ PIXELS = GREY[: W * H]
 BY_HAND: dict[str, Callable[[], bytes]] = {  # the formats that Pillow only reads
     "CUR": lambda: saved("ICO", bitmap_format="bmp").replace(b"\0\0\1\0", b"\0\0\2\0", 1),
     "DCX": lambda: struct.pack("<III", 0x3ADE68B1, 12, 0) + saved("PCX"),
-    "FITS": lambda: b"".join(
-        card(f"{key:8}= {value:>20}")
-        for key, value in [("SIMPLE", "T"), ("BITPIX", 8), ("NAXIS", 2), ("NAXIS1", W), ("NAXIS2", H)]
-    ).ljust(400)
-    + card("END").ljust(2480)
-    + PIXELS,
+    "FITS": lambda: (
+        b"".join(
+            card(f"{key:8}= {value:>20}")
+            for key, value in [("SIMPLE", "T"), ("BITPIX", 8), ("NAXIS", 2), ("NAXIS1", W), ("NAXIS2", H)]
+        ).ljust(400)
+        + card("END").ljust(2480)
+        + PIXELS
+    ),
     "FLI": lambda: (
         struct.pack("<IHHHHHHI", 0, 0xAF11, 1, W, H, 8, 3, 5).ljust(128, b"\0")
         + struct.pack("<IHH8x", 16 + 6 + W * H, 0xF1FA, 1)
@@ -120,7 +126,10 @@ BY_HAND: dict[str, Callable[[], bytes]] = {  # the formats that Pillow only read
     ),
     "GBR": lambda: struct.pack(">5I4sI", 32, 2, W, H, 1, b"GIMP", 10) + b"name" + PIXELS,
     "IPTC": lambda: (
-        iptc(3, 60, b"\1\0") + iptc(3, 20, bytes([0, W])) + iptc(3, 30, bytes([0, H])) + iptc(3, 120, b"\1")
+        iptc(3, 60, b"\1\0")
+        + iptc(3, 20, bytes([0, W]))
+        + iptc(3, 30, bytes([0, H]))
+        + iptc(3, 120, b"\1")
         + iptc(8, 10, b"\0" * 5 + PIXELS)
     ),  # fmt: skip
     "MCIDAS": mcidas,
@@ -131,7 +140,9 @@ BY_HAND: dict[str, Callable[[], bytes]] = {  # the formats that Pillow only read
     "PSD": lambda: struct.pack(">4sH6xHIIHHIIIH", b"8BPS", 1, 3, H, W, 8, 3, 0, 0, 0, 0) + 3 * PIXELS,
     "SUN": lambda: struct.pack(">8I", 0x59A66A95, W, H, 8, W * H, 1, 0, 0) + PIXELS,
     "XPM": lambda: (
-        b'/* XPM */\nstatic char *x[] = {\n"8 4 2 1",\n"a c #ff0000",\n"b c #00ff00",\n' + b'"abababab",\n' * 4 + b"};\n"
+        b'/* XPM */\nstatic char *x[] = {\n"8 4 2 1",\n"a c #ff0000",\n"b c #00ff00",\n'
+        + b'"abababab",\n' * 4
+        + b"};\n"
     ),
     "XVTHUMB": lambda: b"P7 332\n#END_OF_COMMENTS\n%d %d 255\n" % SIZE + PIXELS,
 }
@@ -191,7 +202,10 @@ def mutants(seed: object, begin: int, end: int) -> Iterator[tuple[int, str, byte
 
 def fuzz(read: Callable[[str], Any], seed: object, begin: int, end: int, folder: str) -> None:
     """Read mutants; the one under way is named in `progress`, and what became of them is printed."""
-    path, progress = os.path.join(folder, "mutant.jpg"), os.open(os.path.join(folder, "progress"), os.O_WRONLY | os.O_CREAT)
+    path, progress = (
+        os.path.join(folder, "mutant.jpg"),
+        os.open(os.path.join(folder, "progress"), os.O_WRONLY | os.O_CREAT),
+    )
     tally: dict[str, int] = {}
     slowest = 0.0
     for number, name, content in mutants(seed, begin, end):

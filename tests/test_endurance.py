@@ -153,7 +153,9 @@ def machine(zygote: Zygote, folder: Path) -> type[stateful.RuleBasedStateMachine
             super().__init__()
             self.world = World(Path(tempfile.mkdtemp(dir=folder)), zygote)
 
-        @stateful.rule(acts=st.lists(st.tuples(st.sampled_from(sorted(ACTS)), st.integers(0, 999)), min_size=1, max_size=3))
+        @stateful.rule(
+            acts=st.lists(st.tuples(st.sampled_from(sorted(ACTS)), st.integers(0, 999)), min_size=1, max_size=3)
+        )
         def do(self, acts: list[tuple[str, int]]) -> None:
             for name, number in acts:
                 ACTS[name](self.world, number)

@@ -112,14 +112,16 @@ def address_space() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def arm(request: dict[str, Any]) -> None:
     if "faults" in request:
         folder, number, action, error = request["faults"]
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         trace = os.open(request["trace"], flags) if "trace" in request else -1
-        ctypes.CDLL(None).faults_arm(
-            os.fsencode(os.path.realpath(folder)), trace, ctypes.c_long(number), action, error
-        )
+        ctypes.CDLL(None).faults_arm(os.fsencode(os.path.realpath(folder)), trace, ctypes.c_long(number), action, error)
     for name, value in request.get("limits", {}).items():
         resource.setrlimit(getattr(resource, name), (value, value))
     if "room" in request:
@@ -178,13 +180,13 @@ def serve() -> None:
     assert len(os.listdir("/proc/self/task")) == 1, "a process of several threads cannot be forked safely"
     began: dict[int, float] = {}
     ended: dict[int, tuple[int, int]] = {}
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    base = resident()
 
     def reap(pid: int) -> bool:
         if pid not in ended:
             found, status, usage = os.wait4(pid, os.WNOHANG)
             if found:
-                ended[pid] = os.waitstatus_to_exitcode(status), max(0, usage.ru_maxrss - base) * 1024
+                ended[pid] = os.waitstatus_to_exitcode(status), max(0, usage.ru_maxrss * 1024 - base)
         return pid in ended
 
     for line in sys.stdin:
