@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -40,7 +41,7 @@ def calls(trace: Path) -> Iterator[Call]:
     while place < len(data):
         kind, long, longer, offset, length = struct.unpack_from("5q", data, place)
         ends = [place + 40, place + 40 + long, place + 40 + long + longer]
-        path, to = (os.fsdecode(bytes(data[a:b])) for a, b in zip(ends, ends[1:]))
+        path, to = (os.fsdecode(bytes(data[a:b])) for a, b in itertools.pairwise(ends))
         place = ends[-1] + (length if chr(kind) == "w" else 0)
         yield Call(chr(kind), path, to, offset, length, bytes(data[ends[-1] : place]))
 

@@ -50,19 +50,19 @@ def exif() -> Image.Exif:
     return data
 
 
+def words(text: str) -> list[str]:
+    return text.split()
+
+
 WRITTEN: dict[str, Callable[[], bytes]] = {  # one or more of each format that Pillow writes
-    **{
-        kind: lambda kind=kind: saved(kind) for kind in "BMP DIB GIF ICNS IM JPEG MPO PNG PPM QOI SGI TIFF WEBP".split()
-    },
-    **{kind: lambda kind=kind: saved(kind) for kind in "AVIF HEIF JPEG2000 DDS PCX TGA ICO".split()},
+    **{kind: lambda kind=kind: saved(kind) for kind in words("BMP DIB GIF ICNS IM JPEG MPO PNG PPM QOI SGI TIFF WEBP")},
+    **{kind: lambda kind=kind: saved(kind) for kind in words("AVIF HEIF JPEG2000 DDS PCX TGA ICO")},
     "SPIDER": lambda: saved("SPIDER", "F"),
     "BLP": lambda: saved("BLP", "P"),
-    **{
-        f"{kind} of 1 bit": lambda kind=kind: saved(kind, "1") for kind in "BMP GIF MSP PCX PNG PPM TIFF XBM IM".split()
-    },
-    **{f"{kind}, palette": lambda kind=kind: saved(kind, "P") for kind in "BMP GIF PCX PNG TGA TIFF IM".split()},
-    **{f"{kind}, alpha": lambda kind=kind: saved(kind, "RGBA") for kind in "DDS ICNS PNG SGI TGA TIFF WEBP".split()},
-    **{f"{kind}, grey": lambda kind=kind: saved(kind, "L") for kind in "JPEG JPEG2000 PCX SGI TIFF".split()},
+    **{f"{kind} of 1 bit": lambda kind=kind: saved(kind, "1") for kind in words("BMP GIF MSP PCX PNG PPM TIFF XBM IM")},
+    **{f"{kind}, palette": lambda kind=kind: saved(kind, "P") for kind in words("BMP GIF PCX PNG TGA TIFF IM")},
+    **{f"{kind}, alpha": lambda kind=kind: saved(kind, "RGBA") for kind in words("DDS ICNS PNG SGI TGA TIFF WEBP")},
+    **{f"{kind}, grey": lambda kind=kind: saved(kind, "L") for kind in words("JPEG JPEG2000 PCX SGI TIFF")},
     **{f"TIFF, {mode}": lambda mode=mode: saved("TIFF", mode) for mode in ("F", "I", "I;16", "CMYK", "LAB", "YCbCr")},
     **{
         f"TIFF, {packing}": lambda packing=packing: saved("TIFF", compression=packing)
@@ -131,7 +131,7 @@ BY_HAND: dict[str, Callable[[], bytes]] = {  # the formats that Pillow only read
         + iptc(3, 30, bytes([0, H]))
         + iptc(3, 120, b"\1")
         + iptc(8, 10, b"\0" * 5 + PIXELS)
-    ),  # fmt: skip
+    ),
     "MCIDAS": mcidas,
     "PCD": photo_cd,
     "PIXAR": lambda: (

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +130,11 @@ class World:
         assert extracted(after) == 0
 
 
-ACTS = {
-    name: getattr(World, name)
-    for name in (
-        "add add_what_is_none change copy rename swap remove hide restore prune rebuild switch_model kill go_back back_up "
-        "damage lose"
-    ).split()
-}
+GROWING = (World.add, World.add_what_is_none, World.copy)
+MOVING = (World.change, World.rename, World.swap, World.remove, World.hide, World.restore)
+WORKING = (World.prune, World.rebuild, World.switch_model, World.kill)
+LOSING = (World.back_up, World.go_back, World.damage, World.lose)
+ACTS = {act.__name__: act for act in (*GROWING, *MOVING, *WORKING, *LOSING)}
 
 
 @pytest.fixture

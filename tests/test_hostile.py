@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import random
-import signal
 import sqlite3
 import struct
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 import mutants
 import pytest
-from conftest import HOSTILE_NAMES, MAIN, Outcome, draw
+from conftest import HOSTILE_NAMES, Outcome, draw
 from PIL import Image
 from zygote import Ended, Zygote
 
@@ -300,7 +299,7 @@ def deep(name: bytes, length: int) -> list[bytes]:
 
 @pytest.fixture
 def named(collection: Callable[[int], Path]) -> dict[bytes, int]:
-    """A collection of all the names at once, each with a picture of its own: name and seed. Queries of the same names."""
+    """A collection, and queries, of all the names at once, each with a picture of its own: name and seed."""
     images, names = os.fsencode(collection(3)), [*HOSTILE_NAMES.values(), b"deep.png"]
     os.mkdir("queries")
     for seed, name in enumerate(names, 100):

@@ -1,8 +1,8 @@
 """One process that has imported everything main.py needs, and forks a run of it in a tenth of a second.
 
 `Zygote` starts this file as a program and gives it requests, one JSON object a line. Each run is main.py as `python
-main.py` would run it, its `if __name__` included, in a process and a process group of its own; nothing in it is replaced
-but the values of constants that a test asks for.
+main.py` would run it, its `if __name__` included, in a process and a process group of its own; nothing in it is
+replaced but the values of constants that a test asks for.
 """
 
 from __future__ import annotations
@@ -19,15 +19,22 @@ import tempfile
 import time
 import traceback
 import types
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 MAIN = Path(__file__).parent.parent / "main.py"
-IMPORTED = (
-    "torch torchvision faiss filelock numpy tqdm PIL.Image PIL.ImageCms PIL.ImageOps PIL.ImageFilter "
-    "concurrent.futures.thread sqlite3 multiprocessing.synchronize"
-).split()
+PILLOW = ["PIL.Image", "PIL.ImageCms", "PIL.ImageOps"]
+IMPORTED = [
+    "torch",
+    "torchvision",
+    "faiss",
+    "filelock",
+    "numpy",
+    "tqdm",
+    "sqlite3",
+    "concurrent.futures.thread",
+    *PILLOW,
+]
 
 
 class Ended(NamedTuple):
@@ -146,10 +153,9 @@ def child(body: types.CodeType, start: types.CodeType, request: dict[str, Any]) 
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if number else os.O_RDONLY
         path = os.path.join(request["folder"], name) if number else os.devnull
         os.dup2(os.open(path, flags), number)
-    for name in ("stdin", "stdout", "stderr"):
-        stream = open(("stdin", "stdout", "stderr").index(name), "r" if name == "stdin" else "w", encoding="utf-8",
-                      errors="backslashreplace" if name == "stderr" else "strict")  # fmt: skip
-        setattr(sys, name, stream)
+    sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     status = 1
     try:
         be_main(body, start, request)
