@@ -310,7 +310,7 @@ def image_formats() -> tuple[list[str], set[str], str]:
 
 
 class HeaderReader(io.BufferedReader):
-    """A file whose header must end some day: Pillow looks for a JPEG's next marker byte by byte, for hours if need be."""
+    """A file whose header must end some day: Pillow looks for a JPEG's next marker byte by byte, for hours if it must."""
 
     reads_left: float = HEADER_READS
 
