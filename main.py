@@ -128,14 +128,7 @@ ROUNDS = 10  # of leaving out related pairs; it settles after three or four
 NOT_AN_IMAGE = "not an image"
 NO_MEMORY = re.compile("alloc|memory|start new thread|map segment")  # in the words of torch, FAISS, Python and ld.so
 PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
-NOT_DECODED = {
-    "EPS",
-    "MPEG",
-    "BUFR",
-    "GRIB",
-    "HDF5",
-    "FTEX",
-}  # EPS would start Ghostscript; the others Pillow only names
+NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS starts Ghostscript, the others cannot be read so
 
 log = logging.getLogger("deepvision")
 one_large_image = threading.Lock()
@@ -310,7 +303,7 @@ def image_formats() -> tuple[list[str], set[str], str]:
 
 
 class HeaderReader(io.BufferedReader):
-    """A file whose header must end some day: Pillow looks for a JPEG's next marker byte by byte, for hours if it must."""
+    """A file whose header must end: Pillow looks for the next marker of a JPEG byte by byte, for hours if it has to."""
 
     reads_left: float = HEADER_READS
 
