@@ -200,7 +200,7 @@ class Scene:
     def run(self, box: Box, number: int, action: int, error: int = 0, **how: Any) -> Ended:
         """With a fault at the `number`-th call."""
         faults = (box.index, number, action, error)
-        return box.run(*self.case.options, "-q", constants=self.case.constants or {}, faults=faults, **how)
+        return box.run(*self.case.options, "-q", constants=self.case.constants, faults=faults, **how)
 
     def saved_before(self, number: int) -> int:
         """Images whose features are surely kept by what was done before this call."""
@@ -339,7 +339,7 @@ def kill_again_and_again(scene: Scene, name: str, times: int) -> None:
     """Each time on what the last one has left."""
     chance, box = seeded(name), scene.copy()
     for _ in range(times):
-        run = box.start(*scene.case.options, constants=scene.case.constants or {})
+        run = box.start(*scene.case.options, constants=scene.case.constants)
         begun(box, run, chance.uniform(0, 0.3))
         run.send(signal.SIGKILL)
         assert run.wait().status in (-signal.SIGKILL, 0)
@@ -362,7 +362,7 @@ def stop_politely(scene: Scene, name: str, stops: tuple[signal.Signals, ...], ti
     chance, stopped = seeded(name, stops), 0
     for _ in range(times):
         box = scene.copy()
-        run = box.start(*scene.case.options, "-q", constants=scene.case.constants or {})
+        run = box.start(*scene.case.options, "-q", constants=scene.case.constants)
         begun(box, run, chance.uniform(0.02, 0.2))
         for number in stops:
             run.send(number)
@@ -554,7 +554,7 @@ def test_twenty_of_all_kinds_at_once(round: int, scene: Callable[[str], Scene]) 
 
 def test_one_that_waits_goes_on_when_the_writer_is_killed(scene: Callable[[str], Scene]) -> None:
     case, box = scene("first"), scene("first").copy()
-    writer = box.start(*case.case.options, constants=case.case.constants or {})
+    writer = box.start(*case.case.options, constants=case.case.constants)
     begun(box, writer, 0.1)
     waiting = box.start()
     time.sleep(0.1)

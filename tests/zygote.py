@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 import types
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,16 +136,30 @@ def arm(request: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (address_space() + request["room"],) * 2)
 
 
-def be_main(body: types.CodeType, start: types.CodeType, request: dict[str, Any]) -> None:
+@cache
+def compiled(constants: str) -> tuple[types.CodeType, types.CodeType]:
+    """main.py with these constants, as JSON: all of it but its last statement, and that one."""
+    values = json.loads(constants)
+    *definitions, last = ast.parse(MAIN.read_text(encoding="utf-8")).body
+    assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'", "main.py ends otherwise"
+    for statement in definitions:
+        if isinstance(statement, ast.Assign) and (name := ast.unparse(statement.targets[0])) in values:
+            statement.value = ast.copy_location(ast.Constant(values.pop(name)), statement.value)
+    assert not values, f"no such constants: {values}"
+    first, second = (ast.Module(part, []) for part in (definitions, [last]))
+    return compile(first, str(MAIN), "exec"), compile(second, str(MAIN), "exec")
+
+
+def be_main(request: dict[str, Any]) -> None:
     sys.argv = [str(MAIN), *request["start"]]
     module = sys.modules["__main__"] = types.ModuleType("__main__")
+    body, start = compiled(json.dumps(request.get("constants") or {}))
     exec(body, vars(module))
-    vars(module).update(request.get("constants", {}))
     arm(request)
     exec(compile(request["code"], "code", "exec") if "code" in request else start, vars(module))
 
 
-def child(body: types.CodeType, start: types.CodeType, request: dict[str, Any]) -> int:
+def child(request: dict[str, Any]) -> int:
     """Its exit status, as Python would have it."""
     os.setpgid(0, 0)
     os.chdir(request["cwd"])
@@ -158,7 +173,7 @@ def child(body: types.CodeType, start: types.CodeType, request: dict[str, Any]) 
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     status = 1
     try:
-        be_main(body, start, request)
+        be_main(request)
         status = 0
     except SystemExit as leaving:
         status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
@@ -178,11 +193,6 @@ def serve() -> None:
     from PIL import Image
 
     Image.init()
-    *definitions, last = ast.parse(MAIN.read_text(encoding="utf-8")).body
-    guard = last.test if isinstance(last, ast.If) else None
-    assert guard and ast.unparse(guard) == "__name__ == '__main__'", "main.py ends otherwise"
-    body = compile(ast.Module(definitions, []), str(MAIN), "exec")
-    start = compile(ast.Module([last], []), str(MAIN), "exec")
     assert len(os.listdir("/proc/self/task")) == 1, "a process of several threads cannot be forked safely"
     began: dict[int, float] = {}
     ended: dict[int, tuple[int, int]] = {}
@@ -198,9 +208,10 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "start" in request:
+            compiled(json.dumps(request.get("constants") or {}))  # once, for all that follow
             if (pid := os.fork()) == 0:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-                os._exit(child(body, start, request))
+                os._exit(child(request))
             began[pid] = time.perf_counter()
             answer: Any = pid
         elif "alive" in request:
