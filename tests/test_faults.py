@@ -25,10 +25,13 @@ from conftest import draw
 from faults import FAIL, FAIL_ON, KILL, TEAR, Call, Disk, calls, read_all, write_all
 from zygote import Ended, Zygote
 
-N = 60  # images: enough for labels
+import main
+
+N = 70  # images: enough for labels, and for codes
 IMAGES, INDEX = "images", "index"
 ASK = ("--model", "offline", "--images", IMAGES, "--index-dir", INDEX, "--json", "--views", "none", "-k", 2 * N)
 OFTEN = {"SAVE_SECONDS": 0}  # each image is saved on its own
+CODES = {"EXACT_BYTES": 0} if hasattr(main, "EXACT_BYTES") else {}  # as in a large collection
 CHATTER = re.compile(r"(?P<new>[\d,]+) new(?: \((?P<recognised>[\d,]+) recognised)?")
 SEED = int(os.environ.get("SEED", 20))  # of all that is random here; another one: SEED=7 python -m pytest ...
 
@@ -89,10 +92,13 @@ def answers(ended: Ended) -> list[Any]:
     return [{m["path"]: (pytest.approx(m["score"], abs=2e-3), m["identical"]) for m in each} for each in found]
 
 
+REMARKS = ("is made again", "Repaired", "waiting", "extracted again", " found, ", "damaged")
+
+
 def one_line(ended: Ended) -> bool:
-    """It failed, and said so in one line, which may follow on a word about damage."""
+    """It failed, and said so in one line, which may follow on the summary or a word about damage."""
     *said, last = ended.stderr.splitlines() or [""]
-    words = all("is made again" in line or "Repaired" in line or "waiting" in line for line in said)
+    words = all(any(remark in line for remark in REMARKS) for line in said)
     return ended.status == 1 and ended.stdout == "" and last.startswith("error: ") and words
 
 
@@ -158,6 +164,8 @@ CASES = {
     "rebuild": Case(N, lambda box: None, ("--rebuild",), again=True),
     "index": Case(N, lose_index),
     "repair": Case(N, damage),
+    "codes": Case(N, lose_index, constants=CODES),
+    "codes, added to": Case(N - 5, add, ("--batch-size", "1"), {**OFTEN, **CODES}),
 }
 
 
@@ -166,41 +174,34 @@ class Scene:
 
     def __init__(self, name: str, folder: Path, zygote: Zygote) -> None:
         self.case, self.number = CASES[name], itertools.count()
+        constants = self.case.constants or {}
+        self.how = {key: value for key, value in constants.items() if key not in OFTEN}  # of the runs that follow
         self.box = Box(folder / name, zygote)
         self.box.put(*range(self.case.images))
         if self.case.images:
-            assert self.box.run("--index-only").status == 0
+            assert self.box.run("--index-only", constants=self.how).status == 0
         self.case.prepare(self.box)
         self.expected = self.box.fresh()
-        self.calls = self.traced(folder / f"{name}.trace")
-        self.work = self.to_extract()
+        self.calls, self.work = self.traced(folder / f"{name}.trace")
 
-    def traced(self, trace: Path) -> list[Call]:
-        """What an undisturbed run does to the cache; with the paths of the scene's own."""
+    def traced(self, trace: Path) -> tuple[list[Call], int]:
+        """What an undisturbed run does to the cache, with the paths of the scene's own; how many images it extracts."""
         box = self.copy()
         ended = self.run(box, 0, 0, trace=trace)
         assert answers(ended) == self.expected
-        found = list(calls(trace))
-        root = os.path.realpath(box.index)
-        here = os.path.realpath(self.box.index)
-        inside = [c._replace(path=c.path.replace(root, here), to=c.to.replace(root, here)) for c in found]
-        assert len({call.kind for call in inside} & set("owsr")) == 4, "the layer of faults sees nothing"
+        root, here = (os.path.realpath(folder) for folder in (box.index, self.box.index))
+        found = [c._replace(path=c.path.replace(root, here), to=c.to.replace(root, here)) for c in calls(trace)]
+        assert len({call.kind for call in found} & set("owsr")) == 4, "the layer of faults sees nothing"
         shutil.rmtree(box.folder)
-        return inside
+        return found, extracted(ended)
 
     def copy(self) -> Box:
         return self.box.copy(self.box.folder.with_name(f"{self.box.folder.name} {next(self.number)}"))
 
-    def to_extract(self) -> int:
-        box = self.copy()
-        count = extracted(box.run(*self.case.options))
-        shutil.rmtree(box.folder)
-        return count
-
     def run(self, box: Box, number: int, action: int, error: int = 0, **how: Any) -> Ended:
         """With a fault at the `number`-th call."""
         faults = (box.index, number, action, error)
-        return box.run(*self.case.options, "-q", constants=self.case.constants, faults=faults, **how)
+        return box.run(*self.case.options, constants=self.case.constants, faults=faults, **how)
 
     def saved_before(self, number: int) -> int:
         """Images whose features are surely kept by what was done before this call."""
@@ -209,14 +210,14 @@ class Scene:
 
     def comes_to_the_same_end(self, box: Box, done: int = 0, why: object = "") -> None:
         """The next run answers rightly, does little work again, and the one after it none; nothing is left behind."""
-        ended = box.run(*self.case.options)
+        ended = box.run(*self.case.options, constants=self.how)
         assert answers(ended) == self.expected, why
         if not self.case.again:
             assert extracted(ended) <= self.work - done, (why, ended.stderr)
-        again = box.run()
+        again = box.run(constants=self.how)
         assert (answers(again), extracted(again)) == (self.expected, 0), why
         box.put(999)  # what SQLite or a stopped --prune has left goes with the next write
-        assert extracted(box.run("--index-only")) == 1 and not left_behind(box), why
+        assert extracted(box.run("--index-only", constants=self.how)) == 1 and not left_behind(box), why
         shutil.rmtree(box.folder)
 
 
