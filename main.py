@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import faulthandler
 import hashlib
 import http.client
 import importlib
@@ -43,6 +44,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -103,13 +105,15 @@ FAINT = 100.0  # a part of a lesser norm is noise (a photograph's is 200 and mor
 PARTS = ((0.80, 1), (0.67, 2), (0.52, 3))  # side of a query in the whole it may be a part of, places along each axis
 OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # brightness, red-green, yellow-blue
 BATCH_SIZE = {"cpu": 32, "cuda": 256, "mps": 64}  # images
+IN_FLIGHT, PATH_BYTES = 1024, 4096  # files that are noted while they are read, more than are ever ahead; of a path
 AHEAD_BATCHES = 2  # decoded and waiting for the model: enough to overlap, bounded in memory
 SAVE_SECONDS = 10  # work at risk when the process is killed; 30 are promised
 CONNECT_SECONDS = 10  # torch.hub sets no timeout of its own and would hang for minutes
 DRAFT = 2  # a JPEG is decoded at the smallest scale that leaves this many times the model's side
-MAX_PIXELS = 128_000_000  # to decode, after JPEG scaling: 0.5 GB as Pillow holds them; phones reach 200 million in JPEG
+MAX_PIXELS = 100_000_000  # to decode, after JPEG scaling: 0.4 GB as Pillow holds them; phones reach 200 million in JPEG
 HEADER_READS = 1_000_000  # of a few bytes each, half a second
 LARGE_PIXELS = 24_000_000  # images above it are decoded one at a time, so that memory stays bounded
+BAND_PIXELS = 4_000_000  # converted at once, so that a large image is held twice at most
 BLOCK = 4096  # records handled at once: 16 MB at 2048 dimensions
 DIGEST_BYTES = 16  # of SHA-256
 FORMAT = 1  # of the cache; raise it when a reader of the old one would go wrong
@@ -129,6 +133,7 @@ NOT_AN_IMAGE = "not an image"
 NO_MEMORY = re.compile("alloc|memory|start new thread|map segment")  # in the words of torch, FAISS, Python and ld.so
 PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
 NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS starts Ghostscript, the others cannot be read so
+COSTLY = {"WEBP", "JPEG2000"}  # hold an image four times over while they decode it
 
 log = logging.getLogger("deepvision")
 one_large_image = threading.Lock()
@@ -371,37 +376,82 @@ def read_picture(
         return Picture(file, reason=reason, vanished=isinstance(error, FileNotFoundError))
 
 
+def crashing(paths: Sequence[bytes]) -> set[bytes]:
+    """Which of these files make the program that decodes them crash, seen by one that does nothing else."""
+    code = """import os, sys, main
+for path in sys.stdin.buffer.read().split(b"\\0"):
+    os.write(1, b".")
+    main.read_picture(main.File(path, 0, 0), b"", lambda image: main.to_rgb(image, main.SIDE), lambda digest: False)"""
+    found, rest, here = set[bytes](), list(paths), {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    while rest:
+        done = subprocess.run([sys.executable, "-c", code], input=b"\0".join(rest), capture_output=True, env=here)
+        if not done.stdout or done.returncode in (0, 1):
+            break
+        found.add(rest[len(done.stdout) - 1])
+        rest = rest[len(done.stdout) :]
+    return found
+
+
+def bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes one below the other, of which no conversion takes much memory."""
+    height = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, height):
+        yield 0, top, image.width, min(top + height, image.height)
+
+
 def to_8_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 or 32 bits (I;16, I) or of floating point (F) in 8 bits: Pillow's own conversion would clip it."""
-    values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
-    low, high = min(0.0, float(values.min())), float(values.max())
+
+    def numbers(box: tuple[int, int, int, int]) -> np.ndarray:
+        return np.nan_to_num(np.array(image.crop(box), np.float32), copy=False, posinf=0, neginf=0)
+
+    if image.mode in ("I", "I;16"):
+        extremes: Any = image.getextrema()
+    else:  # of floating point it is not to be trusted, since some are no numbers; of I;16B there is none
+        extremes = [float(extreme(numbers(box))) for box in bands(image) for extreme in (np.min, np.max)]
+    low, high = min(0.0, *extremes), max(extremes)
     scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
     top = next((scale for scale in scales if high <= scale), high)
-    grey = ((values - low) * (255 / (top - low)) + 0.5).astype(np.uint8)
-    grey[values == image.info.get("transparency")] = 255
-    return Image.fromarray(grey)
+    whole = Image.new("L", image.size)
+    for box in bands(image):
+        values = numbers(box)
+        grey = ((values - low) * (255 / (top - low)) + 0.5).astype(np.uint8)
+        grey[values == image.info.get("transparency")] = 255
+        whole.paste(Image.fromarray(grey), box)
+    return whole
+
+
+def flattened(image: Image.Image) -> Image.Image:
+    """8-bit RGB, transparency over white."""
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def to_rgb(image: Image.Image, side: int) -> Image.Image:
     """The first frame, upright, in 8-bit RGB, transparency over white. Not scaled, but a JPEG towards `side`."""
     image.draft(None, (DRAFT * side, DRAFT * side))
-    if (count := image.width * image.height) > MAX_PIXELS:
-        raise ValueError(f"too large: {count:,} pixels, over {MAX_PIXELS:,}")
+    limit = MAX_PIXELS // 2 if image.format in COSTLY else MAX_PIXELS
+    if (count := image.width * image.height) > limit:
+        raise ValueError(f"too large: {count:,} pixels, over {limit:,}")
     with one_large_image if count > LARGE_PIXELS else nullcontext():
         image.load()
         try:
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
         except Exception:  # malformed EXIF raises anything, and says nothing of the orientation
             pass
         if image.mode[0] in "IF":
             image = to_8_bits(image)
-        if image.mode == "LAB":
-            lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-            return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        if image.mode == "RGB" and not image.has_transparency_data:
+            return image
+        whole = Image.new("RGB", image.size)
+        for box in bands(image):
+            whole.paste(flattened(image.crop(box)), box)
+        return whole
 
 
 def read_ahead(read: Callable[[File], Picture], files: Iterable[File], workers: int, ahead: int) -> Iterator[Picture]:
@@ -1223,6 +1273,29 @@ def unlisted(error: OSError, prune: bool = False) -> None:
     log.warning("%s", what)
 
 
+def sifted(files: Iterable[File], catalogue: Catalogue, images: Path) -> Iterator[File]:
+    """The files, but for those whose decoder crashes: that ends the run, but it leaves a note of the files that were
+    being read and its last words, and the next run looks into it."""
+    note, root = catalogue.folder / "reading", os.fsencode(images)
+    told = note.read_bytes() if note.is_file() else b""
+    crashed = b"Fatal Python error" in told
+    bad = crashing([os.path.join(root, path) for path in told.split(b"\0") if path]) if crashed else ()
+    note.unlink(missing_ok=True)
+    with open(note, "xb", 0) as stream, open(note, "ab", 0) as last_words:
+        faulthandler.enable(last_words)
+        try:
+            for i, file in enumerate(files):
+                if os.path.join(root, file.path) in bad:
+                    catalogue.save([Picture(file, reason="its decoder crashes")])
+                else:
+                    stream.seek(i % IN_FLIGHT * PATH_BYTES)
+                    stream.write(file.path.ljust(PATH_BYTES, b"\0"))
+                    yield file
+        finally:
+            faulthandler.disable()
+            note.unlink(missing_ok=True)
+
+
 def read_new(catalogue: Catalogue, images: Path, model: Model, work: Work, summary: Summary) -> None:
     """The features of the files chosen, into the cache: every few seconds, and whatever ends the run."""
     unsaved: list[Picture] = []
@@ -1231,7 +1304,8 @@ def read_new(catalogue: Catalogue, images: Path, model: Model, work: Work, summa
     tqdm.tqdm.monitor_interval = 0  # no thread beside it
     with tqdm.tqdm(total=catalogue.count("unread"), desc=label, unit="img", disable=quiet) as bar:
         try:
-            for pictures in with_features(catalogue.unread(), images, model, work, catalogue.is_known, summary):
+            files = sifted(catalogue.unread(), catalogue, images)
+            for pictures in with_features(files, images, model, work, catalogue.is_known, summary):
                 unsaved += pictures
                 usable = [picture for picture in pictures if picture.digest and not picture.vanished]
                 summary.opened += len(pictures)

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import signal
 import sqlite3
 import struct
 import sys
@@ -271,6 +272,24 @@ def test_a_link_to_a_device(device: str, zygote: Zygote) -> None:
     assert not read and reason
 
 
+def test_a_decoder_that_crashes_costs_one_file(zygote: Zygote, collection: Callable[[int], Path]) -> None:
+    """The run that it ends, too, but not the next one; and it is remembered."""
+    if "LD_PRELOAD" not in zygote.environment:
+        pytest.skip("needs a C compiler")
+    images, ask = collection(40), (*OFFLINE, "--index-only", "-v", "--batch-size", 4)
+    for name in ("1deadly.png", "25deadly.png"):
+        (images / name).write_bytes(b"\x89PNG\r\n\x1a\n deadly".ljust(99))
+    assert zygote(*ask).status == -signal.SIGSEGV
+    for _ in range(3):
+        if (ended := zygote(*ask)).status == 0:
+            break
+    assert ended.status == 0 and "42 found" in ended.stderr and "2 skipped" in ended.stderr, ended
+    assert ended.stderr.count("deadly.png: its decoder crashes") == 2
+    again = zygote(*ask)
+    assert "no image was opened" in again.stderr and "40 unchanged, 2 skipped" in again.stderr
+    assert not list(Path("image_index").glob("*/reading"))
+
+
 def test_a_collection_of_bombs_costs_no_picture(zygote: Zygote, collection: Callable[[int], Path]) -> None:
     images = collection(5)
     for number, make in enumerate([*BOMBS.values()][7:20]):
@@ -459,6 +478,27 @@ def test_an_index_is_read_only_when_its_checksum_holds(
     index.write_bytes(hostile_index(kind, index.read_bytes()))
     ended = zygote(*ask, room=GIGABYTE)
     assert (ended.status, ended.stdout) == (0, before.stdout) and "made again" in ended.stderr, ended
+
+
+@pytest.mark.parametrize("suffix", ["", ".part"])
+def test_a_link_in_the_cache_harms_no_file_elsewhere(
+    suffix: str, zygote: Zygote, collection: Callable[..., Path]
+) -> None:
+    images, mine = collection(4), Path("mine.txt")
+    mine.write_text("do not touch")
+    ask = (*OFFLINE, "--json", "bulk_images/0.png")
+    assert zygote(*ask).status == 0
+    (cache,) = Path("image_index").iterdir()
+    names = [*sorted(path.name for path in cache.iterdir()), "reading", "catalogue.sqlite-journal"]
+    for number, name in enumerate(names):
+        (cache / f"{name}{suffix}").unlink(missing_ok=True)
+        (cache / f"{name}{suffix}").symlink_to(mine.absolute())
+        draw(50 + number).save(images / f"{name}.png")
+        for option in ("--rebuild", "--prune"):
+            ended = zygote(*ask, option)
+            assert "Traceback" not in ended.stderr and ended.status in (0, 1), (name, ended)
+            assert mine.read_text() == "do not touch", (name, ended)
+        (cache / f"{name}{suffix}").unlink(missing_ok=True)
 
 
 def test_sql_in_names_and_in_the_catalogue_is_text(zygote: Zygote, collection: Callable[..., Path]) -> None:

@@ -64,13 +64,14 @@ class Run:
         return (self.folder / "2").read_text(errors="replace")
 
     def wait(self, timeout: float = 120) -> Ended:
+        (self.folder / "0").touch()  # it may have been killed before it said what it began with
         ended = self.zygote.ask(wait=self.pid, timeout=timeout)
         assert ended, f"it still runs after {timeout} seconds: {self.said()}"
-        out, err = ((self.folder / name).read_bytes().decode("utf-8", "surrogateescape") for name in "12")
-        for name in "12":
+        start, out, err = ((self.folder / name).read_bytes().decode("utf-8", "surrogateescape") for name in "012")
+        for name in "012":
             (self.folder / name).unlink()
         self.folder.rmdir()
-        return Ended(ended["status"], out, err, ended["seconds"], ended["memory"])
+        return Ended(ended["status"], out, err, ended["seconds"], max(0, ended["memory"] - int(start or 0)))
 
 
 class Zygote:
@@ -153,6 +154,7 @@ def compiled(constants: str) -> tuple[types.CodeType, types.CodeType]:
 def be_main(request: dict[str, Any]) -> None:
     sys.argv = [str(MAIN), *request["start"]]
     module = sys.modules["__main__"] = types.ModuleType("__main__")
+    module.__file__ = str(MAIN)
     body, start = compiled(json.dumps(request.get("constants") or {}))
     exec(body, vars(module))
     arm(request)
@@ -164,10 +166,10 @@ def child(request: dict[str, Any]) -> int:
     os.setpgid(0, 0)
     os.chdir(request["cwd"])
     os.environ.update(request.get("env", {}))
-    for number, name in enumerate("012"):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC if number else os.O_RDONLY
-        path = os.path.join(request["folder"], name) if number else os.devnull
-        os.dup2(os.open(path, flags), number)
+    Path(request["folder"], "0").write_text(str(resident()))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number in (1, 2):
+        os.dup2(os.open(os.path.join(request["folder"], str(number)), os.O_WRONLY | os.O_CREAT), number)
     sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115
     sys.stdout = open(1, "w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
@@ -196,13 +198,12 @@ def serve() -> None:
     assert len(os.listdir("/proc/self/task")) == 1, "a process of several threads cannot be forked safely"
     began: dict[int, float] = {}
     ended: dict[int, tuple[int, int]] = {}
-    base = resident()
 
     def reap(pid: int) -> bool:
         if pid not in ended:
             found, status, usage = os.wait4(pid, os.WNOHANG)
             if found:
-                ended[pid] = os.waitstatus_to_exitcode(status), max(0, usage.ru_maxrss * 1024 - base)
+                ended[pid] = os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
         return pid in ended
 
     for line in sys.stdin:
