@@ -1301,7 +1301,6 @@ def read_new(catalogue: Catalogue, images: Path, model: Model, work: Work, summa
     unsaved: list[Picture] = []
     saved, label = time.monotonic(), f"{model.name} on {model.device}"
     quiet = None if log.isEnabledFor(logging.INFO) else True  # None: on a terminal alone
-    tqdm.tqdm.monitor_interval = 0  # no thread beside it
     with tqdm.tqdm(total=catalogue.count("unread"), desc=label, unit="img", disable=quiet) as bar:
         try:
             files = sifted(catalogue.unread(), catalogue, images)
@@ -1524,6 +1523,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     log.handlers = [logging.StreamHandler()]
     log.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
+    warnings.filterwarnings("ignore", message="tqdm:")  # has no memory for a thread of its own, and needs none
     warnings.filterwarnings("ignore", module="PIL")  # what Pillow doubts is either read or skipped with a reason
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
