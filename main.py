@@ -30,6 +30,7 @@ import argparse
 import base64
 import difflib
 import errno
+import faulthandler
 import hashlib
 import html
 import http.client
@@ -47,6 +48,7 @@ import signal
 import socket
 import sqlite3
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
@@ -116,13 +118,16 @@ PARTS = ((0.80, 1), (0.67, 2), (0.52, 3))  # side of a query in the whole it may
 OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # brightness, red-green, yellow-blue
 BATCH_SIZE = {"cpu": 32, "cuda": 256, "mps": 64}  # images
 FAITHFUL = 0.999  # cosine between features of the fast network and of the plain one in fp32, or it stays plain
+IN_FLIGHT, PATH_BYTES = 1024, 4096  # files that are noted while they are read, more than are ever ahead; of a path
 AHEAD_BATCHES = 2  # decoded and waiting for the model: enough to overlap, bounded in memory
 SAVE_SECONDS = 10  # work at risk when the process is killed; 30 are promised
 CONNECT_SECONDS = 10  # torch.hub sets no timeout of its own and would hang for minutes
 RANKS_WAIT = 30  # days that a rank waits for the slowest: the share of one may take long
 DRAFT = 2  # a JPEG is decoded at the smallest scale that leaves this many times the model's side
-MAX_PIXELS = 128_000_000  # to decode, after JPEG scaling: 0.5 GB as Pillow holds them; phones reach 200 million in JPEG
+MAX_PIXELS = 100_000_000  # to decode, after JPEG scaling: 0.4 GB as Pillow holds them; phones reach 200 million in JPEG
+HEADER_READS = 1_000_000  # of a few bytes each, half a second
 LARGE_PIXELS = 24_000_000  # images above it are decoded one at a time, so that memory stays bounded
+BAND_PIXELS = 4_000_000  # converted at once, so that a large image is held twice at most
 BLOCK = 4096  # records handled at once: 16 MB at 2048 dimensions
 DIGEST_BYTES = 16  # of SHA-256
 FORMAT = 2  # of the cache; raise it when a reader of the old one would go wrong
@@ -158,8 +163,10 @@ PAGE_PICTURES = 5000  # on a page, 40 MB; the rest is left to the other outputs
 PAGE_SKIPPED = 100  # reasons listed on a page
 COLOURS = {"identical": "32", "copy": "32", "similar": "33", "weak": "2"}  # green, yellow, faint: ANSI, of the labels
 NOT_AN_IMAGE = "not an image"
+NO_MEMORY = re.compile("alloc|memory|start new thread|map segment")  # in the words of torch, FAISS, Python and ld.so
 PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
-NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5"}  # EPS would start Ghostscript; the others Pillow can only name
+NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS starts Ghostscript, the others cannot be read so
+COSTLY = {"WEBP", "JPEG2000"}  # hold an image four times over while they decode it
 
 log = logging.getLogger("deepvision")
 one_large_image = threading.Lock()
@@ -185,6 +192,11 @@ class File(NamedTuple):
     path: bytes  # relative to the collection
     size: int  # bytes
     mtime: int  # nanoseconds; -1: read it again next time
+
+
+def as_found(path: bytes, info: os.stat_result) -> File:
+    """A time that 64 bits of SQLite cannot hold (the year 2400) is wrapped around: it only has to differ."""
+    return File(path, info.st_size, info.st_mtime_ns % 2**63)
 
 
 class Picture(NamedTuple):
@@ -320,7 +332,7 @@ def list_folder(folder: bytes, relative: bytes, onerror: Callable[[OSError], Non
                 continue
             if stat.S_ISDIR(info.st_mode):
                 name += os.fsencode(os.sep)
-            yield File(relative + name, info.st_size, info.st_mtime_ns)
+            yield as_found(relative + name, info)
 
 
 def find_images(
@@ -368,6 +380,18 @@ def image_formats() -> tuple[list[str], set[str], str]:
     return formats, {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
 
 
+class HeaderReader(io.BufferedReader):
+    """A file whose header must end: Pillow looks for the next marker of a JPEG byte by byte, for hours if it has to."""
+
+    reads_left: float = HEADER_READS
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise ValueError("its header does not end")
+        return super().read(size)
+
+
 def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
     """The image in `stream`, of which only the header is read yet; None for what was never meant to be an image."""
     formats, suffixes, _ = image_formats()
@@ -404,17 +428,18 @@ def read_picture(
     try:
         # Without O_NONBLOCK, a FIFO in an image's place would hang the run.
         path = os.path.join(root, file.path)
-        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | getattr(os, "O_NONBLOCK", 0))) as stream:
+        file_io = io.FileIO(path, opener=lambda p, flags: os.open(p, flags | getattr(os, "O_NONBLOCK", 0)))
+        with HeaderReader(file_io) as stream:
             info = os.fstat(stream.fileno())
-            file = File(file.path, info.st_size, info.st_mtime_ns)
+            file = as_found(file.path, info)
             if not stat.S_ISREG(info.st_mode):
                 return Picture(file, reason="not a regular file")
             if (image := open_image(stream, os.fsdecode(path))) is None:
                 return Picture(file)
+            stream.reads_left = math.inf
             digest = content_hash(stream)
             pixels = None if known(digest) else transform(image)
-            after = os.fstat(stream.fileno())
-            return Picture(file, digest, pixels, vanished=file[1:] != (after.st_size, after.st_mtime_ns))
+            return Picture(file, digest, pixels, vanished=file != as_found(file.path, os.fstat(stream.fileno())))
     except sqlite3.Error:
         raise  # of `known`: it says nothing of the file
     except Exception as error:  # decoders raise anything at all on a malformed file
@@ -424,37 +449,82 @@ def read_picture(
         return Picture(file, reason=reason, vanished=isinstance(error, FileNotFoundError))
 
 
+def crashing(paths: Sequence[bytes]) -> set[bytes]:
+    """Which of these files make the program that decodes them crash, seen by one that does nothing else."""
+    code = """import os, sys, main
+for path in sys.stdin.buffer.read().split(b"\\0"):
+    os.write(1, b".")
+    main.read_picture(main.File(path, 0, 0), b"", lambda image: main.to_rgb(image, main.SIDE), lambda digest: False)"""
+    found, rest, here = set[bytes](), list(paths), {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    while rest:
+        done = subprocess.run([sys.executable, "-c", code], input=b"\0".join(rest), capture_output=True, env=here)
+        if not done.stdout or done.returncode in (0, 1):
+            break
+        found.add(rest[len(done.stdout) - 1])
+        rest = rest[len(done.stdout) :]
+    return found
+
+
+def bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes one below the other, of which no conversion takes much memory."""
+    height = max(1, BAND_PIXELS // image.width)
+    for top in range(0, image.height, height):
+        yield 0, top, image.width, min(top + height, image.height)
+
+
 def to_8_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 or 32 bits (I;16, I) or of floating point (F) in 8 bits: Pillow's own conversion would clip it."""
-    values = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
-    low, high = min(0.0, float(values.min())), float(values.max())
+
+    def numbers(box: tuple[int, int, int, int]) -> np.ndarray:
+        return np.nan_to_num(np.array(image.crop(box), np.float32), copy=False, posinf=0, neginf=0)
+
+    if image.mode in ("I", "I;16"):
+        extremes: Any = image.getextrema()
+    else:  # of floating point it is not to be trusted, since some are no numbers; of I;16B there is none
+        extremes = [float(extreme(numbers(box))) for box in bands(image) for extreme in (np.min, np.max)]
+    low, high = min(0.0, *extremes), max(extremes)
     scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
     top = next((scale for scale in scales if high <= scale), high)
-    grey = ((values - low) * (255 / (top - low)) + 0.5).astype(np.uint8)
-    grey[values == image.info.get("transparency")] = 255
-    return Image.fromarray(grey)
+    whole = Image.new("L", image.size)
+    for box in bands(image):
+        values = numbers(box)
+        grey = ((values - low) * (255 / (top - low)) + 0.5).astype(np.uint8)
+        grey[values == image.info.get("transparency")] = 255
+        whole.paste(Image.fromarray(grey), box)
+    return whole
+
+
+def flattened(image: Image.Image) -> Image.Image:
+    """8-bit RGB, transparency over white."""
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def to_rgb(image: Image.Image, side: int) -> Image.Image:
     """The first frame, upright, in 8-bit RGB, transparency over white. Not scaled, but a JPEG towards `side`."""
     image.draft(None, (DRAFT * side, DRAFT * side))
-    if (count := image.width * image.height) > MAX_PIXELS:
-        raise ValueError(f"too large: {count:,} pixels, over {MAX_PIXELS:,}")
+    limit = MAX_PIXELS // 2 if image.format in COSTLY else MAX_PIXELS
+    if (count := image.width * image.height) > limit:
+        raise ValueError(f"too large: {count:,} pixels, over {limit:,}")
     with one_large_image if count > LARGE_PIXELS else nullcontext():
         image.load()
         try:
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
         except Exception:  # malformed EXIF raises anything, and says nothing of the orientation
             pass
         if image.mode[0] in "IF":
             image = to_8_bits(image)
-        if image.mode == "LAB":
-            lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-            return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        if image.mode == "RGB" and not image.has_transparency_data:
+            return image
+        whole = Image.new("RGB", image.size)
+        for box in bands(image):
+            whole.paste(flattened(image.crop(box)), box)
+        return whole
 
 
 def usable_cores() -> int:
@@ -1586,7 +1656,7 @@ def is_as_read(path: str, file: File) -> bool:
         info = os.stat(path)
     except OSError:
         return False
-    return (info.st_size, info.st_mtime_ns) == file[1:]
+    return as_found(file.path, info) == file
 
 
 def own_distance(scores: np.ndarray) -> np.ndarray:
@@ -1826,6 +1896,29 @@ def unlisted(error: OSError, prune: bool = False) -> None:
     log.warning("%s", what)
 
 
+def sifted(files: Iterable[File], catalogue: Catalogue, images: Path) -> Iterator[File]:
+    """The files, but for those whose decoder crashes: that ends the run, but it leaves a note of the files that were
+    being read and its last words, and the next run looks into it."""
+    note, root = catalogue.folder / "reading", os.fsencode(images)
+    told = note.read_bytes() if note.is_file() else b""
+    crashed = b"Fatal Python error" in told
+    bad = crashing([os.path.join(root, path) for path in told.split(b"\0") if path]) if crashed else ()
+    note.unlink(missing_ok=True)
+    with open(note, "xb", 0) as stream, open(note, "ab", 0) as last_words:
+        faulthandler.enable(last_words)
+        try:
+            for i, file in enumerate(files):
+                if os.path.join(root, file.path) in bad:
+                    catalogue.save([Picture(file, reason="its decoder crashes")])
+                else:
+                    stream.seek(i % IN_FLIGHT * PATH_BYTES)
+                    stream.write(file.path.ljust(PATH_BYTES, b"\0"))
+                    yield file
+        finally:
+            faulthandler.disable()
+            note.unlink(missing_ok=True)
+
+
 def read_new(
     catalogue: Catalogue, images: Path, model: Model, work: Work, summary: Summary, into: Catalogue | None = None
 ) -> None:
@@ -1833,7 +1926,7 @@ def read_new(
     unsaved: list[Picture] = []
     into, saved, label = into or catalogue, time.monotonic(), f"{model.name} on {model.device}, {model.precision}"
     quiet = None if log.isEnabledFor(logging.INFO) else True  # None: on a terminal alone
-    files, total = filter(work.mine, catalogue.unread()), catalogue.count("unread") // work.ranks
+    files, total = sifted(filter(work.mine, catalogue.unread()), into, images), catalogue.count("unread") // work.ranks
     with tqdm.tqdm(total=total, desc=label, unit="img", disable=quiet) as bar:
         try:
             for pictures in with_features(files, images, model, work, catalogue.is_known, summary):
@@ -2584,6 +2677,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.handlers[0].setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
         options.quiet = True
     log.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
+    warnings.filterwarnings("ignore", message="tqdm:")  # has no memory for a thread of its own, and needs none
     warnings.filterwarnings("ignore", module="PIL")  # what Pillow doubts is either read or skipped with a reason
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -2593,6 +2687,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(options)
     except DeepVisionError as error:
         log.error("error: %s", error)
+        return 1
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not (isinstance(error, MemoryError) or NO_MEMORY.search(str(error))):
+            raise
+        log.error(
+            "error: out of memory (%s): free some, or try --workers 1 and a small --batch-size", first_line(error)
+        )
         return 1
     except KeyboardInterrupt:
         log.error("interrupted: what was done is saved, the next run goes on from there")

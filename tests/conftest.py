@@ -23,7 +23,33 @@ os.environ["OMP_NUM_THREADS"] = "1"
 MAIN = Path(__file__).parent.parent / "main.py"
 sys.path.insert(0, str(MAIN.parent))
 
+import faults  # noqa: E402
+from zygote import Zygote  # noqa: E402
+
 import main  # noqa: E402
+
+HOSTILE_NAMES = {  # each is one name of a file, as bytes
+    "newline": b"a\nb.png",
+    "carriage return": b"a\rb.png",
+    "quotes": b"a\"b'c\\.png",
+    "escape": b"\x1b[31mred\x07.png",
+    "delete, C1": "\x7f\x9b.png".encode(),
+    "not UTF-8": b"caf\xe9.png",
+    "right to left": "\u202egnp.exe.png".encode(),
+    "zero width, line separator": "a\u200bb\u2028c.png".encode(),
+    "other scripts": "写真 – фото.png".encode(),
+    "blanks": b"  a  .png",
+    "a dash": b"--help.png",
+    "a tag": b"<script>alert(1)<!-- &amp;.png",
+    "a closing tag": b"]]><\xe2\x80\xa8img src=x onerror=alert(1)>.png",
+    "SQL": b"'); DROP TABLE files; --.png",
+    "a pattern": b"%s %(x)s {0} $(touch exploded) `touch exploded` *?[a].png",
+    "combining": ("e" + "\u0301" * 60 + ".png").encode(),
+    "255 bytes": b"n" * 251 + b".png",
+    "255 bytes, not UTF-8": b"\xff" * 251 + b".png",
+    "surrogates": b"\xed\xa0\x80\xed\xb0\x80.png",
+    "a tab": b"a\tb\t0.99.png",
+}
 
 
 class Outcome(NamedTuple):
@@ -54,6 +80,16 @@ def alone(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch:
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """zygote(*args, **options): main.py in a process of its own, at a tenth of a second; see `Zygote.start`."""
+    if sys.platform != "linux":
+        pytest.skip("needs Linux")
+    started = Zygote(faults.build(tmp_path_factory.mktemp("faults")))
+    yield started
+    started.close()
 
 
 @pytest.fixture

@@ -413,7 +413,7 @@ def to_lab(image: Image.Image) -> Image.Image:
         pytest.param(
             *(lambda image: image.convert("YCbCr"), "TIFF", {}, True),
             id="YCbCr TIFF",
-            marks=pytest.mark.skipif(PIL.__version__ < "12", reason="Pillow 11 cannot read the one that it writes"),
+            marks=pytest.mark.skipif(PIL.__version__ < "13", reason="Pillow 12 cannot read the one that it writes"),
         ),
         pytest.param(to_lab, "TIFF", {}, True, id="LAB TIFF"),
         pytest.param(lambda image: image.convert("L"), "PNG", {}, False, id="grey PNG"),

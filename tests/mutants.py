@@ -1,0 +1,224 @@
+"""Image files that are almost right: samples of every format that Pillow reads, and what a fuzzer makes of them.
+
+`fuzz` runs in a process of its own, which may well die of what it reads.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import struct
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from conftest import draw
+from PIL import Image, PngImagePlugin
+
+import main
+
+SIZE = (24, 16)
+W, H = SIZE
+SECONDS = 10  # that one file may take
+
+
+def saved(kind: str, mode: str = "RGB", frames: int = 1, **options: Any) -> bytes:
+    first, *rest = (draw(seed, SIZE).convert(mode) for seed in range(frames))
+    if rest:
+        options.update(save_all=True, append_images=rest)
+    first.save(stream := io.BytesIO(), kind, **options)
+    return stream.getvalue()
+
+
+def text_chunks() -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "words " * 20)
+    info.add_itxt("Title", "more words " * 20, zip=True)
+    return info
+
+
+def exif() -> Image.Exif:
+    data = Image.Exif()
+    data[0x0112], data[0x010E] = 6, "a description"
+    data.get_ifd(0x8769)[0x9286] = b"ASCII\0\0\0comment"
+    data.get_ifd(0x8825)[1] = "N"
+    return data
+
+
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+WRITTEN: dict[str, Callable[[], bytes]] = {  # one or more of each format that Pillow writes
+    **{kind: lambda kind=kind: saved(kind) for kind in words("BMP DIB GIF ICNS IM JPEG MPO PNG PPM QOI SGI TIFF WEBP")},
+    **{kind: lambda kind=kind: saved(kind) for kind in words("AVIF HEIF JPEG2000 DDS PCX TGA ICO")},
+    "SPIDER": lambda: saved("SPIDER", "F"),
+    "BLP": lambda: saved("BLP", "P"),
+    **{f"{kind} of 1 bit": lambda kind=kind: saved(kind, "1") for kind in words("BMP GIF MSP PCX PNG PPM TIFF XBM IM")},
+    **{f"{kind}, palette": lambda kind=kind: saved(kind, "P") for kind in words("BMP GIF PCX PNG TGA TIFF IM")},
+    **{f"{kind}, alpha": lambda kind=kind: saved(kind, "RGBA") for kind in words("DDS ICNS PNG SGI TGA TIFF WEBP")},
+    **{f"{kind}, grey": lambda kind=kind: saved(kind, "L") for kind in words("JPEG JPEG2000 PCX SGI TIFF")},
+    **{f"TIFF, {mode}": lambda mode=mode: saved("TIFF", mode) for mode in ("F", "I", "I;16", "CMYK", "LAB", "YCbCr")},
+    **{
+        f"TIFF, {packing}": lambda packing=packing: saved("TIFF", compression=packing)
+        for packing in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "zstd", "lzma")
+    },
+    "TIFF, fax": lambda: saved("TIFF", "1", compression="group4"),
+    "GIF, frames": lambda: saved("GIF", frames=3, duration=10),
+    "PNG, frames": lambda: saved("PNG", frames=3),
+    "WEBP, frames": lambda: saved("WEBP", frames=3),
+    "AVIF, frames": lambda: saved("AVIF", frames=2),
+    "TIFF, frames": lambda: saved("TIFF", frames=3),
+    "MPO, frames": lambda: saved("MPO", frames=2),
+    "WEBP, lossless": lambda: saved("WEBP", lossless=True),
+    "JPEG, progressive": lambda: saved("JPEG", progressive=True),
+    "JPEG, CMYK": lambda: saved("JPEG", "CMYK"),
+    "JPEG, EXIF": lambda: saved("JPEG", exif=exif(), icc_profile=bytes(600)),
+    "PNG, EXIF": lambda: saved("PNG", exif=exif(), pnginfo=text_chunks(), icc_profile=bytes(600)),
+    "WEBP, EXIF": lambda: saved("WEBP", exif=exif(), icc_profile=bytes(600)),
+    "PNG of 16 bits": lambda: saved("PNG", "I;16"),
+    "TGA, packed": lambda: saved("TGA", compression="tga_rle"),
+    "ICO, BMP": lambda: saved("ICO", bitmap_format="bmp"),
+}
+
+
+def card(text: str) -> bytes:
+    return text.encode().ljust(80)
+
+
+def iptc(record: int, dataset: int, data: bytes) -> bytes:
+    return struct.pack(">BBBH", 0x1C, record, dataset, len(data)) + data
+
+
+def mcidas() -> bytes:
+    words = [0] * 64
+    words[1], words[8], words[9], words[10], words[13], words[33] = 4, H, W, 1, 1, 256
+    return struct.pack(">64i", *words) + bytes(W * H)
+
+
+def photo_cd() -> bytes:
+    return bytes(2048) + b"PCD_" + bytes(96 * 2048 - 2052 + 768 * 512 * 3 // 2)
+
+
+GREY = bytes(range(256)) * 2
+PIXELS = GREY[: W * H]
+BY_HAND: dict[str, Callable[[], bytes]] = {  # the formats that Pillow only reads
+    "CUR": lambda: saved("ICO", bitmap_format="bmp").replace(b"\0\0\1\0", b"\0\0\2\0", 1),
+    "DCX": lambda: struct.pack("<III", 0x3ADE68B1, 12, 0) + saved("PCX"),
+    "FITS": lambda: (
+        b"".join(
+            card(f"{key:8}= {value:>20}")
+            for key, value in [("SIMPLE", "T"), ("BITPIX", 8), ("NAXIS", 2), ("NAXIS1", W), ("NAXIS2", H)]
+        ).ljust(400)
+        + card("END").ljust(2480)
+        + PIXELS
+    ),
+    "FLI": lambda: (
+        struct.pack("<IHHHHHHI", 0, 0xAF11, 1, W, H, 8, 3, 5).ljust(128, b"\0")
+        + struct.pack("<IHH8x", 16 + 6 + W * H, 0xF1FA, 1)
+        + struct.pack("<IH", 6 + W * H, 16)
+        + PIXELS
+    ),
+    "GBR": lambda: struct.pack(">5I4sI", 32, 2, W, H, 1, b"GIMP", 10) + b"name" + PIXELS,
+    "IPTC": lambda: (
+        iptc(3, 60, b"\1\0")
+        + iptc(3, 20, bytes([0, W]))
+        + iptc(3, 30, bytes([0, H]))
+        + iptc(3, 120, b"\1")
+        + iptc(8, 10, b"\0" * 5 + PIXELS)
+    ),
+    "MCIDAS": mcidas,
+    "PCD": photo_cd,
+    "PIXAR": lambda: (
+        b"\200\350\0\0".ljust(416, b"\0") + struct.pack("<HH4xHH", H, W, 14, 2).ljust(608, b"\0") + 3 * PIXELS
+    ),
+    "PSD": lambda: struct.pack(">4sH6xHIIHHIIIH", b"8BPS", 1, 3, H, W, 8, 3, 0, 0, 0, 0) + 3 * PIXELS,
+    "SUN": lambda: struct.pack(">8I", 0x59A66A95, W, H, 8, W * H, 1, 0, 0) + PIXELS,
+    "XPM": lambda: (
+        b'/* XPM */\nstatic char *x[] = {\n"8 4 2 1",\n"a c #ff0000",\n"b c #00ff00",\n'
+        + b'"abababab",\n' * 4
+        + b"};\n"
+    ),
+    "XVTHUMB": lambda: b"P7 332\n#END_OF_COMMENTS\n%d %d 255\n" % SIZE + PIXELS,
+}
+
+
+@cache
+def samples() -> dict[str, bytes]:
+    """A small file of each format that can be written here, and of those that can only be read."""
+    main.image_formats()  # HEIF is among them now
+    found = {}
+    for name, make in {**WRITTEN, **BY_HAND}.items():
+        try:
+            found[name] = make()
+        except (KeyError, OSError, ValueError):  # this Pillow, or libtiff, does not write it
+            pass
+    return found
+
+
+NUMBERS = [0, 1, 2, 0x7F, 0x80, 0xFF, 0x100, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFF0]
+
+
+def mutate(data: bytes, others: list[bytes], chance: random.Random) -> bytes:
+    """Some of its bits, numbers, lengths or parts are others. Headers come off worst."""
+    mutant = bytearray(data)
+    for _ in range(chance.choice((1, 1, 2, 3, 8, 30))):
+        reach = len(mutant) if chance.random() < 0.5 else min(len(mutant), 100)
+        at, kind = chance.randrange(reach + 1), chance.randrange(9)
+        size = chance.choice((1, 2, 4, 4, 8, 64))
+        if kind <= 1 and at < len(mutant):
+            mutant[at] ^= 1 << chance.randrange(8)
+        elif kind == 2:
+            mutant[at : at + 1] = chance.randbytes(1)
+        elif kind <= 4:
+            width = chance.choice((1, 2, 4))
+            number = chance.choice(NUMBERS) & ((1 << 8 * width) - 1)
+            mutant[at : at + width] = number.to_bytes(width, chance.choice(("big", "little")))
+        elif kind == 5:
+            del mutant[at : at + size]
+        elif kind == 6:
+            mutant[at:at] = mutant[at : at + size] * chance.choice((1, 2, 50))
+        elif kind == 7:
+            other = chance.choice(others)
+            start = chance.randrange(len(other) + 1)
+            mutant[at:at] = other[start : start + size]
+        elif chance.random() < 0.3:
+            del mutant[at:]
+    return bytes(mutant)
+
+
+def mutants(seed: object, begin: int, end: int) -> Iterator[tuple[int, str, bytes]]:
+    """Number, name of the sample, content: the same for the same seed, whichever are left out."""
+    names, others = list(samples()), list(samples().values())
+    for number in range(begin, end):
+        chance, name = random.Random(f"{seed} {number}"), names[number % len(names)]
+        yield number, name, mutate(samples()[name], others, chance)
+
+
+def fuzz(read: Callable[[str], Any], seed: object, begin: int, end: int, folder: str) -> None:
+    """Read mutants; the one under way is named in `progress`, and what became of them is printed."""
+    path, progress = (
+        os.path.join(folder, "mutant.jpg"),
+        os.open(os.path.join(folder, "progress"), os.O_WRONLY | os.O_CREAT),
+    )
+    tally: dict[str, int] = {}
+    slowest = 0.0
+    for number, name, content in mutants(seed, begin, end):
+        Path(path).write_bytes(content)
+        os.pwrite(progress, b"%09d" % number, 0)
+        signal.alarm(SECONDS)
+        start = time.perf_counter()
+        picture = read(path)
+        slowest = max(slowest, time.perf_counter() - start)
+        signal.alarm(0)
+        usable = picture.pixels is not None and picture.digest and not picture.reason
+        refused = picture.reason and "\n" not in picture.reason and picture.digest is None and picture.pixels is None
+        assert bool(usable) != bool(refused), (number, name, picture)
+        word = "read" if usable else "refused"
+        tally[word] = tally.get(word, 0) + 1
+    print(json.dumps({**tally, "slowest": round(slowest, 3)}))

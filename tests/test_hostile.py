@@ -1,0 +1,590 @@
+"""Hostile input: images that lie, names that would do harm, caches and weights from a stranger. A line of reason is all
+that any of them gets, within ten seconds and a gigabyte; and no other file, nor the run, pays for it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import random
+import signal
+import sqlite3
+import struct
+import sys
+import unicodedata
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mutants
+import pytest
+from conftest import HOSTILE_NAMES, Outcome, draw
+from PIL import Image
+from zygote import Ended, Zygote
+
+SEED = int(os.environ.get("SEED", 20))
+GIGABYTE = 1 << 30
+HERE = Path(__file__).parent
+OFFLINE = ("--model", "offline", "--views", "none")
+Run = Callable[..., Outcome]
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="needs Linux"),
+    pytest.mark.filterwarnings("ignore::Warning:PIL"),
+]
+
+
+def lines(text: str) -> list[str]:
+    return [line for line in text.split("\n") if line]
+
+
+# ---- Fuzzed images ---------------------------------------------------------------------------------------------------
+
+FUZZ = """
+import sys, warnings
+sys.path.insert(0, {here!r})
+import mutants
+warnings.simplefilter("ignore")
+read = lambda path: read_picture(File(os.fsencode(path), 0, 0), b"", get_transform(96), lambda digest: False)
+mutants.fuzz(read, {seed!r}, {begin}, {end}, ".")
+"""
+
+
+def fuzz(zygote: Zygote, count: int) -> dict[str, float]:
+    """What became of `count` mutants; a process that dies of one is a failure that names it."""
+    total, begin, step = {"read": 0, "refused": 0, "slowest": 0.0, "memory": 0}, 0, 500
+    print(f"SEED={SEED}, {len(mutants.samples())} samples")
+    while begin < count:
+        end = min(count, begin + step)
+        code = FUZZ.format(here=str(HERE), seed=SEED, begin=begin, end=end)
+        ended = zygote(code=code, room=GIGABYTE, timeout=600)
+        assert ended.status == 0, f"mutant {Path('progress').read_text()} of seed {SEED}: {ended}"
+        found = json.loads(ended.stdout.splitlines()[-1])
+        for word in ("read", "refused"):
+            total[word] += found.get(word, 0)
+        total["slowest"] = max(total["slowest"], found["slowest"])
+        total["memory"] = max(total["memory"], ended.memory)
+        begin = end
+    assert total["read"] + total["refused"] == count
+    print(total)
+    return total
+
+
+def test_the_samples_are_read_before_they_are_mutated() -> None:
+    import main
+
+    assert len(mutants.samples()) > 60
+    for name, content in mutants.samples().items():
+        Path("sample.jpg").write_bytes(content)
+        picture = main.read_picture(main.File(b"sample.jpg", 0, 0), b"", main.get_transform(96), lambda digest: False)
+        assert picture.pixels is not None, (name, picture)
+
+
+def test_fuzzed_images_are_read_or_refused(zygote: Zygote) -> None:
+    found = fuzz(zygote, 400)
+    assert found["read"] > 50 and found["refused"] > 50
+
+
+@pytest.mark.slow
+def test_fuzzed_images_by_the_thousand(zygote: Zygote) -> None:
+    found = fuzz(zygote, 20_000)
+    assert found["read"] > 2000 and found["refused"] > 2000
+
+
+# ---- Images that are larger than they look ---------------------------------------------------------------------------
+
+
+def png(width: int, height: int, *more: tuple[bytes, bytes], depth: int = 8, colour: int = 0) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    pack = zlib.compressobj(9)
+    row = bytes(1 + width * depth // 8 * {0: 1, 2: 3, 6: 4}[colour])
+    data = b"".join(pack.compress(row) for _ in range(height)) + pack.flush()
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    chunks = [chunk(b"IHDR", header), *(chunk(*it) for it in more), chunk(b"IDAT", data), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    image.save(stream := io.BytesIO(), kind, **options)
+    return stream.getvalue()
+
+
+def squeezed_text(name: bytes, megabytes: int) -> tuple[bytes, bytes]:
+    return b"zTXt", name + b"\0\0" + zlib.compress(bytes(megabytes << 20), 9)
+
+
+def ifd_chain(links: int, loop: bool) -> bytes:
+    """A TIFF whose directories each point to the next one, the last to the first."""
+    picture = saved(Image.new("L", (8, 8)), "TIFF")
+    (first,) = struct.unpack_from("<I", picture, 4)
+    (count,) = struct.unpack_from("<H", picture, first)
+    directory, chain = picture[first : first + 2 + 12 * count], bytearray(picture)
+    for link in range(links):
+        here = len(chain)
+        chain[-4:] = struct.pack("<I", here) if link == 0 else chain[-4:]
+        following = 8 if loop and link == links - 1 else here + len(directory) + 4
+        chain += directory + struct.pack("<I", following)
+    return bytes(chain)
+
+
+def exif_spiral(depth: int) -> bytes:
+    """A JPEG whose EXIF directories contain one another, and at last themselves."""
+    tiff = bytearray(b"II*\0" + struct.pack("<I", 8))
+    for level in range(depth):
+        here = len(tiff)
+        tiff += struct.pack("<HHHIII", 1, 0x8769, 4, 1, here + 18 if level < depth - 1 else 8, 0)
+    body = b"Exif\0\0" + bytes(tiff)[:65000]
+    plain = saved(Image.new("RGB", (8, 8)), "JPEG")
+    return plain[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + plain[2:]
+
+
+def many_segments(count: int) -> bytes:
+    plain = saved(Image.new("RGB", (8, 8)), "JPEG")
+    return plain[:2] + (b"\xff\xe2\xff\xff" + b"ICC_PROFILE\0\1\1".ljust(65533, b"x")) * count + plain[2:]
+
+
+def mpo_of(frames: int) -> bytes:
+    """At most 800: what tells of them is one segment, and Pillow cannot write more."""
+    first = Image.new("RGB", (8, 8))
+    return saved(first, "MPO", save_all=True, append_images=[first] * frames)
+
+
+def gif_of(frames: int) -> bytes:
+    plain = saved(Image.new("P", (8, 8)), "GIF")
+    start = plain.index(b",\0\0\0\0")
+    return plain[:start] + plain[start:-1] * frames + b";"
+
+
+def ico_of(content: bytes) -> bytes:
+    return struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(content), 22) + content
+
+
+def webp_header(width: int, height: int) -> bytes:
+    canvas = struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\x10\0\0\0" + canvas + b"VP8L" + struct.pack("<I", 8) + b"/" * 8
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def tiff_of(width: int, height: int) -> bytes:
+    entries = [(256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, height), (279, 64)]
+    packed = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4)
+
+
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "PNG, grey, 127 million pixels": lambda: png(11_000, 11_500),
+    "PNG with 16 bits": lambda: png(11_000, 11_500, depth=16),
+    "PNG, one row of 128 million": lambda: png(128_000_000, 1, depth=8),
+    "PNG, too large by one column": lambda: png(12_801, 10_000),
+    "PNG in an ICO": lambda: ico_of(png(16_000, 16_000)),
+    "GIF": lambda: saved(Image.new("P", (11_000, 11_500)), "GIF"),
+    "GIF of 100,000 frames": lambda: gif_of(100_000),
+    "GIF of 65,535 × 65,535": lambda: b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b";",
+    "TIFF of 4 gigapixels": lambda: tiff_of(65_535, 65_535),
+    "TIFF of a strip that is not there": lambda: tiff_of(11_000, 11_500),
+    "TIFF, packed": lambda: saved(Image.new("1", (11_000, 11_500)), "TIFF", compression="group4"),
+    "TIFF, a chain of 20,000 directories": lambda: ifd_chain(20_000, loop=False),
+    "TIFF, a chain that bites its tail": lambda: ifd_chain(5, loop=True),
+    "WebP": lambda: saved(Image.new("RGB", (9_000, 9_000)), "WEBP"),
+    "WebP of 16,384 × 16,384": lambda: webp_header(16_384, 16_384),
+    "WebP of 2^24 × 2^24": lambda: webp_header(1 << 24, 1 << 24),
+    "PPM of 10^18 pixels": lambda: b"P6 1000000000 1000000000 255\n",
+    "PNG, a text of 100 megabytes": lambda: png(8, 8, squeezed_text(b"a", 100)),
+    "PNG, 200 texts of a megabyte": lambda: png(8, 8, *[squeezed_text(b"%d" % i, 1) for i in range(200)]),
+    "PNG, 20 megabytes of plain text": lambda: png(8, 8, (b"tEXt", b"a\0" + b"x" * 20_000_000)),
+    "PNG, a colour profile of a gigabyte": lambda: png(8, 8, (b"iCCP", squeezed_text(b"icc", 1000)[1])),
+    "PNG, 100,000 chunks": lambda: png(8, 8, *[(b"tEXt", b"a\0b")] * 100_000),
+    "JPEG, EXIF directories in one another": lambda: exif_spiral(3_000),
+    "JPEG, 30 megabytes of profile": lambda: many_segments(500),
+    "MPO of 800 frames": lambda: mpo_of(800),
+}
+OTHERS = {
+    "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
+    "SVG with entities": b"<!DOCTYPE svg [<!ENTITY a 'aaaa'><!ENTITY b '&a;&a;&a;&a;'>]><svg>&b;</svg>",
+    "PDF": b"%PDF-1.7\n1 0 obj<</OpenAction<</S/Launch/F(sh)>>>>endobj\n",
+    "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(exploded) (w) file closefile\n",
+    "EPS in DOS": b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 32, 60) + bytes(20) + b"%!PS-Adobe-3.0 EPSF-3.0\n",
+    "WMF": b"\xd7\xcd\xc6\x9a" + bytes(40),
+    "shell script": b"#!/bin/sh\ntouch exploded\n",
+    "pickle": pickle.dumps(print),
+    "HTML": b"<html><script>alert(1)</script></html>",
+}
+READ_ONE = """
+import time, warnings
+warnings.simplefilter("ignore")
+start = time.perf_counter()
+picture = read_picture(File(b"bomb.jpg", 0, 0), b"", get_transform(96), lambda digest: False)
+print(picture.pixels is not None, round(time.perf_counter() - start, 2), picture.reason or "")
+"""
+
+
+def look_at(zygote: Zygote) -> tuple[bool, str, Ended]:
+    """Whether the bomb was read, the reason if not; in a gigabyte and ten seconds."""
+    ended = zygote(code=READ_ONE, room=GIGABYTE, timeout=60)
+    assert ended.status == 0 and ended.stdout.count("\n") == 1, ended
+    word, seconds, reason = ended.stdout.rstrip("\n").split(" ", 2)
+    assert float(seconds) < 10, ended
+    assert (word == "True") == (reason == ""), ended
+    return word == "True", reason, ended
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_bomb_is_read_or_refused_in_ten_seconds_and_a_gigabyte(bomb: str, zygote: Zygote) -> None:
+    Path("bomb.jpg").write_bytes(BOMBS[bomb]())
+    read, reason, ended = look_at(zygote)
+    print(read, reason, ended.memory >> 20, "MB")
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_no_picture_is_refused_whatever_its_name(kind: str, zygote: Zygote) -> None:
+    Path("bomb.jpg").write_bytes(OTHERS[kind])
+    read, reason, _ = look_at(zygote)
+    assert not read and reason and not Path("exploded").exists()
+
+
+STARTS = {
+    "nothing": b"",
+    "JPEG": b"\xff\xd8\xff\xe0\0\x10JFIF\0\1\1\0\0\1\0\1\0\0",
+    "BMP": b"BM" + struct.pack("<IIIIiiHHIIiiII", 1000, 0, 54, 40, 8, 8, 1, 24, *[0] * 6),
+    "TIFF": tiff_of(8, 8),
+    "PNG": png(8, 8),
+    "PPM": b"P6 8 8 255\n",
+    "GIF": saved(Image.new("P", (8, 8)), "GIF"),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_sparse_file_of_two_gigabytes(start: str, zygote: Zygote) -> None:
+    Path("bomb.jpg").write_bytes(STARTS[start])
+    os.truncate("bomb.jpg", 2 << 30)
+    look_at(zygote)
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/full", "/dev/random", "/proc/self/mem", "/dev/stdin"])
+def test_a_link_to_a_device(device: str, zygote: Zygote) -> None:
+    os.symlink(device, "bomb.jpg")
+    read, reason, _ = look_at(zygote)
+    assert not read and reason
+
+
+def test_a_decoder_that_crashes_costs_one_file(zygote: Zygote, collection: Callable[[int], Path]) -> None:
+    """The run that it ends, too, but not the next one; and it is remembered."""
+    if "LD_PRELOAD" not in zygote.environment:
+        pytest.skip("needs a C compiler")
+    images, ask = collection(40), (*OFFLINE, "--index-only", "-v", "--batch-size", 4)
+    for name in ("1deadly.png", "25deadly.png"):
+        (images / name).write_bytes(b"\x89PNG\r\n\x1a\n deadly".ljust(99))
+    assert zygote(*ask).status == -signal.SIGSEGV
+    for _ in range(3):
+        if (ended := zygote(*ask)).status == 0:
+            break
+    assert ended.status == 0 and "42 found" in ended.stderr and "2 skipped" in ended.stderr, ended
+    assert ended.stderr.count("deadly.png: its decoder crashes") == 2
+    again = zygote(*ask)
+    assert "no image was opened" in again.stderr and "40 unchanged, 2 skipped" in again.stderr
+    assert not list(Path("image_index").glob("*/reading"))
+
+
+def test_a_collection_of_bombs_costs_no_picture(zygote: Zygote, collection: Callable[[int], Path]) -> None:
+    images = collection(5)
+    for number, make in enumerate([*BOMBS.values()][7:20]):
+        (images / f"bomb {number}.jpg").write_bytes(make())
+    for name, content in OTHERS.items():
+        (images / f"{name}.jpg").write_bytes(content)
+    os.symlink("/dev/zero", images / "zero.jpg")
+    os.mkfifo(images / "fifo.jpg")
+    os.symlink(".", images / "loop")
+    first, second = (zygote(*OFFLINE, "--index-only", "-v", room=2 * GIGABYTE) for _ in range(2))
+    for ended in (first, second):
+        assert ended.status == 0 and "Traceback" not in ended.stderr, ended
+        assert all(f"{name}.jpg: " in ended.stderr for name in OTHERS)
+    assert "no image was opened" in second.stderr
+
+
+# ---- Hostile names ---------------------------------------------------------------------------------------------------
+
+
+def deep(name: bytes, length: int) -> list[bytes]:
+    """The folders and the name of a path of `length` bytes."""
+    rest = length - len(name)
+    folders = [b"d" * 200] * (rest // 201)
+    return [*folders, b"e" * (rest % 201 - 1), name] if rest % 201 > 1 else [*folders, b"f" + name]
+
+
+@pytest.fixture
+def named(collection: Callable[[int], Path]) -> dict[bytes, int]:
+    """A collection, and queries, of all the names at once, each with a picture of its own: name and seed."""
+    images, names = os.fsencode(collection(3)), [*HOSTILE_NAMES.values(), b"deep.png"]
+    os.mkdir("queries")
+    for seed, name in enumerate(names, 100):
+        for root, size in ((images, (96, 64)), (b"queries", (48, 32))):
+            with open(os.path.join(root, name), "wb") as stream:
+                draw(seed).resize(size).save(stream, "PNG")
+    return {name: seed for seed, name in enumerate(names, 100)}
+
+
+def make_deep(root: Path, name: str, length: int) -> None:
+    """As a relative path: an absolute one would be too long for one call."""
+    here = os.open(root, os.O_RDONLY)
+    *folders, last = deep(os.fsencode(name), length)
+    for folder in folders:
+        os.mkdir(folder, dir_fd=here)
+        inner = os.open(folder, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    file = os.open(last, os.O_WRONLY | os.O_CREAT, dir_fd=here)
+    os.write(file, saved(draw(7), "PNG"))
+    os.close(file), os.close(here)
+
+
+def test_every_name_is_answered_with_in_json(named: dict[bytes, int], zygote: Zygote) -> None:
+    make_deep(Path("bulk_images"), "far.png", 4000)
+    ended = zygote(*OFFLINE, "--json", "queries", "-k", 1)
+    assert ended.status == 0 and ended.stdout.isascii() and "Traceback" not in ended.stderr, ended
+    objects = [json.loads(line) for line in ended.stdout.splitlines()]
+    pairs = {(os.fsencode(it["query"]), os.fsencode(it["matches"][0]["path"])) for it in objects}
+    assert pairs == {(b"queries/" + name, b"bulk_images/" + name) for name in named}
+    assert f"{len(named) + 4} found" in ended.stderr
+    assert not Path("exploded").exists()
+
+
+def test_every_name_is_a_line_of_text_that_steers_nothing(named: dict[bytes, int], zygote: Zygote) -> None:
+    ended = zygote(*OFFLINE, "-v", "queries", "-k", 1)
+    assert ended.status == 0 and len(lines(ended.stdout)) == ended.stdout.count("\n") == 2 * len(named)
+    harmful = {c for c in ended.stdout + ended.stderr if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp")} - {"\n"}
+    assert not harmful
+    for name in named:
+        if name.isascii() and b"\\" not in name and all(32 <= byte < 127 for byte in name):
+            assert f"bulk_images/{os.fsdecode(name)}" in ended.stdout
+
+
+@pytest.mark.parametrize("length", [3900, 4060, 4083, 4084, 4090, 4094])
+def test_a_path_of_four_thousand_bytes(length: int, zygote: Zygote, collection: Callable[[int], Path]) -> None:
+    """Beyond 4,095 bytes the system itself names no file: it is said, and costs no other."""
+    make_deep(collection(2), "far.png", length)
+    first, second = (zygote(*OFFLINE, "--json", "bulk_images/0.png") for _ in range(2))
+    assert first.status == second.status == 0 and first.stdout == second.stdout, first
+    assert "Traceback" not in first.stderr
+    paths = [match["path"] for match in json.loads(first.stdout)["matches"]]
+    reached = length + len("bulk_images/") < 4096
+    assert ([path for path in paths if path.endswith("far.png")] != []) == reached, first
+    assert reached or "far.png" in first.stderr or "listed" in first.stderr or "skipped" in first.stderr
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_folders_may_have_such_names_too(name: str, zygote: Zygote) -> None:
+    """The collection, the cache and the folder of queries."""
+    folders = [prefix + os.fsdecode(HOSTILE_NAMES[name])[-200:] for prefix in ("i", "c", "q")]
+    for folder in folders[::2]:
+        os.mkdir(folder)
+        draw(3).save(os.path.join(folder, "3.png"))
+    images, index, queries = (f"./{folder}" for folder in folders)
+    ended = zygote(*OFFLINE, "--json", "--images", images, "--index-dir", index, queries)
+    assert ended.status == 0 and len(json.loads(ended.stdout)["matches"]) == 1, ended
+    assert os.path.isdir(folders[1]) and not Path("exploded").exists()
+
+
+# ---- A stranger's cache and weights ----------------------------------------------------------------------------------
+
+
+class Bomb:
+    """A pickle that leaves a trace when it is loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (os.path.abspath("exploded"),)
+
+
+def in_numpy() -> bytes:
+    import numpy as np
+
+    np.save(stream := io.BytesIO(), np.array([Bomb()], dtype=object), allow_pickle=True)
+    return stream.getvalue()
+
+
+def in_torch(legacy: bool) -> bytes:
+    import torch
+
+    torch.save(Bomb(), stream := io.BytesIO(), _use_new_zipfile_serialization=not legacy)
+    return stream.getvalue()
+
+
+PICKLES: dict[str, Callable[[], bytes]] = {
+    **{f"protocol {protocol}": lambda protocol=protocol: pickle.dumps(Bomb(), protocol) for protocol in (0, 2, 5)},
+    "numpy": in_numpy,
+    "torch": lambda: in_torch(legacy=False),
+    "torch, old": lambda: in_torch(legacy=True),
+}
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_the_pickles_do_explode(kind: str) -> None:
+    """Else the tests below would show nothing."""
+    import numpy as np
+    import torch
+
+    content, load = PICKLES[kind](), pickle.loads
+    if kind == "numpy":
+        load = lambda data: np.load(io.BytesIO(data), allow_pickle=True)  # noqa: E731
+    elif "torch" in kind:
+        load = lambda data: torch.load(io.BytesIO(data), weights_only=False)  # noqa: E731
+    load(content)
+    assert Path("exploded").is_dir()
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+def test_a_pickle_never_runs_wherever_it_is_planted(kind: str, zygote: Zygote, collection: Callable[..., Path]) -> None:
+    images, content = collection(4), PICKLES[kind]()
+    ask = (*OFFLINE, "--json", "bulk_images/0.png", "bulk_images/bomb.png", "--images")
+    before = zygote(*ask, images)
+    names = {path.name for path in Path("image_index").glob("*/*")} | {f"{name}.part" for name in ("features.bin",)}
+    (images / "bomb.png").write_bytes(content)
+    for name in sorted(names):
+        next(Path("image_index").iterdir()).joinpath(name).write_bytes(content)
+        ended = zygote(*ask, images)
+        assert "Traceback" not in ended.stderr and ended.stdout.splitlines()[0] == before.stdout.splitlines()[0], ended
+    Path("weights.pth").write_bytes(content)
+    for model in ("resnet50", "squeezenet1_1", "timm:resnet18"):
+        ended = zygote("--model", model, "--weights", "weights.pth", "--index-only")
+        assert ended.status == 1 and lines(ended.stderr)[-1].startswith("error: "), ended
+        assert "Traceback" not in ended.stderr
+    assert not Path("exploded").exists()
+
+
+def hostile_index(kind: str, good: bytes) -> bytes:
+    """What crashes or starves FAISS, or would, had it been read."""
+    chance = random.Random(f"{SEED} {kind}")
+    if kind == "claims 2^60 vectors":
+        return good[:8] + struct.pack("<q", 1 << 60) + good[16:]
+    if kind == "of another dimension":
+        return good[:4] + struct.pack("<i", 1 << 30) + good[8:]
+    if kind == "another kind":
+        return b"IwFl" + good[4:]
+    return good[:40] + chance.randbytes(len(good) - 40)
+
+
+@pytest.mark.parametrize("kind", ["claims 2^60 vectors", "of another dimension", "another kind", "noise"])
+def test_an_index_is_read_only_when_its_checksum_holds(
+    kind: str, zygote: Zygote, collection: Callable[..., Path]
+) -> None:
+    collection(8)
+    ask = (*OFFLINE, "--json", "bulk_images/0.png")
+    before = zygote(*ask)
+    (index,) = Path("image_index").glob("*/index.faiss")
+    index.write_bytes(hostile_index(kind, index.read_bytes()))
+    ended = zygote(*ask, room=GIGABYTE)
+    assert (ended.status, ended.stdout) == (0, before.stdout) and "made again" in ended.stderr, ended
+
+
+@pytest.mark.parametrize("suffix", ["", ".part"])
+def test_a_link_in_the_cache_harms_no_file_elsewhere(
+    suffix: str, zygote: Zygote, collection: Callable[..., Path]
+) -> None:
+    images, mine = collection(4), Path("mine.txt")
+    mine.write_text("do not touch")
+    ask = (*OFFLINE, "--json", "bulk_images/0.png")
+    assert zygote(*ask).status == 0
+    (cache,) = Path("image_index").iterdir()
+    names = [*sorted(path.name for path in cache.iterdir()), "reading", "catalogue.sqlite-journal"]
+    for number, name in enumerate(names):
+        (cache / f"{name}{suffix}").unlink(missing_ok=True)
+        (cache / f"{name}{suffix}").symlink_to(mine.absolute())
+        draw(50 + number).save(images / f"{name}.png")
+        for option in ("--rebuild", "--prune"):
+            ended = zygote(*ask, option)
+            assert "Traceback" not in ended.stderr and ended.status in (0, 1), (name, ended)
+            assert mine.read_text() == "do not touch", (name, ended)
+        (cache / f"{name}{suffix}").unlink(missing_ok=True)
+
+
+def test_sql_in_names_and_in_the_catalogue_is_text(zygote: Zygote, collection: Callable[..., Path]) -> None:
+    """A stranger's catalogue may hold triggers and views; it is known by its schema, and made again without them."""
+    images = collection(4)
+    (images / "x'; DELETE FROM files; --.png").write_bytes(saved(draw(9), "PNG"))
+    ask = (*OFFLINE, "--json", "bulk_images/0.png")
+    before = zygote(*ask)
+    (path,) = Path("image_index").glob("*/catalogue.sqlite")
+    db = sqlite3.connect(path)
+    db.executescript(
+        "CREATE TRIGGER evil AFTER INSERT ON files BEGIN DELETE FROM features; END;"
+        "CREATE VIEW seen AS SELECT 1; PRAGMA writable_schema = ON;"
+    )
+    db.close()
+    draw(10).save(images / "10.png")
+    ended = zygote(*ask)
+    assert ended.status == 0 and len(json.loads(ended.stdout)["matches"]) == 5, ended
+    assert len(json.loads(before.stdout)["matches"]) == 4
+    assert not sqlite3.connect(path).execute("SELECT 1 FROM sqlite_master WHERE type IN ('trigger', 'view')").fetchall()
+
+
+# ---- Little memory, few files, many files ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("megabytes", [0, 2, 5, 10, 20, 30, 50, 80, 150])
+def test_little_memory_is_one_line(megabytes: int, zygote: Zygote, collection: Callable[[int], Path]) -> None:
+    collection(30)
+    for workers in (1, 4):
+        ended = zygote(*OFFLINE, "--json", "bulk_images/0.png", "--workers", workers, room=megabytes << 20)
+        assert "Traceback" not in ended.stderr and ended.stderr.count("\n") == 1, ended
+        assert (ended.status == 0) == ("found" in ended.stderr) and ended.status in (0, 1)
+    assert zygote(*OFFLINE, "--json", "bulk_images/0.png").status == 0
+
+
+@pytest.mark.parametrize("kilobytes", [400_000, 1_500_000])
+def test_too_little_memory_to_start_is_one_line(
+    kilobytes: int, program: Callable[..., Any], collection: Callable[[int], Path]
+) -> None:
+    import resource
+
+    collection(3)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (kilobytes << 10,) * 2)  # noqa: E731
+    stdout, stderr = (process := program(*OFFLINE, preexec_fn=limit)).communicate(timeout=60)
+    assert (process.returncode, stdout) == (1, "") and "Traceback" not in stderr, stderr
+    assert stderr.count("\n") == 1 and stderr.startswith("error: "), stderr
+
+
+def test_few_open_files_suffice(zygote: Zygote, collection: Callable[[int], Path]) -> None:
+    images = collection(30)
+    for seed in range(100):
+        (folder := images / "deep" / "/".join("abcdefgh"[: seed % 8]) / str(seed)).mkdir(parents=True)
+        draw(seed).save(folder / "x.png")
+    ended = zygote(*OFFLINE, "--json", "bulk_images", "-k", 3, "--workers", 8, limits={"RLIMIT_NOFILE": 40})
+    assert ended.status == 0 and "0 skipped" in ended.stderr and len(lines(ended.stdout)) == 130, ended
+
+
+MANY = 200_000
+SMALL = b"BM" + struct.pack("<IIIIiiHHIIiiII", 58, 0, 54, 40, 1, 1, 1, 24, *[0] * 6)
+
+
+def fill(images: Path, files: int, folders: int) -> None:
+    """A hundredth are pictures, of 500 kinds; the rest bears false names, or is nothing at all."""
+    for number in range(files):
+        if number < folders:
+            (images / str(number)).mkdir(parents=True)
+        path = images / str(number % folders) / f"{number}"
+        if number % 100 == 0:
+            path.with_suffix(".bmp").write_bytes(SMALL + struct.pack("<I", number // 100 % 500))
+        elif number % 2:
+            path.with_suffix(".jpg").write_bytes(b"%d" % number)
+        else:
+            path.with_suffix(".txt").write_bytes(b"text")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folders", [1, 20_000])
+def test_two_hundred_thousand_files(folders: int, zygote: Zygote) -> None:
+    """Twenty times as many files as in a first run take hardly more memory, and no more open files."""
+    ask = (*OFFLINE, "--index-only")
+    limits = {"RLIMIT_NOFILE": 256}
+    fill(Path("few"), MANY // 20, max(1, folders // 20))
+    few = zygote(*ask, "--images", "few", "--index-dir", "few index", limits=limits)
+    fill(Path("many"), MANY, folders)
+    many, again = (zygote(*ask, "--images", "many", limits=limits, timeout=900) for _ in range(2))
+    assert few.status == many.status == again.status == 0, (few, many, again)
+    print(few.seconds, many.seconds, again.seconds, few.memory >> 20, many.memory >> 20, again.memory >> 20)
+    assert f"{MANY // 100 + MANY // 2:,} found" in many.stderr and "no image was opened" in again.stderr
+    assert max(many.memory, again.memory) < few.memory + (150 << 20)

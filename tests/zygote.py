@@ -1,0 +1,236 @@
+"""One process that has imported everything main.py needs, and forks a run of it in a tenth of a second.
+
+`Zygote` starts this file as a program and gives it requests, one JSON object a line. Each run is main.py as `python
+main.py` would run it, its `if __name__` included, in a process and a process group of its own; nothing in it is
+replaced but the values of constants that a test asks for.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import types
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MAIN = Path(__file__).parent.parent / "main.py"
+PILLOW = ["PIL.Image", "PIL.ImageCms", "PIL.ImageOps"]
+IMPORTED = [
+    "torch",
+    "torchvision",
+    "faiss",
+    "filelock",
+    "numpy",
+    "tqdm",
+    "sqlite3",
+    "concurrent.futures.thread",
+    *PILLOW,
+]
+
+
+class Ended(NamedTuple):
+    status: int  # of the program; minus the number of the signal that killed it
+    stdout: str
+    stderr: str
+    seconds: float
+    memory: int  # bytes, at its peak beyond what the imports take
+
+
+class Run:
+    """A run of main.py under way."""
+
+    def __init__(self, zygote: Zygote, pid: int, folder: Path) -> None:
+        self.zygote, self.pid, self.folder = zygote, pid, folder
+
+    def send(self, number: int) -> None:
+        """Only before `wait` has returned: until then its number is its own."""
+        os.kill(self.pid, number)
+
+    def alive(self) -> bool:
+        return bool(self.zygote.ask(alive=self.pid))
+
+    def said(self) -> str:
+        """On stderr, as yet."""
+        return (self.folder / "2").read_text(errors="replace")
+
+    def wait(self, timeout: float = 120) -> Ended:
+        (self.folder / "0").touch()  # it may have been killed before it said what it began with
+        ended = self.zygote.ask(wait=self.pid, timeout=timeout)
+        assert ended, f"it still runs after {timeout} seconds: {self.said()}"
+        start, out, err = ((self.folder / name).read_bytes().decode("utf-8", "surrogateescape") for name in "012")
+        for name in "012":
+            (self.folder / name).unlink()
+        self.folder.rmdir()
+        return Ended(ended["status"], out, err, ended["seconds"], max(0, ended["memory"] - int(start or 0)))
+
+
+class Zygote:
+    """The other end of this file, run as a program. `faults`: a library for LD_PRELOAD, or none."""
+
+    def __init__(self, faults: Path | None) -> None:
+        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        preload = {"LD_PRELOAD": str(faults)} if faults else {}
+        self.environment = {**os.environ, **one_thread, **preload}
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], env=self.environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        )  # fmt: skip
+
+    def ask(self, **request: Any) -> Any:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(request, default=str) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, *args: object, **options: Any) -> Run:
+        """Options:
+        cwd        a folder
+        env        what is added to the environment
+        constants  of main.py, with other values: {"SAVE_SECONDS": 0}
+        room       bytes of address space beyond what the imports take
+        limits     {"RLIMIT_NOFILE": 256}
+        faults     (folder, number, action, error) as `faults_arm` in faults.c takes them
+        trace      a file to put down in what is written below the folder of `faults`
+        code       Python to run instead of main.py, for the same price
+        """
+        folder = Path(tempfile.mkdtemp(prefix="run-"))
+        options["cwd"] = options.get("cwd") or os.getcwd()
+        options["env"] = {**os.environ, **options.get("env", {})}
+        return Run(self, self.ask(start=list(map(str, args)), folder=folder, **options), folder)
+
+    def __call__(self, *args: object, timeout: float = 120, **options: Any) -> Ended:
+        return self.start(*args, **options).wait(timeout)
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+def address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def arm(request: dict[str, Any]) -> None:
+    if "faults" in request:
+        folder, number, action, error = request["faults"]
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        trace = os.open(request["trace"], flags) if "trace" in request else -1
+        ctypes.CDLL(None).faults_arm(os.fsencode(os.path.realpath(folder)), trace, ctypes.c_long(number), action, error)
+    for name, value in request.get("limits", {}).items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    if "room" in request:
+        resource.setrlimit(resource.RLIMIT_AS, (address_space() + request["room"],) * 2)
+
+
+@cache
+def compiled(constants: str) -> tuple[types.CodeType, types.CodeType]:
+    """main.py with these constants, as JSON: all of it but its last statement, and that one."""
+    values = json.loads(constants)
+    *definitions, last = ast.parse(MAIN.read_text(encoding="utf-8")).body
+    assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'", "main.py ends otherwise"
+    for statement in definitions:
+        if isinstance(statement, ast.Assign) and (name := ast.unparse(statement.targets[0])) in values:
+            statement.value = ast.copy_location(ast.Constant(values.pop(name)), statement.value)
+    assert not values, f"no such constants: {values}"
+    first, second = (ast.Module(part, []) for part in (definitions, [last]))
+    return compile(first, str(MAIN), "exec"), compile(second, str(MAIN), "exec")
+
+
+def be_main(request: dict[str, Any]) -> None:
+    sys.argv = [str(MAIN), *request["start"]]
+    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    module.__file__ = str(MAIN)
+    body, start = compiled(json.dumps(request.get("constants") or {}))
+    exec(body, vars(module))
+    arm(request)
+    exec(compile(request["code"], "code", "exec") if "code" in request else start, vars(module))
+
+
+def child(request: dict[str, Any]) -> int:
+    """Its exit status, as Python would have it."""
+    os.setpgid(0, 0)
+    os.chdir(request["cwd"])
+    os.environ.update(request.get("env", {}))
+    Path(request["folder"], "0").write_text(str(resident()))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number in (1, 2):
+        os.dup2(os.open(os.path.join(request["folder"], str(number)), os.O_WRONLY | os.O_CREAT), number)
+    sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+    status = 1
+    try:
+        be_main(request)
+        status = 0
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        if isinstance(leaving.code, str):
+            print(leaving.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    return status
+
+
+def serve() -> None:
+    for name in IMPORTED:
+        __import__(name)
+    from PIL import Image
+
+    Image.init()
+    assert len(os.listdir("/proc/self/task")) == 1, "a process of several threads cannot be forked safely"
+    began: dict[int, float] = {}
+    ended: dict[int, tuple[int, int]] = {}
+
+    def reap(pid: int) -> bool:
+        if pid not in ended:
+            found, status, usage = os.wait4(pid, os.WNOHANG)
+            if found:
+                ended[pid] = os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
+        return pid in ended
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "start" in request:
+            compiled(json.dumps(request.get("constants") or {}))  # once, for all that follow
+            if (pid := os.fork()) == 0:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                os._exit(child(request))
+            began[pid] = time.perf_counter()
+            answer: Any = pid
+        elif "alive" in request:
+            answer = os.waitid(os.P_PID, request["alive"], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        else:
+            pid, deadline = request["wait"], time.perf_counter() + request["timeout"]
+            while not reap(pid) and time.perf_counter() < deadline:
+                time.sleep(0.002)
+            answer = None
+            if pid in ended:
+                status, memory = ended.pop(pid)
+                answer = {"status": status, "memory": memory, "seconds": time.perf_counter() - began.pop(pid)}
+            else:
+                os.killpg(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the tests
+    serve()
