@@ -1021,7 +1021,8 @@ def whole_file(path: Path, mark: object = "") -> Iterator[BinaryIO]:
     """A file that takes its place only when it is whole and on disk. `mark` tells apart who may write it at once."""
     part = path.with_name(f"{path.name}{mark}.part")
     try:
-        with open(part, "wb") as stream:
+        part.unlink(missing_ok=True)  # or a link in its place would be written through
+        with open(part, "xb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -1415,8 +1416,8 @@ class Catalogue:
     def read_index(self, mapped: bool = True) -> tuple[faiss.Index, dict[str, Any]] | None:
         """The stored index and what `write_index` noted of it, if it is whole and of this generation."""
         try:
-            size = self.index.stat().st_size
             with open(self.index, "rb") as stream:
+                size = stream.seek(0, 2)
                 stream.seek(max(0, size - 8))
                 length, checksum = (int.from_bytes(stream.read(4), "little") for _ in range(2))
                 if size < 8 or file_checksum(self.index, size - 4) != checksum:
@@ -1424,12 +1425,13 @@ class Catalogue:
                     return None
                 stream.seek(size - 8 - length)
                 notes = json.loads(stream.read(length))
+                if bytes.fromhex(notes["generation"]) != self.generation():
+                    return None
+                mapped = mapped and os.name == "posix" and "trained" not in notes  # codes would be mapped and copied
+                path = f"/dev/fd/{stream.fileno()}" if os.name == "posix" else str(self.index)  # FAISS wants UTF-8
+                return faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC if mapped else 0), notes
         except (FileNotFoundError, IsADirectoryError):
             return None
-        if bytes.fromhex(notes["generation"]) != self.generation():
-            return None
-        mapped = mapped and os.name == "posix" and "trained" not in notes  # codes would be mapped and copied
-        return faiss.read_index(str(self.index), faiss.IO_FLAG_MMAP_IFC if mapped else 0), notes
 
     def write_index(self, index: faiss.Index, notes: dict[str, Any]) -> None:
         """The index; behind it the notes as JSON, the length of these, and the CRC-32 of all before: 4 bytes each."""
@@ -1916,7 +1918,8 @@ def sifted(files: Iterable[File], catalogue: Catalogue, images: Path) -> Iterato
                     yield file
         finally:
             faulthandler.disable()
-            note.unlink(missing_ok=True)
+            with suppress(OSError):
+                note.unlink()
 
 
 def read_new(
@@ -1935,10 +1938,12 @@ def read_new(
                 bar.set_postfix_str(summary.balance, refresh=False)
                 bar.update(len(pictures))
                 if time.monotonic() - saved > SAVE_SECONDS or len(unsaved) > BLOCK:
-                    into.save(unsaved)
-                    unsaved, saved = [], time.monotonic()
+                    batch, unsaved = unsaved, []  # not tried again, should it fail: that would wait for itself
+                    into.save(batch)
+                    saved = time.monotonic()
         finally:
-            into.save(unsaved)
+            if unsaved:
+                into.save(unsaved)
 
 
 def meet() -> None:
