@@ -503,6 +503,8 @@ def test_a_link_in_the_cache_harms_no_file_elsewhere(
 
 def test_sql_in_names_and_in_the_catalogue_is_text(zygote: Zygote, collection: Callable[..., Path]) -> None:
     """A stranger's catalogue may hold triggers and views; it is known by its schema, and made again without them."""
+    import main
+
     images = collection(4)
     (images / "x'; DELETE FROM files; --.png").write_bytes(saved(draw(9), "PNG"))
     ask = (*OFFLINE, "--json", "bulk_images/0.png")
