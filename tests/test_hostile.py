@@ -28,7 +28,7 @@ from zygote import Ended, Zygote
 SEED = int(os.environ.get("SEED", 20))
 GIGABYTE = 1 << 30
 HERE = Path(__file__).parent
-OFFLINE = ("--model", "offline", "--views", "none")
+OFFLINE = ("--model", "offline", "--views", "none", "--no-report")
 Run = Callable[..., Outcome]
 
 pytestmark = [
