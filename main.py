@@ -1282,9 +1282,9 @@ def sifted(files: Iterable[File], catalogue: Catalogue, images: Path) -> Iterato
     bad = crashing([os.path.join(root, path) for path in told.split(b"\0") if path]) if crashed else ()
     try:
         note.unlink(missing_ok=True)
-        stream = open(note, "xb", 0)
+        stream = io.FileIO(note, "x")
     except OSError:  # it can be done without
-        stream = open(os.devnull, "wb", 0)
+        stream = io.FileIO(os.devnull, "w")
     with stream:
         faulthandler.enable(stream)
         try:
