@@ -208,16 +208,17 @@ class Scene:
         return max(0, len(re.findall("w+s", kinds)) - 1)
 
     def comes_to_the_same_end(self, box: Box, done: int = 0, why: object = "") -> None:
-        """The next run answers rightly, does little work again, and the one after it none; nothing is left behind."""
+        """The next run answers rightly and does little work again; the one after it only what is new by then."""
         ended = box.run(*self.case.options, constants=self.how)
         assert answers(ended) == self.expected, why
         if not self.case.again:
             assert extracted(ended) <= self.work - done, (why, ended.stderr)
-        again = box.run(constants=self.how)
-        assert (answers(again), extracted(again)) == (self.expected, 0), why
         box.put(999)  # what SQLite or a stopped --prune has left goes with the next write
         assert extracted(box.run("--index-only", constants=self.how)) == 1 and not left_behind(box), why
         shutil.rmtree(box.folder)
+
+
+FEW = ("first, saved once", "add", "prune", "rebuild", "codes, added to")  # of the cases, for the ordinary tests
 
 
 @pytest.fixture(scope="module")
@@ -251,15 +252,15 @@ def kill_often(scene: Scene, name: str, times: int) -> None:
         kill_at(scene, number, chance.choice((KILL, TEAR)))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FEW)
 def test_killed_between_two_writes(name: str, scene: Callable[[str], Scene]) -> None:
-    kill_often(scene(name), name, times=2)
+    kill_often(scene(name), name, times=3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_killed_between_two_writes_wherever_that_is(name: str, scene: Callable[[str], Scene]) -> None:
-    kill_often(scene(name), f"{name} slow", times=40)
+    kill_often(scene(name), f"{name} slow", times=25)
 
 
 # ---- The power is cut ------------------------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ def cut_power(scene: Scene, name: str, times: int) -> None:
         scene.comes_to_the_same_end(box, saved, why=(place, kept, scene.calls[place - 1][:5]))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FEW)
 def test_power_cut(name: str, scene: Callable[[str], Scene]) -> None:
     cut_power(scene(name), name, times=2)
 
@@ -287,7 +288,7 @@ def test_power_cut(name: str, scene: Callable[[str], Scene]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_power_cut_wherever_that_is(name: str, scene: Callable[[str], Scene]) -> None:
-    cut_power(scene(name), f"{name} slow", times=60)
+    cut_power(scene(name), f"{name} slow", times=30)
 
 
 # ---- Writes that fail ------------------------------------------------------------------------------------------------
@@ -313,15 +314,18 @@ def fail_often(scene: Scene, name: str, times: int) -> None:
     assert noticed > len(chosen) // 2
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FEW)
 def test_a_failing_write(name: str, scene: Callable[[str], Scene]) -> None:
     fail_often(scene(name), name, times=3)
 
 
+EVERY = {"first, saved once": 999, "prune": 999, "codes": 999}  # of the others a share, since they repeat themselves
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_every_failing_write(name: str, scene: Callable[[str], Scene]) -> None:
-    fail_often(scene(name), f"{name} slow", times=120)
+def test_failing_writes_one_after_the_other(name: str, scene: Callable[[str], Scene]) -> None:
+    fail_often(scene(name), f"{name} slow", times=EVERY.get(name, 40))
 
 
 # ---- Killed and stopped at any time ----------------------------------------------------------------------------------
@@ -354,7 +358,7 @@ def test_killed_again_and_again(name: str, scene: Callable[[str], Scene]) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_killed_again_and_again_and_again(name: str, scene: Callable[[str], Scene]) -> None:
-    for round in range(4):
+    for round in range(2):
         kill_again_and_again(scene(name), f"{name} {round}", times=5)
 
 
@@ -388,7 +392,7 @@ def test_stopped_politely(stops: tuple[signal.Signals, ...], scene: Callable[[st
 @pytest.mark.parametrize("stops", STOPS, ids=lambda stops: " ".join(number.name for number in stops))
 @pytest.mark.parametrize("name", ["first", "rebuild", "prune"])
 def test_stopped_politely_often(name: str, stops: tuple[signal.Signals, ...], scene: Callable[[str], Scene]) -> None:
-    stop_politely(scene(name), f"{name} slow", stops, times=8)
+    stop_politely(scene(name), f"{name} slow", stops, times=5)
 
 
 # ---- A damaged cache -------------------------------------------------------------------------------------------------
@@ -481,11 +485,11 @@ def damage_often(caches: Caches, kind: str, times: int) -> None:
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage(kind: str, caches: Caches) -> None:
-    damage_often(caches, kind, 12)
+    damage_often(caches, kind, 8)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "times"), [("cut", 150), ("flipped", 700), ("overwritten", 150), ("longer", 40)])
+@pytest.mark.parametrize(("kind", "times"), [("cut", 80), ("flipped", 500), ("overwritten", 80), ("longer", 20)])
 def test_damage_often(kind: str, times: int, caches: Caches) -> None:
     damage_often(caches, kind, times)
 
@@ -505,8 +509,16 @@ def mixtures(caches: Caches) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def test_files_that_do_not_belong_together(caches: Caches) -> None:
-    tried = [why for why, files in mixtures(caches) if caches.answers_with(files, why) or True]
-    assert len(tried) >= 15
+    for why, files in seeded("mixtures").sample([*mixtures(caches)], 8):
+        caches.answers_with(files, why)
+
+
+@pytest.mark.slow
+def test_any_files_that_do_not_belong_together(caches: Caches) -> None:
+    every = [*mixtures(caches)]
+    assert len(every) >= 15
+    for why, files in every:
+        caches.answers_with(files, why)
 
 
 @pytest.mark.parametrize("what", [os.mkdir, partial(os.symlink, "nowhere")], ids=["folder", "link to nowhere"])
@@ -546,7 +558,7 @@ def test_twenty_at_once(name: str, scene: Callable[[str], Scene]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("round", range(15))
+@pytest.mark.parametrize("round", range(8))
 def test_twenty_of_all_kinds_at_once(round: int, scene: Callable[[str], Scene]) -> None:
     chance = seeded("kinds", round)
     name = chance.choice(("first", "add", "change", "repair", "index"))
@@ -625,4 +637,4 @@ def test_the_collection_changes_while_it_is_scanned(scene: Callable[[str], Scene
 
 @pytest.mark.slow
 def test_the_collection_changes_all_the_time(scene: Callable[[str], Scene]) -> None:
-    change_while_it_is_scanned(scene("first"), "changes slow", times=40)
+    change_while_it_is_scanned(scene("first"), "changes slow", times=30)
