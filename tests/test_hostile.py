@@ -190,16 +190,16 @@ LARGEST: dict[str, Callable[[], bytes]] = {  # all are read
     },
     **{f"PNG, {mode}": lambda mode=mode: saved(Image.new(mode, (W, H)), "PNG") for mode in ("L", "P", "RGBA", "I;16")},
     "PNG, one transparent colour": lambda: saved(Image.new("P", (W, H)), "PNG", transparency=3),
-    "PNG, one row": lambda: saved(Image.new("L", (99_999_999, 1)), "PNG"),
     "GIF": lambda: saved(Image.new("P", (W, H)), "GIF"),
     "BMP": lambda: saved(Image.new("RGB", (W, H)), "BMP"),
     "WebP": lambda: saved(Image.new("RGBA", (7_070, 7_070)), "WEBP"),
-    "JPEG2000": lambda: saved(Image.new("RGBA", (7_070, 7_070)), "JPEG2000"),
+    "JPEG2000": lambda: saved(Image.new("RGB", (7_000, 7_000)), "JPEG2000"),
     "AVIF": lambda: saved(Image.new("RGB", (W, H)), "AVIF", speed=10),
     "JPEG": lambda: saved(Image.new("CMYK", (W, H)), "JPEG"),
     "ICO": lambda: ico_of(saved(Image.new("RGBA", (W, H)), "PNG")),
 }
 BOMBS: dict[str, Callable[[], bytes]] = {
+    "PNG, one row of 100 million": lambda: saved(Image.new("L", (99_999_999, 1)), "PNG"),
     "PNG, too large by one column": lambda: png(10_001, 10_000),
     "PNG in an ICO": lambda: ico_of(png(16_000, 16_000)),
     "GIF of 100,000 frames": lambda: gif_of(100_000),
