@@ -48,6 +48,11 @@ class World:
         for path in self.some(number):
             picture(next(self.seeds), path)
 
+    def spoil(self, number: int) -> None:
+        """A picture is none any more."""
+        for path in self.some(number):
+            path.write_bytes((b"", b"\x89PNG", b"text")[number % 3])
+
     def copy(self, number: int) -> None:
         for path in self.some(number):
             shutil.copy(path, path.with_name(f"copy of {path.name}"[-100:]))
@@ -130,7 +135,7 @@ class World:
         assert extracted(after) == 0
 
 
-GROWING = (World.add, World.add_what_is_none, World.copy)
+GROWING = (World.add, World.add_what_is_none, World.copy, World.spoil)
 MOVING = (World.change, World.rename, World.swap, World.remove, World.hide, World.restore)
 WORKING = (World.prune, World.rebuild, World.switch_model, World.kill)
 LOSING = (World.back_up, World.go_back, World.damage, World.lose)
