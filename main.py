@@ -1905,21 +1905,27 @@ def sifted(files: Iterable[File], catalogue: Catalogue, images: Path) -> Iterato
     told = note.read_bytes() if note.is_file() else b""
     crashed = b"Fatal Python error" in told
     bad = crashing([os.path.join(root, path) for path in told.split(b"\0") if path]) if crashed else ()
-    note.unlink(missing_ok=True)
-    with open(note, "xb", 0) as stream, open(note, "ab", 0) as last_words:
-        faulthandler.enable(last_words)
+    try:
+        note.unlink(missing_ok=True)
+        stream = io.FileIO(note, "x")
+    except OSError:  # it can be done without
+        stream = io.FileIO(os.devnull, "w")
+    with stream:
+        faulthandler.enable(stream)
         try:
             for i, file in enumerate(files):
                 if os.path.join(root, file.path) in bad:
                     catalogue.save([Picture(file, reason="its decoder crashes")])
-                else:
+                    continue
+                with suppress(OSError):
                     stream.seek(i % IN_FLIGHT * PATH_BYTES)
                     stream.write(file.path.ljust(PATH_BYTES, b"\0"))
-                    yield file
+                    stream.seek(IN_FLIGHT * PATH_BYTES)  # where the last words belong
+                yield file
         finally:
             faulthandler.disable()
             with suppress(OSError):
-                note.unlink()
+                note.unlink(missing_ok=True)
 
 
 def read_new(
@@ -2708,6 +2714,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def interrupt(*_: Any) -> None:
+    """Work is saved. Who cannot wait for that, and sends another signal, has the process gone at once."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(130))
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # work is saved, as after Ctrl-C
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     raise SystemExit(main())

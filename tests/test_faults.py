@@ -25,13 +25,12 @@ from conftest import draw
 from faults import FAIL, FAIL_ON, KILL, TEAR, Call, Disk, calls, read_all, write_all
 from zygote import Ended, Zygote
 
-import main
-
 N = 70  # images: enough for labels, and for codes
 IMAGES, INDEX = "images", "index"
-ASK = ("--model", "offline", "--images", IMAGES, "--index-dir", INDEX, "--json", "--views", "none", "-k", 2 * N)
+WHERE = ("--images", IMAGES, "--index-dir", INDEX)
+ASK = ("--model", "offline", *WHERE, "--json", "--no-report", "--views", "none", "-k", 2 * N)
 OFTEN = {"SAVE_SECONDS": 0}  # each image is saved on its own
-CODES = {"EXACT_BYTES": 0} if hasattr(main, "EXACT_BYTES") else {}  # as in a large collection
+CODES = {"EXACT_BYTES": 0}  # as in a large collection
 CHATTER = re.compile(r"(?P<new>[\d,]+) new(?: \((?P<recognised>[\d,]+) recognised)?")
 SEED = int(os.environ.get("SEED", 20))  # of all that is random here; another one: SEED=7 python -m pytest ...
 
@@ -129,6 +128,7 @@ def change(box: Box) -> None:
     for seed in range(5, 20):
         (box.images / f"{seed}.png").rename(box.images / f"renamed {seed}.png")
     (box.images / "20.png").unlink()
+    (box.images / "21.png").write_bytes(b"\x89PNG")
 
 
 def remove(box: Box) -> None:
@@ -153,19 +153,20 @@ class Case(NamedTuple):
     options: tuple[str, ...] = ()
     constants: dict[str, float] | None = None
     again: bool = False  # features that are there are extracted again, by design
+    mended: bool = True  # a kill may leave something to repair: a new generation of features, or a damage before it
 
 
 CASES = {
     "first": Case(0, lambda box: box.put(*range(N)), ("--batch-size", "1"), OFTEN),
     "first, saved once": Case(0, lambda box: box.put(*range(N))),
-    "add": Case(N - 5, add, ("--batch-size", "1"), OFTEN),
-    "change": Case(N, change, ("--batch-size", "1"), OFTEN),
+    "add": Case(N - 5, add, ("--batch-size", "1"), OFTEN, mended=False),
+    "change": Case(N, change, ("--batch-size", "1"), OFTEN, mended=False),
     "prune": Case(N, remove, ("--prune",)),
     "rebuild": Case(N, lambda box: None, ("--rebuild",), again=True),
     "index": Case(N, lose_index),
     "repair": Case(N, damage),
     "codes": Case(N, lose_index, constants=CODES),
-    "codes, added to": Case(N - 5, add, ("--batch-size", "1"), {**OFTEN, **CODES}),
+    "codes, added to": Case(N - 5, add, ("--batch-size", "1"), {**OFTEN, **CODES}, mended=False),
 }
 
 
@@ -205,20 +206,23 @@ class Scene:
 
     def saved_before(self, number: int) -> int:
         """Images whose features are surely kept by what was done before this call."""
-        kinds = "".join(call.kind for call in self.calls[: number - 1] if call.path.endswith("features.bin"))
-        return max(0, len(re.findall("w+s", kinds)) - 1)
+        written = {("w", "features.bin"): "w", ("u", "catalogue.sqlite-journal"): "c"}
+        done = "".join(written.get((call.kind, os.path.basename(call.path)), "") for call in self.calls[: number - 1])
+        return max(0, len(re.findall("w+c", done)) - 1)
 
     def comes_to_the_same_end(self, box: Box, done: int = 0, why: object = "") -> None:
-        """The next run answers rightly, does little work again, and the one after it none; nothing is left behind."""
+        """The next run answers rightly and does little work again; the one after it only what is new by then."""
         ended = box.run(*self.case.options, constants=self.how)
         assert answers(ended) == self.expected, why
         if not self.case.again:
             assert extracted(ended) <= self.work - done, (why, ended.stderr)
-        again = box.run(constants=self.how)
-        assert (answers(again), extracted(again)) == (self.expected, 0), why
+        assert self.case.mended or "Repaired" not in ended.stderr, (why, ended.stderr)
         box.put(999)  # what SQLite or a stopped --prune has left goes with the next write
         assert extracted(box.run("--index-only", constants=self.how)) == 1 and not left_behind(box), why
         shutil.rmtree(box.folder)
+
+
+FEW = ("first, saved once", "add", "prune", "rebuild", "codes, added to")  # of the cases, for the ordinary tests
 
 
 @pytest.fixture(scope="module")
@@ -252,15 +256,15 @@ def kill_often(scene: Scene, name: str, times: int) -> None:
         kill_at(scene, number, chance.choice((KILL, TEAR)))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FEW)
 def test_killed_between_two_writes(name: str, scene: Callable[[str], Scene]) -> None:
-    kill_often(scene(name), name, times=2)
+    kill_often(scene(name), name, times=3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_killed_between_two_writes_wherever_that_is(name: str, scene: Callable[[str], Scene]) -> None:
-    kill_often(scene(name), f"{name} slow", times=40)
+    kill_often(scene(name), f"{name} slow", times=25)
 
 
 # ---- The power is cut ------------------------------------------------------------------------------------------------
@@ -280,7 +284,7 @@ def cut_power(scene: Scene, name: str, times: int) -> None:
         scene.comes_to_the_same_end(box, saved, why=(place, kept, scene.calls[place - 1][:5]))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FEW)
 def test_power_cut(name: str, scene: Callable[[str], Scene]) -> None:
     cut_power(scene(name), name, times=2)
 
@@ -288,7 +292,7 @@ def test_power_cut(name: str, scene: Callable[[str], Scene]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_power_cut_wherever_that_is(name: str, scene: Callable[[str], Scene]) -> None:
-    cut_power(scene(name), f"{name} slow", times=60)
+    cut_power(scene(name), f"{name} slow", times=30)
 
 
 # ---- Writes that fail ------------------------------------------------------------------------------------------------
@@ -314,15 +318,18 @@ def fail_often(scene: Scene, name: str, times: int) -> None:
     assert noticed > len(chosen) // 2
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FEW)
 def test_a_failing_write(name: str, scene: Callable[[str], Scene]) -> None:
     fail_often(scene(name), name, times=3)
 
 
+EVERY = {"first, saved once": 999, "prune": 999, "codes": 999}  # of the others a share, since they repeat themselves
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_every_failing_write(name: str, scene: Callable[[str], Scene]) -> None:
-    fail_often(scene(name), f"{name} slow", times=120)
+def test_failing_writes_one_after_the_other(name: str, scene: Callable[[str], Scene]) -> None:
+    fail_often(scene(name), f"{name} slow", times=EVERY.get(name, 40))
 
 
 # ---- Killed and stopped at any time ----------------------------------------------------------------------------------
@@ -355,7 +362,7 @@ def test_killed_again_and_again(name: str, scene: Callable[[str], Scene]) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_killed_again_and_again_and_again(name: str, scene: Callable[[str], Scene]) -> None:
-    for round in range(4):
+    for round in range(2):
         kill_again_and_again(scene(name), f"{name} {round}", times=5)
 
 
@@ -371,7 +378,8 @@ def stop_politely(scene: Scene, name: str, stops: tuple[signal.Signals, ...], ti
         ended = run.wait()
         if ended.status:
             stopped += 1
-            assert ended.status == 130 and ended.stderr.startswith("interrupted: ") and ended.stderr.count("\n") == 1
+            assert ended.status == 130 and ended.stderr.count("\n") <= 1, ended
+            assert ended.stderr.startswith("interrupted: ") or (len(stops) > 1 and not ended.stderr), ended
         scene.comes_to_the_same_end(box)
     assert stopped, "each was done before it was stopped"
 
@@ -388,7 +396,7 @@ def test_stopped_politely(stops: tuple[signal.Signals, ...], scene: Callable[[st
 @pytest.mark.parametrize("stops", STOPS, ids=lambda stops: " ".join(number.name for number in stops))
 @pytest.mark.parametrize("name", ["first", "rebuild", "prune"])
 def test_stopped_politely_often(name: str, stops: tuple[signal.Signals, ...], scene: Callable[[str], Scene]) -> None:
-    stop_politely(scene(name), f"{name} slow", stops, times=8)
+    stop_politely(scene(name), f"{name} slow", stops, times=5)
 
 
 # ---- A damaged cache -------------------------------------------------------------------------------------------------
@@ -481,11 +489,11 @@ def damage_often(caches: Caches, kind: str, times: int) -> None:
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage(kind: str, caches: Caches) -> None:
-    damage_often(caches, kind, 12)
+    damage_often(caches, kind, 8)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "times"), [("cut", 150), ("flipped", 700), ("overwritten", 150), ("longer", 40)])
+@pytest.mark.parametrize(("kind", "times"), [("cut", 80), ("flipped", 500), ("overwritten", 80), ("longer", 20)])
 def test_damage_often(kind: str, times: int, caches: Caches) -> None:
     damage_often(caches, kind, times)
 
@@ -505,8 +513,16 @@ def mixtures(caches: Caches) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def test_files_that_do_not_belong_together(caches: Caches) -> None:
-    tried = [why for why, files in mixtures(caches) if caches.answers_with(files, why) or True]
-    assert len(tried) >= 15
+    for why, files in seeded("mixtures").sample([*mixtures(caches)], 8):
+        caches.answers_with(files, why)
+
+
+@pytest.mark.slow
+def test_any_files_that_do_not_belong_together(caches: Caches) -> None:
+    every = [*mixtures(caches)]
+    assert len(every) >= 15
+    for why, files in every:
+        caches.answers_with(files, why)
 
 
 @pytest.mark.parametrize("what", [os.mkdir, partial(os.symlink, "nowhere")], ids=["folder", "link to nowhere"])
@@ -546,7 +562,7 @@ def test_twenty_at_once(name: str, scene: Callable[[str], Scene]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("round", range(15))
+@pytest.mark.parametrize("round", range(8))
 def test_twenty_of_all_kinds_at_once(round: int, scene: Callable[[str], Scene]) -> None:
     chance = seeded("kinds", round)
     name = chance.choice(("first", "add", "change", "repair", "index"))
@@ -625,4 +641,4 @@ def test_the_collection_changes_while_it_is_scanned(scene: Callable[[str], Scene
 
 @pytest.mark.slow
 def test_the_collection_changes_all_the_time(scene: Callable[[str], Scene]) -> None:
-    change_while_it_is_scanned(scene("first"), "changes slow", times=40)
+    change_while_it_is_scanned(scene("first"), "changes slow", times=30)

@@ -15,7 +15,7 @@ import struct
 import sys
 import unicodedata
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from zygote import Ended, Zygote
 SEED = int(os.environ.get("SEED", 20))
 GIGABYTE = 1 << 30
 HERE = Path(__file__).parent
-OFFLINE = ("--model", "offline", "--views", "none")
+OFFLINE = ("--model", "offline", "--views", "none", "--no-report")
 Run = Callable[..., Outcome]
 
 pytestmark = [
@@ -39,6 +39,11 @@ pytestmark = [
 
 def lines(text: str) -> list[str]:
     return [line for line in text.split("\n") if line]
+
+
+def seldom(cases: Iterable[str], *often: str) -> list[Any]:
+    """All but those that are tried `often` are for the slow suite."""
+    return [case if case in often else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 # ---- Fuzzed images ---------------------------------------------------------------------------------------------------
@@ -176,21 +181,35 @@ def tiff_of(width: int, height: int) -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4)
 
 
+W, H = 10_000, 9_990  # just within the limit
+MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK", "LAB", "YCbCr", "I", "I;16", "F")
+LARGEST: dict[str, Callable[[], bytes]] = {  # all are read
+    **{
+        f"TIFF, {mode}": lambda mode=mode: saved(Image.new(mode, (W, H)), "TIFF", compression="tiff_adobe_deflate")
+        for mode in MODES
+    },
+    **{f"PNG, {mode}": lambda mode=mode: saved(Image.new(mode, (W, H)), "PNG") for mode in ("L", "P", "RGBA", "I;16")},
+    "PNG, one transparent colour": lambda: saved(Image.new("P", (W, H)), "PNG", transparency=3),
+    "GIF": lambda: saved(Image.new("P", (W, H)), "GIF"),
+    "BMP": lambda: saved(Image.new("RGB", (W, H)), "BMP"),
+    "WebP": lambda: saved(Image.new("RGBA", (7_070, 7_070)), "WEBP"),
+    "JPEG2000": lambda: saved(Image.new("RGB", (7_000, 7_000)), "JPEG2000"),
+    "AVIF": lambda: saved(Image.new("RGB", (W, H)), "AVIF", speed=10),
+    "JPEG": lambda: saved(Image.new("CMYK", (W, H)), "JPEG"),
+    "ICO": lambda: ico_of(saved(Image.new("RGBA", (W, H)), "PNG")),
+}
 BOMBS: dict[str, Callable[[], bytes]] = {
-    "PNG, grey, 127 million pixels": lambda: png(11_000, 11_500),
-    "PNG with 16 bits": lambda: png(11_000, 11_500, depth=16),
-    "PNG, one row of 128 million": lambda: png(128_000_000, 1, depth=8),
-    "PNG, too large by one column": lambda: png(12_801, 10_000),
+    "PNG, one row of 100 million": lambda: saved(Image.new("L", (99_999_999, 1)), "PNG"),
+    "PNG, too large by one column": lambda: png(10_001, 10_000),
     "PNG in an ICO": lambda: ico_of(png(16_000, 16_000)),
-    "GIF": lambda: saved(Image.new("P", (11_000, 11_500)), "GIF"),
     "GIF of 100,000 frames": lambda: gif_of(100_000),
     "GIF of 65,535 × 65,535": lambda: b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b";",
     "TIFF of 4 gigapixels": lambda: tiff_of(65_535, 65_535),
-    "TIFF of a strip that is not there": lambda: tiff_of(11_000, 11_500),
-    "TIFF, packed": lambda: saved(Image.new("1", (11_000, 11_500)), "TIFF", compression="group4"),
+    "TIFF of a strip that is not there": lambda: tiff_of(W, H),
+    "TIFF, packed": lambda: saved(Image.new("1", (W, H)), "TIFF", compression="group4"),
     "TIFF, a chain of 20,000 directories": lambda: ifd_chain(20_000, loop=False),
     "TIFF, a chain that bites its tail": lambda: ifd_chain(5, loop=True),
-    "WebP": lambda: saved(Image.new("RGB", (9_000, 9_000)), "WEBP"),
+    "WebP of 9,000 × 9,000": lambda: saved(Image.new("RGB", (9_000, 9_000)), "WEBP"),
     "WebP of 16,384 × 16,384": lambda: webp_header(16_384, 16_384),
     "WebP of 2^24 × 2^24": lambda: webp_header(1 << 24, 1 << 24),
     "PPM of 10^18 pixels": lambda: b"P6 1000000000 1000000000 255\n",
@@ -203,6 +222,8 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "JPEG, 30 megabytes of profile": lambda: many_segments(500),
     "MPO of 800 frames": lambda: mpo_of(800),
 }
+HEAVY = ("PNG, a colour profile of a gigabyte", "PNG in an ICO", "WebP of 9,000 × 9,000", "TIFF, packed")  # to make
+LIGHT = [name for name in BOMBS if name not in HEAVY]
 OTHERS = {
     "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'><image href='file:///etc/passwd'/></svg>",
     "SVG with entities": b"<!DOCTYPE svg [<!ENTITY a 'aaaa'><!ENTITY b '&a;&a;&a;&a;'>]><svg>&b;</svg>",
@@ -233,11 +254,18 @@ def look_at(zygote: Zygote) -> tuple[bool, str, Ended]:
     return word == "True", reason, ended
 
 
-@pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.parametrize("bomb", seldom(BOMBS, *LIGHT))
 def test_a_bomb_is_read_or_refused_in_ten_seconds_and_a_gigabyte(bomb: str, zygote: Zygote) -> None:
     Path("bomb.jpg").write_bytes(BOMBS[bomb]())
     read, reason, ended = look_at(zygote)
     print(read, reason, ended.memory >> 20, "MB")
+
+
+@pytest.mark.parametrize("kind", seldom(LARGEST, "PNG, RGBA"))
+def test_the_largest_pictures_take_a_gigabyte(kind: str, zygote: Zygote) -> None:
+    Path("bomb.jpg").write_bytes(LARGEST[kind]())
+    read, reason, ended = look_at(zygote)
+    assert read, (reason, ended)
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -258,7 +286,7 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", seldom(STARTS, "nothing", "JPEG", "TIFF"))
 def test_a_sparse_file_of_two_gigabytes(start: str, zygote: Zygote) -> None:
     Path("bomb.jpg").write_bytes(STARTS[start])
     os.truncate("bomb.jpg", 2 << 30)
@@ -292,8 +320,8 @@ def test_a_decoder_that_crashes_costs_one_file(zygote: Zygote, collection: Calla
 
 def test_a_collection_of_bombs_costs_no_picture(zygote: Zygote, collection: Callable[[int], Path]) -> None:
     images = collection(5)
-    for number, make in enumerate([*BOMBS.values()][7:20]):
-        (images / f"bomb {number}.jpg").write_bytes(make())
+    for number, name in enumerate(LIGHT):
+        (images / f"bomb {number}.jpg").write_bytes(BOMBS[name]())
     for name, content in OTHERS.items():
         (images / f"{name}.jpg").write_bytes(content)
     os.symlink("/dev/zero", images / "zero.jpg")
@@ -436,7 +464,7 @@ def test_the_pickles_do_explode(kind: str) -> None:
     assert Path("exploded").is_dir()
 
 
-@pytest.mark.parametrize("kind", PICKLES)
+@pytest.mark.parametrize("kind", seldom(PICKLES, "protocol 2", "torch"))
 def test_a_pickle_never_runs_wherever_it_is_planted(kind: str, zygote: Zygote, collection: Callable[..., Path]) -> None:
     images, content = collection(4), PICKLES[kind]()
     ask = (*OFFLINE, "--json", "bulk_images/0.png", "bulk_images/bomb.png", "--images")
@@ -512,8 +540,7 @@ def test_sql_in_names_and_in_the_catalogue_is_text(zygote: Zygote, collection: C
     (path,) = Path("image_index").glob("*/catalogue.sqlite")
     db = sqlite3.connect(path)
     db.executescript(
-        "CREATE TRIGGER evil AFTER INSERT ON files BEGIN DELETE FROM features; END;"
-        "CREATE VIEW seen AS SELECT 1; PRAGMA writable_schema = ON;"
+        "CREATE TRIGGER evil AFTER INSERT ON files BEGIN DELETE FROM features; END;CREATE VIEW evil_too AS SELECT 1;"
     )
     db.close()
     draw(10).save(images / "10.png")
