@@ -123,6 +123,7 @@ AHEAD_BATCHES = 2  # decoded and waiting for the model: enough to overlap, bound
 SAVE_SECONDS = 10  # work at risk when the process is killed; 30 are promised
 CONNECT_SECONDS = 10  # torch.hub sets no timeout of its own and would hang for minutes
 RANKS_WAIT = 30  # days that a rank waits for the slowest: the share of one may take long
+GAP = 32  # from twice as many pixels for one, squares of them are averaged first: a row of 10^8 would take gigabytes
 DRAFT = 2  # a JPEG is decoded at the smallest scale that leaves this many times the model's side
 MAX_PIXELS = 100_000_000  # to decode, after JPEG scaling: 0.4 GB as Pillow holds them; phones reach 200 million in JPEG
 HEADER_READS = 1_000_000  # of a few bytes each, half a second
@@ -829,7 +830,7 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
 
 def squeeze(image: Image.Image, width: int, height: int, resample: str) -> torch.Tensor:
     """An RGB image as uint8 (3, height, width)."""
-    resized = image.resize((width, height), Image.Resampling[resample.upper()])
+    resized = image.resize((width, height), Image.Resampling[resample.upper()], reducing_gap=GAP)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
