@@ -71,6 +71,16 @@ def draw(seed: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
     return image
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[Any]:
+    """The two processes of a run tell each other what a test printed: only UTF-8."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    if report.failed:
+        report.longrepr = str(report.longrepr).encode("utf-8", "backslashreplace").decode()
+    return report
+
+
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder, with no weights, and with a proxy that refuses whatever is not on this machine."""
