@@ -128,7 +128,7 @@ def build(images: Path, cache: Path, dim: int) -> dict[str, float]:
     return {
         "build s": time.perf_counter() - start,
         "build MB": peak() - base,
-        **{k: v for k, v in notes.items() if k != "generation"},
+        **{name: notes[name] for name in ("recall", "shortlist") if name in notes},
     }
 
 

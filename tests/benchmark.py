@@ -1,6 +1,6 @@
 """How fast is it here, against the usual script and against what the machine allows?
 
-    python tests/benchmark.py                                  every section, an hour
+    python tests/benchmark.py                                  every section: an hour and 16 GB of disk
     python tests/benchmark.py few large --repeat 1             two of them, once
     python tests/benchmark.py few --images ~/Pictures --json figures.json
 
@@ -28,6 +28,9 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+import bench_duplicates  # noqa: E402
+import bench_million  # noqa: E402
 
 import main  # noqa: E402
 
@@ -223,6 +226,28 @@ def memory(options: Options) -> Iterator[Row]:
     yield Row(f"peak memory at {sizes[1]:,} images, against {sizes[0]:,}", many, "MB", few, "≤ 1.20 ×")
 
 
+def search(vectors: int) -> Callable[[Options], Iterator[Row]]:
+    """The index of so many made-up vectors and the answers from it, then the peers' ways: see bench_million.py."""
+
+    def section(options: Options) -> Iterator[Row]:
+        n = max(300, round(vectors * options.share))
+        for what, figures in bench_million.measure(n, 2048, options.folder / f"search {n}", peers=True):
+            for name, value in figures.items():
+                word, _, unit = name.rpartition(" ")
+                known = unit in ("s", "ms", "MB")
+                yield Row(f"{n:,} vectors, {what}: {word if known else name}", value, unit if known else "")
+
+    return section
+
+
+def duplicates(options: Options) -> Iterator[Row]:
+    """The copies among made-up vectors, of which a hundredth are copies."""
+    n = max(300, round(100_000 * options.share))
+    found = bench_duplicates.duplicates(n, str(options.folder))
+    yield Row(f"copies among {n:,}", found["seconds"], "s", promised="≤ 600 s at 100,000")
+    yield Row(f"copies among {n:,}, memory beyond start-up", found["MB"], "MB")
+
+
 SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "many": against_the_usual_script(2000, 500, 375, "5.00 ×"),
     "few": against_the_usual_script(200, 500, 375, "3.50 ×"),
@@ -230,6 +255,9 @@ SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "large": against_the_usual_script(200, 4000, 3000, "8.00 ×"),
     "ceilings": ceilings,
     "memory": memory,
+    "search": search(100_000),
+    "million": search(1_000_000),
+    "duplicates": duplicates,
 }
 
 

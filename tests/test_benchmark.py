@@ -21,7 +21,7 @@ def benchmark(*args: object) -> "subprocess.CompletedProcess[str]":
 
 
 def test_sections_print_a_table_and_keep_their_figures(tmp_path):
-    chosen = ["few", "ceilings", "memory"]
+    chosen = ["few", "ceilings", "memory", "search", "duplicates"]
     outcome = benchmark(*chosen, *TINY, "--json", tmp_path / "kept.json")
     assert outcome.returncode == 0, outcome.stderr
     heading, _, *lines = outcome.stdout.splitlines()
