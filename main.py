@@ -59,8 +59,8 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -118,7 +118,7 @@ PARTS = ((0.80, 1), (0.67, 2), (0.52, 3))  # side of a query in the whole it may
 OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # brightness, red-green, yellow-blue
 BATCH_SIZE = {"cpu": 32, "cuda": 256, "mps": 64}  # images
 FAITHFUL = 0.999  # cosine between features of the fast network and of the plain one in fp32, or it stays plain
-IN_FLIGHT, PATH_BYTES = 1024, 4096  # files that are noted while they are read, more than are ever ahead; of a path
+IN_FLIGHT, PATH_BYTES = 1024, 4096  # files read ahead at most, which are noted meanwhile; of a path
 AHEAD_BATCHES = 2  # decoded and waiting for the model: enough to overlap, bounded in memory
 SAVE_SECONDS = 10  # work at risk when the process is killed; 30 are promised
 CONNECT_SECONDS = 10  # torch.hub sets no timeout of its own and would hang for minutes
@@ -894,7 +894,7 @@ def with_features(
     size, workers = work.batch_size or BATCH_SIZE[model.device], work.workers or usable_cores()
     transform = get_transform(model.side, model.resample)
     read = partial(read_picture, root=os.fsencode(root), transform=transform, known=known)
-    pictures = read_ahead(read, files, workers, AHEAD_BATCHES * size + workers)
+    pictures = read_ahead(read, files, workers, min(AHEAD_BATCHES * size + workers, IN_FLIGHT))
     under_way: deque[tuple[list[Picture], torch.Tensor | None]] = deque()
     start = time.perf_counter()
     while (batch := list(itertools.islice(pictures, size))) or under_way:
@@ -1055,7 +1055,7 @@ class Catalogue:
     HEADER = 16  # bytes
 
     def __init__(self, folder: Path, identity: str, dim: int) -> None:
-        self.folder, self.identity = folder, identity
+        self.folder, self.identity, self.dim = folder, identity, dim
         self.path, self.features, self.index = (
             folder / name for name in ("catalogue.sqlite", "features.bin", "index.faiss")
         )
@@ -1161,7 +1161,7 @@ class Catalogue:
         if thorough and not self.sealed() and (
             verdict := self.db.execute("PRAGMA integrity_check(1)").fetchone()[0]
         ) != "ok":  # fmt: skip
-            raise sqlite3.DatabaseError(f"the catalogue is corrupt: {first_line(ValueError(verdict))}")
+            raise sqlite3.DatabaseError(f"the catalogue is corrupt: {verdict.splitlines()[0]}")
         with self.db:
             self.db.execute("BEGIN")  # both of one moment, whatever another run adds meanwhile
             meta = dict(self.db.execute("SELECT key, value FROM meta").fetchall())
@@ -1265,9 +1265,12 @@ class Catalogue:
 
         Raises DatabaseError if one is not what was written.
         """
+        generation = self.get("generation")
         for row, records in self.records(start, min(end, self.get("rows"))):
             query = "SELECT digest FROM features WHERE row BETWEEN ? AND ? ORDER BY row"
             digests = [digest for (digest,) in self.db.execute(query, (row, row + len(records) - 1))]
+            if self.generation() != generation:
+                raise sqlite3.DatabaseError("another run has changed the features")
             other = np.array([d is not None and d != r.tobytes() for d, r in zip(digests, records["digest"])])
             superseded = np.array([digest is None for digest in digests])
             self.prove(np.arange(row, row + len(records)), records, superseded, other)
@@ -1302,10 +1305,14 @@ class Catalogue:
             log.warning("%s: %d features are damaged, and are extracted again", self.features, len(broken))
             raise sqlite3.DatabaseError(f"{len(broken)} features do not match their checksum or the catalogue")
 
+    def wants_codes(self, work: Work) -> bool:
+        rows = self.get("rows")
+        return rows >= FEWEST_CODED and rows * self.dim * 2 > work.exact_bytes
+
     def is_known(self, digest: bytes) -> bool:
         with self.one_lookup:  # asked by the threads that read, who must not share a connection unguarded
-            found = self.lookup.execute("SELECT row FROM features WHERE digest = ?", (digest,)).fetchall()
-        return any(row >= self.trusted_from for (row,) in found)
+            query = "SELECT 1 FROM features WHERE digest = ? AND row >= ?"
+            return self.lookup.execute(query, (digest, self.trusted_from)).fetchone() is not None
 
     def save(self, pictures: Sequence[Picture]) -> None:
         """Make pictures and their features durable: first the features, then, at once, the files they belong to."""
@@ -1336,28 +1343,35 @@ class Catalogue:
             )
             self.put(totals=None, rows=rows + len(fresh), checksum=zlib.crc32(records.tobytes(), self.get("checksum")))
 
+    def known_files(self) -> Iterator[tuple[Any, ...]]:
+        """Path, size, time, whether it is there, and whether to try it again, by path. No lock is held in between: a
+        scan may take minutes, and another run may want to save."""
+        query = """SELECT path, size, mtime, there, digest IS NULL AND decoders <> ? FROM files WHERE path > ?
+            ORDER BY path LIMIT ?"""
+        block = [(b"",)]
+        while block := self.lookup.execute(query, (image_formats()[2], block[-1][0], BLOCK)).fetchall():
+            yield from block
+
     def differences(self, files: Iterable[File], everything: bool) -> Iterator[tuple[bytes, int, int, int | None]]:
         """What a scan found that is not as the catalogue has it. Both are in the order of their paths."""
-        query = "SELECT path, size, mtime, there, digest IS NULL AND decoders <> ? FROM files ORDER BY path"
-        end = b"", 0, 0, 0, 0
-        with closing(self.db.execute(query, (image_formats()[2],))) as stored:
-            known = next(stored, end)
-            for file in files:
-                while known is not end and known[0] < file.path:
-                    if known[3]:
-                        yield *known[:3], 0
-                    known = next(stored, end)
-                if known[0] != file.path:
-                    yield *file, None
-                    continue
-                if everything or known[4] or known[1:3] != file[1:]:
-                    yield *file, None
-                elif not known[3]:
-                    yield *file, 1
+        stored, end = self.known_files(), (b"", 0, 0, 0, 0)
+        known = next(stored, end)
+        for file in files:
+            while known is not end and known[0] < file.path:
+                if known[3]:
+                    yield *known[:3], 0
                 known = next(stored, end)
-            for left in itertools.chain([known], stored):
-                if left[3]:
-                    yield *left[:3], 0
+            if known[0] != file.path:
+                yield *file, None
+                continue
+            if everything or known[4] or known[1:3] != file[1:]:
+                yield *file, None
+            elif not known[3]:
+                yield *file, 1
+            known = next(stored, end)
+        for left in itertools.chain([known], stored):
+            if left[3]:
+                yield *left[:3], 0
 
     def scan(self, files: Iterable[File], everything: bool) -> int:
         """Compare with what lies in the collection now, and choose what to read of it: what is new or changed, what
@@ -1393,7 +1407,8 @@ class Catalogue:
         """Forget the files that are gone, and the features that no file is left of."""
         with self.db:
             self.db.execute("DELETE FROM files WHERE NOT there")
-        self.compact(self.live_rows())
+        if len(rows := self.live_rows()) < self.get("rows"):
+            self.compact(rows)
 
     def rows(self, condition: str) -> np.ndarray:
         return np.fromiter((row for (row,) in self.db.execute(f"SELECT row FROM features {condition}")), np.int64)
@@ -1453,7 +1468,7 @@ class Catalogue:
     def export(self, folder: Path) -> int:
         """features.npy, float16 (n, dim), and paths.txt, a line each; how many. The first is there only if both are."""
         joined = "features JOIN files USING (digest) WHERE there"
-        n, dim = self.count(joined), self.record["vector"].shape[0]
+        n, dim = self.count(joined), self.dim
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "features.npy").unlink(missing_ok=True)
         with whole_file(folder / "features.npy") as features, whole_file(folder / "paths.txt") as paths:
@@ -1541,20 +1556,28 @@ def coded_index(catalogue: Catalogue, rows: int) -> tuple[faiss.Index, dict[str,
         shortlist *= 2
 
 
+def is_current(catalogue: Catalogue, work: Work, notes: dict[str, Any]) -> bool:
+    """Whether an index of which this was noted will do."""
+    rows = catalogue.get("rows")
+    if not work.update:  # the newest features may be missing, but then they must be no older ones' successors
+        return notes["rows"] == rows or not catalogue.count("features WHERE files = 0 AND digest IS NULL")
+    return notes["rows"] == rows and ("trained" in notes) == catalogue.wants_codes(work)
+
+
 def open_index(catalogue: Catalogue, work: Work = Work()) -> tuple[faiss.Index, dict[str, Any]]:
-    """The index of the stored features, brought up to date if need be, and what was noted of it."""
-    rows, dim = catalogue.get("rows"), catalogue.record["vector"].shape[0]
-    coded = rows >= FEWEST_CODED and rows * dim * 2 > work.exact_bytes
-    for mapped in (True, False):
-        with nullcontext() if mapped else catalogue.writing():
-            stored = catalogue.read_index(mapped)
-            if stored and (not work.update or (stored[1]["rows"] == rows and ("trained" in stored[1]) == coded)):
-                return stored
-            if mapped:
-                continue
-            if stored and ("trained" in stored[1]) == coded and rows <= OUTGROWN * stored[1].get("trained", rows):
-                index, notes = stored
-                build_index(with_progress(catalogue.vectors(notes["rows"]), rows - notes["rows"], "index"), index)
+    """The index of the stored features, and what was noted of it. It is brought up to date, or, where `work` says so,
+    may lack what another run is adding."""
+    if (stored := catalogue.read_index()) and is_current(catalogue, work, stored[1]):
+        return stored
+    with catalogue.writing():
+        if not (rows := catalogue.get("rows")):
+            raise DeepVisionError(f"{catalogue.folder} holds no features yet: run without --no-update")
+        stored, coded = catalogue.read_index(mapped=False), catalogue.wants_codes(work)
+        if not (stored and is_current(catalogue, work, stored[1])):  # no other run has made it meanwhile
+            notes: dict[str, Any] = stored[1] if stored else {}
+            if stored and ("trained" in notes) == coded and rows <= OUTGROWN * notes.get("trained", rows):
+                fresh = with_progress(catalogue.vectors(notes["rows"]), rows - notes["rows"], "index")
+                index = build_index(fresh, stored[0])
             elif coded:
                 index, notes = coded_index(catalogue, rows)
             else:
@@ -1563,13 +1586,12 @@ def open_index(catalogue: Catalogue, work: Work = Work()) -> tuple[faiss.Index, 
     return open_index(catalogue, work)
 
 
-def index_on_gpus(catalogue: Catalogue) -> faiss.Index | None:
-    """All features as fp16, spread over the GPUs; None if there is no GPU, or not the room."""
+def index_on_gpus(catalogue: Catalogue, rows: int) -> faiss.Index | None:
+    """The features of the first `rows` as fp16, spread over the GPUs; None if there is no GPU, or not the room."""
     count = faiss.get_num_gpus()
     if not count or not torch.cuda.is_available():
         return None
-    rows, dim = catalogue.get("rows"), catalogue.record["vector"].shape[0]
-    share = -(-rows // count)
+    share, dim = -(-rows // count), catalogue.dim
     if any(torch.cuda.mem_get_info(gpu)[0] < 2 * share * dim + GPU_RESERVE for gpu in range(count)):
         log.warning("the %d features do not fit on the GPU: the processor searches", rows)
         return None
@@ -1578,7 +1600,7 @@ def index_on_gpus(catalogue: Catalogue) -> faiss.Index | None:
         config = faiss.GpuIndexFlatConfig()
         config.device, config.useFloat16 = gpu, True
         shard = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), dim, config)
-        index.add_shard(build_index(catalogue.vectors(gpu * share, (gpu + 1) * share), shard))
+        index.add_shard(build_index(catalogue.vectors(gpu * share, min(rows, (gpu + 1) * share)), shard))
     return index
 
 
@@ -1600,7 +1622,7 @@ class Engine:
 
     @cached_property
     def on_gpus(self) -> faiss.Index | None:
-        return index_on_gpus(self.catalogue)
+        return index_on_gpus(self.catalogue, self.index.ntotal)
 
 
 def candidates(engine: Engine, xq: np.ndarray, count: int, exact: bool) -> np.ndarray:
@@ -1610,7 +1632,8 @@ def candidates(engine: Engine, xq: np.ndarray, count: int, exact: bool) -> np.nd
         return engine.on_gpus.search(xq, count)[1]
     if engine.shortlist and exact:
         nearest = Nearest(xq, count)
-        deque(nearest.among(with_progress(engine.catalogue.vectors(), engine.index.ntotal, "exact search")), 0)
+        rows = engine.index.ntotal  # another run may have added more
+        deque(nearest.among(with_progress(engine.catalogue.vectors(0, rows), rows, "exact search")), 0)
         return nearest.heap.I
     return engine.index.search(xq, count)[1]
 
@@ -2025,7 +2048,7 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
                 if work.prune:
                     summary.forgotten = catalogue.count(GONE)
                     earlier = f"digest IN (SELECT digest FROM features WHERE row < {before})"
-                    if summary.forgotten and not catalogue.count(f"{USABLE} AND {earlier}"):
+                    if summary.forgotten and not work.rebuild and not catalogue.count(f"{USABLE} AND {earlier}"):
                         raise DeepVisionError(f"nothing in {images} is known to its index: nothing was pruned")
                     catalogue.prune()
                 elif work.rebuild:
@@ -2106,12 +2129,12 @@ def read_share(images: str | Path, index_dir: str | Path, model: Model, work: Wo
         catalogue = Catalogue(folder, model.identity, model.dim)
         share = Catalogue(folder / f"rank-{work.rank}", model.identity, model.dim)
         share.mend()
-        share.scan((), False)
         with share.writing():
             catalogue.scan(find_images(images, unlisted, [index_dir]) if images.is_dir() else (), work.rebuild)
             catalogue.trusted_from = catalogue.get("rows") if work.rebuild else 0
             read_new(catalogue, images, model, work, Summary(), share)
         share.close()
+        catalogue.close()
     except (OSError, sqlite3.Error) as error:
         raise DeepVisionError(f"the cache {folder} cannot be used: {first_line(error)}") from error
     meet()
@@ -2487,7 +2510,7 @@ def guarded(app: Any, port: int) -> Any:
 
 def serve(engine: Engine, work: Work, port: int, top: int) -> None:
     """The UI, on this machine alone, until it is interrupted."""
-    desk, listening = Desk(engine, work), socket.socket()
+    desk, listening = Desk(engine, replace(work, update=True, rebuild=False, prune=False)), socket.socket()
     fastapi, uvicorn = map(importlib.import_module, ("fastapi", "uvicorn"))  # Gradio requires them
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name == "posix"))
@@ -2598,7 +2621,7 @@ def find_queries(names: Iterable[str], onerror: Callable[[OSError], None]) -> It
             yield name
 
 
-def place() -> tuple[int, int]:
+def rank_of_ranks() -> tuple[int, int]:
     """The number of this process among those that torchrun started, and how many they are."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     return int(os.environ.get("RANK", 0)) % ranks, ranks
@@ -2633,7 +2656,7 @@ def write_export(engine: Engine, folder: str) -> None:
     try:
         with engine.catalogue.writing():  # nobody else, meanwhile
             count = engine.catalogue.export(Path(folder))
-    except OSError as error:
+    except (OSError, sqlite3.Error) as error:
         raise DeepVisionError(f"--export {folder}: {first_line(error)}") from error
     log.info("%s: %d × %d features and their paths", shown(folder), count, engine.model.dim)
 
@@ -2643,13 +2666,15 @@ def run(options: argparse.Namespace) -> int:
     if options.ui:
         find_gradio()  # or it would be missed when all is done
     model = load_model(options.model, options.weights, options.device)
-    rank, ranks = place()
+    rank, ranks = rank_of_ranks()
     work = Work(
         options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update, options.exact,
         rank=rank, ranks=ranks,
     )  # fmt: skip
     if ranks > 1:  # of torchrun
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=RANKS_WAIT))
+    if rank and not work.update:
+        return 0
     if rank:
         read_share(options.images, options.index_dir, model, work)
         return 0
@@ -2660,7 +2685,8 @@ def run(options: argparse.Namespace) -> int:
     if engine.summary.recall is not None:
         how = "compact codes choose what is compared, recall@%d %.3f; --exact compares all"
         log.info(how, TOP, engine.summary.recall)
-    for path, reason in engine.catalogue.db.execute(f"SELECT path, reason FROM {SKIPPED} ORDER BY path"):
+    listing = f"SELECT path, reason FROM {SKIPPED} ORDER BY path"
+    for path, reason in engine.catalogue.db.execute(listing) if options.verbose else ():
         log.debug("skipped %s: %s", shown(os.path.join(options.images, os.fsdecode(path))), reason)
     if options.export:
         write_export(engine, options.export)
@@ -2685,7 +2711,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status: 0 all queries answered, 1 something failed, 2 usage, 130 interrupted."""
     options = parse_arguments(argv)
     log.handlers = [logging.StreamHandler()]
-    if rank := place()[0]:  # the first speaks for all
+    if rank := rank_of_ranks()[0]:  # the first speaks for all
         log.handlers[0].setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
         options.quiet = True
     log.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
@@ -2697,7 +2723,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             utf8 = sys.stdout.encoding.lower() in ("utf-8", "utf8")
             sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
         return run(options)
-    except DeepVisionError as error:
+    except (DeepVisionError, sqlite3.Error) as error:
         log.error("error: %s", error)
         return 1
     except (MemoryError, RuntimeError, ImportError) as error:

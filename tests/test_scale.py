@@ -10,9 +10,13 @@ import os
 import random
 import re
 import shutil
+import sqlite3
 import subprocess
+import time
 import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -461,3 +465,143 @@ def test_what_does_not_fit_on_the_gpus_is_searched_by_the_processor_and_said_onc
     for _ in range(2):
         list(main.nearest(engine, np.ones((main.GPU_QUERIES, DIM), np.float32), 10))
     assert gpus["sizes"] == [] and caplog.text.count("do not fit on the GPU") == 1
+
+
+# ---- While another run is at work, or was stopped --------------------------------------------------------------------
+
+
+def opened(tiny: main.Model, **work: Any) -> main.Engine:
+    return main.initialize_reverse_image_search("images", "index", model=tiny, work=main.Work(exact_bytes=0, **work))
+
+
+def read_some(catalogue: main.Catalogue, model: main.Model, count: int, again: bool = False) -> None:
+    """As a run that is stopped after so many files."""
+    catalogue.scan(main.find_images("images", print), again)
+    catalogue.trusted_from = catalogue.get("rows") if again else 0
+    files, summary = list(catalogue.unread())[:count], main.Summary()
+    for pictures in main.with_features(files, "images", model, main.Work(), catalogue.is_known, summary):
+        catalogue.save(pictures)
+
+
+def another(tiny: main.Model) -> main.Catalogue:
+    return main.Catalogue(Path("index", tiny.identity), tiny.identity, DIM)
+
+
+@pytest.mark.parametrize("n", [10, 80], ids=["exact", "codes"])
+def test_an_index_made_while_another_run_adds_features_has_each_once(n: int, tiny: main.Model, ask: Any) -> None:
+    for seed in range(n):
+        put(seed)
+    opened(tiny)
+    put(n)
+    mine, other = another(tiny), another(tiny)
+    with other.writing():
+        read_some(other, tiny, 1)
+        put(n + 1)
+        with ThreadPoolExecutor(1) as pool:
+            making = pool.submit(lambda: main.open_index(mine, CODED)[0].ntotal)  # it has to wait
+            time.sleep(0.3)
+            read_some(other, tiny, 1)
+            other.lock.release(force=True)
+            assert making.result(timeout=60) == n + 2
+    assert ask(opened(tiny)) == ranking(scores_of(10_000, list(range(n + 2)), tiny))
+
+
+def test_features_that_another_run_is_moving_are_not_taken_for_damaged(
+    tiny: main.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the new file of a `--prune` and its commit."""
+    for seed in range(20):
+        put(seed)
+    engine, seen = opened(tiny), list[Any]()
+    Path("images/0.bmp").unlink()
+    whole_file = main.whole_file
+
+    @contextmanager
+    def watched(path: Path, *mark: str) -> Iterator[Any]:
+        with whole_file(path, *mark) as stream:
+            yield stream
+        if path.name == "features.bin":
+            with pytest.raises(sqlite3.DatabaseError, match="another run"):
+                list(engine.catalogue.vectors())
+            seen.append(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "whole_file", watched)
+        opened(tiny, prune=True)
+    assert seen and opened(tiny).summary.opened == 0
+
+
+def test_an_interrupted_rebuild_hides_nothing_from_a_search_without_an_update(tiny: main.Model, ask: Any) -> None:
+    for seed in range(100):
+        put(seed)
+    opened(tiny)
+    with another(tiny).writing():
+        read_some(catalogue := another(tiny), tiny, 90, again=True)
+    assert catalogue.get("rows") == 190
+    assert ask(opened(tiny, update=False)) == ranking(scores_of(10_000, list(range(100)), tiny))
+
+
+def test_rebuild_and_prune_go_together(tiny: main.Model, ask: Any) -> None:
+    for seed in range(5):
+        put(seed)
+    opened(tiny)
+    Path("images/0.bmp").unlink()
+    assert opened(tiny, rebuild=True, prune=True).summary.forgotten == 1
+
+
+def test_a_prune_with_nothing_to_forget_disturbs_nobody(tiny: main.Model, ask: Any) -> None:
+    for seed in range(5):
+        put(seed)
+    engine = opened(tiny)
+    opened(tiny, prune=True)
+    assert len(ask(engine)) == 5
+
+
+def test_others_may_save_during_a_scan(tiny: main.Model) -> None:
+    for seed in range(5):
+        put(seed)
+    opened(tiny)
+    scanning, saving = another(tiny), another(tiny)
+    saving.db.execute("PRAGMA busy_timeout = 100")
+
+    def files() -> Iterator[main.File]:
+        for file in main.find_images("images", print):
+            yield file
+            with saving.writing():
+                saving.save([main.Picture(main.File(b"another", 1, 1))])
+
+    assert scanning.scan(files(), everything=False) == 1  # it is not in the folder
+
+
+def test_what_another_run_adds_meanwhile_does_not_disturb_an_exact_search(tiny: main.Model, ask: Any) -> None:
+    for seed in range(80):
+        put(seed)
+    engine = opened(tiny, exact=True)
+    before = ask(engine)
+    put(80)
+    opened(tiny)
+    assert ask(engine) == before
+
+
+def test_without_an_update_an_index_of_nothing_is_one_line(tiny: main.Model) -> None:
+    catalogue = another(tiny)
+    catalogue.mend()
+    catalogue.close()
+    with pytest.raises(main.DeepVisionError, match="no features yet: run without --no-update"):
+        opened(tiny, update=False)
+
+
+def test_an_export_of_damaged_features_is_one_line(
+    run: Callable[..., Outcome], collection: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main, "CHECKED_BYTES", 0)
+    collection(60)
+    run("--model", "offline", "--index-only")
+    (features,) = Path("image_index").glob("*/features.bin")
+    with open(features, "r+b") as stream:
+        stream.seek(main.Catalogue.HEADER + 30)
+        stream.write(b"\xff\xff")
+    monkeypatch.setattr(main, "SAMPLE", 0)
+    outcome = run("--model", "offline", "--export", "out")
+    assert outcome.status == 1 and "Traceback" not in outcome.stderr, outcome
+    assert outcome.stderr.splitlines()[-1].startswith("error: --export out: 1 features")
