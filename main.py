@@ -477,7 +477,8 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 or 32 bits (I;16, I) or of floating point (F) in 8 bits: Pillow's own conversion would clip it."""
 
     def numbers(box: tuple[int, int, int, int]) -> np.ndarray:
-        return np.nan_to_num(np.array(image.crop(box), np.float32), copy=False, posinf=0, neginf=0)
+        values = np.asarray(image.crop(box), np.float32)
+        return np.where(np.isfinite(values), values, 0)
 
     if image.mode in ("I", "I;16"):
         extremes: Any = image.getextrema()

@@ -175,7 +175,7 @@ def machine(zygote: Zygote, folder: Path) -> type[stateful.RuleBasedStateMachine
 def test_any_sequence_of_acts_leaves_the_answers_of_a_fresh_index(with_faults: Zygote, tmp_path: Path) -> None:
     health = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
     settings = hypothesis.settings(
-        max_examples=3, stateful_step_count=7, deadline=None, suppress_health_check=health, database=None,
+        max_examples=2, stateful_step_count=6, deadline=None, suppress_health_check=health, database=None,
         derandomize="SEED" not in os.environ, phases=[hypothesis.Phase.generate], print_blob=True,
     )  # fmt: skip
     stateful.run_state_machine_as_test(lambda: machine(with_faults, tmp_path)(), settings=settings)
