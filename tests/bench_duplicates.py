@@ -59,7 +59,7 @@ def duplicates(n: int = 100_000, folder: str | None = None) -> dict[str, float]:
         catalogue.close()
     copies = int((first != np.arange(n)).sum())
     assert copies == n // SIZE, f"{copies} copies found of {n // SIZE}"
-    return {"pictures": n, "copies": copies, "seconds": round(seconds, 1), "MB": (peak - before) / 1024}
+    return {"pictures": n, "copies": copies, "seconds": seconds, "MB": (peak - before) / 1024}
 
 
 if __name__ == "__main__":
@@ -71,7 +71,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     print(
-        "{pictures:,} pictures, {copies:,} copies: {seconds} s, {MB:,.0f} MB".format(
+        "{pictures:,} pictures, {copies:,} copies: {seconds:.1f} s, {MB:,.0f} MB".format(
             **duplicates(options.pictures, options.folder)
         )
     )

@@ -133,7 +133,7 @@ def test_groups_are_those_of_one_by_one(seed: int, tmp_path: Path, monkeypatch: 
     xb = random.standard_normal((4, 16))[random.integers(0, 4, n)] + 0.5 * random.standard_normal((n, 16))
     xb = (xb / np.linalg.norm(xb, axis=1, keepdims=True)).astype(np.float16)
     order, least = random.permutation(n), random.uniform(0.6, 0.9, n).astype(np.float32)
-    monkeypatch.setattr(main, "BLOCK", random.integers(1, 9))
+    monkeypatch.setattr(main, "BLOCK", int(random.integers(1, 9)))
     first, scores = main.first_alike(catalogue_of(tmp_path, xb), "cpu", np.argsort(order), least)
     assert first.tolist() == greedy(xb, order, least)
     x = xb[order].astype(np.float32)
@@ -167,6 +167,7 @@ def test_damage_is_one_line_and_is_repaired_by_the_next_run(pictures: Path, run:
 def test_another_run_that_prunes_meanwhile_is_said(pictures: Path, run: Run) -> None:
     groups(run)
     engine = main.initialize_reverse_image_search(IMAGES, model=main.load_model("offline"))
+    (IMAGES / "5 large.png").unlink()
     run("--model", "offline", "-q", "--index-only", "--prune")
     with pytest.raises(main.DeepVisionError, match="changed by another run"):
         list(main.find_duplicates(engine))
