@@ -1759,18 +1759,18 @@ def search(
 
 def answer_together(group: Sequence[Picture], engine: Engine, k: int, threshold: float | str) -> Iterator[Answer]:
     """Some queries at once: of 16 each costs a third of what it does alone."""
-    if engine.catalogue.generation() != engine.generation:
-        raise DeepVisionError(f"{engine.catalogue.folder} was changed by another run: search once more")
     features = {i: single(features_of_views(p.pixels, engine.model)) for i, p in enumerate(group) if p.pixels}
     if features:
         found = nearest(engine, np.concatenate(list(features.values())), k + 1)  # one more, for the query's own file
     for i, picture in enumerate(group):
         name = os.fsdecode(picture.file.path)
+        answer = Answer(name, [], picture.reason or NOT_AN_IMAGE)
         if i in features:
             views = itertools.islice(found, len(features[i]))
-            yield Answer(name, find_matches(engine, picture, features[i], views, k, threshold))
-        else:
-            yield Answer(name, [], picture.reason or NOT_AN_IMAGE)
+            answer = Answer(name, find_matches(engine, picture, features[i], views, k, threshold))
+        if engine.catalogue.generation() != engine.generation:  # rows that are gone by now are no answer
+            raise DeepVisionError(f"{engine.catalogue.folder} was changed by another run: search once more")
+        yield answer
 
 
 def chance_limits(sample: np.ndarray, n: int) -> dict[str, float]:
