@@ -1430,6 +1430,11 @@ class Catalogue:
             GROUP BY row ORDER BY size DESC, min(path)"""
         return np.fromiter(self.db.execute(query), np.dtype((np.int64, 3)))
 
+    def files_with(self, digest: bytes, limit: int) -> list[File]:
+        """The files of the collection with this content: another run may give its features another row meanwhile."""
+        query = "SELECT path, size, mtime FROM files WHERE digest = ? AND there ORDER BY path LIMIT ?"
+        return [File(*found) for found in self.db.execute(query, (digest, limit))]
+
     def read_index(self, mapped: bool = True) -> tuple[faiss.Index, dict[str, Any]] | None:
         """The stored index and what `write_index` noted of it, if it is whole and of this generation."""
         try:
@@ -1713,10 +1718,8 @@ def find_matches(
             break
         word = "weak" if engine.limits else ""
         word = next((name for name, limit in engine.limits.items() if 1 - score <= limit * reach), word)
-        for file, listed in engine.catalogue.files_of(row, k + 1):
+        for file in engine.catalogue.files_with(digest, k + 1):
             path = os.path.join(engine.images, os.fsdecode(file.path))
-            if listed != digest:
-                raise sqlite3.DatabaseError("the features are not those that the catalogue speaks of")
             if is_as_read(path, file) and (digest != query.digest or location(path) != own):
                 matches.append((-score, path, "identical" if digest == query.digest else word, edit))
     kept = [match for match in sorted(matches) if label == LABELS[0] or match[2] in LABELS[LABELS.index(label) :]]
