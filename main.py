@@ -1082,7 +1082,9 @@ class Catalogue:
         if not self.path.exists():
             self.path.touch()
         self.inode = self.path.stat().st_ino
-        self.db, self.lookup = (sqlite3.connect(self.path, timeout=60, check_same_thread=False) for _ in range(2))
+        self.db, self.lookup = (
+            sqlite3.connect(self.path, timeout=seconds, check_same_thread=False) for seconds in (60, 5)
+        )  # the second only waits for a commit of this process: not for long, should that have failed
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
 
     def close(self) -> None:
