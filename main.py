@@ -1083,8 +1083,8 @@ class Catalogue:
             self.path.touch()
         self.inode = self.path.stat().st_ino
         self.db, self.lookup = (
-            sqlite3.connect(self.path, timeout=seconds, check_same_thread=False) for seconds in (60, 5)
-        )  # the second only waits for a commit of this process: not for long, should that have failed
+            sqlite3.connect(self.path, timeout=seconds, check_same_thread=False) for seconds in (60, 20)
+        )  # the second is asked by threads, which a commit of this process that failed must not hold up for long
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
 
     def close(self) -> None:
