@@ -14,7 +14,7 @@
 
     python main.py                                    index bulk_images/, search with each image in that_one_image/
     python main.py photo.jpg -k 20                    search with photo.jpg instead
-    python main.py --images ~/Pictures --index-only   bring the index of another folder up to date
+    python main.py --images ~/Pictures --index-dir ~/pictures.index --index-only   an index for another folder
 
 images on disk → pixels → features → index → matches → terminal, JSON, page
 
@@ -1082,7 +1082,9 @@ class Catalogue:
         if not self.path.exists():
             self.path.touch()
         self.inode = self.path.stat().st_ino
-        self.db, self.lookup = (sqlite3.connect(self.path, timeout=60, check_same_thread=False) for _ in range(2))
+        self.db, self.lookup = (
+            sqlite3.connect(self.path, timeout=seconds, check_same_thread=False) for seconds in (60, 20)
+        )  # the second is asked by threads, which a commit of this process that failed must not hold up for long
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
 
     def close(self) -> None:
@@ -1430,6 +1432,11 @@ class Catalogue:
             GROUP BY row ORDER BY size DESC, min(path)"""
         return np.fromiter(self.db.execute(query), np.dtype((np.int64, 3)))
 
+    def files_with(self, digest: bytes, limit: int) -> list[File]:
+        """The files of the collection with this content: another run may give its features another row meanwhile."""
+        query = "SELECT path, size, mtime FROM files WHERE digest = ? AND there ORDER BY path LIMIT ?"
+        return [File(*found) for found in self.db.execute(query, (digest, limit))]
+
     def read_index(self, mapped: bool = True) -> tuple[faiss.Index, dict[str, Any]] | None:
         """The stored index and what `write_index` noted of it, if it is whole and of this generation."""
         try:
@@ -1713,10 +1720,8 @@ def find_matches(
             break
         word = "weak" if engine.limits else ""
         word = next((name for name, limit in engine.limits.items() if 1 - score <= limit * reach), word)
-        for file, listed in engine.catalogue.files_of(row, k + 1):
+        for file in engine.catalogue.files_with(digest, k + 1):
             path = os.path.join(engine.images, os.fsdecode(file.path))
-            if listed != digest:
-                raise sqlite3.DatabaseError("the features are not those that the catalogue speaks of")
             if is_as_read(path, file) and (digest != query.digest or location(path) != own):
                 matches.append((-score, path, "identical" if digest == query.digest else word, edit))
     kept = [match for match in sorted(matches) if label == LABELS[0] or match[2] in LABELS[LABELS.index(label) :]]
@@ -2030,6 +2035,12 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
     """
     summary, left, shared = Summary(), True, work.ranks > 1
     there = "has no usable image" if images.is_dir() else "is not a folder" if images.exists() else "is missing"
+    here, home = os.fsencode(os.path.realpath(images)), catalogue.get("images")
+    if home not in (None, here) and os.path.isdir(home):  # and so it was not moved here
+        log.warning("%s is the index of %s: give %s an --index-dir of its own", catalogue.folder.parent,
+                    shown(os.fsdecode(home)), images)  # fmt: skip
+        if work.prune:
+            raise DeepVisionError(f"{images} is another folder than that of its index: nothing was pruned")
     scan: Callable[[], Iterable[File]] = tuple
     if images.is_dir():
         scan = partial(find_images, images, partial(unlisted, prune=work.prune), [catalogue.folder.parent])
@@ -2056,6 +2067,9 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
                     catalogue.compact(catalogue.rows("WHERE digest IS NOT NULL ORDER BY row"))
                 label_limits(catalogue, store=True)
                 catalogue.totals(store=True)
+                if home is None or not os.path.isdir(home):
+                    with catalogue.db:
+                        catalogue.put(images=here)
     summary.images, summary.skipped, summary.gone = catalogue.totals()
     if left and summary.images:
         return summary

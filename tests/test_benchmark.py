@@ -29,7 +29,9 @@ def test_sections_print_a_table_and_keep_their_figures(tmp_path):
     rows = json.loads((tmp_path / "kept.json").read_text())["rows"]
     assert len(rows) == len(lines) and list(dict.fromkeys(row["section"] for row in rows)) == chosen
     for row, line in zip(rows, lines):
-        assert re.match(rf"\| {re.escape(row['what'])} \| [\d.,]+ {row['unit']} \|", line) and (row["value"] > 0 or "beyond start-up" in row["what"])
+        assert re.match(rf"\| {re.escape(row['what'])} \| [\d.,]+ {row['unit']} \|", line) and (
+            row["value"] > 0 or "beyond start-up" in row["what"]
+        )
         ratio = row["baseline"] and f"{row['value'] / row['baseline']:.2f} ×"
         assert f"| {ratio or ''} |" in line
 

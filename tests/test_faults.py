@@ -539,11 +539,8 @@ def test_something_else_in_the_place_of_a_file(what: Callable[[Path], None], cac
 
 def right_or_overtaken(ended: Ended, expected: list[Any]) -> bool:
     """A run whose rows were numbered anew by another one says so instead of guessing; what it said before is right."""
-    if (
-        overtaken := "another run has" in ended.stderr
-        or "by another run" in ended.stderr
-        or "once more" in ended.stderr
-    ):
+    said = ("another run has", "by another run", "once more")
+    if overtaken := any(words in ended.stderr for words in said):
         assert ended.status == 1 and "Traceback" not in ended.stderr and ended.stderr.count("error: ") == 1, ended
         ended = ended._replace(status=0)
     found = answers(ended, of=ended.stdout.count("\n") if overtaken else 2)
