@@ -1628,6 +1628,9 @@ class Engine:
     limits: dict[str, float]  # of the labels, see `chance_limits`
     summary: Summary
 
+    def is_valid(self) -> bool:
+        return self.catalogue.generation() == self.generation
+
     @cached_property
     def on_gpus(self) -> faiss.Index | None:
         return index_on_gpus(self.catalogue, self.index.ntotal)
@@ -1759,7 +1762,8 @@ def search(
         while group := list(itertools.islice(pictures, TOGETHER)):
             yield from answer_together(group, engine, k, threshold)
     except sqlite3.DatabaseError as error:
-        raise DeepVisionError(f"{engine.catalogue.folder}: {error}. The next run mends it: search once more") from error
+        why = f": {error}. The next run mends it" if engine.is_valid() else " was changed by another run"
+        raise DeepVisionError(f"{engine.catalogue.folder}{why}: search once more") from error
 
 
 def answer_together(group: Sequence[Picture], engine: Engine, k: int, threshold: float | str) -> Iterator[Answer]:
@@ -1773,7 +1777,7 @@ def answer_together(group: Sequence[Picture], engine: Engine, k: int, threshold:
         if i in features:
             views = itertools.islice(found, len(features[i]))
             answer = Answer(name, find_matches(engine, picture, features[i], views, k, threshold))
-        if engine.catalogue.generation() != engine.generation:  # rows that are gone by now are no answer
+        if not engine.is_valid():  # rows that are gone by now are no answer
             raise DeepVisionError(f"{engine.catalogue.folder} was changed by another run: search once more")
         yield answer
 
@@ -2035,12 +2039,6 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
     """
     summary, left, shared = Summary(), True, work.ranks > 1
     there = "has no usable image" if images.is_dir() else "is not a folder" if images.exists() else "is missing"
-    here, home = os.fsencode(os.path.realpath(images)), catalogue.get("images")
-    if home not in (None, here) and os.path.isdir(home):  # and so it was not moved here
-        log.warning("%s is the index of %s: give %s an --index-dir of its own", catalogue.folder.parent,
-                    shown(os.fsdecode(home)), images)  # fmt: skip
-        if work.prune:
-            raise DeepVisionError(f"{images} is another folder than that of its index: nothing was pruned")
     scan: Callable[[], Iterable[File]] = tuple
     if images.is_dir():
         scan = partial(find_images, images, partial(unlisted, prune=work.prune), [catalogue.folder.parent])
@@ -2067,9 +2065,6 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
                     catalogue.compact(catalogue.rows("WHERE digest IS NOT NULL ORDER BY row"))
                 label_limits(catalogue, store=True)
                 catalogue.totals(store=True)
-                if home is None or not os.path.isdir(home):
-                    with catalogue.db:
-                        catalogue.put(images=here)
     summary.images, summary.skipped, summary.gone = catalogue.totals()
     if left and summary.images:
         return summary

@@ -1014,22 +1014,6 @@ def test_prune_with_another_collection_forgets_nothing(run, collection):
     assert "no image was opened" in run("--model", "offline", "--index-only").stderr
 
 
-def test_another_collection_in_the_same_cache_is_said(run, collection):
-    """And even once it has been indexed, --prune does not forget the first one."""
-    collection(6)
-    run("--model", "offline", "--index-only")
-    (other := Path("other")).mkdir()
-    draw(99).save(other / "another.png")
-    outcome = run("--model", "offline", "--index-only", "--images", "other")
-    assert outcome.status == 0 and "give other an --index-dir of its own" in outcome.stderr
-    outcome = run("--model", "offline", "--index-only", "--images", "other", "--prune")
-    assert outcome.status == 1 and "nothing was pruned" in outcome.stderr
-    assert "no image was opened" in run("--model", "offline", "--index-only").stderr
-    other.rename("moved")
-    Path("bulk_images").rename("elsewhere")
-    assert "--index-dir of its own" not in run("--model", "offline", "--index-only", "--images", "elsewhere").stderr
-
-
 def test_prune_says_how_many_it_forgot(run, collection):
     images = collection(6)
     run("--model", "offline", "--index-only")
