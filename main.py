@@ -116,10 +116,11 @@ BRIGHTNESS_WEIGHT, HUE_WEIGHT, MEAN_WEIGHT = 0.2, 0.3, 0.02  # of the colours, w
 FAINT = 100.0  # a part of a lesser norm is noise (a photograph's is 200 and more) and stays small
 PARTS = ((0.80, 1), (0.67, 2), (0.52, 3))  # side of a query in the whole it may be a part of, places along each axis
 OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # brightness, red-green, yellow-blue
-BATCH_SIZE = {"cpu": 32, "cuda": 256, "mps": 64}  # images
+BATCH_SIZE = {"cuda": 256, "mps": 64}  # images
+CPU_BATCH = 4, 32  # images a core, and at most: so few that what a layer makes of them stays in the cache
 FAITHFUL = 0.999  # cosine between features of the fast network and of the plain one in fp32, or it stays plain
 IN_FLIGHT, PATH_BYTES = 1024, 4096  # files read ahead at most, which are noted meanwhile; of a path
-AHEAD_BATCHES = 2  # decoded and waiting for the model: enough to overlap, bounded in memory
+AHEAD_BATCHES = 4  # decoded and waiting for the model: enough to overlap, bounded in memory
 SAVE_SECONDS = 10  # work at risk when the process is killed; 30 are promised
 CONNECT_SECONDS = 10  # torch.hub sets no timeout of its own and would hang for minutes
 RANKS_WAIT = 30  # days that a rank waits for the slowest: the share of one may take long
@@ -252,6 +253,7 @@ class Model:
     dim: int
     device: str
     network: Callable[..., torch.Tensor]
+    batch: int = CPU_BATCH[1]  # images at once
     resample: str = "bilinear"
     precision: str = "fp32"
 
@@ -260,7 +262,7 @@ class Model:
 class Work:
     """How to go about an update."""
 
-    batch_size: int | None = None  # images; None: by device
+    batch_size: int | None = None  # images; None: by model and device
     workers: int | None = None  # threads that read and decode; None: one a core
     rebuild: bool = False  # extract the features of all images again
     prune: bool = False  # forget the files that are gone
@@ -654,35 +656,46 @@ def native_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def fuse(network: torch.nn.Module, device: str) -> torch.nn.Module:
-    """Batch norms folded into their convolutions; on a CPU, sums and ReLUs done by the same kernels. It is what a
-    compiler does, but at once, and for any number of images bit by bit alike: `torch.compile` takes 20 s, gains
-    13 %, and rounds in another way. Raises if it cannot."""
+def fuse(network: torch.nn.Module, dtype: torch.dtype, sample: torch.Tensor) -> torch.nn.Module:
+    """Batch norms folded into their convolutions; on a CPU, sums and ReLUs done by the same kernels, with weights in
+    the order in which these read them. It is what a compiler does, and as fast, but at once, and for any number of
+    images bit by bit alike: `torch.compile` takes 20 s and rounds in another way. Raises if it cannot."""
     fused = importlib.import_module("torch.fx.experimental.optimization").fuse(network)
-    layers, graph, nn = dict(fused.named_modules()), fused.graph, torch.nn
+    fused, nn = fused.to(dtype).to(memory_format=torch.channels_last), torch.nn
+    if sample.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return fused
+    importlib.import_module("torch.fx.passes.shape_prop").ShapeProp(fused).propagate(sample.to(dtype))
+    layers, graph = dict(fused.named_modules()), fused.graph
 
     def is_a(kind: type, node: Any, *functions: Any) -> bool:
         if not isinstance(node, torch.fx.Node) or node.op != "call_module":
             return getattr(node, "target", None) in functions
         return type(layers[node.target]) is kind
 
-    for relu in list(graph.nodes) if device == "cpu" else ():
-        if not is_a(nn.ReLU, relu, nn.functional.relu, torch.relu):
-            continue
-        last, other = relu.args[0], []
+    def by_one_kernel(node: Any, convolution: Any, *after: Any, other: Sequence[Any] = ()) -> None:
+        layer, (before,) = layers[convolution.target], convolution.args
+        how = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
+        shape, name = list(before.meta["tensor_meta"].shape), f"weight_of_{convolution.name}"
+        fused.register_buffer(name, torch.ops.mkldnn._reorder_convolution_weight(layer.weight.data, *how, shape))
+        kernel = torch.ops.mkldnn._convolution_pointwise
+        kernel = kernel.binary if other else kernel.default
+        with graph.inserting_before(node):
+            bias = None if layer.bias is None else graph.get_attr(f"{convolution.target}.bias")
+            swift = graph.call_function(kernel, (before, *other, graph.get_attr(name), bias, *how, *after))
+        swift.meta = node.meta
+        node.replace_all_uses_with(swift)
+        graph.erase_node(node)
+
+    for relu in [node for node in graph.nodes if is_a(nn.ReLU, node, nn.functional.relu, torch.relu)]:
+        last, other, after = relu.args[0], [], ("relu", [], "")
         if is_a(type(None), last, operator.add, operator.iadd, torch.add) and len(last.users) == 1:
             *other, last = sorted(last.args, key=partial(is_a, nn.Conv2d))
+            after = "add", 1.0, "relu", [], None
         if is_a(nn.Conv2d, last) and len(last.users) == 1:
-            layer, convolution = layers[last.target], torch.ops.mkldnn._convolution_pointwise
-            kernel = convolution.binary if other else convolution.default
-            after: tuple[Any, ...] = ("add", 1.0, "relu", [], None) if other else ("relu", [], "")
-            with graph.inserting_before(relu):
-                tensors = [graph.get_attr(f"{last.target}.{name}") for name in ("weight", "bias")]
-                how = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
-                swift = graph.call_function(kernel, (*last.args, *other, *tensors, *how, *after))
-            relu.replace_all_uses_with(swift)
-            graph.erase_node(relu)
+            by_one_kernel(relu, last, *after, other=other)
     graph.eliminate_dead_code()
+    for convolution in [node for node in graph.nodes if is_a(nn.Conv2d, node)]:
+        by_one_kernel(convolution, convolution, "none", [], "")
     fused.recompile()
     return fused
 
@@ -710,14 +723,15 @@ def assemble_model(
         expected = swift(sample)
         for precision in (*half, torch.float32):
             with suppress(Exception):  # tracing and fusing raise anything at all
-                fused = fuse(network, device).to(precision).to(memory_format=torch.channels_last)
+                fused = fuse(network, precision, sample)
                 trial = partial(forward, network=fused, dtype=precision)
                 if torch.cosine_similarity(trial(sample), expected).min() >= FAITHFUL:
                     swift = trial
                     break
     dim, word = expected.shape[1], {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(precision, "fp32")
     identity = re.sub(r"[^\w.-]", "-", f"{name}-{sha.hexdigest()[:8]}-p{PREPROCESSING}-{dim}")
-    return Model(name, identity, side, dim, device, swift, resample, word)
+    batch = BATCH_SIZE.get(device) or min(CPU_BATCH[0] * usable_cores(), CPU_BATCH[1])
+    return Model(name, identity, side, dim, device, swift, batch, resample, word)
 
 
 def timm_model(name: str, weights: str | Path | None, device: str) -> Model:
@@ -864,7 +878,7 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
         raise ValueError(
             f"pixels are {tuple(images.shape[1:])}, but {model.name} takes (3, {model.side}, {model.side})"
         )
-    return launch(images, model, len(images))[0].cpu().numpy()
+    return launch(images, model, model.batch)[0].cpu().numpy()
 
 
 def launch(pixels: torch.Tensor, model: Model, size: int, *where: int) -> tuple[torch.Tensor, int]:
@@ -892,7 +906,7 @@ def with_features(
 
     A GPU has its next batch before the features of the last one are asked for.
     """
-    size, workers = work.batch_size or BATCH_SIZE[model.device], work.workers or usable_cores()
+    size, workers = work.batch_size or model.batch, work.workers or usable_cores()
     transform = get_transform(model.side, model.resample)
     read = partial(read_picture, root=os.fsencode(root), transform=transform, known=known)
     pictures = read_ahead(read, files, workers, min(AHEAD_BATCHES * size + workers, IN_FLIGHT))

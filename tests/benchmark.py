@@ -202,7 +202,7 @@ def ceilings(options: Options) -> Iterator[Row]:
         paths = list(collection(options, max(2, round(40 * options.share)), width, height, 8).iterdir())
         decoded = rate(lambda paths=paths: [transform(Image.open(path)) for path in paths], len(paths), options.repeat)
         yield Row(f"decoding {width} × {height}, one thread", decoded, "images/s")
-    size = max(2, round(main.BATCH_SIZE[model.device] * min(1.0, options.share)))
+    size = max(2, round(model.batch * min(1.0, options.share)))
     batch = torch.randint(0, 256, (size, 3, model.side, model.side), dtype=torch.uint8)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(model.precision, torch.float32)
     matrix, n = torch.randn(2048, 2048, device=model.device).to(kind), 2048
