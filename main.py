@@ -180,6 +180,10 @@ class DeepVisionError(Exception):
     """What went wrong, where, and what to do about it, in one line."""
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
 def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
@@ -677,8 +681,8 @@ def fuse(network: torch.nn.Module, dtype: torch.dtype, sample: torch.Tensor) -> 
         how = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
         shape, name = list(before.meta["tensor_meta"].shape), f"weight_of_{convolution.name}"
         fused.register_buffer(name, torch.ops.mkldnn._reorder_convolution_weight(layer.weight.data, *how, shape))
-        kernel = torch.ops.mkldnn._convolution_pointwise
-        kernel = kernel.binary if other else kernel.default
+        kernels = torch.ops.mkldnn._convolution_pointwise
+        kernel = kernels.binary if other else kernels.default
         with graph.inserting_before(node):
             bias = None if layer.bias is None else graph.get_attr(f"{convolution.target}.bias")
             swift = graph.call_function(kernel, (before, *other, graph.get_attr(name), bias, *how, *after))
@@ -687,7 +691,7 @@ def fuse(network: torch.nn.Module, dtype: torch.dtype, sample: torch.Tensor) -> 
         graph.erase_node(node)
 
     for relu in [node for node in graph.nodes if is_a(nn.ReLU, node, nn.functional.relu, torch.relu)]:
-        last, other, after = relu.args[0], [], ("relu", [], "")
+        last, other, after = relu.args[0], [], tuple[Any, ...](("relu", [], ""))
         if is_a(type(None), last, operator.add, operator.iadd, torch.add) and len(last.users) == 1:
             *other, last = sorted(last.args, key=partial(is_a, nn.Conv2d))
             after = "add", 1.0, "relu", [], None
@@ -1111,6 +1115,9 @@ class Catalogue:
     def put(self, **values: Any) -> None:
         self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
 
+    def any(self, table: str) -> bool:
+        return bool(self.db.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0])
+
     def count(self, table: str) -> int:
         return self.db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
 
@@ -1407,10 +1414,10 @@ class Catalogue:
             changed = "SELECT there, path FROM changes WHERE there IS NOT NULL"
             self.db.executemany("UPDATE files SET there = ? WHERE path = ?", self.db.execute(changed).fetchall())
             self.put(totals=None)
-            left = self.db.execute(f"SELECT EXISTS (SELECT 1 FROM {USABLE})").fetchone()[0]
+            left = self.any(USABLE)
             if not left:
                 self.db.rollback()
-        return bool(left)
+        return left
 
     def totals(self, store: bool = False) -> list[int]:
         """How many files are usable, skipped and gone: stored, since to count a million takes a second."""
@@ -2069,11 +2076,14 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
                 meet()
                 take_in(catalogue, model, summary)
             if left := catalogue.settle():
+                earlier = f"digest IN (SELECT digest FROM features WHERE row < {before})"
+                if not work.rebuild and catalogue.any(GONE) and not catalogue.any(f"{USABLE} AND {earlier}"):
+                    strange = f"of the images that {catalogue.folder} knows, none is in {images}"
+                    if work.prune:
+                        raise DeepVisionError(f"{strange}: nothing was pruned")
+                    log.warning("%s. If that is another collection, give it an --index-dir of its own", strange)
                 if work.prune:
                     summary.forgotten = catalogue.count(GONE)
-                    earlier = f"digest IN (SELECT digest FROM features WHERE row < {before})"
-                    if summary.forgotten and not work.rebuild and not catalogue.count(f"{USABLE} AND {earlier}"):
-                        raise DeepVisionError(f"nothing in {images} is known to its index: nothing was pruned")
                     catalogue.prune()
                 elif work.rebuild:
                     catalogue.compact(catalogue.rows("WHERE digest IS NOT NULL ORDER BY row"))
@@ -2183,19 +2193,23 @@ def shortened(text: str, room: int) -> str:
     return f"{head}…{tail[::-1]}"
 
 
+def verdict(found: Answer | Group) -> str:
+    """What is to be said of it in a word, so that nobody takes the best of many for a match."""
+    if isinstance(found, Group):
+        return f"keep: the largest of {len(found.matches) + 1}"
+    if not found.matches:
+        return "no match"
+    return "no confident match" if found.matches[0].label in ("weak", "similar") else ""
+
+
 def as_text(found: Answer | Group, engine: Engine, columns: int = 0, colour: bool = False) -> str:
     """A heading line, then `rank  score  path  label, view` for each match.
 
     columns  of the terminal: remarks are aligned, and long paths shortened, to fit; 0: it is none
     """
     name, matches, *_ = found
-    end = f"  ({engine.model.name}, {engine.summary.images:,} images)"
-    if isinstance(found, Group):
-        end = f"  (keep: the largest of {len(matches) + 1})"
-    elif not matches:
-        end += ": no match"
-    elif matches[0].label in ("weak", "similar"):
-        end += ": no confident match"
+    end = f"  ({engine.model.name}, {engine.summary.images:,} images)" + f": {verdict(found)}".rstrip(": ")
+    end = f"  ({verdict(found)})" if isinstance(found, Group) else end
     remarks = [", ".join(filter(None, (match.label, match.view))) for match in matches]
     name, paths, rank_width = shown(name), [shown(match.path) for match in matches], len(str(len(matches)))
     if columns:
@@ -2334,21 +2348,19 @@ def as_caption(match: Match) -> str:
 def as_section(found: Answer | Group, pictures: Iterator[Picture]) -> str:
     """A query and its matches, or a file to keep and its copies. `pictures`: those of all of them, in order."""
     name, matches, *_ = found
-    heading, tag = f"<section><h2>{visible(name)}</h2>", "query"
-    if isinstance(found, Group):
-        tag = "keep"
-    elif found.error:
+    heading, tag = f"<section><h2>{visible(name)}</h2>", "keep" if isinstance(found, Group) else "query"
+    if isinstance(found, Answer) and found.error:
         return f'{heading}<p class="error">{visible(found.error)}</p></section>'
+    heading += f'<p class="of">{verdict(found)}</p>'
     asked = as_figure(name, next(pictures), f'<span class="tag {tag}">{tag}</span> ')
     items = "".join(f"<li>{as_figure(match.path, next(pictures), as_caption(match))}</li>" for match in matches)
-    listed = f'<ol role="list">{items}</ol>' if matches else "<p>No match.</p>"
-    return f'{heading}<div class="found"><div class="asked">{asked}</div>{listed}</div></section>'
+    return f'{heading}<div class="found"><div class="asked">{asked}</div><ol role="list">{items}</ol></div></section>'
 
 
 def page_head(found: Sequence[Answer | Group], engine: Engine, seconds: float) -> str:
     summary, model = engine.summary, engine.model
-    one, many = ("group", "groups") if found and isinstance(found[0], Group) else ("query", "queries")
-    title = f"{len(found):,} {one if len(found) == 1 else many}" if found else "No picture is there twice"
+    kind = ("group",) if found and isinstance(found[0], Group) else ("query", "queries")
+    title = counted(len(found), *kind) if found else "No picture is there twice"
     query = f"SELECT path, reason FROM {SKIPPED} ORDER BY path LIMIT {PAGE_SKIPPED}"
     skipped = [f"{visible(os.fsdecode(path))}: {visible(why)}" for path, why in engine.catalogue.db.execute(query)]
     if summary.skipped > PAGE_SKIPPED:
@@ -2555,7 +2567,8 @@ def serve(engine: Engine, work: Work, port: int, top: int) -> None:
         page.has_launched = True  # or Gradio would take any path on this machine for an uploaded one
         log.info("http://127.0.0.1:%d", port)
         config = uvicorn.Config(guarded(app, port), log_level="error", timeout_graceful_shutdown=1)
-        uvicorn.Server(config).run([listening])
+        with suppress(KeyboardInterrupt):  # the way to end it
+            uvicorn.Server(config).run([listening])
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -2623,7 +2636,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     volume.add_argument("-q", "--quiet", action="store_true", help="warnings and errors alone")
     volume.add_argument("-v", "--verbose", action="store_true", help="name the files that were skipped")
     # Were -0 an option to argparse, so would be the -0.5 of `--threshold -0.5`.
-    options = parser.parse_args("--null" if arg == "-0" else arg for arg in (sys.argv[1:] if argv is None else argv))
+    given = sys.argv[1:] if argv is None else argv
+    options = parser.parse_intermixed_args(["--null" if arg == "-0" else arg for arg in given])
     if options.port is not None and not 0 <= options.port < 65536:
         parser.error(f"--port takes a number from 0 to 65535, not {options.port}")
     if not (options.images and options.index_dir) or options.report == "":
@@ -2673,7 +2687,7 @@ def groups(options: argparse.Namespace, engine: Engine) -> Iterator[Group]:
     for group in find_duplicates(engine, options.duplicates):
         count, copies = count + 1, copies + len(group.matches)
         yield group
-    log.info("%s groups, %s files beside those to keep", f"{count:,}", f"{copies:,}")
+    log.info("%s, %s beside those to keep", counted(count, "group"), counted(copies, "file"))
 
 
 def write_export(engine: Engine, folder: str) -> None:

@@ -1014,6 +1014,19 @@ def test_prune_with_another_collection_forgets_nothing(run, collection):
     assert "no image was opened" in run("--model", "offline", "--index-only").stderr
 
 
+def test_another_collection_is_said_once_and_costs_nothing(run, collection):
+    """What is there now is searched; what was there before is kept for the day it is back."""
+    collection(6)
+    run("--model", "offline", "--index-only")
+    (other := Path("other")).mkdir()
+    draw(99).save(other / "another.png")
+    to_other = ("--model", "offline", "--index-only", "--images", "other")
+    assert "an --index-dir of its own" in run(*to_other).stderr
+    for arguments in (to_other, to_other[:-2]):
+        outcome = run(*arguments)
+        assert "no image was opened" in outcome.stderr and "--index-dir" not in outcome.stderr
+
+
 def test_prune_says_how_many_it_forgot(run, collection):
     images = collection(6)
     run("--model", "offline", "--index-only")

@@ -316,6 +316,12 @@ def test_a_long_path_is_shortened_in_its_middle(text: str, room: int, expected: 
 # ---- Options ---------------------------------------------------------------------------------------------------------
 
 
+def test_queries_may_stand_on_both_sides_of_an_option(search: Run) -> None:
+    first, second = IMAGES / "1.png", IMAGES / "2.png"
+    found = objects(search(first, "--json", "-k", 1, second))
+    assert [answer["query"] for answer in found] == [str(first), str(second)]
+
+
 @pytest.mark.parametrize("option", ["-k", "--top"])
 def test_top(option: str, search: Run) -> None:
     assert len(search().stdout.splitlines()) == 1 + 10

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,6 +130,7 @@ def test_labels_do_not_depend_on_the_order_in_which_files_came(run, sixty, tmp_p
 def test_no_confident_match_is_an_answer(run, sixty):
     draw(1000).save("query.png")
     assert "no confident match" in run("query.png", "--model", "offline").stdout.splitlines()[0]
+    assert "no confident match" in Path("results.html").read_text()
     draw(7).resize((48, 32)).save("query.png")
     assert "no confident match" not in run("query.png", "--model", "offline").stdout
 

@@ -256,4 +256,4 @@ def test_an_interruption_ends_it(tmp_path: Path, collection: Callable[[int], Pat
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=WAIT)
-    assert process.returncode == 130 and "Traceback" not in stderr
+    assert (process.returncode, stderr) == (0, "")
