@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from benchmark import SECTIONS, Options, collection, drawn
+from benchmark import SECTIONS, Options, collection, drawn, process
 from conftest import draw
 from PIL import Image
 
@@ -49,6 +49,15 @@ def test_it_takes_the_photographs_of_a_folder_and_makes_them_as_many_as_it_needs
 def test_an_unknown_section_is_refused_with_those_there_are():
     outcome = benchmark("fast")
     assert outcome.returncode == 2 and all(name in outcome.stderr for name in SECTIONS)
+
+
+def test_the_memory_of_a_process_is_its_own():
+    """Not that of the one that started it, if this has more."""
+    mine = bytearray(300_000_000)
+    mine[::4096] = b"x" * len(mine[::4096])
+    few = process([sys.executable, "-c", "pass"], {}).megabytes
+    many = process([sys.executable, "-c", "b'x' * 100_000_000"], {}).megabytes
+    assert 2 < few < 50 and 90 < many - few < 110, (few, many, len(mine))
 
 
 def test_drawn_images_are_like_photographs():
