@@ -401,7 +401,7 @@ def test_stopped_politely_often(name: str, stops: tuple[signal.Signals, ...], sc
 
 # ---- A damaged cache -------------------------------------------------------------------------------------------------
 
-OTHER = {"PREPROCESSING": 2, "EDGE_POWER": 0.6}  # another model, of the same dimension
+OTHER = {"PREPROCESSING": 3, "EDGE_POWER": 0.6}  # another model, of the same dimension
 
 
 class Caches:
