@@ -152,8 +152,8 @@ FEWEST_CODED = 64  # vectors; of fewer the codes cannot be trained
 CODED_DIM = 256  # principal components in the codes, 2 bits each
 TRAINED_ON, HELD_OUT = 30_000, 500  # vectors; more gain nothing, fewer measure recall to less than 0.001
 OUTGROWN = 2  # times the collection that the codes were trained on, they are trained again
-SHORTLIST, LONGEST = 512, 16_384  # codes whose exact scores are computed: the fewest, the most
-CLOSELY = 40  # times as many codes as matches, at least: the last match is to be found as surely as the first
+SHORTLIST, LONGEST = 384, 16_384  # codes whose exact scores are computed: the fewest, the most
+CLOSELY = 20  # times as many codes as matches, at least: the last match is to be found as surely as the first
 RECALL = 0.998  # of the true ten that the codes must find; 0.995 is promised
 ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
 TOGETHER = 16  # queries that are searched with at once
@@ -1304,16 +1304,24 @@ class Catalogue:
 
     def records_of(self, rows: np.ndarray) -> np.ndarray:
         """Some records. Raises DatabaseError if one is not what was written."""
-        records, size = np.empty(len(rows), self.record), self.record.itemsize
-        places = (self.HEADER + rows * size).tolist()
+        records, size, waiting = np.empty(len(rows), self.record), self.record.itemsize, []
+        buffer, at_once = records.view(np.uint8).data, getattr(os, "RWF_NOWAIT", None)
         with open(self.features, "rb", buffering=0) as stream:
-            if hasattr(os, "posix_fadvise"):  # all at once: one after the other, a thousand reads of an SSD take 0.1 s
-                for place in places:
-                    os.posix_fadvise(stream.fileno(), place, size, os.POSIX_FADV_WILLNEED)
-            buffer = records.view(np.uint8).data
-            for i, place in enumerate(places):
-                stream.seek(place)  # and no map: the faults of its pages take twice as long
-                if stream.readinto(buffer[i * size : (i + 1) * size]) != size:
+            # No map: the faults of its pages take twice as long.
+            for i, place in enumerate((self.HEADER + rows * size).tolist()):
+                part = buffer[i * size : (i + 1) * size]
+                try:
+                    if at_once and os.preadv(stream.fileno(), [part], place, at_once) == size:
+                        continue
+                except OSError:  # it is not in memory, or the file system cannot tell
+                    pass
+                waiting.append((place, part))
+            for place, _ in waiting if hasattr(os, "posix_fadvise") else ():
+                # All at once: one after the other, a thousand reads of an SSD take 0.1 s.
+                os.posix_fadvise(stream.fileno(), place, size, os.POSIX_FADV_WILLNEED)
+            for place, part in waiting:
+                stream.seek(place)
+                if stream.readinto(part) != size:
                     raise sqlite3.DatabaseError(f"{self.features} has ended before its time")
         self.prove(rows, records)
         return records
