@@ -245,6 +245,7 @@ class Group(NamedTuple):
 
     keep: str  # the largest file; of equal ones the first by path
     matches: list[Match]  # the other files, compared with it
+    error: None = None  # as of an Answer
 
 
 @dataclass(frozen=True)
@@ -2227,8 +2228,8 @@ def as_text(found: Answer | Group, engine: Engine, columns: int = 0, colour: boo
 
 def as_json(found: Answer | Group, engine: Engine) -> str:
     """One object on one line, in ASCII, so that any file name makes valid JSON."""
-    if isinstance(found, Answer) and found.error:
-        return json.dumps({"query": found.query, "error": found.error})
+    if found.error:
+        return json.dumps({found._fields[0]: found[0], "error": found.error})
     matches = [match._replace(score=round(match.score, 6))._asdict() for match in found.matches]
     return json.dumps({found._fields[0]: found[0], "model": engine.model.name, "matches": matches})
 
@@ -2237,7 +2238,7 @@ def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
     """On stdout, at once. `form`: text, json, or null: paths alone, byte for byte, each with a NUL at its end."""
     if form == "json":
         print(as_json(found, engine), flush=True)
-    elif isinstance(found, Answer) and found.error:
+    elif found.error:
         return
     elif form == "null":
         sys.stdout.buffer.write(b"".join(os.fsencode(match.path) + b"\0" for match in found.matches))
@@ -2349,7 +2350,7 @@ def as_section(found: Answer | Group, pictures: Iterator[Picture]) -> str:
     """A query and its matches, or a file to keep and its copies. `pictures`: those of all of them, in order."""
     name, matches, *_ = found
     heading, tag = f"<section><h2>{visible(name)}</h2>", "keep" if isinstance(found, Group) else "query"
-    if isinstance(found, Answer) and found.error:
+    if found.error:
         return f'{heading}<p class="error">{visible(found.error)}</p></section>'
     heading += f'<p class="of">{verdict(found)}</p>'
     asked = as_figure(name, next(pictures), f'<span class="tag {tag}">{tag}</span> ')
@@ -2387,9 +2388,8 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
     for item in found:
         if room > 0:
             kept.append(item._replace(matches=item.matches[: room - 1]))
-            room -= 1 + len(kept[-1].matches)
-    left = sum(1 + len(item.matches) for item in found) - sum(1 + len(item.matches) for item in kept)
-    pictured = (item for item in kept if isinstance(item, Group) or not item.error)
+        room -= 1 + len(item.matches)
+    pictured = (item for item in kept if not item.error)
     pictures = thumbnails(path for item in pictured for path in (item[0], *(match.path for match in item.matches)))
     target = Path(os.path.realpath(path))
     try:
@@ -2399,7 +2399,7 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
             stream.write(page_head(found, engine, seconds).encode())
             for item in kept:
                 stream.write(as_section(item, pictures).encode() + b"\n")
-            footer = f"<footer>{left:,} more pictures have no room here: see --json</footer>" if left else ""
+            footer = f"<footer>{-room:,} more pictures have no room here: see --json</footer>" if room < 0 else ""
             stream.write(f"</main>{footer}</body></html>\n".encode())
     except OSError as error:
         why = error.strerror or first_line(error)
@@ -2742,7 +2742,7 @@ def run(options: argparse.Namespace) -> int:
     if options.report:
         write_page(options.report, found, engine, time.perf_counter() - start)
         log.info("%s", shown(options.report))
-    return 1 if locked or any(isinstance(item, Answer) and item.error for item in found) else 0
+    return 1 if locked or any(item.error for item in found) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
