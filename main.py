@@ -1537,8 +1537,13 @@ def build_index(features: np.ndarray | Iterable[np.ndarray], index: faiss.Index 
     return index
 
 
+def progress_bar(steps: Iterable[Any] | None = None, **options: Any) -> tqdm.tqdm:
+    """On a terminal alone, and not with -q."""
+    return tqdm.tqdm(steps, disable=None if log.isEnabledFor(logging.INFO) else True, **options)
+
+
 def with_progress(blocks: Iterable[np.ndarray], rows: int, what: str) -> Iterator[np.ndarray]:
-    with tqdm.tqdm(total=rows, desc=what, unit="img", disable=None if log.isEnabledFor(logging.INFO) else True) as bar:
+    with progress_bar(total=rows, desc=what, unit="img") as bar:
         for block in blocks:
             yield block
             bar.update(len(block))
@@ -1859,8 +1864,7 @@ def first_alike(catalogue: Catalogue, device: str, place: np.ndarray, least: np.
     """
     own, needed = np.arange(n := len(least)), torch.from_numpy(least).to(device)
     first, scores = own.copy(), np.ones(n, np.float32)
-    quiet = None if log.isEnabledFor(logging.INFO) else True  # None: on a terminal alone
-    for i0 in tqdm.trange(0, n, 2 * BLOCK, desc="comparing", unit="block", disable=quiet):
+    for i0 in progress_bar(range(0, n, 2 * BLOCK), desc="comparing", unit="block"):
         ours = (first == own) & (own >= i0) & (own < i0 + 2 * BLOCK)
         if not ours.any():
             continue
@@ -1990,9 +1994,8 @@ def read_new(
     """The features of the files chosen, into the cache: every few seconds, and whatever ends the run."""
     unsaved: list[Picture] = []
     into, saved, label = into or catalogue, time.monotonic(), f"{model.name} on {model.device}, {model.precision}"
-    quiet = None if log.isEnabledFor(logging.INFO) else True  # None: on a terminal alone
     files, total = sifted(filter(work.mine, catalogue.unread()), into, images), catalogue.count("unread") // work.ranks
-    with tqdm.tqdm(total=total, desc=label, unit="img", disable=quiet) as bar:
+    with progress_bar(total=total, desc=label, unit="img") as bar:
         try:
             for pictures in with_features(files, images, model, work, catalogue.is_known, summary):
                 unsaved += pictures
