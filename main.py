@@ -1076,21 +1076,12 @@ class Catalogue:
 
     def __init__(self, folder: Path, identity: str, dim: int) -> None:
         self.folder, self.identity, self.dim = folder, identity, dim
-        self.path, self.features, self.index = (
-            folder / name for name in ("catalogue.sqlite", "features.bin", "index.faiss")
-        )
-        self.seal = folder / "catalogue.crc"
-        end = -(-(DIGEST_BYTES + 2 * dim) // 8) * 8
-        self.record = np.dtype(
-            {
-                "names": ["digest", "vector", "checksum"],
-                "formats": [f"V{DIGEST_BYTES}", ("<f2", (dim,)), "<u8"],
-                "offsets": [0, DIGEST_BYTES, end],
-                "itemsize": end + 8,
-            }
-        )
+        self.path, self.seal = folder / "catalogue.sqlite", folder / "catalogue.crc"
+        self.features, self.index = folder / "features.bin", folder / "index.faiss"
+        fields = [("digest", f"V{DIGEST_BYTES}"), ("vector", "<f2", (dim,)), ("checksum", "<u8")]
+        self.record = np.dtype(fields, align=True)
         # Odd, so that no flipped bit is lost; of the identity, so that no record holds in another model's cache.
-        factors = hashlib.shake_256(identity.encode()).digest(end + 8)
+        factors = hashlib.shake_256(identity.encode()).digest(self.record.itemsize)
         self.factors = np.frombuffer(factors, np.uint64) | np.uint64(1)
         self.trusted_from = 0  # features of earlier rows are extracted again: --rebuild
         folder.mkdir(parents=True, exist_ok=True)
@@ -1110,17 +1101,21 @@ class Catalogue:
         self.db.close()
         self.lookup.close()
 
+    def value(self, query: str, *arguments: Any) -> Any:
+        """The first value that the query gives, or None."""
+        return (self.db.execute(query, arguments).fetchone() or [None])[0]
+
     def get(self, key: str) -> Any:
-        return next(iter(self.db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone() or [None]))
+        return self.value("SELECT value FROM meta WHERE key = ?", key)
 
     def put(self, **values: Any) -> None:
         self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
 
     def any(self, table: str) -> bool:
-        return bool(self.db.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0])
+        return bool(self.value(f"SELECT EXISTS (SELECT 1 FROM {table})"))
 
     def count(self, table: str) -> int:
-        return self.db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+        return self.value(f"SELECT count(*) FROM {table}")
 
     @contextmanager
     def locked(self) -> Iterator[bool]:
@@ -1159,14 +1154,12 @@ class Catalogue:
 
     def sealed(self) -> bool:
         """Whether the catalogue matches its checksum; False also if another run is writing or was stopped."""
-        try:
+        with suppress(FileNotFoundError):
             seal = self.seal.read_bytes()
             if seal == b"%08x" % file_checksum(self.path):
                 return True
             if seal == self.seal.read_bytes():
                 raise sqlite3.DatabaseError("the catalogue does not match its checksum")
-        except FileNotFoundError:
-            pass
         return False
 
     def check(self, thorough: bool = True) -> None:
@@ -1174,7 +1167,7 @@ class Catalogue:
 
         Not `thorough`: by nothing that takes longer the larger the collection is.
         """
-        version = self.db.execute("PRAGMA user_version").fetchone()[0]
+        version = self.value("PRAGMA user_version")
         if version > FORMAT:
             raise DeepVisionError(
                 f"{self.folder} was written by a newer DeepVision (format {version}, this one knows {FORMAT}): update "
@@ -1183,14 +1176,12 @@ class Catalogue:
         schema = self.db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid").fetchall()
         if version < FORMAT or schema != [(sql,) for sql in SCHEMA]:
             raise sqlite3.DatabaseError("there is no catalogue of this format")
-        if thorough and not self.sealed() and (
-            verdict := self.db.execute("PRAGMA integrity_check(1)").fetchone()[0]
-        ) != "ok":  # fmt: skip
+        if thorough and not self.sealed() and (verdict := self.value("PRAGMA integrity_check(1)")) != "ok":
             raise sqlite3.DatabaseError(f"the catalogue is corrupt: {verdict.splitlines()[0]}")
         with self.db:
             self.db.execute("BEGIN")  # both of one moment, whatever another run adds meanwhile
             meta = dict(self.db.execute("SELECT key, value FROM meta").fetchall())
-            end = self.db.execute("SELECT ifnull(max(row) + 1, 0) FROM features").fetchone()[0]
+            end = self.value("SELECT ifnull(max(row) + 1, 0) FROM features")
         if meta.get("identity") != self.identity:
             raise sqlite3.DatabaseError("the catalogue is another model's")
         if meta.get("rows") != end or end > self.stored() or meta.get("generation") != self.generation():
@@ -1218,11 +1209,9 @@ class Catalogue:
 
     def remake(self) -> None:
         columns, files = "path, size, mtime, digest, reason, decoders, there", []
-        try:
+        with suppress(*DAMAGE):
             if self.get("identity") == self.identity:
                 files = self.db.execute(f"SELECT {columns} FROM files").fetchall()
-        except DAMAGE:
-            pass
         self.close()
         for name in ("catalogue.sqlite-journal", "catalogue.sqlite"):
             (self.folder / name).unlink(missing_ok=True)
@@ -1432,21 +1421,11 @@ class Catalogue:
         """Forget the files that are gone, and the features that no file is left of."""
         with self.db:
             self.db.execute("DELETE FROM files WHERE NOT there")
-        if len(rows := self.live_rows()) < self.get("rows"):
-            self.compact(rows)
+        if len(live := self.rows("WHERE files > 0 ORDER BY row")) < self.get("rows"):
+            self.compact(live)
 
     def rows(self, condition: str) -> np.ndarray:
         return np.fromiter((row for (row,) in self.db.execute(f"SELECT row FROM features {condition}")), np.int64)
-
-    def live_rows(self) -> np.ndarray:
-        """The rows that belong to a file of the collection, ascending; the other files are gone."""
-        return self.rows("WHERE files > 0 ORDER BY row")
-
-    def files_of(self, row: int, limit: int) -> list[tuple[File, bytes]]:
-        """The files of the collection with these features, as they were when they were read, and their content hash."""
-        query = """SELECT path, size, mtime, digest FROM features JOIN files USING (digest)
-            WHERE row = ? AND there ORDER BY path LIMIT ?"""
-        return [(File(*found[:3]), found[3]) for found in self.db.execute(query, (row, limit))]
 
     def largest_first(self) -> np.ndarray:
         """Row, bytes of a file, and number of files, int64 (n, 3), of each picture of the collection."""
@@ -1887,14 +1866,13 @@ def first_alike(catalogue: Catalogue, device: str, place: np.ndarray, least: np.
 def different_files(engine: Engine, row: int) -> list[str]:
     """The files with these features. What links make of one of them is no other file."""
     root, found = os.path.realpath(engine.images), dict[tuple[int, int], str]()
-    names = [os.fsdecode(file.path) for file, _ in engine.catalogue.files_of(row, sys.maxsize)]
+    query = "SELECT path FROM features JOIN files USING (digest) WHERE row = ? AND there ORDER BY path"
+    names = [os.fsdecode(path) for (path,) in engine.catalogue.db.execute(query, (row,))]
     for name in sorted(names, key=lambda name: os.path.realpath(os.path.join(root, name)) != os.path.join(root, name)):
         path = os.path.join(engine.images, name)
-        try:
+        with suppress(OSError):  # gone meanwhile
             info = os.stat(path)
             found.setdefault((info.st_dev, info.st_ino), path)
-        except OSError:  # gone meanwhile
-            continue
     return sorted(found.values())
 
 
