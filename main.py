@@ -378,12 +378,10 @@ def image_formats() -> tuple[list[str], set[str], str]:
     # Pillow refuses a header of more than twice as many; `Image` itself is Lazy and would keep it to itself.
     vars(sys.modules["PIL.Image"])["MAX_IMAGE_PIXELS"] = MAX_PIXELS
     version = Image.__version__
-    try:
+    with suppress(ImportError):
         heif = importlib.import_module("pillow_heif")
         heif.register_heif_opener()
         version += f", pillow_heif {heif.__version__}"
-    except ImportError:
-        pass
     formats = [name for name in Image.ID if name not in NOT_DECODED]
     return formats, {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
 
@@ -522,10 +520,8 @@ def to_rgb(image: Image.Image, side: int) -> Image.Image:
         raise ValueError(f"too large: {count:,} pixels, over {limit:,}")
     with one_large_image if count > LARGE_PIXELS else nullcontext():
         image.load()
-        try:
+        with suppress(Exception):  # malformed EXIF raises anything, and says nothing of the orientation
             ImageOps.exif_transpose(image, in_place=True)
-        except Exception:  # malformed EXIF raises anything, and says nothing of the orientation
-            pass
         if image.mode[0] in "IF":
             image = to_8_bits(image)
         if image.mode == "RGB" and not image.has_transparency_data:
@@ -2268,13 +2264,11 @@ def thumbnail(image: Image.Image, side: int = THUMBNAIL) -> tuple[bytes, int, in
     if (picture.width - picture.height) * (width - height) < 0:  # turned by EXIF
         width, height = height, width
     if profile := image.info.get("icc_profile"):
-        try:
+        with suppress(Exception):  # a malformed profile, or one of another kind of pixels: without it, then
             source = ImageOps.exif_transpose(image) if image.mode == "CMYK" else picture
             source.thumbnail((side, side))
             srgb = ImageCms.createProfile("sRGB")
             picture = ImageCms.profileToProfile(source, io.BytesIO(profile), srgb, outputMode="RGB") or picture
-        except Exception:  # a malformed profile, or one of another kind of pixels: without it, then
-            pass
     picture.thumbnail((side, side))
     picture = Image.fromarray(np.asarray(picture))  # without what the file says of itself
     for quality in QUALITIES:
@@ -2558,11 +2552,9 @@ def serve(engine: Engine, work: Work, port: int, top: int) -> None:
 def score_or_label(text: str) -> float | str:
     if text in LABELS:
         return text
-    try:
+    with suppress(ValueError):
         if -1 <= float(text) <= 1:
             return float(text)
-    except ValueError:
-        pass
     raise argparse.ArgumentTypeError(f"{text!r} is neither a cosine similarity, -1 to 1, nor {', '.join(LABELS)}")
 
 
