@@ -1966,6 +1966,7 @@ def read_new(
     catalogue: Catalogue, images: Path, model: Model, work: Work, summary: Summary, into: Catalogue | None = None
 ) -> None:
     """The features of the files chosen, into the cache: every few seconds, and whatever ends the run."""
+    catalogue.trusted_from = catalogue.get("rows") if work.rebuild else 0
     unsaved: list[Picture] = []
     into, saved, label = into or catalogue, time.monotonic(), f"{model.name} on {model.device}, {model.precision}"
     files, total = sifted(filter(work.mine, catalogue.unread()), into, images), catalogue.count("unread") // work.ranks
@@ -1993,25 +1994,36 @@ def meet() -> None:
         raise DeepVisionError("another rank has stopped: run it again, what was done is saved") from error
 
 
-def take_in(catalogue: Catalogue, model: Model, summary: Summary) -> bool:
+def pictures_in(share: Catalogue) -> Iterator[list[Picture]]:
+    """All that a rank has read: first what came without features, since it is not usable or was known before."""
+    listing = "SELECT path, size, mtime, digest, reason, row FROM files LEFT JOIN features USING (digest) WHERE row"
+    yield [Picture(File(*f[:3]), f[3], reason=f[4]) for f in share.db.execute(f"{listing} IS NULL")]
+    start = 0
+    for block in share.vectors():
+        rows = share.db.execute(f"{listing} BETWEEN ? AND ?", (start, start + len(block) - 1))
+        yield [Picture(File(*f[:3]), f[3], vector=block[f[5] - start]) for f in rows]
+        start += len(block)
+
+
+def take_in(catalogue: Catalogue, summary: Summary) -> bool:
     """Save what the other ranks have read, also those that were stopped, and remove their caches; True if any."""
-    listing = "SELECT path, size, mtime, digest, reason, row FROM files LEFT JOIN features USING (digest)"
     folders = sorted(catalogue.folder.glob("rank-*"))
     for folder in folders:
-        share = Catalogue(folder, catalogue.identity, model.dim)
+        share = Catalogue(folder, catalogue.identity, catalogue.dim)
         share.mend()
         with share.locked():
-            bare, start = share.db.execute(f"{listing} WHERE row IS NULL"), 0  # not usable, or known before
-            for block in itertools.chain([np.empty((0, 0))], share.vectors()):
-                rows = share.db.execute(f"{listing} WHERE row >= ? AND row < ?", (start, start + len(block)))
-                found = [Picture(File(*f[:3]), f[3], None, block[f[5] - start]) for f in rows]
-                found += [Picture(File(*f[:3]), f[3], reason=f[4]) for f in (() if start else bare)]
-                catalogue.save(found)
-                summary.add(found)
-                start += len(block)
+            for pictures in pictures_in(share):
+                catalogue.save(pictures)
+                summary.add(pictures)
         share.close()
         shutil.rmtree(folder)
     return bool(folders)
+
+
+def scan(catalogue: Catalogue, images: Path, work: Work) -> int:
+    """See what has changed in the folder `images`, which may be missing; how many differences there are."""
+    files = find_images(images, partial(unlisted, prune=work.prune), [catalogue.folder.parent])
+    return catalogue.scan(files if images.is_dir() else (), work.rebuild)
 
 
 def label_limits(catalogue: Catalogue, store: bool = False) -> tuple[np.ndarray, dict[str, float]]:
@@ -2037,22 +2049,17 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
     Raises DeepVisionError if no usable image is there; what is known is kept for the day the drive is back.
     """
     summary, left, shared = Summary(), True, work.ranks > 1
-    there = "has no usable image" if images.is_dir() else "is not a folder" if images.exists() else "is missing"
-    scan: Callable[[], Iterable[File]] = tuple
-    if images.is_dir():
-        scan = partial(find_images, images, partial(unlisted, prune=work.prune), [catalogue.folder.parent])
-    if catalogue.scan(scan(), work.rebuild) or work.prune or shared or not catalogue.get("totals"):
+    if scan(catalogue, images, work) or work.prune or shared or not catalogue.get("totals"):
         with catalogue.writing() as waited:
-            if take_in(catalogue, model, Summary()) or waited:
-                catalogue.scan(scan(), work.rebuild)
+            if take_in(catalogue, Summary()) or waited:
+                scan(catalogue, images, work)
             if shared:
                 meet()
             before = catalogue.get("rows")
-            catalogue.trusted_from = before if work.rebuild else 0
             read_new(catalogue, images, model, work, summary)
             if shared:
                 meet()
-                take_in(catalogue, model, summary)
+                take_in(catalogue, summary)
             if left := catalogue.settle():
                 earlier = f"digest IN (SELECT digest FROM features WHERE row < {before})"
                 if not work.rebuild and catalogue.any(GONE) and not catalogue.any(f"{USABLE} AND {earlier}"):
@@ -2070,6 +2077,7 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
     summary.images, summary.skipped, summary.gone = catalogue.totals()
     if left and summary.images:
         return summary
+    there = "has no usable image" if images.is_dir() else "is not a folder" if images.exists() else "is missing"
     if known := catalogue.count("files WHERE digest IS NOT NULL"):
         raise DeepVisionError(
             f"{images} {there}, but the index knows {known:,}: is a drive not connected, or is --images "
@@ -2142,8 +2150,7 @@ def read_share(images: str | Path, index_dir: str | Path, model: Model, work: Wo
         share = Catalogue(folder / f"rank-{work.rank}", model.identity, model.dim)
         share.mend()
         with share.writing():
-            catalogue.scan(find_images(images, unlisted, [index_dir]) if images.is_dir() else (), work.rebuild)
-            catalogue.trusted_from = catalogue.get("rows") if work.rebuild else 0
+            scan(catalogue, images, work)
             read_new(catalogue, images, model, work, Summary(), share)
         share.close()
         catalogue.close()
