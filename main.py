@@ -1899,12 +1899,11 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator
     place[rows], scores = first, own
     if threshold != "identical":
         try:
-            first, scores = first_alike(
-                catalogue, engine.model.device, place, least_scores(engine, place, own, threshold)
-            )
+            least = least_scores(engine, place, own, threshold)
+            first, scores = first_alike(catalogue, engine.model.device, place, least)
         except sqlite3.DatabaseError as error:
             raise DeepVisionError(f"{catalogue.folder}: {error}. Start again, and it is repaired") from error
-    if catalogue.generation() != engine.generation:
+    if not engine.is_valid():
         raise DeepVisionError(f"{catalogue.folder} was changed by another run: start again")
     copies: dict[int, list[int]] = {head: [] for head in np.flatnonzero((files > 1) & (first == place[rows])).tolist()}
     for copy in np.flatnonzero(first != place[rows]).tolist():
@@ -2090,19 +2089,31 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
     raise DeepVisionError(f"{images} {there}: put images to search in there, or name another folder with --images")
 
 
+@contextmanager
+def cache_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, sqlite3.Error, NotImplementedError) as error:  # the last of a file system without locks
+        raise DeepVisionError(
+            f"the cache {folder} cannot be used: {first_line(error)}. What was there is untouched; make room or mend "
+            "its permissions, or choose another place with --index-dir"
+        ) from error
+
+
 def ready(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Engine:
     catalogue.check(thorough=work.update)
     summary = update(catalogue, images, model, work) if work.update else Summary(*catalogue.totals())
     generation, gone = catalogue.generation(), catalogue.rows("WHERE files = 0")
     sample, limits = label_limits(catalogue)
     index, notes = open_index(catalogue, work)
-    if catalogue.generation() != generation:  # the rows are not those of the index
-        raise DeepVisionError(f"{catalogue.folder} was changed by another run: start again")
     dead = np.zeros(index.ntotal, bool)
     dead[gone[gone < len(dead)]] = True
     summary.recall = notes.get("recall") if not work.exact else None
     shortlist = notes.get("shortlist", 0)
-    return Engine(images, model, catalogue, generation, index, shortlist, work.exact, dead, sample, limits, summary)
+    engine = Engine(images, model, catalogue, generation, index, shortlist, work.exact, dead, sample, limits, summary)
+    if not engine.is_valid():  # the rows are not those of the index
+        raise DeepVisionError(f"{catalogue.folder} was changed by another run: start again")
+    return engine
 
 
 def initialize_reverse_image_search(
@@ -2125,7 +2136,7 @@ def initialize_reverse_image_search(
         raise DeepVisionError(f"there is no index of {images} by {model.name} in {index_dir}: run without --no-update")
     if model.name == MODEL and not folder.exists() and any(Path(index_dir).glob(f"{OFFLINE}-*")):
         log.warning("the weights of %s are here now: all images are indexed with it; the offline index is kept", MODEL)
-    try:
+    with cache_errors(folder):
         catalogue = Catalogue(folder, model.identity, model.dim)
         try:
             return ready(catalogue, images, model, work)
@@ -2134,18 +2145,13 @@ def initialize_reverse_image_search(
         except DAMAGE:  # or it is new
             catalogue.mend()
             return ready(catalogue, images, model, work)
-    except (OSError, sqlite3.Error, NotImplementedError) as error:  # the last of a file system without locks
-        raise DeepVisionError(
-            f"the cache {folder} cannot be used: {first_line(error)}. What was there is untouched; make room or mend "
-            "its permissions, or choose another place with --index-dir"
-        ) from error
 
 
 def read_share(images: str | Path, index_dir: str | Path, model: Model, work: Work) -> None:
     """As a rank that does not commit: read a share into a cache of its own, which the one that commits takes in."""
     images, folder = Path(images), Path(index_dir, model.identity)
     meet()  # the catalogue is whole, and what an earlier run left has been taken in
-    try:
+    with cache_errors(folder):
         catalogue = Catalogue(folder, model.identity, model.dim)
         share = Catalogue(folder / f"rank-{work.rank}", model.identity, model.dim)
         share.mend()
@@ -2154,8 +2160,6 @@ def read_share(images: str | Path, index_dir: str | Path, model: Model, work: Wo
             read_new(catalogue, images, model, work, Summary(), share)
         share.close()
         catalogue.close()
-    except (OSError, sqlite3.Error) as error:
-        raise DeepVisionError(f"the cache {folder} cannot be used: {first_line(error)}") from error
     meet()
 
 
