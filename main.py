@@ -876,9 +876,7 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
         opened = (image if isinstance(image, Image.Image) else Image.open(image) for image in images)
         images = torch.stack([get_transform(model.side, model.resample)(image) for image in opened])
     if images.shape[1:] != (3, model.side, model.side):
-        raise ValueError(
-            f"pixels are {tuple(images.shape[1:])}, but {model.name} takes (3, {model.side}, {model.side})"
-        )
+        raise ValueError(f"pixels are {tuple(images.shape[1:])}, {model.name} takes (3, {model.side}, {model.side})")
     return launch(images, model, model.batch)[0].cpu().numpy()
 
 
@@ -2308,11 +2306,8 @@ def visible(path: str) -> str:
 
 def as_figure(path: str, picture: Picture, caption: str) -> str:
     """A picture with what is to be said of it, and a link to its file."""
-    name, inside, size = (
-        visible(path),
-        f'<span class="none">{visible(picture.reason or "not there any more")}</span>',
-        "",
-    )
+    name, size = visible(path), ""
+    inside = f'<span class="none">{visible(picture.reason or "not there any more")}</span>'
     if picture.pixels:
         data, width, height = picture.pixels
         source = base64.b64encode(data).decode()
@@ -2430,9 +2425,8 @@ class Desk:
         """Bring the index up to date, while the one there is goes on answering."""
         old = self.engine
         try:
-            new = initialize_reverse_image_search(
-                old.images, old.catalogue.folder.parent, model=old.model, work=self.work
-            )
+            folder = old.catalogue.folder.parent
+            new = initialize_reverse_image_search(old.images, folder, model=old.model, work=self.work)
         except DeepVisionError as error:
             raise gradio.Error(visible(str(error))) from error
         with self.lock:
@@ -2440,8 +2434,11 @@ class Desk:
             old.catalogue.close()
         return self.state()
 
-    def search(self, path: str, k: int, least: float) -> tuple[Any, str, Any, list[str], str]:
-        """The query's picture, a title, the pictures of its matches with captions, their paths, and the query."""
+    def search(self, path: str, k: int, least: float) -> Sequence[Any]:
+        """The query's picture, a title, the pictures of its matches with captions, their paths, and the query; without
+        a query all stays as it is."""
+        if not path:
+            return [gradio.skip()] * 5
         try:
             with self.lock:
                 (answer,) = search(path, self.engine, k=int(k), threshold=least)
@@ -2477,23 +2474,18 @@ def user_interface(desk: Desk, top: int) -> Any:
                 state = gradio.Textbox(label="Collection", interactive=False, elem_id="state")
                 renew = gradio.Button("Update the index", elem_id="update")
             with gradio.Column(scale=3):
-                title = gradio.HTML(
-                    "<h2>What are you looking for?</h2>Give a picture, and see what looks like it", elem_id="title"
-                )
+                welcome = "<h2>What are you looking for?</h2>Give a picture, and see what looks like it"
+                title = gradio.HTML(welcome, elem_id="title")
                 found = gradio.Gallery(
                     label="Matches", show_label=False, height="auto", object_fit="contain", columns=4,
                     interactive=False, allow_preview=False, buttons=[], elem_id="found",
                 )  # fmt: skip
 
         def from_given(given: list[tuple[str, str]] | None, k: int, least: float, event: gradio.EventData) -> Any:
-            at = getattr(event, "index", 0)
-            return desk.search(given[at][0], k, least) if given else [gradio.skip()] * 5
+            return desk.search(given[getattr(event, "index", 0)][0] if given else "", k, least)
 
         def from_found(paths: list[str], k: int, least: float, event: gradio.SelectData) -> Any:
             return desk.search(paths[event.index], k, least)
-
-        def again(query: str, k: int, least: float) -> Any:
-            return desk.search(query, k, least) if query else [gradio.skip()] * 5
 
         def update(progress: Any = progress) -> str:
             return desk.update()
@@ -2502,7 +2494,7 @@ def user_interface(desk: Desk, top: int) -> Any:
         given.upload(from_given, [given, k, least], shown, **private)
         given.select(from_given, [given, k, least], shown, **private)
         found.select(from_found, [paths, k, least], shown, **private)
-        gradio.on([k.release, least.release], again, [query, k, least], shown, **private)
+        gradio.on([k.release, least.release], desk.search, [query, k, least], shown, **private)
         renew.click(update, None, state, **private)
         page.load(desk.state, None, state, **private)
     return page
@@ -2539,9 +2531,7 @@ def serve(engine: Engine, work: Work, port: int, top: int) -> None:
         listening.bind(("127.0.0.1", port))
         listening.listen()  # who calls before it is ready, waits
     except OSError as error:
-        raise DeepVisionError(
-            f"port {port} cannot be had ({error.strerror}): choose another one with --port"
-        ) from error
+        raise DeepVisionError(f"port {port} cannot be had ({error.strerror}): choose another with --port") from error
     port = listening.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:  # of what is uploaded and shown
         os.environ["GRADIO_TEMP_DIR"] = folder
@@ -2695,10 +2685,9 @@ def run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     if ranks > 1:  # of torchrun
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=RANKS_WAIT))
-    if rank and not work.update:
-        return 0
     if rank:
-        read_share(options.images, options.index_dir, model, work)
+        if work.update:
+            read_share(options.images, options.index_dir, model, work)
         return 0
     engine = initialize_reverse_image_search(options.images, options.index_dir, model=model, work=work)
     done = f"{engine.summary.images:,} images, searched without a look at what has changed"
@@ -2751,9 +2740,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError, ImportError) as error:
         if not (isinstance(error, MemoryError) or NO_MEMORY.search(str(error))):
             raise
-        log.error(
-            "error: out of memory (%s): free some, or try --workers 1 and a small --batch-size", first_line(error)
-        )
+        advice = "free some, or try --workers 1 and a small --batch-size"
+        log.error("error: out of memory (%s): %s", first_line(error), advice)
         return 1
     except KeyboardInterrupt:
         log.error("interrupted: what was done is saved, the next run goes on from there")
