@@ -1014,9 +1014,9 @@ SCHEMA = [
 # UnicodeDecodeError: of a message that quotes a damaged schema.
 DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError, json.JSONDecodeError)
 # What a scan found: to be read (there is NULL), gone (0) or back again unchanged (1).
-CHANGES = """DROP VIEW IF EXISTS temp.unread; DROP TABLE IF EXISTS temp.changes;
-    CREATE TEMP TABLE changes (path BLOB, size INTEGER, mtime INTEGER, there INTEGER);
-    CREATE TEMP VIEW unread AS SELECT path, size, mtime FROM changes WHERE there IS NULL"""
+CHANGES = """DROP TABLE IF EXISTS temp.changes;
+    CREATE TEMP TABLE changes (path BLOB, size INTEGER, mtime INTEGER, there INTEGER)"""
+UNREAD = "changes WHERE there IS NULL"
 USABLE = "files WHERE there AND digest IS NOT NULL"  # the usable images of the collection
 SKIPPED = "files WHERE there AND reason IS NOT NULL"
 GONE = """files WHERE NOT there AND digest IS NOT NULL
@@ -1086,10 +1086,10 @@ class Catalogue:
         if not self.path.exists():
             self.path.touch()
         self.inode = self.path.stat().st_ino
-        self.db, self.lookup = (
-            sqlite3.connect(self.path, timeout=seconds, check_same_thread=False) for seconds in (60, 20)
-        )  # the second is asked by threads, which a commit of this process that failed must not hold up for long
+        connect = partial(sqlite3.connect, self.path, check_same_thread=False)
+        self.db = connect(timeout=60)
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
+        self.lookup = connect(timeout=20)  # for threads, which a failed commit of this process must not hold up long
 
     def close(self) -> None:
         self.db.close()
@@ -1390,7 +1390,7 @@ class Catalogue:
         return self.count("changes")
 
     def unread(self) -> Iterator[File]:
-        return map(File._make, self.db.execute("SELECT * FROM unread"))
+        return map(File._make, self.db.execute(f"SELECT path, size, mtime FROM {UNREAD}"))
 
     def settle(self) -> bool:
         """Take down what is gone and what is back, unless no usable image would be left; whether one is."""
@@ -1966,7 +1966,7 @@ def read_new(
     catalogue.trusted_from = catalogue.get("rows") if work.rebuild else 0
     unsaved: list[Picture] = []
     into, saved, label = into or catalogue, time.monotonic(), f"{model.name} on {model.device}, {model.precision}"
-    files, total = sifted(filter(work.mine, catalogue.unread()), into, images), catalogue.count("unread") // work.ranks
+    files, total = sifted(filter(work.mine, catalogue.unread()), into, images), catalogue.count(UNREAD) // work.ranks
     with progress_bar(total=total, desc=label, unit="img") as bar:
         try:
             for pictures in with_features(files, images, model, work, catalogue.is_known, summary):
@@ -2566,7 +2566,7 @@ def check_combination(options: argparse.Namespace, parser: argparse.ArgumentPars
         parser.error("--no-update goes without --index-only, --rebuild and --prune")
     if options.queries and mode:
         parser.error(f"{mode} takes no QUERY: {options.queries[0]}")
-    if options.ui and (options.json or options.null):
+    if options.ui and options.form != "text":
         parser.error("--ui prints nothing: leave out --json and --null")
     if options.port is not None and not options.ui:
         parser.error("--port is for --ui")
@@ -2601,14 +2601,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rebuild", action="store_true", help="start again from the images")
     add("--prune", action="store_true", help="forget files that are gone, and their features")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON object per query, a line each")
-    form.add_argument("--null", action="store_true", help="or -0: the paths found alone, each with a NUL at its end")
+    add_form = partial(form.add_argument, dest="form", default="text", action="store_const")
+    add_form("--json", const="json", help="one JSON object per query, a line each")
+    add_form("--null", const="null", help="or -0: the paths found alone, each with a NUL at its end")
     page = parser.add_mutually_exclusive_group()
     page.add_argument("--report", default=REPORT, metavar="FILE", help="the page to look at (default: %(default)s)")
     page.add_argument("--no-report", dest="report", action="store_const", const=None, help="write no page")
     volume = parser.add_mutually_exclusive_group()
-    volume.add_argument("-q", "--quiet", action="store_true", help="warnings and errors alone")
-    volume.add_argument("-v", "--verbose", action="store_true", help="name the files that were skipped")
+    add_level = partial(volume.add_argument, dest="level", default=logging.INFO, action="store_const")
+    add_level("-q", "--quiet", const=logging.WARNING, help="warnings and errors alone")
+    add_level("-v", "--verbose", const=logging.DEBUG, help="name the files that were skipped")
     # Were -0 an option to argparse, so would be the -0.5 of `--threshold -0.5`.
     given = sys.argv[1:] if argv is None else argv
     options = parser.parse_intermixed_args(["--null" if arg == "-0" else arg for arg in given])
@@ -2697,7 +2699,7 @@ def run(options: argparse.Namespace) -> int:
         how = "compact codes choose what is compared, recall@%d %.3f; --exact compares all"
         log.info(how, TOP, engine.summary.recall)
     listing = f"SELECT path, reason FROM {SKIPPED} ORDER BY path"
-    for path, reason in engine.catalogue.db.execute(listing) if options.verbose else ():
+    for path, reason in engine.catalogue.db.execute(listing) if log.isEnabledFor(logging.DEBUG) else ():
         log.debug("skipped %s: %s", shown(os.path.join(options.images, os.fsdecode(path))), reason)
     if options.export:
         write_export(engine, options.export)
@@ -2709,7 +2711,7 @@ def run(options: argparse.Namespace) -> int:
     locked: list[OSError] = []
     for item in groups(options, engine) if options.duplicates is not None else answers(options, engine, locked):
         found.append(item)
-        print_found(item, engine, "json" if options.json else "null" if options.null else "text")
+        print_found(item, engine, options.form)
     for error in locked:
         log.error("%s cannot be listed (%s)", shown(os.fsdecode(error.filename)), error.strerror)
     if options.report:
@@ -2722,10 +2724,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status: 0 all queries answered, 1 something failed, 2 usage, 130 interrupted."""
     options = parse_arguments(argv)
     log.handlers = [logging.StreamHandler()]
+    log.setLevel(options.level)
     if rank := rank_of_ranks()[0]:  # the first speaks for all
         log.handlers[0].setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
-        options.quiet = True
-    log.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
+        log.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="tqdm:")  # has no memory for a thread of its own, and needs none
     warnings.filterwarnings("ignore", module="PIL")  # what Pillow doubts is either read or skipped with a reason
     try:
