@@ -75,7 +75,9 @@ if TYPE_CHECKING:
     import tqdm
     from PIL import Image, ImageCms, ImageOps
 
+    fastapi: Any
     gradio: Any
+    uvicorn: Any
 else:
 
     class Lazy:
@@ -93,7 +95,9 @@ else:
     faiss, np, torch, torchvision, tqdm = map(Lazy, ("faiss", "numpy", "torch", "torchvision", "tqdm"))
     Image, ImageCms, ImageOps = map(Lazy, ("PIL.Image", "PIL.ImageCms", "PIL.ImageOps"))
     filelock = Lazy("filelock")  # torch requires it, so it is there
-    gradio = Lazy("gradio")  # after `find_gradio`
+    gradio, fastapi, uvicorn = map(
+        Lazy, ("gradio", "fastapi", "uvicorn")
+    )  # after `find_gradio`; it requires the others
 
 IMAGES = "bulk_images"
 QUERIES = "that_one_image"
@@ -2515,9 +2519,7 @@ def guarded(app: Any, port: int) -> Any:
         origin = headers.get(b"origin", b"http://" + headers.get(b"host", b"")).removeprefix(b"http://")
         if scope["type"] == "lifespan" or {headers.get(b"host"), origin} <= hosts:
             return await app(scope, receive, send_with_policy)
-        if scope["type"] == "http":
-            await send({"type": "http.response.start", "status": 403, "headers": []})
-            await send({"type": "http.response.body", "body": b"not from here"})
+        await fastapi.Response("not from here", 403)(scope, receive, send)
 
     return guard
 
@@ -2525,7 +2527,7 @@ def guarded(app: Any, port: int) -> Any:
 def serve(engine: Engine, work: Work, port: int, top: int) -> None:
     """The UI, on this machine alone, until it is interrupted."""
     desk, listening = Desk(engine, replace(work, update=True, rebuild=False, prune=False)), socket.socket()
-    fastapi, uvicorn = map(importlib.import_module, ("fastapi", "uvicorn"))  # Gradio requires them
+
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name == "posix"))
         listening.bind(("127.0.0.1", port))
