@@ -913,12 +913,12 @@ def with_features(
     transform = get_transform(model.side, model.resample)
     read = partial(read_picture, root=os.fsencode(root), transform=transform, known=known)
     pictures = read_ahead(read, files, workers, min(AHEAD_BATCHES * size + workers, IN_FLIGHT))
-    under_way: deque[tuple[list[Picture], torch.Tensor | None]] = deque()
+    under_way: deque[tuple[list[Picture], torch.Tensor]] = deque()
     start = time.perf_counter()
     while (batch := list(itertools.islice(pictures, size))) or under_way:
         summary.reading += (middle := time.perf_counter()) - start
         if batch:
-            pixels, features = [picture.pixels for picture in batch if picture.pixels is not None], None
+            pixels, features = [picture.pixels for picture in batch if picture.pixels is not None], torch.empty(0)
             if pixels:
                 features, fits = launch(torch.stack(pixels), model, size)
                 size = min(size, fits)
@@ -926,7 +926,7 @@ def with_features(
         done: list[Picture] = []
         if not batch or len(under_way) > (model.device != "cpu"):
             done, features = under_way.popleft()
-            vectors = iter(() if features is None else features.cpu().numpy().astype(np.float16))
+            vectors = iter(features.cpu().numpy().astype(np.float16))
             done = [p if p.pixels is None else p._replace(pixels=None, vector=next(vectors)) for p in done]
         summary.computing += (spent := time.perf_counter() - middle)
         size = max(1, size // 2) if spent > SAVE_SECONDS else size  # what is under way is not saved yet
@@ -1373,14 +1373,13 @@ class Catalogue:
                 if known[3]:
                     yield *known[:3], 0
                 known = next(stored, end)
-            if known[0] != file.path:
-                yield *file, None
-                continue
-            if everything or known[4] or known[1:3] != file[1:]:
+            same = known[:3] == file
+            if not same or everything or known[4]:
                 yield *file, None
             elif not known[3]:
                 yield *file, 1
-            known = next(stored, end)
+            if known[0] == file.path:
+                known = next(stored, end)
         for left in itertools.chain([known], stored):
             if left[3]:
                 yield *left[:3], 0
@@ -2044,6 +2043,21 @@ def label_limits(catalogue: Catalogue, store: bool = False) -> tuple[np.ndarray,
     return sample, limits
 
 
+def why_none(catalogue: Catalogue, images: Path, skipped: int) -> str:
+    """Why there is no usable image, and what to do about it."""
+    there = "has no usable image" if images.is_dir() else "is not a folder" if images.exists() else "is missing"
+    if known := catalogue.count("files WHERE digest IS NOT NULL"):
+        return (
+            f"{images} {there}, but the index knows {known:,}: is a drive not connected, or is --images "
+            f"another folder? Nothing was changed; to start afresh, delete {catalogue.folder}"
+        )
+    if skipped:
+        query = f"SELECT count(*), reason FROM {SKIPPED} GROUP BY reason ORDER BY 1 DESC, 2 LIMIT 3"
+        reasons = "; ".join(f"{n:,} × {reason}" for n, reason in catalogue.db.execute(query))
+        return f"{images} {there}, all {skipped:,} were skipped: {reasons}"
+    return f"{images} {there}: put images to search in there, or name another folder with --images"
+
+
 def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summary:
     """Bring the cache up to date with the folder `images`: read what is new or changed, see what is gone.
 
@@ -2076,19 +2090,9 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
                 label_limits(catalogue, store=True)
                 catalogue.totals(store=True)
     summary.images, summary.skipped, summary.gone = catalogue.totals()
-    if left and summary.images:
-        return summary
-    there = "has no usable image" if images.is_dir() else "is not a folder" if images.exists() else "is missing"
-    if known := catalogue.count("files WHERE digest IS NOT NULL"):
-        raise DeepVisionError(
-            f"{images} {there}, but the index knows {known:,}: is a drive not connected, or is --images "
-            f"another folder? Nothing was changed; to start afresh, delete {catalogue.folder}"
-        )
-    if summary.skipped:
-        query = f"SELECT count(*), reason FROM {SKIPPED} GROUP BY reason ORDER BY 1 DESC, 2 LIMIT 3"
-        reasons = "; ".join(f"{n:,} × {reason}" for n, reason in catalogue.db.execute(query))
-        raise DeepVisionError(f"{images} {there}, all {summary.skipped:,} were skipped: {reasons}")
-    raise DeepVisionError(f"{images} {there}: put images to search in there, or name another folder with --images")
+    if not (left and summary.images):
+        raise DeepVisionError(why_none(catalogue, images, summary.skipped))
+    return summary
 
 
 @contextmanager
