@@ -2298,7 +2298,7 @@ def thumbnail(image: Image.Image, side: int = THUMBNAIL) -> tuple[bytes, int, in
 def thumbnails(paths: Iterable[str], side: int = THUMBNAIL) -> Iterator[Picture]:
     """Each file in turn, with `thumbnail` as its pixels, or a reason why it has none."""
     read = partial(read_picture, root=b"", transform=partial(thumbnail, side=side), known=lambda digest: False)
-    workers = os.cpu_count() or 1
+    workers = usable_cores()
     return read_ahead(read, (File(os.fsencode(path), 0, 0) for path in paths), workers, 4 * workers)
 
 
