@@ -1932,11 +1932,10 @@ def unlisted(error: OSError, prune: bool = False) -> None:
     log.warning("%s", what)
 
 
-def sifted(files: Iterable[File], catalogue: Catalogue, images: Path) -> Iterator[File]:
+def sifted(files: Iterable[File], catalogue: Catalogue, images: Path, note: Path) -> Iterator[File]:
     """The files, but for those whose decoder crashes: that ends the run, but it leaves a note of the files that were
     being read and its last words, and the next run looks into it."""
-    note, root = catalogue.folder / "reading", os.fsencode(images)
-    told = note.read_bytes() if note.is_file() else b""
+    root, told = os.fsencode(images), note.read_bytes() if note.is_file() else b""
     crashed = b"Fatal Python error" in told
     bad = crashing([os.path.join(root, path) for path in told.split(b"\0") if path]) if crashed else ()
     try:
@@ -1969,8 +1968,9 @@ def read_new(
     catalogue.trusted_from = catalogue.get("rows") if work.rebuild else 0
     unsaved: list[Picture] = []
     into, saved, label = into or catalogue, time.monotonic(), f"{model.name} on {model.device}, {model.precision}"
-    files, total = sifted(filter(work.mine, catalogue.unread()), into, images), catalogue.count(UNREAD) // work.ranks
-    with progress_bar(total=total, desc=label, unit="img") as bar:
+    note = catalogue.folder / f"reading{work.rank or ''}"  # not in the cache of a rank, which is soon taken in
+    files = sifted(filter(work.mine, catalogue.unread()), into, images, note)
+    with progress_bar(total=catalogue.count(UNREAD) // work.ranks, desc=label, unit="img") as bar:
         try:
             for pictures in with_features(files, images, model, work, catalogue.is_known, summary):
                 unsaved += pictures
