@@ -780,7 +780,8 @@ def torchvision_model(name: str, weights: str | Path | None, device: str) -> Mod
         near = ", ".join(difflib.get_close_matches(name, [*names, OFFLINE], n=4, cutoff=0.5))
         raise DeepVisionError(f"--model {name}: no such model{near and f'; did you mean {near}?'}")
     listed = models.get_model_weights(name).__members__
-    entry = listed.get(str(weights or WEIGHTS), listed["DEFAULT"])
+    by_file = {Path(entry.url).name: entry for entry in listed.values()}  # so that a copy gets the same pixels
+    entry = {**by_file, **listed}.get(Path(weights or WEIGHTS).name, listed["DEFAULT"])
     if weights is None or str(weights) in listed:
         path = downloaded(entry.url, name)
     elif not (path := Path(weights)).is_file():
