@@ -356,23 +356,22 @@ def find_images(
     """
     root, separator = os.fsencode(folder), os.fsencode(os.sep)
     visited = {(info.st_dev, info.st_ino) for info in map(os.stat, without)}
-    waiting = [iter([File(b"", 0, 0)])]
+    waiting = [File(b"", 0, 0)]
     while waiting:
-        if (file := next(waiting[-1], None)) is None:
-            waiting.pop()
-        elif file.path and not file.path.endswith(separator):
+        file = waiting.pop()
+        if file.path and not file.path.endswith(separator):
             yield file
-        else:
-            found: list[File] = []
-            try:
-                here = os.path.join(root, file.path.removesuffix(separator))
-                info = os.stat(here)
-                if (info.st_dev, info.st_ino) not in visited:
-                    visited.add((info.st_dev, info.st_ino))
-                    found += list_folder(here, file.path, onerror)
-            except OSError as error:
-                onerror(error)
-            waiting.append(iter(sorted(found)))
+            continue
+        found: list[File] = []
+        try:
+            here = os.path.join(root, file.path.removesuffix(separator))
+            info = os.stat(here)
+            if (info.st_dev, info.st_ino) not in visited:
+                visited.add((info.st_dev, info.st_ino))
+                found += list_folder(here, file.path, onerror)
+        except OSError as error:
+            onerror(error)
+        waiting += sorted(found, reverse=True)
 
 
 @cache
