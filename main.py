@@ -1115,6 +1115,9 @@ class Catalogue:
     def count(self, table: str) -> int:
         return self.value(f"SELECT count(*) FROM {table}")
 
+    def rows(self, condition: str) -> np.ndarray:
+        return np.fromiter((row for (row,) in self.db.execute(f"SELECT row FROM features {condition}")), np.int64)
+
     @contextmanager
     def locked(self) -> Iterator[bool]:
         """As the only run that may write; True if another one had to be waited for."""
@@ -1149,6 +1152,79 @@ class Catalogue:
                 raise sqlite3.DatabaseError("another run has made the catalogue anew")
             with self.unsealed():
                 yield waited
+
+    def generation(self) -> bytes | None:
+        try:
+            with open(self.features, "rb") as stream:
+                return stream.read(self.HEADER)
+        except OSError:
+            return None
+
+    def stored(self) -> int:
+        """Whole records in features.bin; those after the first `rows` are not the catalogue's, or not yet."""
+        size = self.features.stat().st_size if self.features.is_file() else 0
+        return max(0, size - self.HEADER) // self.record.itemsize
+
+    def records(self, start: int = 0, end: float = math.inf) -> Iterator[tuple[int, np.ndarray]]:
+        """The row of the first, and the records, of each block."""
+        end, size = int(min(end, self.stored())), self.record.itemsize
+        for row in range(start, end, BLOCK):
+            count, offset = min(BLOCK, end - row), self.HEADER + row * size
+            yield row, np.fromfile(self.features, self.record, count, offset=offset)
+
+    def checksums(self, records: np.ndarray) -> np.ndarray:
+        """Of identity, hash and vector in one: no vector holds beside another's hash, or in another model's cache."""
+        words = np.ascontiguousarray(records).view(np.uint64).reshape(-1, len(self.factors))[:, :-1]
+        return np.einsum("nw,w->n", words, self.factors[:-1]) + self.factors[-1]  # 5 GB/s; a matrix product half of it
+
+    def holding(self, records: np.ndarray) -> np.ndarray:
+        """Which of the records match their checksum."""
+        return self.checksums(records) == records["checksum"]
+
+    def prove(self, rows: np.ndarray, records: np.ndarray, superseded: Any = False, other: Any = False) -> None:
+        """Raise DatabaseError if one of the records is broken; the files it belongs to are read again next time."""
+        broken = rows[(~self.holding(records) | other) & ~np.asarray(superseded)]
+        if len(broken):
+            one = [(row,) for row in broken.tolist()]
+            with self.writing(), self.db:
+                of_row = "(SELECT digest FROM features WHERE row = ?)"
+                self.db.executemany(f"UPDATE files SET mtime = -1 WHERE digest = {of_row}", one)
+                self.db.executemany("UPDATE features SET digest = NULL, files = 0 WHERE row = ?", one)
+            log.warning("%s: %d features are damaged, and are extracted again", self.features, len(broken))
+            raise sqlite3.DatabaseError(f"{len(broken)} features do not match their checksum or the catalogue")
+
+    def vectors(self, start: int = 0, end: float = math.inf) -> Iterator[np.ndarray]:
+        """All features from row `start` on, in blocks, fp16 (n, dim); superseded ones are 0.
+
+        Raises DatabaseError if one is not what was written.
+        """
+        generation = self.get("generation")
+        for row, records in self.records(start, min(end, self.get("rows"))):
+            query = "SELECT digest FROM features WHERE row BETWEEN ? AND ? ORDER BY row"
+            digests = [digest for (digest,) in self.db.execute(query, (row, row + len(records) - 1))]
+            if self.generation() != generation:
+                raise sqlite3.DatabaseError("another run has changed the features")
+            other = np.array([d is not None and d != r.tobytes() for d, r in zip(digests, records["digest"])])
+            superseded = np.array([digest is None for digest in digests])
+            self.prove(np.arange(row, row + len(records)), records, superseded, other)
+            records["vector"][superseded] = 0
+            yield records["vector"]
+
+    def records_of(self, rows: np.ndarray) -> np.ndarray:
+        """Some records. Raises DatabaseError if one is not what was written."""
+        records, size = np.empty(len(rows), self.record), self.record.itemsize
+        places = (self.HEADER + rows * size).tolist()
+        with open(self.features, "rb", buffering=0) as stream:
+            if hasattr(os, "posix_fadvise"):  # all at once: one after the other, a thousand reads of an SSD take 0.1 s
+                for place in places:
+                    os.posix_fadvise(stream.fileno(), place, size, os.POSIX_FADV_WILLNEED)
+            buffer = records.view(np.uint8).data
+            for i, place in enumerate(places):
+                stream.seek(place)  # and no map: the faults of its pages take twice as long
+                if stream.readinto(buffer[i * size : (i + 1) * size]) != size:
+                    raise sqlite3.DatabaseError(f"{self.features} has ended before its time")
+        self.prove(rows, records)
+        return records
 
     def sealed(self) -> bool:
         """Whether the catalogue matches its checksum; False also if another run is writing or was stopped."""
@@ -1188,42 +1264,6 @@ class Catalogue:
         if thorough and size <= CHECKED_BYTES and meta.get("checksum") != file_checksum(self.features, size):
             raise sqlite3.DatabaseError("the features do not match their checksum")
 
-    def mend(self) -> None:
-        """Make the catalogue again from every file and feature in it that holds; a new one begins like this, too."""
-        with self.locked():
-            self.close()
-            self.connect()
-            try:
-                return self.check()  # another run has mended it meanwhile, or was in the midst of a change
-            except sqlite3.OperationalError:
-                raise
-            except DAMAGE as error:
-                had, why = self.stored(), error
-                new = not self.features.exists() and not self.path.stat().st_size
-            with self.unsealed():
-                self.remake()
-            if not new:
-                log.warning("%s: %s. Repaired: %d of %d features hold", self.folder, why, self.get("rows"), had)
-
-    def remake(self) -> None:
-        columns, files = "path, size, mtime, digest, reason, decoders, there", []
-        with suppress(*DAMAGE):
-            if self.get("identity") == self.identity:
-                files = self.db.execute(f"SELECT {columns} FROM files").fetchall()
-        self.close()
-        for name in ("catalogue.sqlite-journal", "catalogue.sqlite"):
-            (self.folder / name).unlink(missing_ok=True)
-        self.connect()
-        self.db.executescript(f"BEGIN; {';'.join(SCHEMA)}; PRAGMA user_version = {FORMAT}; COMMIT")
-        with self.db:
-            self.put(identity=self.identity)
-            self.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", files)
-        newest = {}
-        for row, records in self.records():
-            for i in np.flatnonzero(self.holding(records)).tolist():
-                newest[records["digest"][i].tobytes()] = row + i
-        self.compact(np.array(sorted(newest.values()), np.int64))
-
     def compact(self, chosen: np.ndarray) -> None:
         """Begin a new generation, of the records in these rows as far as they hold."""
         generation, digests = os.urandom(self.HEADER), list[bytes]()
@@ -1244,82 +1284,41 @@ class Catalogue:
             self.db.execute("UPDATE files SET mtime = -1 WHERE digest NOT IN (SELECT digest FROM features)")
             self.put(totals=None, generation=generation, rows=len(digests), checksum=file_checksum(self.features))
 
-    def generation(self) -> bytes | None:
-        try:
-            with open(self.features, "rb") as stream:
-                return stream.read(self.HEADER)
-        except OSError:
-            return None
+    def remake(self) -> None:
+        columns, files = "path, size, mtime, digest, reason, decoders, there", []
+        with suppress(*DAMAGE):
+            if self.get("identity") == self.identity:
+                files = self.db.execute(f"SELECT {columns} FROM files").fetchall()
+        self.close()
+        for name in ("catalogue.sqlite-journal", "catalogue.sqlite"):
+            (self.folder / name).unlink(missing_ok=True)
+        self.connect()
+        self.db.executescript(f"BEGIN; {';'.join(SCHEMA)}; PRAGMA user_version = {FORMAT}; COMMIT")
+        with self.db:
+            self.put(identity=self.identity)
+            self.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", files)
+        newest = {}
+        for row, records in self.records():
+            for i in np.flatnonzero(self.holding(records)).tolist():
+                newest[records["digest"][i].tobytes()] = row + i
+        self.compact(np.array(sorted(newest.values()), np.int64))
 
-    def stored(self) -> int:
-        """Whole records in features.bin; those after the first `rows` are not the catalogue's, or not yet."""
-        size = self.features.stat().st_size if self.features.is_file() else 0
-        return max(0, size - self.HEADER) // self.record.itemsize
-
-    def records(self, start: int = 0, end: float = math.inf) -> Iterator[tuple[int, np.ndarray]]:
-        """The row of the first, and the records, of each block."""
-        end, size = int(min(end, self.stored())), self.record.itemsize
-        for row in range(start, end, BLOCK):
-            count, offset = min(BLOCK, end - row), self.HEADER + row * size
-            yield row, np.fromfile(self.features, self.record, count, offset=offset)
-
-    def checksums(self, records: np.ndarray) -> np.ndarray:
-        """Of identity, hash and vector in one: no vector holds beside another's hash, or in another model's cache."""
-        words = np.ascontiguousarray(records).view(np.uint64).reshape(-1, len(self.factors))[:, :-1]
-        return np.einsum("nw,w->n", words, self.factors[:-1]) + self.factors[-1]  # 5 GB/s; a matrix product half of it
-
-    def holding(self, records: np.ndarray) -> np.ndarray:
-        """Which of the records match their checksum."""
-        return self.checksums(records) == records["checksum"]
-
-    def vectors(self, start: int = 0, end: float = math.inf) -> Iterator[np.ndarray]:
-        """All features from row `start` on, in blocks, fp16 (n, dim); superseded ones are 0.
-
-        Raises DatabaseError if one is not what was written.
-        """
-        generation = self.get("generation")
-        for row, records in self.records(start, min(end, self.get("rows"))):
-            query = "SELECT digest FROM features WHERE row BETWEEN ? AND ? ORDER BY row"
-            digests = [digest for (digest,) in self.db.execute(query, (row, row + len(records) - 1))]
-            if self.generation() != generation:
-                raise sqlite3.DatabaseError("another run has changed the features")
-            other = np.array([d is not None and d != r.tobytes() for d, r in zip(digests, records["digest"])])
-            superseded = np.array([digest is None for digest in digests])
-            self.prove(np.arange(row, row + len(records)), records, superseded, other)
-            records["vector"][superseded] = 0
-            yield records["vector"]
-
-    def records_of(self, rows: np.ndarray) -> np.ndarray:
-        """Some records. Raises DatabaseError if one is not what was written."""
-        records, size = np.empty(len(rows), self.record), self.record.itemsize
-        places = (self.HEADER + rows * size).tolist()
-        with open(self.features, "rb", buffering=0) as stream:
-            if hasattr(os, "posix_fadvise"):  # all at once: one after the other, a thousand reads of an SSD take 0.1 s
-                for place in places:
-                    os.posix_fadvise(stream.fileno(), place, size, os.POSIX_FADV_WILLNEED)
-            buffer = records.view(np.uint8).data
-            for i, place in enumerate(places):
-                stream.seek(place)  # and no map: the faults of its pages take twice as long
-                if stream.readinto(buffer[i * size : (i + 1) * size]) != size:
-                    raise sqlite3.DatabaseError(f"{self.features} has ended before its time")
-        self.prove(rows, records)
-        return records
-
-    def prove(self, rows: np.ndarray, records: np.ndarray, superseded: Any = False, other: Any = False) -> None:
-        """Raise DatabaseError if one of the records is broken; the files it belongs to are read again next time."""
-        broken = rows[(~self.holding(records) | other) & ~np.asarray(superseded)]
-        if len(broken):
-            one = [(row,) for row in broken.tolist()]
-            with self.writing(), self.db:
-                of_row = "(SELECT digest FROM features WHERE row = ?)"
-                self.db.executemany(f"UPDATE files SET mtime = -1 WHERE digest = {of_row}", one)
-                self.db.executemany("UPDATE features SET digest = NULL, files = 0 WHERE row = ?", one)
-            log.warning("%s: %d features are damaged, and are extracted again", self.features, len(broken))
-            raise sqlite3.DatabaseError(f"{len(broken)} features do not match their checksum or the catalogue")
-
-    def wants_codes(self, work: Work) -> bool:
-        rows = self.get("rows")
-        return rows >= FEWEST_CODED and rows * self.dim * 2 > work.exact_bytes
+    def mend(self) -> None:
+        """Make the catalogue again from every file and feature in it that holds; a new one begins like this, too."""
+        with self.locked():
+            self.close()
+            self.connect()
+            try:
+                return self.check()  # another run has mended it meanwhile, or was in the midst of a change
+            except sqlite3.OperationalError:
+                raise
+            except DAMAGE as error:
+                had, why = self.stored(), error
+                new = not self.features.exists() and not self.path.stat().st_size
+            with self.unsealed():
+                self.remake()
+            if not new:
+                log.warning("%s: %s. Repaired: %d of %d features hold", self.folder, why, self.get("rows"), had)
 
     def is_known(self, digest: bytes) -> bool:
         with self.one_lookup:  # asked by the threads that read, who must not share a connection unguarded
@@ -1421,9 +1420,6 @@ class Catalogue:
         if len(live := self.rows("WHERE files > 0 ORDER BY row")) < self.get("rows"):
             self.compact(live)
 
-    def rows(self, condition: str) -> np.ndarray:
-        return np.fromiter((row for (row,) in self.db.execute(f"SELECT row FROM features {condition}")), np.int64)
-
     def largest_first(self) -> np.ndarray:
         """Row, bytes of a file, and number of files, int64 (n, 3), of each picture of the collection."""
         query = """SELECT row, size, count(*) FROM features JOIN files USING (digest) WHERE there
@@ -1434,6 +1430,10 @@ class Catalogue:
         """The files of the collection with this content: another run may give its features another row meanwhile."""
         query = "SELECT path, size, mtime FROM files WHERE digest = ? AND there ORDER BY path LIMIT ?"
         return [File(*found) for found in self.db.execute(query, (digest, limit))]
+
+    def wants_codes(self, work: Work) -> bool:
+        rows = self.get("rows")
+        return rows >= FEWEST_CODED and rows * self.dim * 2 > work.exact_bytes
 
     def read_index(self, mapped: bool = True) -> tuple[faiss.Index, dict[str, Any]] | None:
         """The stored index and what `write_index` noted of it, if it is whole and of this generation."""
