@@ -864,6 +864,24 @@ def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Ima
     return lambda image: squeeze(to_rgb(image, side), side, side, resample)
 
 
+def launch(pixels: torch.Tensor, model: Model, size: int, *where: int) -> tuple[torch.Tensor, int]:
+    """Features (B, dim), of length 1, still on the device and, on a GPU, still being computed there; `size` images at
+    a time, or fewer if its memory is short, and how many that was. Of parts, where they lie: see `describe`."""
+    pixels, before = pixels.pin_memory() if model.device == "cuda" else pixels, size
+    while True:
+        try:
+            with torch.inference_mode():
+                parts = (part.to(model.device, non_blocking=True) for part in pixels.split(size))
+                found = torch.cat([torch.nn.functional.normalize(model.network(part, *where)) for part in parts])
+            if size < before:
+                log.warning("the memory of the GPU is short: it takes %d images at once from now on", size)
+            return found, size
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise DeepVisionError(f"the memory of the GPU is too short for {model.name}: --device cpu") from error
+            size = (size + 1) // 2
+
+
 def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | None = None) -> np.ndarray:
     """Features of a batch, float32 (B, dim), each of length 1, so that their inner product is the cosine similarity.
 
@@ -882,24 +900,6 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
     if images.shape[1:] != (3, model.side, model.side):
         raise ValueError(f"pixels are {tuple(images.shape[1:])}, {model.name} takes (3, {model.side}, {model.side})")
     return launch(images, model, model.batch)[0].cpu().numpy()
-
-
-def launch(pixels: torch.Tensor, model: Model, size: int, *where: int) -> tuple[torch.Tensor, int]:
-    """Features (B, dim), of length 1, still on the device and, on a GPU, still being computed there; `size` images at
-    a time, or fewer if its memory is short, and how many that was. Of parts, where they lie: see `describe`."""
-    pixels, before = pixels.pin_memory() if model.device == "cuda" else pixels, size
-    while True:
-        try:
-            with torch.inference_mode():
-                parts = (part.to(model.device, non_blocking=True) for part in pixels.split(size))
-                found = torch.cat([torch.nn.functional.normalize(model.network(part, *where)) for part in parts])
-            if size < before:
-                log.warning("the memory of the GPU is short: it takes %d images at once from now on", size)
-            return found, size
-        except torch.OutOfMemoryError as error:
-            if size == 1:
-                raise DeepVisionError(f"the memory of the GPU is too short for {model.name}: --device cpu") from error
-            size = (size + 1) // 2
 
 
 def with_features(
@@ -1896,8 +1896,10 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator
     if threshold == "similar" and not limits:
         raise DeepVisionError(f"'similar' cannot be told among fewer than {FEWEST} images: give a number instead")
     rows, _, files = catalogue.largest_first().T
-    place, own, first = np.full(rows.max() + 1, -1), np.ones(len(rows), np.float32), np.arange(len(rows))
-    place[rows], scores = first, own
+    everyone = first = np.arange(len(rows))
+    own = scores = np.ones(len(rows), np.float32)
+    place = np.full(rows.max() + 1, -1)
+    place[rows] = everyone
     if threshold != "identical":
         try:
             least = least_scores(engine, place, own, threshold)
@@ -1906,8 +1908,8 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator
             raise DeepVisionError(f"{catalogue.folder}: {error}. Start again, and it is repaired") from error
     if not engine.is_valid():
         raise DeepVisionError(f"{catalogue.folder} was changed by another run: start again")
-    copies: dict[int, list[int]] = {head: [] for head in np.flatnonzero((files > 1) & (first == place[rows])).tolist()}
-    for copy in np.flatnonzero(first != place[rows]).tolist():
+    copies: dict[int, list[int]] = {head: [] for head in everyone[(files > 1) & (first == everyone)].tolist()}
+    for copy in everyone[first != everyone].tolist():
         copies.setdefault(int(first[copy]), []).append(copy)
     for head, others in sorted(copies.items()):
         keep, *same = different_files(engine, int(rows[head])) or [""]
