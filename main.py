@@ -1934,9 +1934,10 @@ def unlisted(error: OSError, prune: bool = False) -> None:
     log.warning("%s", what)
 
 
-def sifted(files: Iterable[File], catalogue: Catalogue, images: Path, note: Path) -> Iterator[File]:
-    """The files, but for those whose decoder crashes: that ends the run, but it leaves a note of the files that were
-    being read and its last words, and the next run looks into it."""
+@contextmanager
+def crashes_noted(catalogue: Catalogue, images: Path, note: Path) -> Iterator[Callable[[File], bool]]:
+    """While files are read; each is asked for before whether to read it. A decoder that crashes ends the run, but it
+    leaves a note of the files that were being read and its last words, and the next run passes over that file."""
     root, told = os.fsencode(images), note.read_bytes() if note.is_file() else b""
     crashed = b"Fatal Python error" in told
     bad = crashing([os.path.join(root, path) for path in told.split(b"\0") if path]) if crashed else ()
@@ -1945,18 +1946,22 @@ def sifted(files: Iterable[File], catalogue: Catalogue, images: Path, note: Path
         stream = io.FileIO(note, "x")
     except OSError:  # it can be done without
         stream = io.FileIO(os.devnull, "w")
+    places = itertools.cycle(range(0, IN_FLIGHT * PATH_BYTES, PATH_BYTES))
+
+    def is_safe(file: File) -> bool:
+        if os.path.join(root, file.path) in bad:
+            catalogue.save([Picture(file, reason="its decoder crashes")])
+            return False
+        with suppress(OSError):
+            stream.seek(next(places))
+            stream.write(file.path.ljust(PATH_BYTES, b"\0"))
+            stream.seek(IN_FLIGHT * PATH_BYTES)  # where the last words belong
+        return True
+
     with stream:
         faulthandler.enable(stream)
         try:
-            for i, file in enumerate(files):
-                if os.path.join(root, file.path) in bad:
-                    catalogue.save([Picture(file, reason="its decoder crashes")])
-                    continue
-                with suppress(OSError):
-                    stream.seek(i % IN_FLIGHT * PATH_BYTES)
-                    stream.write(file.path.ljust(PATH_BYTES, b"\0"))
-                    stream.seek(IN_FLIGHT * PATH_BYTES)  # where the last words belong
-                yield file
+            yield is_safe
         finally:
             faulthandler.disable()
             with suppress(OSError):
@@ -1971,8 +1976,9 @@ def read_new(
     unsaved: list[Picture] = []
     into, saved, label = into or catalogue, time.monotonic(), f"{model.name} on {model.device}, {model.precision}"
     note = catalogue.folder / f"reading{work.rank or ''}"  # not in the cache of a rank, which is soon taken in
-    files = sifted(filter(work.mine, catalogue.unread()), into, images, note)
-    with progress_bar(total=catalogue.count(UNREAD) // work.ranks, desc=label, unit="img") as bar:
+    total = catalogue.count(UNREAD) // work.ranks
+    with crashes_noted(into, images, note) as is_safe, progress_bar(total=total, desc=label, unit="img") as bar:
+        files = filter(is_safe, filter(work.mine, catalogue.unread()))
         try:
             for pictures in with_features(files, images, model, work, catalogue.is_known, summary):
                 unsaved += pictures
