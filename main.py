@@ -1022,6 +1022,7 @@ CHANGES = """DROP TABLE IF EXISTS temp.changes;
     CREATE TEMP TABLE changes (path BLOB, size INTEGER, mtime INTEGER, there INTEGER)"""
 UNREAD = "changes WHERE there IS NULL"
 USABLE = "files WHERE there AND digest IS NOT NULL"  # the usable images of the collection
+FEATURED = "features JOIN files USING (digest) WHERE there"  # the same, each with its row
 SKIPPED = "files WHERE there AND reason IS NOT NULL"
 GONE = """files WHERE NOT there AND digest IS NOT NULL
     AND digest NOT IN (SELECT digest FROM features WHERE files > 0 AND digest IS NOT NULL)"""  # not those only moved
@@ -1076,8 +1077,8 @@ class Catalogue:
         self.folder, self.identity, self.dim = folder, identity, dim
         self.path, self.seal = folder / "catalogue.sqlite", folder / "catalogue.crc"
         self.features, self.index = folder / "features.bin", folder / "index.faiss"
-        fields = [("digest", f"V{DIGEST_BYTES}"), ("vector", "<f2", (dim,)), ("checksum", "<u8")]
-        self.record = np.dtype(fields, align=True)
+        record = [("digest", f"V{DIGEST_BYTES}"), ("vector", "<f2", (dim,)), ("checksum", "<u8")]
+        self.record = np.dtype(record, align=True)
         # Odd, so that no flipped bit is lost; of the identity, so that no record holds in another model's cache.
         factors = hashlib.shake_256(identity.encode()).digest(self.record.itemsize)
         self.factors = np.frombuffer(factors, np.uint64) | np.uint64(1)
@@ -1121,16 +1122,13 @@ class Catalogue:
     @contextmanager
     def locked(self) -> Iterator[bool]:
         """As the only run that may write; True if another one had to be waited for."""
-        waited = False
         try:
-            self.lock.acquire(timeout=0)
+            held, waited = self.lock.acquire(timeout=0), False
         except filelock.Timeout:
             log.warning("another run is writing %s: waiting for it", self.folder)
-            waited = bool(self.lock.acquire())
-        try:
+            held, waited = self.lock.acquire(), True
+        with held:
             yield waited
-        finally:
-            self.lock.release()
 
     @contextmanager
     def unsealed(self) -> Iterator[None]:
@@ -1154,11 +1152,9 @@ class Catalogue:
                 yield waited
 
     def generation(self) -> bytes | None:
-        try:
-            with open(self.features, "rb") as stream:
-                return stream.read(self.HEADER)
-        except OSError:
-            return None
+        with suppress(OSError), open(self.features, "rb") as stream:
+            return stream.read(self.HEADER)
+        return None
 
     def stored(self) -> int:
         """Whole records in features.bin; those after the first `rows` are not the catalogue's, or not yet."""
@@ -1422,8 +1418,7 @@ class Catalogue:
 
     def largest_first(self) -> np.ndarray:
         """Row, bytes of a file, and number of files, int64 (n, 3), of each picture of the collection."""
-        query = """SELECT row, size, count(*) FROM features JOIN files USING (digest) WHERE there
-            GROUP BY row ORDER BY size DESC, min(path)"""
+        query = f"SELECT row, size, count(*) FROM {FEATURED} GROUP BY row ORDER BY size DESC, min(path)"
         return np.fromiter(self.db.execute(query), np.dtype((np.int64, 3)))
 
     def files_with(self, digest: bytes, limit: int) -> list[File]:
@@ -1437,23 +1432,20 @@ class Catalogue:
 
     def read_index(self, mapped: bool = True) -> tuple[faiss.Index, dict[str, Any]] | None:
         """The stored index and what `write_index` noted of it, if it is whole and of this generation."""
-        try:
-            with open(self.index, "rb") as stream:
-                size = stream.seek(0, 2)
-                stream.seek(max(0, size - 8))
-                length, checksum = (int.from_bytes(stream.read(4), "little") for _ in range(2))
-                if size < 8 or file_checksum(self.index, size - 4) != checksum:
-                    log.warning("%s is damaged: it is made again from the features", self.index)
-                    return None
-                stream.seek(size - 8 - length)
-                notes = json.loads(stream.read(length))
-                if bytes.fromhex(notes["generation"]) != self.generation():
-                    return None
+        with suppress(FileNotFoundError, IsADirectoryError), open(self.index, "rb") as stream:
+            size = stream.seek(0, 2)
+            stream.seek(max(0, size - 8))
+            length, checksum = (int.from_bytes(stream.read(4), "little") for _ in range(2))
+            if size < 8 or file_checksum(self.index, size - 4) != checksum:
+                log.warning("%s is damaged: it is made again from the features", self.index)
+                return None
+            stream.seek(size - 8 - length)
+            notes = json.loads(stream.read(length))
+            if bytes.fromhex(notes["generation"]) == self.generation():
                 mapped = mapped and os.name == "posix" and "trained" not in notes  # codes would be mapped and copied
                 path = f"/dev/fd/{stream.fileno()}" if os.name == "posix" else str(self.index)  # FAISS wants UTF-8
                 return faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC if mapped else 0), notes
-        except (FileNotFoundError, IsADirectoryError):
-            return None
+        return None
 
     def write_index(self, index: faiss.Index, notes: dict[str, Any]) -> None:
         """The index; behind it the notes as JSON, the length of these, and the CRC-32 of all before: 4 bytes each."""
@@ -1473,15 +1465,14 @@ class Catalogue:
 
     def export(self, folder: Path) -> int:
         """features.npy, float16 (n, dim), and paths.txt, a line each; how many. The first is there only if both are."""
-        joined = "features JOIN files USING (digest) WHERE there"
-        n, dim = self.count(joined), self.dim
+        n, dim = self.count(FEATURED), self.dim
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "features.npy").unlink(missing_ok=True)
         with whole_file(folder / "features.npy") as features, whole_file(folder / "paths.txt") as paths:
             np.lib.format.write_array_header_1_0(features, {"descr": "<f2", "fortran_order": False, "shape": (n, dim)})
             row = 0
             for block in self.vectors():
-                query = f"SELECT row - ?, path FROM {joined} AND row >= ? AND row < ? ORDER BY row, path"
+                query = f"SELECT row - ?, path FROM {FEATURED} AND row >= ? AND row < ? ORDER BY row, path"
                 for i, path in self.db.execute(query, (row, row, row + len(block))):
                     features.write(block[i].tobytes())
                     paths.write(path.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r") + b"\n")
@@ -1692,17 +1683,20 @@ def location(path: str) -> str:
 
 def is_as_read(path: str, file: File) -> bool:
     """Whether the file is there as it was when its features were extracted."""
-    try:
-        info = os.stat(path)
-    except OSError:
-        return False
-    return as_found(file.path, info) == file
+    with suppress(OSError):
+        return as_found(file.path, os.stat(path)) == file
+    return False
 
 
 def own_distance(scores: np.ndarray) -> np.ndarray:
     """From an image's scores with the sample, (..., m), to how far a near but unrelated image is, (...)."""
     rank = int(scores.shape[-1] * (1 - OWN))
     return np.maximum(1 - np.partition(scores, rank, axis=-1)[..., rank], 1e-6)
+
+
+def label_of(distance: float, limits: dict[str, float]) -> str:
+    """Of a match that is so near, as a share of the query's own distance; none in a collection too small to tell."""
+    return next((label for label, limit in limits.items() if distance <= limit), "weak" if limits else "")
 
 
 def find_matches(
@@ -1718,14 +1712,13 @@ def find_matches(
         for score, row, digest in zip(scores.clip(-1, 1).tolist(), rows.tolist(), digests):
             if round(score, 3) >= least and score > best.get(row, (-2.0,))[0]:
                 best[row] = score, view.name, digest.tobytes()
-    own, reach = location(os.fsdecode(query.file.path)), own_distance((xq @ engine.sample.T).max(0))
+    own, reach = location(os.fsdecode(query.file.path)), float(own_distance((xq @ engine.sample.T).max(0)))
     matches: list[tuple[float, str, str, str]] = []
     for row in sorted(best, key=lambda row: -best[row][0]):
         score, edit, digest = best[row]
         if len(matches) > k and -score > matches[k][0]:
             break
-        word = "weak" if engine.limits else ""
-        word = next((name for name, limit in engine.limits.items() if 1 - score <= limit * reach), word)
+        word = label_of((1 - score) / reach, engine.limits)
         for file in engine.catalogue.files_with(digest, k + 1):
             path = os.path.join(engine.images, os.fsdecode(file.path))
             if is_as_read(path, file) and (digest != query.digest or location(path) != own):
@@ -1863,7 +1856,7 @@ def first_alike(catalogue: Catalogue, device: str, place: np.ndarray, least: np.
 def different_files(engine: Engine, row: int) -> list[str]:
     """The files with these features. What links make of one of them is no other file."""
     root, found = os.path.realpath(engine.images), dict[tuple[int, int], str]()
-    query = "SELECT path FROM features JOIN files USING (digest) WHERE row = ? AND there ORDER BY path"
+    query = f"SELECT path FROM {FEATURED} AND row = ? ORDER BY path"
     names = [os.fsdecode(path) for (path,) in engine.catalogue.db.execute(query, (row,))]
     for name in sorted(names, key=lambda name: os.path.realpath(os.path.join(root, name)) != os.path.join(root, name)):
         path = os.path.join(engine.images, name)
@@ -1915,8 +1908,7 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator
         keep, *same = different_files(engine, int(rows[head])) or [""]
         found = [(1.0, path, "identical") for path in same]
         for i in others:
-            distance, word = (1 - scores[i]) / min(own[head], own[i]), "weak" if limits else ""
-            word = next((name for name, limit in limits.items() if distance <= limit), word)
+            word = label_of((1 - scores[i]) / min(own[head], own[i]), limits)
             found += [(min(1.0, float(scores[i])), path, word) for path in different_files(engine, int(rows[i]))]
         ranked = enumerate(sorted(found, key=lambda it: (it[2] != "identical", -it[0], it[1])), start=1)
         if keep and found:
@@ -1994,10 +1986,11 @@ def read_new(
                 into.save(unsaved)
 
 
-def meet() -> None:
-    """Wait here until all ranks of torchrun have come."""
+def meet(work: Work) -> None:
+    """Wait here until all ranks of torchrun have come, if there are several."""
     try:
-        torch.distributed.barrier()
+        if work.ranks > 1:
+            torch.distributed.barrier()
     except RuntimeError as error:
         raise DeepVisionError("another rank has stopped: run it again, what was done is saved") from error
 
@@ -2071,18 +2064,16 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
 
     Raises DeepVisionError if no usable image is there; what is known is kept for the day the drive is back.
     """
-    summary, left, shared = Summary(), True, work.ranks > 1
-    if scan(catalogue, images, work) or work.prune or shared or not catalogue.get("totals"):
+    summary, left = Summary(), True
+    if scan(catalogue, images, work) or work.prune or work.ranks > 1 or not catalogue.get("totals"):
         with catalogue.writing() as waited:
             if take_in(catalogue, Summary()) or waited:
                 scan(catalogue, images, work)
-            if shared:
-                meet()
+            meet(work)
             before = catalogue.get("rows")
             read_new(catalogue, images, model, work, summary)
-            if shared:
-                meet()
-                take_in(catalogue, summary)
+            meet(work)
+            take_in(catalogue, summary)
             if left := catalogue.settle():
                 earlier = f"digest IN (SELECT digest FROM features WHERE row < {before})"
                 if not work.rebuild and catalogue.any(GONE) and not catalogue.any(f"{USABLE} AND {earlier}"):
@@ -2164,7 +2155,7 @@ def initialize_reverse_image_search(
 def read_share(images: str | Path, index_dir: str | Path, model: Model, work: Work) -> None:
     """As a rank that does not commit: read a share into a cache of its own, which the one that commits takes in."""
     images, folder = Path(images), Path(index_dir, model.identity)
-    meet()  # the catalogue is whole, and what an earlier run left has been taken in
+    meet(work)  # the catalogue is whole, and what an earlier run left has been taken in
     with cache_errors(folder):
         catalogue = Catalogue(folder, model.identity, model.dim)
         share = Catalogue(folder / f"rank-{work.rank}", model.identity, model.dim)
@@ -2174,7 +2165,7 @@ def read_share(images: str | Path, index_dir: str | Path, model: Model, work: Wo
             read_new(catalogue, images, model, work, Summary(), share)
         share.close()
         catalogue.close()
-    meet()
+    meet(work)
 
 
 # ---- Output ----------------------------------------------------------------------------------------------------------
@@ -2211,8 +2202,9 @@ def as_text(found: Answer | Group, engine: Engine, columns: int = 0, colour: boo
     columns  of the terminal: remarks are aligned, and long paths shortened, to fit; 0: it is none
     """
     name, matches, *_ = found
-    end = f"  ({engine.model.name}, {engine.summary.images:,} images)" + f": {verdict(found)}".rstrip(": ")
-    end = f"  ({verdict(found)})" if isinstance(found, Group) else end
+    end = f"  ({verdict(found)})"
+    if isinstance(found, Answer):
+        end = f"  ({engine.model.name}, {engine.summary.images:,} images): {verdict(found)}".rstrip(": ")
     remarks = [", ".join(filter(None, (match.label, match.view))) for match in matches]
     name, paths, rank_width = shown(name), [shown(match.path) for match in matches], len(str(len(matches)))
     if columns:
