@@ -968,12 +968,12 @@ def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
     if box := content_box(picture):
         found.append(View("trimmed", squeeze(picture.crop(box), side, side, resample)))
     found += [View(f"{view.name}, mirrored".lstrip(", "), view.pixels.flip(2)) for view in found]
-    turns = range(1, 4 if views == "all" or model.name == OFFLINE else 1)
-    found += [
-        View(f"{view.name}, turned {90 * quarters}°".lstrip(", "), view.pixels.rot90(quarters, (1, 2)))
-        for quarters in turns
-        for view in found
-    ]
+    if views == "all" or model.name == OFFLINE:
+        found += [
+            View(f"{view.name}, turned {90 * quarters}°".lstrip(", "), view.pixels.rot90(quarters, (1, 2)))
+            for quarters in (1, 2, 3)
+            for view in found
+        ]
     if model.name == OFFLINE and box:  # a bar may hide a part instead of standing beside the whole
         left, top, right, bottom = (round(x * side / full) for x, full in zip(box, 2 * picture.size))
         found.append(View("trimmed", squeeze(picture.crop(box), right - left, bottom - top, resample), top, left))
@@ -1309,12 +1309,11 @@ class Catalogue:
             except sqlite3.OperationalError:
                 raise
             except DAMAGE as error:
-                had, why = self.stored(), error
-                new = not self.features.exists() and not self.path.stat().st_size
-            with self.unsealed():
-                self.remake()
-            if not new:
-                log.warning("%s: %s. Repaired: %d of %d features hold", self.folder, why, self.get("rows"), had)
+                had, new = self.stored(), not self.features.exists() and not self.path.stat().st_size
+                with self.unsealed():
+                    self.remake()
+                if not new:
+                    log.warning("%s: %s. Repaired: %d of %d features hold", self.folder, error, self.get("rows"), had)
 
     def is_known(self, digest: bytes) -> bool:
         with self.one_lookup:  # asked by the threads that read, who must not share a connection unguarded
@@ -1450,18 +1449,11 @@ class Catalogue:
     def write_index(self, index: faiss.Index, notes: dict[str, Any]) -> None:
         """The index; behind it the notes as JSON, the length of these, and the CRC-32 of all before: 4 bytes each."""
         text = json.dumps({**notes, "generation": self.get("generation").hex()}).encode()
-        checksum = 0
         with whole_file(self.index) as stream:
-
-            def write(data: bytes) -> int:
-                nonlocal checksum
-                checksum = zlib.crc32(data, checksum)
-                return stream.write(data)
-
-            faiss.write_index(index, faiss.PyCallbackIOWriter(write))
-            write(text)
-            write(len(text).to_bytes(4, "little"))
-            stream.write(checksum.to_bytes(4, "little"))
+            faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
+            stream.write(text + len(text).to_bytes(4, "little"))
+            stream.flush()
+            stream.write(file_checksum(Path(stream.name)).to_bytes(4, "little"))
 
     def export(self, folder: Path) -> int:
         """features.npy, float16 (n, dim), and paths.txt, a line each; how many. The first is there only if both are."""
