@@ -75,7 +75,9 @@ if TYPE_CHECKING:
     import tqdm
     from PIL import Image, ImageCms, ImageOps
 
+    fastapi: Any
     gradio: Any
+    uvicorn: Any
 else:
 
     class Lazy:
@@ -93,7 +95,9 @@ else:
     faiss, np, torch, torchvision, tqdm = map(Lazy, ("faiss", "numpy", "torch", "torchvision", "tqdm"))
     Image, ImageCms, ImageOps = map(Lazy, ("PIL.Image", "PIL.ImageCms", "PIL.ImageOps"))
     filelock = Lazy("filelock")  # torch requires it, so it is there
-    gradio = Lazy("gradio")  # after `find_gradio`
+    gradio, fastapi, uvicorn = map(
+        Lazy, ("gradio", "fastapi", "uvicorn")
+    )  # after `find_gradio`; it requires the others
 
 IMAGES = "bulk_images"
 QUERIES = "that_one_image"
@@ -246,6 +250,7 @@ class Group(NamedTuple):
 
     keep: str  # the largest file; of equal ones the first by path
     matches: list[Match]  # the other files, compared with it
+    error: None = None  # as of an Answer
 
 
 @dataclass(frozen=True)
@@ -352,23 +357,22 @@ def find_images(
     """
     root, separator = os.fsencode(folder), os.fsencode(os.sep)
     visited = {(info.st_dev, info.st_ino) for info in map(os.stat, without)}
-    waiting = [iter([File(b"", 0, 0)])]
+    waiting = [File(b"", 0, 0)]
     while waiting:
-        if (file := next(waiting[-1], None)) is None:
-            waiting.pop()
-        elif file.path and not file.path.endswith(separator):
+        file = waiting.pop()
+        if file.path and not file.path.endswith(separator):
             yield file
-        else:
-            found: list[File] = []
-            try:
-                here = os.path.join(root, file.path.removesuffix(separator))
-                info = os.stat(here)
-                if (info.st_dev, info.st_ino) not in visited:
-                    visited.add((info.st_dev, info.st_ino))
-                    found += list_folder(here, file.path, onerror)
-            except OSError as error:
-                onerror(error)
-            waiting.append(iter(sorted(found)))
+            continue
+        found: list[File] = []
+        try:
+            here = os.path.join(root, file.path.removesuffix(separator))
+            info = os.stat(here)
+            if (info.st_dev, info.st_ino) not in visited:
+                visited.add((info.st_dev, info.st_ino))
+                found += list_folder(here, file.path, onerror)
+        except OSError as error:
+            onerror(error)
+        waiting += sorted(found, reverse=True)
 
 
 @cache
@@ -378,12 +382,10 @@ def image_formats() -> tuple[list[str], set[str], str]:
     # Pillow refuses a header of more than twice as many; `Image` itself is Lazy and would keep it to itself.
     vars(sys.modules["PIL.Image"])["MAX_IMAGE_PIXELS"] = MAX_PIXELS
     version = Image.__version__
-    try:
+    with suppress(ImportError):
         heif = importlib.import_module("pillow_heif")
         heif.register_heif_opener()
         version += f", pillow_heif {heif.__version__}"
-    except ImportError:
-        pass
     formats = [name for name in Image.ID if name not in NOT_DECODED]
     return formats, {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
 
@@ -522,10 +524,8 @@ def to_rgb(image: Image.Image, side: int) -> Image.Image:
         raise ValueError(f"too large: {count:,} pixels, over {limit:,}")
     with one_large_image if count > LARGE_PIXELS else nullcontext():
         image.load()
-        try:
+        with suppress(Exception):  # malformed EXIF raises anything, and says nothing of the orientation
             ImageOps.exif_transpose(image, in_place=True)
-        except Exception:  # malformed EXIF raises anything, and says nothing of the orientation
-            pass
         if image.mode[0] in "IF":
             image = to_8_bits(image)
         if image.mode == "RGB" and not image.has_transparency_data:
@@ -780,7 +780,8 @@ def torchvision_model(name: str, weights: str | Path | None, device: str) -> Mod
         near = ", ".join(difflib.get_close_matches(name, [*names, OFFLINE], n=4, cutoff=0.5))
         raise DeepVisionError(f"--model {name}: no such model{near and f'; did you mean {near}?'}")
     listed = models.get_model_weights(name).__members__
-    entry = listed.get(str(weights or WEIGHTS), listed["DEFAULT"])
+    by_file = {Path(entry.url).name: entry for entry in listed.values()}  # so that a copy gets the same pixels
+    entry = {**by_file, **listed}.get(Path(weights or WEIGHTS).name, listed["DEFAULT"])
     if weights is None or str(weights) in listed:
         path = downloaded(entry.url, name)
     elif not (path := Path(weights)).is_file():
@@ -864,28 +865,6 @@ def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Ima
     return lambda image: squeeze(to_rgb(image, side), side, side, resample)
 
 
-def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | None = None) -> np.ndarray:
-    """Features of a batch, float32 (B, dim), each of length 1, so that their inner product is the cosine similarity.
-
-    images  uint8 (B, 3, side, side) as stacked from `get_transform`, or Pillow images, or paths of image files
-    model   by default `load_model()`
-
-    Raises OSError for a path that is no image, ValueError for pixels of another side than the model's.
-    """
-    model = model or load_model()
-    if len(images) == 0:
-        return np.zeros((0, model.dim), np.float32)
-    if not isinstance(images, torch.Tensor):
-        image_formats()  # HEIC is among them now
-        opened = (image if isinstance(image, Image.Image) else Image.open(image) for image in images)
-        images = torch.stack([get_transform(model.side, model.resample)(image) for image in opened])
-    if images.shape[1:] != (3, model.side, model.side):
-        raise ValueError(
-            f"pixels are {tuple(images.shape[1:])}, but {model.name} takes (3, {model.side}, {model.side})"
-        )
-    return launch(images, model, model.batch)[0].cpu().numpy()
-
-
 def launch(pixels: torch.Tensor, model: Model, size: int, *where: int) -> tuple[torch.Tensor, int]:
     """Features (B, dim), of length 1, still on the device and, on a GPU, still being computed there; `size` images at
     a time, or fewer if its memory is short, and how many that was. Of parts, where they lie: see `describe`."""
@@ -904,6 +883,26 @@ def launch(pixels: torch.Tensor, model: Model, size: int, *where: int) -> tuple[
             size = (size + 1) // 2
 
 
+def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | None = None) -> np.ndarray:
+    """Features of a batch, float32 (B, dim), each of length 1, so that their inner product is the cosine similarity.
+
+    images  uint8 (B, 3, side, side) as stacked from `get_transform`, or Pillow images, or paths of image files
+    model   by default `load_model()`
+
+    Raises OSError for a path that is no image, ValueError for pixels of another side than the model's.
+    """
+    model = model or load_model()
+    if len(images) == 0:
+        return np.zeros((0, model.dim), np.float32)
+    if not isinstance(images, torch.Tensor):
+        image_formats()  # HEIC is among them now
+        opened = (image if isinstance(image, Image.Image) else Image.open(image) for image in images)
+        images = torch.stack([get_transform(model.side, model.resample)(image) for image in opened])
+    if images.shape[1:] != (3, model.side, model.side):
+        raise ValueError(f"pixels are {tuple(images.shape[1:])}, {model.name} takes (3, {model.side}, {model.side})")
+    return launch(images, model, model.batch)[0].cpu().numpy()
+
+
 def with_features(
     files: Iterable[File], root: str | Path, model: Model, work: Work, known: Callable[[bytes], bool], summary: Summary
 ) -> Iterator[list[Picture]]:
@@ -915,12 +914,12 @@ def with_features(
     transform = get_transform(model.side, model.resample)
     read = partial(read_picture, root=os.fsencode(root), transform=transform, known=known)
     pictures = read_ahead(read, files, workers, min(AHEAD_BATCHES * size + workers, IN_FLIGHT))
-    under_way: deque[tuple[list[Picture], torch.Tensor | None]] = deque()
+    under_way: deque[tuple[list[Picture], torch.Tensor]] = deque()
     start = time.perf_counter()
     while (batch := list(itertools.islice(pictures, size))) or under_way:
         summary.reading += (middle := time.perf_counter()) - start
         if batch:
-            pixels, features = [picture.pixels for picture in batch if picture.pixels is not None], None
+            pixels, features = [picture.pixels for picture in batch if picture.pixels is not None], torch.empty(0)
             if pixels:
                 features, fits = launch(torch.stack(pixels), model, size)
                 size = min(size, fits)
@@ -928,7 +927,7 @@ def with_features(
         done: list[Picture] = []
         if not batch or len(under_way) > (model.device != "cpu"):
             done, features = under_way.popleft()
-            vectors = iter(() if features is None else features.cpu().numpy().astype(np.float16))
+            vectors = iter(features.cpu().numpy().astype(np.float16))
             done = [p if p.pixels is None else p._replace(pixels=None, vector=next(vectors)) for p in done]
         summary.computing += (spent := time.perf_counter() - middle)
         size = max(1, size // 2) if spent > SAVE_SECONDS else size  # what is under way is not saved yet
@@ -970,12 +969,12 @@ def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
     if box := content_box(picture):
         found.append(View("trimmed", squeeze(picture.crop(box), side, side, resample)))
     found += [View(f"{view.name}, mirrored".lstrip(", "), view.pixels.flip(2)) for view in found]
-    turns = range(1, 4 if views == "all" or model.name == OFFLINE else 1)
-    found += [
-        View(f"{view.name}, turned {90 * quarters}°".lstrip(", "), view.pixels.rot90(quarters, (1, 2)))
-        for quarters in turns
-        for view in found
-    ]
+    if views == "all" or model.name == OFFLINE:
+        found += [
+            View(f"{view.name}, turned {90 * quarters}°".lstrip(", "), view.pixels.rot90(quarters, (1, 2)))
+            for quarters in (1, 2, 3)
+            for view in found
+        ]
     if model.name == OFFLINE and box:  # a bar may hide a part instead of standing beside the whole
         left, top, right, bottom = (round(x * side / full) for x, full in zip(box, 2 * picture.size))
         found.append(View("trimmed", squeeze(picture.crop(box), right - left, bottom - top, resample), top, left))
@@ -1020,10 +1019,11 @@ SCHEMA = [
 # UnicodeDecodeError: of a message that quotes a damaged schema.
 DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError, json.JSONDecodeError)
 # What a scan found: to be read (there is NULL), gone (0) or back again unchanged (1).
-CHANGES = """DROP VIEW IF EXISTS temp.unread; DROP TABLE IF EXISTS temp.changes;
-    CREATE TEMP TABLE changes (path BLOB, size INTEGER, mtime INTEGER, there INTEGER);
-    CREATE TEMP VIEW unread AS SELECT path, size, mtime FROM changes WHERE there IS NULL"""
+CHANGES = """DROP TABLE IF EXISTS temp.changes;
+    CREATE TEMP TABLE changes (path BLOB, size INTEGER, mtime INTEGER, there INTEGER)"""
+UNREAD = "changes WHERE there IS NULL"
 USABLE = "files WHERE there AND digest IS NOT NULL"  # the usable images of the collection
+FEATURED = "features JOIN files USING (digest) WHERE there"  # the same, each with its row
 SKIPPED = "files WHERE there AND reason IS NOT NULL"
 GONE = """files WHERE NOT there AND digest IS NOT NULL
     AND digest NOT IN (SELECT digest FROM features WHERE files > 0 AND digest IS NOT NULL)"""  # not those only moved
@@ -1076,21 +1076,12 @@ class Catalogue:
 
     def __init__(self, folder: Path, identity: str, dim: int) -> None:
         self.folder, self.identity, self.dim = folder, identity, dim
-        self.path, self.features, self.index = (
-            folder / name for name in ("catalogue.sqlite", "features.bin", "index.faiss")
-        )
-        self.seal = folder / "catalogue.crc"
-        end = -(-(DIGEST_BYTES + 2 * dim) // 8) * 8
-        self.record = np.dtype(
-            {
-                "names": ["digest", "vector", "checksum"],
-                "formats": [f"V{DIGEST_BYTES}", ("<f2", (dim,)), "<u8"],
-                "offsets": [0, DIGEST_BYTES, end],
-                "itemsize": end + 8,
-            }
-        )
+        self.path, self.seal = folder / "catalogue.sqlite", folder / "catalogue.crc"
+        self.features, self.index = folder / "features.bin", folder / "index.faiss"
+        record = [("digest", f"V{DIGEST_BYTES}"), ("vector", "<f2", (dim,)), ("checksum", "<u8")]
+        self.record = np.dtype(record, align=True)
         # Odd, so that no flipped bit is lost; of the identity, so that no record holds in another model's cache.
-        factors = hashlib.shake_256(identity.encode()).digest(end + 8)
+        factors = hashlib.shake_256(identity.encode()).digest(self.record.itemsize)
         self.factors = np.frombuffer(factors, np.uint64) | np.uint64(1)
         self.trusted_from = 0  # features of earlier rows are extracted again: --rebuild
         folder.mkdir(parents=True, exist_ok=True)
@@ -1101,40 +1092,44 @@ class Catalogue:
         if not self.path.exists():
             self.path.touch()
         self.inode = self.path.stat().st_ino
-        self.db, self.lookup = (
-            sqlite3.connect(self.path, timeout=seconds, check_same_thread=False) for seconds in (60, 20)
-        )  # the second is asked by threads, which a commit of this process that failed must not hold up for long
+        connect = partial(sqlite3.connect, self.path, check_same_thread=False)
+        self.db = connect(timeout=60)
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
+        self.lookup = connect(timeout=20)  # for threads, which a failed commit of this process must not hold up long
 
     def close(self) -> None:
         self.db.close()
         self.lookup.close()
 
+    def value(self, query: str, *arguments: Any) -> Any:
+        """The first value that the query gives, or None."""
+        return (self.db.execute(query, arguments).fetchone() or [None])[0]
+
     def get(self, key: str) -> Any:
-        return next(iter(self.db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone() or [None]))
+        return self.value("SELECT value FROM meta WHERE key = ?", key)
 
     def put(self, **values: Any) -> None:
         self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
 
     def any(self, table: str) -> bool:
-        return bool(self.db.execute(f"SELECT EXISTS (SELECT 1 FROM {table})").fetchone()[0])
+        return bool(self.value(f"SELECT EXISTS (SELECT 1 FROM {table})"))
 
     def count(self, table: str) -> int:
-        return self.db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+        return self.value(f"SELECT count(*) FROM {table}")
+
+    def rows(self, condition: str) -> np.ndarray:
+        return np.fromiter((row for (row,) in self.db.execute(f"SELECT row FROM features {condition}")), np.int64)
 
     @contextmanager
     def locked(self) -> Iterator[bool]:
         """As the only run that may write; True if another one had to be waited for."""
-        waited = False
         try:
-            self.lock.acquire(timeout=0)
+            held, waited = self.lock.acquire(timeout=0), False
         except filelock.Timeout:
             log.warning("another run is writing %s: waiting for it", self.folder)
-            waited = bool(self.lock.acquire())
-        try:
+            held, waited = self.lock.acquire(), True
+        with held:
             yield waited
-        finally:
-            self.lock.release()
 
     @contextmanager
     def unsealed(self) -> Iterator[None]:
@@ -1157,112 +1152,10 @@ class Catalogue:
             with self.unsealed():
                 yield waited
 
-    def sealed(self) -> bool:
-        """Whether the catalogue matches its checksum; False also if another run is writing or was stopped."""
-        try:
-            seal = self.seal.read_bytes()
-            if seal == b"%08x" % file_checksum(self.path):
-                return True
-            if seal == self.seal.read_bytes():
-                raise sqlite3.DatabaseError("the catalogue does not match its checksum")
-        except FileNotFoundError:
-            pass
-        return False
-
-    def check(self, thorough: bool = True) -> None:
-        """Raise DatabaseError if this is not whole; which of the features are broken is for `compact` to find.
-
-        Not `thorough`: by nothing that takes longer the larger the collection is.
-        """
-        version = self.db.execute("PRAGMA user_version").fetchone()[0]
-        if version > FORMAT:
-            raise DeepVisionError(
-                f"{self.folder} was written by a newer DeepVision (format {version}, this one knows {FORMAT}): update "
-                "DeepVision, or choose another --index-dir"
-            )
-        schema = self.db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid").fetchall()
-        if version < FORMAT or schema != [(sql,) for sql in SCHEMA]:
-            raise sqlite3.DatabaseError("there is no catalogue of this format")
-        if thorough and not self.sealed() and (
-            verdict := self.db.execute("PRAGMA integrity_check(1)").fetchone()[0]
-        ) != "ok":  # fmt: skip
-            raise sqlite3.DatabaseError(f"the catalogue is corrupt: {verdict.splitlines()[0]}")
-        with self.db:
-            self.db.execute("BEGIN")  # both of one moment, whatever another run adds meanwhile
-            meta = dict(self.db.execute("SELECT key, value FROM meta").fetchall())
-            end = self.db.execute("SELECT ifnull(max(row) + 1, 0) FROM features").fetchone()[0]
-        if meta.get("identity") != self.identity:
-            raise sqlite3.DatabaseError("the catalogue is another model's")
-        if meta.get("rows") != end or end > self.stored() or meta.get("generation") != self.generation():
-            raise sqlite3.DatabaseError("the features are not those that the catalogue speaks of")
-        size = self.HEADER + end * self.record.itemsize
-        if thorough and size <= CHECKED_BYTES and meta.get("checksum") != file_checksum(self.features, size):
-            raise sqlite3.DatabaseError("the features do not match their checksum")
-
-    def mend(self) -> None:
-        """Make the catalogue again from every file and feature in it that holds; a new one begins like this, too."""
-        with self.locked():
-            self.close()
-            self.connect()
-            try:
-                return self.check()  # another run has mended it meanwhile, or was in the midst of a change
-            except sqlite3.OperationalError:
-                raise
-            except DAMAGE as error:
-                had, why = self.stored(), error
-                new = not self.features.exists() and not self.path.stat().st_size
-            with self.unsealed():
-                self.remake()
-            if not new:
-                log.warning("%s: %s. Repaired: %d of %d features hold", self.folder, why, self.get("rows"), had)
-
-    def remake(self) -> None:
-        columns, files = "path, size, mtime, digest, reason, decoders, there", []
-        try:
-            if self.get("identity") == self.identity:
-                files = self.db.execute(f"SELECT {columns} FROM files").fetchall()
-        except DAMAGE:
-            pass
-        self.close()
-        for name in ("catalogue.sqlite-journal", "catalogue.sqlite"):
-            (self.folder / name).unlink(missing_ok=True)
-        self.connect()
-        self.db.executescript(f"BEGIN; {';'.join(SCHEMA)}; PRAGMA user_version = {FORMAT}; COMMIT")
-        with self.db:
-            self.put(identity=self.identity)
-            self.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", files)
-        newest = {}
-        for row, records in self.records():
-            for i in np.flatnonzero(self.holding(records)).tolist():
-                newest[records["digest"][i].tobytes()] = row + i
-        self.compact(np.array(sorted(newest.values()), np.int64))
-
-    def compact(self, chosen: np.ndarray) -> None:
-        """Begin a new generation, of the records in these rows as far as they hold."""
-        generation, digests = os.urandom(self.HEADER), list[bytes]()
-        with whole_file(self.features) as stream:
-            stream.write(generation)
-            for row, records in self.records():
-                first, last = np.searchsorted(chosen, [row, row + len(records)])
-                records = records[chosen[first:last] - row]
-                records = records[self.holding(records)]
-                stream.write(records.tobytes())
-                digests += [digest.tobytes() for digest in records["digest"]]
-        with self.db:
-            self.db.execute("DELETE FROM features")
-            self.db.executemany("INSERT INTO features VALUES (?, ?, 0)", enumerate(digests))
-            self.db.execute(
-                "UPDATE features SET files = (SELECT count(*) FROM files WHERE digest = features.digest AND there)"
-            )
-            self.db.execute("UPDATE files SET mtime = -1 WHERE digest NOT IN (SELECT digest FROM features)")
-            self.put(totals=None, generation=generation, rows=len(digests), checksum=file_checksum(self.features))
-
     def generation(self) -> bytes | None:
-        try:
-            with open(self.features, "rb") as stream:
-                return stream.read(self.HEADER)
-        except OSError:
-            return None
+        with suppress(OSError), open(self.features, "rb") as stream:
+            return stream.read(self.HEADER)
+        return None
 
     def stored(self) -> int:
         """Whole records in features.bin; those after the first `rows` are not the catalogue's, or not yet."""
@@ -1284,6 +1177,18 @@ class Catalogue:
     def holding(self, records: np.ndarray) -> np.ndarray:
         """Which of the records match their checksum."""
         return self.checksums(records) == records["checksum"]
+
+    def prove(self, rows: np.ndarray, records: np.ndarray, superseded: Any = False, other: Any = False) -> None:
+        """Raise DatabaseError if one of the records is broken; the files it belongs to are read again next time."""
+        broken = rows[(~self.holding(records) | other) & ~np.asarray(superseded)]
+        if len(broken):
+            one = [(row,) for row in broken.tolist()]
+            with self.writing(), self.db:
+                of_row = "(SELECT digest FROM features WHERE row = ?)"
+                self.db.executemany(f"UPDATE files SET mtime = -1 WHERE digest = {of_row}", one)
+                self.db.executemany("UPDATE features SET digest = NULL, files = 0 WHERE row = ?", one)
+            log.warning("%s: %d features are damaged, and are extracted again", self.features, len(broken))
+            raise sqlite3.DatabaseError(f"{len(broken)} features do not match their checksum or the catalogue")
 
     def vectors(self, start: int = 0, end: float = math.inf) -> Iterator[np.ndarray]:
         """All features from row `start` on, in blocks, fp16 (n, dim); superseded ones are 0.
@@ -1326,21 +1231,98 @@ class Catalogue:
         self.prove(rows, records)
         return records
 
-    def prove(self, rows: np.ndarray, records: np.ndarray, superseded: Any = False, other: Any = False) -> None:
-        """Raise DatabaseError if one of the records is broken; the files it belongs to are read again next time."""
-        broken = rows[(~self.holding(records) | other) & ~np.asarray(superseded)]
-        if len(broken):
-            one = [(row,) for row in broken.tolist()]
-            with self.writing(), self.db:
-                of_row = "(SELECT digest FROM features WHERE row = ?)"
-                self.db.executemany(f"UPDATE files SET mtime = -1 WHERE digest = {of_row}", one)
-                self.db.executemany("UPDATE features SET digest = NULL, files = 0 WHERE row = ?", one)
-            log.warning("%s: %d features are damaged, and are extracted again", self.features, len(broken))
-            raise sqlite3.DatabaseError(f"{len(broken)} features do not match their checksum or the catalogue")
+    def sealed(self) -> bool:
+        """Whether the catalogue matches its checksum; False also if another run is writing or was stopped."""
+        with suppress(FileNotFoundError):
+            seal = self.seal.read_bytes()
+            if seal == b"%08x" % file_checksum(self.path):
+                return True
+            if seal == self.seal.read_bytes():
+                raise sqlite3.DatabaseError("the catalogue does not match its checksum")
+        return False
 
-    def wants_codes(self, work: Work) -> bool:
-        rows = self.get("rows")
-        return rows >= FEWEST_CODED and rows * self.dim * 2 > work.exact_bytes
+    def check(self, thorough: bool = True) -> None:
+        """Raise DatabaseError if this is not whole; which of the features are broken is for `compact` to find.
+
+        Not `thorough`: by nothing that takes longer the larger the collection is.
+        """
+        version = self.value("PRAGMA user_version")
+        if version > FORMAT:
+            raise DeepVisionError(
+                f"{self.folder} was written by a newer DeepVision (format {version}, this one knows {FORMAT}): update "
+                "DeepVision, or choose another --index-dir"
+            )
+        schema = self.db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid").fetchall()
+        if version < FORMAT or schema != [(sql,) for sql in SCHEMA]:
+            raise sqlite3.DatabaseError("there is no catalogue of this format")
+        if thorough and not self.sealed() and (verdict := self.value("PRAGMA integrity_check(1)")) != "ok":
+            raise sqlite3.DatabaseError(f"the catalogue is corrupt: {verdict.splitlines()[0]}")
+        with self.db:
+            self.db.execute("BEGIN")  # both of one moment, whatever another run adds meanwhile
+            meta = dict(self.db.execute("SELECT key, value FROM meta").fetchall())
+            end = self.value("SELECT ifnull(max(row) + 1, 0) FROM features")
+        if meta.get("identity") != self.identity:
+            raise sqlite3.DatabaseError("the catalogue is another model's")
+        if meta.get("rows") != end or end > self.stored() or meta.get("generation") != self.generation():
+            raise sqlite3.DatabaseError("the features are not those that the catalogue speaks of")
+        size = self.HEADER + end * self.record.itemsize
+        if thorough and size <= CHECKED_BYTES and meta.get("checksum") != file_checksum(self.features, size):
+            raise sqlite3.DatabaseError("the features do not match their checksum")
+
+    def compact(self, chosen: np.ndarray) -> None:
+        """Begin a new generation, of the records in these rows as far as they hold."""
+        generation, digests = os.urandom(self.HEADER), list[bytes]()
+        with whole_file(self.features) as stream:
+            stream.write(generation)
+            for row, records in self.records():
+                first, last = np.searchsorted(chosen, [row, row + len(records)])
+                records = records[chosen[first:last] - row]
+                records = records[self.holding(records)]
+                stream.write(records.tobytes())
+                digests += [digest.tobytes() for digest in records["digest"]]
+        with self.db:
+            self.db.execute("DELETE FROM features")
+            self.db.executemany("INSERT INTO features VALUES (?, ?, 0)", enumerate(digests))
+            self.db.execute(
+                "UPDATE features SET files = (SELECT count(*) FROM files WHERE digest = features.digest AND there)"
+            )
+            self.db.execute("UPDATE files SET mtime = -1 WHERE digest NOT IN (SELECT digest FROM features)")
+            self.put(totals=None, generation=generation, rows=len(digests), checksum=file_checksum(self.features))
+
+    def remake(self) -> None:
+        columns, files = "path, size, mtime, digest, reason, decoders, there", []
+        with suppress(*DAMAGE):
+            if self.get("identity") == self.identity:
+                files = self.db.execute(f"SELECT {columns} FROM files").fetchall()
+        self.close()
+        for name in ("catalogue.sqlite-journal", "catalogue.sqlite"):
+            (self.folder / name).unlink(missing_ok=True)
+        self.connect()
+        self.db.executescript(f"BEGIN; {';'.join(SCHEMA)}; PRAGMA user_version = {FORMAT}; COMMIT")
+        with self.db:
+            self.put(identity=self.identity)
+            self.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", files)
+        newest = {}
+        for row, records in self.records():
+            for i in np.flatnonzero(self.holding(records)).tolist():
+                newest[records["digest"][i].tobytes()] = row + i
+        self.compact(np.array(sorted(newest.values()), np.int64))
+
+    def mend(self) -> None:
+        """Make the catalogue again from every file and feature in it that holds; a new one begins like this, too."""
+        with self.locked():
+            self.close()
+            self.connect()
+            try:
+                return self.check()  # another run has mended it meanwhile, or was in the midst of a change
+            except sqlite3.OperationalError:
+                raise
+            except DAMAGE as error:
+                had, new = self.stored(), not self.features.exists() and not self.path.stat().st_size
+                with self.unsealed():
+                    self.remake()
+                if not new:
+                    log.warning("%s: %s. Repaired: %d of %d features hold", self.folder, error, self.get("rows"), had)
 
     def is_known(self, digest: bytes) -> bool:
         with self.one_lookup:  # asked by the threads that read, who must not share a connection unguarded
@@ -1394,14 +1376,13 @@ class Catalogue:
                 if known[3]:
                     yield *known[:3], 0
                 known = next(stored, end)
-            if known[0] != file.path:
-                yield *file, None
-                continue
-            if everything or known[4] or known[1:3] != file[1:]:
+            same = known[:3] == file
+            if not same or everything or known[4]:
                 yield *file, None
             elif not known[3]:
                 yield *file, 1
-            known = next(stored, end)
+            if known[0] == file.path:
+                known = next(stored, end)
         for left in itertools.chain([known], stored):
             if left[3]:
                 yield *left[:3], 0
@@ -1415,7 +1396,7 @@ class Catalogue:
         return self.count("changes")
 
     def unread(self) -> Iterator[File]:
-        return map(File._make, self.db.execute("SELECT * FROM unread"))
+        return map(File._make, self.db.execute(f"SELECT path, size, mtime FROM {UNREAD}"))
 
     def settle(self) -> bool:
         """Take down what is gone and what is back, unless no usable image would be left; whether one is."""
@@ -1440,26 +1421,12 @@ class Catalogue:
         """Forget the files that are gone, and the features that no file is left of."""
         with self.db:
             self.db.execute("DELETE FROM files WHERE NOT there")
-        if len(rows := self.live_rows()) < self.get("rows"):
-            self.compact(rows)
-
-    def rows(self, condition: str) -> np.ndarray:
-        return np.fromiter((row for (row,) in self.db.execute(f"SELECT row FROM features {condition}")), np.int64)
-
-    def live_rows(self) -> np.ndarray:
-        """The rows that belong to a file of the collection, ascending; the other files are gone."""
-        return self.rows("WHERE files > 0 ORDER BY row")
-
-    def files_of(self, row: int, limit: int) -> list[tuple[File, bytes]]:
-        """The files of the collection with these features, as they were when they were read, and their content hash."""
-        query = """SELECT path, size, mtime, digest FROM features JOIN files USING (digest)
-            WHERE row = ? AND there ORDER BY path LIMIT ?"""
-        return [(File(*found[:3]), found[3]) for found in self.db.execute(query, (row, limit))]
+        if len(live := self.rows("WHERE files > 0 ORDER BY row")) < self.get("rows"):
+            self.compact(live)
 
     def largest_first(self) -> np.ndarray:
         """Row, bytes of a file, and number of files, int64 (n, 3), of each picture of the collection."""
-        query = """SELECT row, size, count(*) FROM features JOIN files USING (digest) WHERE there
-            GROUP BY row ORDER BY size DESC, min(path)"""
+        query = f"SELECT row, size, count(*) FROM {FEATURED} GROUP BY row ORDER BY size DESC, min(path)"
         return np.fromiter(self.db.execute(query), np.dtype((np.int64, 3)))
 
     def files_with(self, digest: bytes, limit: int) -> list[File]:
@@ -1467,53 +1434,46 @@ class Catalogue:
         query = "SELECT path, size, mtime FROM files WHERE digest = ? AND there ORDER BY path LIMIT ?"
         return [File(*found) for found in self.db.execute(query, (digest, limit))]
 
+    def wants_codes(self, work: Work) -> bool:
+        rows = self.get("rows")
+        return rows >= FEWEST_CODED and rows * self.dim * 2 > work.exact_bytes
+
     def read_index(self, mapped: bool = True) -> tuple[faiss.Index, dict[str, Any]] | None:
         """The stored index and what `write_index` noted of it, if it is whole and of this generation."""
-        try:
-            with open(self.index, "rb") as stream:
-                size = stream.seek(0, 2)
-                stream.seek(max(0, size - 8))
-                length, checksum = (int.from_bytes(stream.read(4), "little") for _ in range(2))
-                if size < 8 or file_checksum(self.index, size - 4) != checksum:
-                    log.warning("%s is damaged: it is made again from the features", self.index)
-                    return None
-                stream.seek(size - 8 - length)
-                notes = json.loads(stream.read(length))
-                if bytes.fromhex(notes["generation"]) != self.generation():
-                    return None
+        with suppress(FileNotFoundError, IsADirectoryError), open(self.index, "rb") as stream:
+            size = stream.seek(0, 2)
+            stream.seek(max(0, size - 8))
+            length, checksum = (int.from_bytes(stream.read(4), "little") for _ in range(2))
+            if size < 8 or file_checksum(self.index, size - 4) != checksum:
+                log.warning("%s is damaged: it is made again from the features", self.index)
+                return None
+            stream.seek(size - 8 - length)
+            notes = json.loads(stream.read(length))
+            if bytes.fromhex(notes["generation"]) == self.generation():
                 mapped = mapped and os.name == "posix" and "trained" not in notes  # codes would be mapped and copied
                 path = f"/dev/fd/{stream.fileno()}" if os.name == "posix" else str(self.index)  # FAISS wants UTF-8
                 return faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC if mapped else 0), notes
-        except (FileNotFoundError, IsADirectoryError):
-            return None
+        return None
 
     def write_index(self, index: faiss.Index, notes: dict[str, Any]) -> None:
         """The index; behind it the notes as JSON, the length of these, and the CRC-32 of all before: 4 bytes each."""
         text = json.dumps({**notes, "generation": self.get("generation").hex()}).encode()
-        checksum = 0
         with whole_file(self.index) as stream:
-
-            def write(data: bytes) -> int:
-                nonlocal checksum
-                checksum = zlib.crc32(data, checksum)
-                return stream.write(data)
-
-            faiss.write_index(index, faiss.PyCallbackIOWriter(write))
-            write(text)
-            write(len(text).to_bytes(4, "little"))
-            stream.write(checksum.to_bytes(4, "little"))
+            faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
+            stream.write(text + len(text).to_bytes(4, "little"))
+            stream.flush()
+            stream.write(file_checksum(Path(stream.name)).to_bytes(4, "little"))
 
     def export(self, folder: Path) -> int:
         """features.npy, float16 (n, dim), and paths.txt, a line each; how many. The first is there only if both are."""
-        joined = "features JOIN files USING (digest) WHERE there"
-        n, dim = self.count(joined), self.dim
+        n, dim = self.count(FEATURED), self.dim
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "features.npy").unlink(missing_ok=True)
         with whole_file(folder / "features.npy") as features, whole_file(folder / "paths.txt") as paths:
             np.lib.format.write_array_header_1_0(features, {"descr": "<f2", "fortran_order": False, "shape": (n, dim)})
             row = 0
             for block in self.vectors():
-                query = f"SELECT row - ?, path FROM {joined} AND row >= ? AND row < ? ORDER BY row, path"
+                query = f"SELECT row - ?, path FROM {FEATURED} AND row >= ? AND row < ? ORDER BY row, path"
                 for i, path in self.db.execute(query, (row, row, row + len(block))):
                     features.write(block[i].tobytes())
                     paths.write(path.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r") + b"\n")
@@ -1545,8 +1505,13 @@ def build_index(features: np.ndarray | Iterable[np.ndarray], index: faiss.Index 
     return index
 
 
+def progress_bar(steps: Iterable[Any] | None = None, **options: Any) -> tqdm.tqdm:
+    """On a terminal alone, and not with -q."""
+    return tqdm.tqdm(steps, disable=None if log.isEnabledFor(logging.INFO) else True, **options)
+
+
 def with_progress(blocks: Iterable[np.ndarray], rows: int, what: str) -> Iterator[np.ndarray]:
-    with tqdm.tqdm(total=rows, desc=what, unit="img", disable=None if log.isEnabledFor(logging.INFO) else True) as bar:
+    with progress_bar(total=rows, desc=what, unit="img") as bar:
         for block in blocks:
             yield block
             bar.update(len(block))
@@ -1719,17 +1684,20 @@ def location(path: str) -> str:
 
 def is_as_read(path: str, file: File) -> bool:
     """Whether the file is there as it was when its features were extracted."""
-    try:
-        info = os.stat(path)
-    except OSError:
-        return False
-    return as_found(file.path, info) == file
+    with suppress(OSError):
+        return as_found(file.path, os.stat(path)) == file
+    return False
 
 
 def own_distance(scores: np.ndarray) -> np.ndarray:
     """From an image's scores with the sample, (..., m), to how far a near but unrelated image is, (...)."""
     rank = int(scores.shape[-1] * (1 - OWN))
     return np.maximum(1 - np.partition(scores, rank, axis=-1)[..., rank], 1e-6)
+
+
+def label_of(distance: float, limits: dict[str, float]) -> str:
+    """Of a match that is so near, as a share of the query's own distance; none in a collection too small to tell."""
+    return next((label for label, limit in limits.items() if distance <= limit), "weak" if limits else "")
 
 
 def find_matches(
@@ -1745,14 +1713,13 @@ def find_matches(
         for score, row, digest in zip(scores.clip(-1, 1).tolist(), rows.tolist(), digests):
             if round(score, 3) >= least and score > best.get(row, (-2.0,))[0]:
                 best[row] = score, view.name, digest.tobytes()
-    own, reach = location(os.fsdecode(query.file.path)), own_distance((xq @ engine.sample.T).max(0))
+    own, reach = location(os.fsdecode(query.file.path)), float(own_distance((xq @ engine.sample.T).max(0)))
     matches: list[tuple[float, str, str, str]] = []
     for row in sorted(best, key=lambda row: -best[row][0]):
         score, edit, digest = best[row]
         if len(matches) > k and -score > matches[k][0]:
             break
-        word = "weak" if engine.limits else ""
-        word = next((name for name, limit in engine.limits.items() if 1 - score <= limit * reach), word)
+        word = label_of((1 - score) / reach, engine.limits)
         for file in engine.catalogue.files_with(digest, k + 1):
             path = os.path.join(engine.images, os.fsdecode(file.path))
             if is_as_read(path, file) and (digest != query.digest or location(path) != own):
@@ -1867,8 +1834,7 @@ def first_alike(catalogue: Catalogue, device: str, place: np.ndarray, least: np.
     """
     own, needed = np.arange(n := len(least)), torch.from_numpy(least).to(device)
     first, scores = own.copy(), np.ones(n, np.float32)
-    quiet = None if log.isEnabledFor(logging.INFO) else True  # None: on a terminal alone
-    for i0 in tqdm.trange(0, n, 2 * BLOCK, desc="comparing", unit="block", disable=quiet):
+    for i0 in progress_bar(range(0, n, 2 * BLOCK), desc="comparing", unit="block"):
         ours = (first == own) & (own >= i0) & (own < i0 + 2 * BLOCK)
         if not ours.any():
             continue
@@ -1891,14 +1857,13 @@ def first_alike(catalogue: Catalogue, device: str, place: np.ndarray, least: np.
 def different_files(engine: Engine, row: int) -> list[str]:
     """The files with these features. What links make of one of them is no other file."""
     root, found = os.path.realpath(engine.images), dict[tuple[int, int], str]()
-    names = [os.fsdecode(file.path) for file, _ in engine.catalogue.files_of(row, sys.maxsize)]
+    query = f"SELECT path FROM {FEATURED} AND row = ? ORDER BY path"
+    names = [os.fsdecode(path) for (path,) in engine.catalogue.db.execute(query, (row,))]
     for name in sorted(names, key=lambda name: os.path.realpath(os.path.join(root, name)) != os.path.join(root, name)):
         path = os.path.join(engine.images, name)
-        try:
+        with suppress(OSError):  # gone meanwhile
             info = os.stat(path)
             found.setdefault((info.st_dev, info.st_ino), path)
-        except OSError:  # gone meanwhile
-            continue
     return sorted(found.values())
 
 
@@ -1925,26 +1890,26 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator
     if threshold == "similar" and not limits:
         raise DeepVisionError(f"'similar' cannot be told among fewer than {FEWEST} images: give a number instead")
     rows, _, files = catalogue.largest_first().T
-    place, own, first = np.full(rows.max() + 1, -1), np.ones(len(rows), np.float32), np.arange(len(rows))
-    place[rows], scores = first, own
+    everyone = first = np.arange(len(rows))
+    own = scores = np.ones(len(rows), np.float32)
+    place = np.full(rows.max() + 1, -1)
+    place[rows] = everyone
     if threshold != "identical":
         try:
-            first, scores = first_alike(
-                catalogue, engine.model.device, place, least_scores(engine, place, own, threshold)
-            )
+            least = least_scores(engine, place, own, threshold)
+            first, scores = first_alike(catalogue, engine.model.device, place, least)
         except sqlite3.DatabaseError as error:
             raise DeepVisionError(f"{catalogue.folder}: {error}. Start again, and it is repaired") from error
-    if catalogue.generation() != engine.generation:
+    if not engine.is_valid():
         raise DeepVisionError(f"{catalogue.folder} was changed by another run: start again")
-    copies: dict[int, list[int]] = {head: [] for head in np.flatnonzero((files > 1) & (first == place[rows])).tolist()}
-    for copy in np.flatnonzero(first != place[rows]).tolist():
+    copies: dict[int, list[int]] = {head: [] for head in everyone[(files > 1) & (first == everyone)].tolist()}
+    for copy in everyone[first != everyone].tolist():
         copies.setdefault(int(first[copy]), []).append(copy)
     for head, others in sorted(copies.items()):
         keep, *same = different_files(engine, int(rows[head])) or [""]
         found = [(1.0, path, "identical") for path in same]
         for i in others:
-            distance, word = (1 - scores[i]) / min(own[head], own[i]), "weak" if limits else ""
-            word = next((name for name, limit in limits.items() if distance <= limit), word)
+            word = label_of((1 - scores[i]) / min(own[head], own[i]), limits)
             found += [(min(1.0, float(scores[i])), path, word) for path in different_files(engine, int(rows[i]))]
         ranked = enumerate(sorted(found, key=lambda it: (it[2] != "identical", -it[0], it[1])), start=1)
         if keep and found:
@@ -1962,11 +1927,11 @@ def unlisted(error: OSError, prune: bool = False) -> None:
     log.warning("%s", what)
 
 
-def sifted(files: Iterable[File], catalogue: Catalogue, images: Path) -> Iterator[File]:
-    """The files, but for those whose decoder crashes: that ends the run, but it leaves a note of the files that were
-    being read and its last words, and the next run looks into it."""
-    note, root = catalogue.folder / "reading", os.fsencode(images)
-    told = note.read_bytes() if note.is_file() else b""
+@contextmanager
+def crashes_noted(catalogue: Catalogue, images: Path, note: Path) -> Iterator[Callable[[File], bool]]:
+    """While files are read; each is asked for before whether to read it. A decoder that crashes ends the run, but it
+    leaves a note of the files that were being read and its last words, and the next run passes over that file."""
+    root, told = os.fsencode(images), note.read_bytes() if note.is_file() else b""
     crashed = b"Fatal Python error" in told
     bad = crashing([os.path.join(root, path) for path in told.split(b"\0") if path]) if crashed else ()
     try:
@@ -1974,18 +1939,22 @@ def sifted(files: Iterable[File], catalogue: Catalogue, images: Path) -> Iterato
         stream = io.FileIO(note, "x")
     except OSError:  # it can be done without
         stream = io.FileIO(os.devnull, "w")
+    places = itertools.cycle(range(0, IN_FLIGHT * PATH_BYTES, PATH_BYTES))
+
+    def is_safe(file: File) -> bool:
+        if os.path.join(root, file.path) in bad:
+            catalogue.save([Picture(file, reason="its decoder crashes")])
+            return False
+        with suppress(OSError):
+            stream.seek(next(places))
+            stream.write(file.path.ljust(PATH_BYTES, b"\0"))
+            stream.seek(IN_FLIGHT * PATH_BYTES)  # where the last words belong
+        return True
+
     with stream:
         faulthandler.enable(stream)
         try:
-            for i, file in enumerate(files):
-                if os.path.join(root, file.path) in bad:
-                    catalogue.save([Picture(file, reason="its decoder crashes")])
-                    continue
-                with suppress(OSError):
-                    stream.seek(i % IN_FLIGHT * PATH_BYTES)
-                    stream.write(file.path.ljust(PATH_BYTES, b"\0"))
-                    stream.seek(IN_FLIGHT * PATH_BYTES)  # where the last words belong
-                yield file
+            yield is_safe
         finally:
             faulthandler.disable()
             with suppress(OSError):
@@ -1996,11 +1965,13 @@ def read_new(
     catalogue: Catalogue, images: Path, model: Model, work: Work, summary: Summary, into: Catalogue | None = None
 ) -> None:
     """The features of the files chosen, into the cache: every few seconds, and whatever ends the run."""
+    catalogue.trusted_from = catalogue.get("rows") if work.rebuild else 0
     unsaved: list[Picture] = []
     into, saved, label = into or catalogue, time.monotonic(), f"{model.name} on {model.device}, {model.precision}"
-    quiet = None if log.isEnabledFor(logging.INFO) else True  # None: on a terminal alone
-    files, total = sifted(filter(work.mine, catalogue.unread()), into, images), catalogue.count("unread") // work.ranks
-    with tqdm.tqdm(total=total, desc=label, unit="img", disable=quiet) as bar:
+    note = catalogue.folder / f"reading{work.rank or ''}"  # not in the cache of a rank, which is soon taken in
+    total = catalogue.count(UNREAD) // work.ranks
+    with crashes_noted(into, images, note) as is_safe, progress_bar(total=total, desc=label, unit="img") as bar:
+        files = filter(is_safe, filter(work.mine, catalogue.unread()))
         try:
             for pictures in with_features(files, images, model, work, catalogue.is_known, summary):
                 unsaved += pictures
@@ -2016,33 +1987,45 @@ def read_new(
                 into.save(unsaved)
 
 
-def meet() -> None:
-    """Wait here until all ranks of torchrun have come."""
+def meet(work: Work) -> None:
+    """Wait here until all ranks of torchrun have come, if there are several."""
     try:
-        torch.distributed.barrier()
+        if work.ranks > 1:
+            torch.distributed.barrier()
     except RuntimeError as error:
         raise DeepVisionError("another rank has stopped: run it again, what was done is saved") from error
 
 
-def take_in(catalogue: Catalogue, model: Model, summary: Summary) -> bool:
+def pictures_in(share: Catalogue) -> Iterator[list[Picture]]:
+    """All that a rank has read: first what came without features, since it is not usable or was known before."""
+    listing = "SELECT path, size, mtime, digest, reason, row FROM files LEFT JOIN features USING (digest) WHERE row"
+    yield [Picture(File(*f[:3]), f[3], reason=f[4]) for f in share.db.execute(f"{listing} IS NULL")]
+    start = 0
+    for block in share.vectors():
+        rows = share.db.execute(f"{listing} BETWEEN ? AND ?", (start, start + len(block) - 1))
+        yield [Picture(File(*f[:3]), f[3], vector=block[f[5] - start]) for f in rows]
+        start += len(block)
+
+
+def take_in(catalogue: Catalogue, summary: Summary) -> bool:
     """Save what the other ranks have read, also those that were stopped, and remove their caches; True if any."""
-    listing = "SELECT path, size, mtime, digest, reason, row FROM files LEFT JOIN features USING (digest)"
     folders = sorted(catalogue.folder.glob("rank-*"))
     for folder in folders:
-        share = Catalogue(folder, catalogue.identity, model.dim)
+        share = Catalogue(folder, catalogue.identity, catalogue.dim)
         share.mend()
         with share.locked():
-            bare, start = share.db.execute(f"{listing} WHERE row IS NULL"), 0  # not usable, or known before
-            for block in itertools.chain([np.empty((0, 0))], share.vectors()):
-                rows = share.db.execute(f"{listing} WHERE row >= ? AND row < ?", (start, start + len(block)))
-                found = [Picture(File(*f[:3]), f[3], None, block[f[5] - start]) for f in rows]
-                found += [Picture(File(*f[:3]), f[3], reason=f[4]) for f in (() if start else bare)]
-                catalogue.save(found)
-                summary.add(found)
-                start += len(block)
+            for pictures in pictures_in(share):
+                catalogue.save(pictures)
+                summary.add(pictures)
         share.close()
         shutil.rmtree(folder)
     return bool(folders)
+
+
+def scan(catalogue: Catalogue, images: Path, work: Work) -> int:
+    """See what has changed in the folder `images`, which may be missing; how many differences there are."""
+    files = find_images(images, partial(unlisted, prune=work.prune), [catalogue.folder.parent])
+    return catalogue.scan(files if images.is_dir() else (), work.rebuild)
 
 
 def label_limits(catalogue: Catalogue, store: bool = False) -> tuple[np.ndarray, dict[str, float]]:
@@ -2062,28 +2045,36 @@ def label_limits(catalogue: Catalogue, store: bool = False) -> tuple[np.ndarray,
     return sample, limits
 
 
+def why_none(catalogue: Catalogue, images: Path, skipped: int) -> str:
+    """Why there is no usable image, and what to do about it."""
+    there = "has no usable image" if images.is_dir() else "is not a folder" if images.exists() else "is missing"
+    if known := catalogue.count("files WHERE digest IS NOT NULL"):
+        return (
+            f"{images} {there}, but the index knows {known:,}: is a drive not connected, or is --images "
+            f"another folder? Nothing was changed; to start afresh, delete {catalogue.folder}"
+        )
+    if skipped:
+        query = f"SELECT count(*), reason FROM {SKIPPED} GROUP BY reason ORDER BY 1 DESC, 2 LIMIT 3"
+        reasons = "; ".join(f"{n:,} × {reason}" for n, reason in catalogue.db.execute(query))
+        return f"{images} {there}, all {skipped:,} were skipped: {reasons}"
+    return f"{images} {there}: put images to search in there, or name another folder with --images"
+
+
 def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summary:
     """Bring the cache up to date with the folder `images`: read what is new or changed, see what is gone.
 
     Raises DeepVisionError if no usable image is there; what is known is kept for the day the drive is back.
     """
-    summary, left, shared = Summary(), True, work.ranks > 1
-    there = "has no usable image" if images.is_dir() else "is not a folder" if images.exists() else "is missing"
-    scan: Callable[[], Iterable[File]] = tuple
-    if images.is_dir():
-        scan = partial(find_images, images, partial(unlisted, prune=work.prune), [catalogue.folder.parent])
-    if catalogue.scan(scan(), work.rebuild) or work.prune or shared or not catalogue.get("totals"):
+    summary, left = Summary(), True
+    if scan(catalogue, images, work) or work.prune or work.ranks > 1 or not catalogue.get("totals"):
         with catalogue.writing() as waited:
-            if take_in(catalogue, model, Summary()) or waited:
-                catalogue.scan(scan(), work.rebuild)
-            if shared:
-                meet()
+            if take_in(catalogue, Summary()) or waited:
+                scan(catalogue, images, work)
+            meet(work)
             before = catalogue.get("rows")
-            catalogue.trusted_from = before if work.rebuild else 0
             read_new(catalogue, images, model, work, summary)
-            if shared:
-                meet()
-                take_in(catalogue, model, summary)
+            meet(work)
+            take_in(catalogue, summary)
             if left := catalogue.settle():
                 earlier = f"digest IN (SELECT digest FROM features WHERE row < {before})"
                 if not work.rebuild and catalogue.any(GONE) and not catalogue.any(f"{USABLE} AND {earlier}"):
@@ -2099,18 +2090,20 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
                 label_limits(catalogue, store=True)
                 catalogue.totals(store=True)
     summary.images, summary.skipped, summary.gone = catalogue.totals()
-    if left and summary.images:
-        return summary
-    if known := catalogue.count("files WHERE digest IS NOT NULL"):
+    if not (left and summary.images):
+        raise DeepVisionError(why_none(catalogue, images, summary.skipped))
+    return summary
+
+
+@contextmanager
+def cache_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, sqlite3.Error, NotImplementedError) as error:  # the last of a file system without locks
         raise DeepVisionError(
-            f"{images} {there}, but the index knows {known:,}: is a drive not connected, or is --images "
-            f"another folder? Nothing was changed; to start afresh, delete {catalogue.folder}"
-        )
-    if summary.skipped:
-        query = f"SELECT count(*), reason FROM {SKIPPED} GROUP BY reason ORDER BY 1 DESC, 2 LIMIT 3"
-        reasons = "; ".join(f"{n:,} × {reason}" for n, reason in catalogue.db.execute(query))
-        raise DeepVisionError(f"{images} {there}, all {summary.skipped:,} were skipped: {reasons}")
-    raise DeepVisionError(f"{images} {there}: put images to search in there, or name another folder with --images")
+            f"the cache {folder} cannot be used: {first_line(error)}. What was there is untouched; make room or mend "
+            "its permissions, or choose another place with --index-dir"
+        ) from error
 
 
 def ready(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Engine:
@@ -2119,13 +2112,14 @@ def ready(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Engin
     generation, gone = catalogue.generation(), catalogue.rows("WHERE files = 0")
     sample, limits = label_limits(catalogue)
     index, notes = open_index(catalogue, work)
-    if catalogue.generation() != generation:  # the rows are not those of the index
-        raise DeepVisionError(f"{catalogue.folder} was changed by another run: start again")
     dead = np.zeros(index.ntotal, bool)
     dead[gone[gone < len(dead)]] = True
     summary.recall = notes.get("recall") if not work.exact else None
     shortlist = notes.get("shortlist", 0)
-    return Engine(images, model, catalogue, generation, index, shortlist, work.exact, dead, sample, limits, summary)
+    engine = Engine(images, model, catalogue, generation, index, shortlist, work.exact, dead, sample, limits, summary)
+    if not engine.is_valid():  # the rows are not those of the index
+        raise DeepVisionError(f"{catalogue.folder} was changed by another run: start again")
+    return engine
 
 
 def initialize_reverse_image_search(
@@ -2148,7 +2142,7 @@ def initialize_reverse_image_search(
         raise DeepVisionError(f"there is no index of {images} by {model.name} in {index_dir}: run without --no-update")
     if model.name == MODEL and not folder.exists() and any(Path(index_dir).glob(f"{OFFLINE}-*")):
         log.warning("the weights of %s are here now: all images are indexed with it; the offline index is kept", MODEL)
-    try:
+    with cache_errors(folder):
         catalogue = Catalogue(folder, model.identity, model.dim)
         try:
             return ready(catalogue, images, model, work)
@@ -2157,30 +2151,22 @@ def initialize_reverse_image_search(
         except DAMAGE:  # or it is new
             catalogue.mend()
             return ready(catalogue, images, model, work)
-    except (OSError, sqlite3.Error, NotImplementedError) as error:  # the last of a file system without locks
-        raise DeepVisionError(
-            f"the cache {folder} cannot be used: {first_line(error)}. What was there is untouched; make room or mend "
-            "its permissions, or choose another place with --index-dir"
-        ) from error
 
 
 def read_share(images: str | Path, index_dir: str | Path, model: Model, work: Work) -> None:
     """As a rank that does not commit: read a share into a cache of its own, which the one that commits takes in."""
     images, folder = Path(images), Path(index_dir, model.identity)
-    meet()  # the catalogue is whole, and what an earlier run left has been taken in
-    try:
+    meet(work)  # the catalogue is whole, and what an earlier run left has been taken in
+    with cache_errors(folder):
         catalogue = Catalogue(folder, model.identity, model.dim)
         share = Catalogue(folder / f"rank-{work.rank}", model.identity, model.dim)
         share.mend()
         with share.writing():
-            catalogue.scan(find_images(images, unlisted, [index_dir]) if images.is_dir() else (), work.rebuild)
-            catalogue.trusted_from = catalogue.get("rows") if work.rebuild else 0
+            scan(catalogue, images, work)
             read_new(catalogue, images, model, work, Summary(), share)
         share.close()
         catalogue.close()
-    except (OSError, sqlite3.Error) as error:
-        raise DeepVisionError(f"the cache {folder} cannot be used: {first_line(error)}") from error
-    meet()
+    meet(work)
 
 
 # ---- Output ----------------------------------------------------------------------------------------------------------
@@ -2217,8 +2203,9 @@ def as_text(found: Answer | Group, engine: Engine, columns: int = 0, colour: boo
     columns  of the terminal: remarks are aligned, and long paths shortened, to fit; 0: it is none
     """
     name, matches, *_ = found
-    end = f"  ({engine.model.name}, {engine.summary.images:,} images)" + f": {verdict(found)}".rstrip(": ")
-    end = f"  ({verdict(found)})" if isinstance(found, Group) else end
+    end = f"  ({verdict(found)})"
+    if isinstance(found, Answer):
+        end = f"  ({engine.model.name}, {engine.summary.images:,} images): {verdict(found)}".rstrip(": ")
     remarks = [", ".join(filter(None, (match.label, match.view))) for match in matches]
     name, paths, rank_width = shown(name), [shown(match.path) for match in matches], len(str(len(matches)))
     if columns:
@@ -2236,8 +2223,8 @@ def as_text(found: Answer | Group, engine: Engine, columns: int = 0, colour: boo
 
 def as_json(found: Answer | Group, engine: Engine) -> str:
     """One object on one line, in ASCII, so that any file name makes valid JSON."""
-    if isinstance(found, Answer) and found.error:
-        return json.dumps({"query": found.query, "error": found.error})
+    if found.error:
+        return json.dumps({found._fields[0]: found[0], "error": found.error})
     matches = [match._replace(score=round(match.score, 6))._asdict() for match in found.matches]
     return json.dumps({found._fields[0]: found[0], "model": engine.model.name, "matches": matches})
 
@@ -2246,7 +2233,7 @@ def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
     """On stdout, at once. `form`: text, json, or null: paths alone, byte for byte, each with a NUL at its end."""
     if form == "json":
         print(as_json(found, engine), flush=True)
-    elif isinstance(found, Answer) and found.error:
+    elif found.error:
         return
     elif form == "null":
         sys.stdout.buffer.write(b"".join(os.fsencode(match.path) + b"\0" for match in found.matches))
@@ -2295,13 +2282,11 @@ def thumbnail(image: Image.Image, side: int = THUMBNAIL) -> tuple[bytes, int, in
     if (picture.width - picture.height) * (width - height) < 0:  # turned by EXIF
         width, height = height, width
     if profile := image.info.get("icc_profile"):
-        try:
+        with suppress(Exception):  # a malformed profile, or one of another kind of pixels: without it, then
             source = ImageOps.exif_transpose(image) if image.mode == "CMYK" else picture
             source.thumbnail((side, side))
             srgb = ImageCms.createProfile("sRGB")
             picture = ImageCms.profileToProfile(source, io.BytesIO(profile), srgb, outputMode="RGB") or picture
-        except Exception:  # a malformed profile, or one of another kind of pixels: without it, then
-            pass
     picture.thumbnail((side, side))
     picture = Image.fromarray(np.asarray(picture))  # without what the file says of itself
     for quality in QUALITIES:
@@ -2314,7 +2299,7 @@ def thumbnail(image: Image.Image, side: int = THUMBNAIL) -> tuple[bytes, int, in
 def thumbnails(paths: Iterable[str], side: int = THUMBNAIL) -> Iterator[Picture]:
     """Each file in turn, with `thumbnail` as its pixels, or a reason why it has none."""
     read = partial(read_picture, root=b"", transform=partial(thumbnail, side=side), known=lambda digest: False)
-    workers = os.cpu_count() or 1
+    workers = usable_cores()
     return read_ahead(read, (File(os.fsencode(path), 0, 0) for path in paths), workers, 4 * workers)
 
 
@@ -2330,11 +2315,8 @@ def visible(path: str) -> str:
 
 def as_figure(path: str, picture: Picture, caption: str) -> str:
     """A picture with what is to be said of it, and a link to its file."""
-    name, inside, size = (
-        visible(path),
-        f'<span class="none">{visible(picture.reason or "not there any more")}</span>',
-        "",
-    )
+    name, size = visible(path), ""
+    inside = f'<span class="none">{visible(picture.reason or "not there any more")}</span>'
     if picture.pixels:
         data, width, height = picture.pixels
         source = base64.b64encode(data).decode()
@@ -2358,7 +2340,7 @@ def as_section(found: Answer | Group, pictures: Iterator[Picture]) -> str:
     """A query and its matches, or a file to keep and its copies. `pictures`: those of all of them, in order."""
     name, matches, *_ = found
     heading, tag = f"<section><h2>{visible(name)}</h2>", "keep" if isinstance(found, Group) else "query"
-    if isinstance(found, Answer) and found.error:
+    if found.error:
         return f'{heading}<p class="error">{visible(found.error)}</p></section>'
     heading += f'<p class="of">{verdict(found)}</p>'
     asked = as_figure(name, next(pictures), f'<span class="tag {tag}">{tag}</span> ')
@@ -2396,9 +2378,8 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
     for item in found:
         if room > 0:
             kept.append(item._replace(matches=item.matches[: room - 1]))
-            room -= 1 + len(kept[-1].matches)
-    left = sum(1 + len(item.matches) for item in found) - sum(1 + len(item.matches) for item in kept)
-    pictured = (item for item in kept if isinstance(item, Group) or not item.error)
+        room -= 1 + len(item.matches)
+    pictured = (item for item in kept if not item.error)
     pictures = thumbnails(path for item in pictured for path in (item[0], *(match.path for match in item.matches)))
     target = Path(os.path.realpath(path))
     try:
@@ -2408,7 +2389,7 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
             stream.write(page_head(found, engine, seconds).encode())
             for item in kept:
                 stream.write(as_section(item, pictures).encode() + b"\n")
-            footer = f"<footer>{left:,} more pictures have no room here: see --json</footer>" if left else ""
+            footer = f"<footer>{-room:,} more pictures have no room here: see --json</footer>" if room < 0 else ""
             stream.write(f"</main>{footer}</body></html>\n".encode())
     except OSError as error:
         why = error.strerror or first_line(error)
@@ -2453,9 +2434,8 @@ class Desk:
         """Bring the index up to date, while the one there is goes on answering."""
         old = self.engine
         try:
-            new = initialize_reverse_image_search(
-                old.images, old.catalogue.folder.parent, model=old.model, work=self.work
-            )
+            folder = old.catalogue.folder.parent
+            new = initialize_reverse_image_search(old.images, folder, model=old.model, work=self.work)
         except DeepVisionError as error:
             raise gradio.Error(visible(str(error))) from error
         with self.lock:
@@ -2463,8 +2443,11 @@ class Desk:
             old.catalogue.close()
         return self.state()
 
-    def search(self, path: str, k: int, least: float) -> tuple[Any, str, Any, list[str], str]:
-        """The query's picture, a title, the pictures of its matches with captions, their paths, and the query."""
+    def search(self, path: str, k: int, least: float) -> Sequence[Any]:
+        """The query's picture, a title, the pictures of its matches with captions, their paths, and the query; without
+        a query all stays as it is."""
+        if not path:
+            return [gradio.skip()] * 5
         try:
             with self.lock:
                 (answer,) = search(path, self.engine, k=int(k), threshold=least)
@@ -2500,23 +2483,18 @@ def user_interface(desk: Desk, top: int) -> Any:
                 state = gradio.Textbox(label="Collection", interactive=False, elem_id="state")
                 renew = gradio.Button("Update the index", elem_id="update")
             with gradio.Column(scale=3):
-                title = gradio.HTML(
-                    "<h2>What are you looking for?</h2>Give a picture, and see what looks like it", elem_id="title"
-                )
+                welcome = "<h2>What are you looking for?</h2>Give a picture, and see what looks like it"
+                title = gradio.HTML(welcome, elem_id="title")
                 found = gradio.Gallery(
                     label="Matches", show_label=False, height="auto", object_fit="contain", columns=4,
                     interactive=False, allow_preview=False, buttons=[], elem_id="found",
                 )  # fmt: skip
 
         def from_given(given: list[tuple[str, str]] | None, k: int, least: float, event: gradio.EventData) -> Any:
-            at = getattr(event, "index", 0)
-            return desk.search(given[at][0], k, least) if given else [gradio.skip()] * 5
+            return desk.search(given[getattr(event, "index", 0)][0] if given else "", k, least)
 
         def from_found(paths: list[str], k: int, least: float, event: gradio.SelectData) -> Any:
             return desk.search(paths[event.index], k, least)
-
-        def again(query: str, k: int, least: float) -> Any:
-            return desk.search(query, k, least) if query else [gradio.skip()] * 5
 
         def update(progress: Any = progress) -> str:
             return desk.update()
@@ -2525,7 +2503,7 @@ def user_interface(desk: Desk, top: int) -> Any:
         given.upload(from_given, [given, k, least], shown, **private)
         given.select(from_given, [given, k, least], shown, **private)
         found.select(from_found, [paths, k, least], shown, **private)
-        gradio.on([k.release, least.release], again, [query, k, least], shown, **private)
+        gradio.on([k.release, least.release], desk.search, [query, k, least], shown, **private)
         renew.click(update, None, state, **private)
         page.load(desk.state, None, state, **private)
     return page
@@ -2546,9 +2524,7 @@ def guarded(app: Any, port: int) -> Any:
         origin = headers.get(b"origin", b"http://" + headers.get(b"host", b"")).removeprefix(b"http://")
         if scope["type"] == "lifespan" or {headers.get(b"host"), origin} <= hosts:
             return await app(scope, receive, send_with_policy)
-        if scope["type"] == "http":
-            await send({"type": "http.response.start", "status": 403, "headers": []})
-            await send({"type": "http.response.body", "body": b"not from here"})
+        await fastapi.Response("not from here", 403)(scope, receive, send)
 
     return guard
 
@@ -2556,15 +2532,13 @@ def guarded(app: Any, port: int) -> Any:
 def serve(engine: Engine, work: Work, port: int, top: int) -> None:
     """The UI, on this machine alone, until it is interrupted."""
     desk, listening = Desk(engine, replace(work, update=True, rebuild=False, prune=False)), socket.socket()
-    fastapi, uvicorn = map(importlib.import_module, ("fastapi", "uvicorn"))  # Gradio requires them
+
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name == "posix"))
         listening.bind(("127.0.0.1", port))
         listening.listen()  # who calls before it is ready, waits
     except OSError as error:
-        raise DeepVisionError(
-            f"port {port} cannot be had ({error.strerror}): choose another one with --port"
-        ) from error
+        raise DeepVisionError(f"port {port} cannot be had ({error.strerror}): choose another with --port") from error
     port = listening.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:  # of what is uploaded and shown
         os.environ["GRADIO_TEMP_DIR"] = folder
@@ -2586,11 +2560,9 @@ def serve(engine: Engine, work: Work, port: int, top: int) -> None:
 def score_or_label(text: str) -> float | str:
     if text in LABELS:
         return text
-    try:
+    with suppress(ValueError):
         if -1 <= float(text) <= 1:
             return float(text)
-    except ValueError:
-        pass
     raise argparse.ArgumentTypeError(f"{text!r} is neither a cosine similarity, -1 to 1, nor {', '.join(LABELS)}")
 
 
@@ -2601,7 +2573,7 @@ def check_combination(options: argparse.Namespace, parser: argparse.ArgumentPars
         parser.error("--no-update goes without --index-only, --rebuild and --prune")
     if options.queries and mode:
         parser.error(f"{mode} takes no QUERY: {options.queries[0]}")
-    if options.ui and (options.json or options.null):
+    if options.ui and options.form != "text":
         parser.error("--ui prints nothing: leave out --json and --null")
     if options.port is not None and not options.ui:
         parser.error("--port is for --ui")
@@ -2636,14 +2608,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rebuild", action="store_true", help="start again from the images")
     add("--prune", action="store_true", help="forget files that are gone, and their features")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON object per query, a line each")
-    form.add_argument("--null", action="store_true", help="or -0: the paths found alone, each with a NUL at its end")
+    add_form = partial(form.add_argument, dest="form", default="text", action="store_const")
+    add_form("--json", const="json", help="one JSON object per query, a line each")
+    add_form("--null", const="null", help="or -0: the paths found alone, each with a NUL at its end")
     page = parser.add_mutually_exclusive_group()
     page.add_argument("--report", default=REPORT, metavar="FILE", help="the page to look at (default: %(default)s)")
     page.add_argument("--no-report", dest="report", action="store_const", const=None, help="write no page")
     volume = parser.add_mutually_exclusive_group()
-    volume.add_argument("-q", "--quiet", action="store_true", help="warnings and errors alone")
-    volume.add_argument("-v", "--verbose", action="store_true", help="name the files that were skipped")
+    add_level = partial(volume.add_argument, dest="level", default=logging.INFO, action="store_const")
+    add_level("-q", "--quiet", const=logging.WARNING, help="warnings and errors alone")
+    add_level("-v", "--verbose", const=logging.DEBUG, help="name the files that were skipped")
     # Were -0 an option to argparse, so would be the -0.5 of `--threshold -0.5`.
     given = sys.argv[1:] if argv is None else argv
     options = parser.parse_intermixed_args(["--null" if arg == "-0" else arg for arg in given])
@@ -2720,10 +2694,9 @@ def run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     if ranks > 1:  # of torchrun
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=RANKS_WAIT))
-    if rank and not work.update:
-        return 0
     if rank:
-        read_share(options.images, options.index_dir, model, work)
+        if work.update:
+            read_share(options.images, options.index_dir, model, work)
         return 0
     engine = initialize_reverse_image_search(options.images, options.index_dir, model=model, work=work)
     done = f"{engine.summary.images:,} images, searched without a look at what has changed"
@@ -2733,7 +2706,7 @@ def run(options: argparse.Namespace) -> int:
         how = "compact codes choose what is compared, recall@%d %.3f; --exact compares all"
         log.info(how, TOP, engine.summary.recall)
     listing = f"SELECT path, reason FROM {SKIPPED} ORDER BY path"
-    for path, reason in engine.catalogue.db.execute(listing) if options.verbose else ():
+    for path, reason in engine.catalogue.db.execute(listing) if log.isEnabledFor(logging.DEBUG) else ():
         log.debug("skipped %s: %s", shown(os.path.join(options.images, os.fsdecode(path))), reason)
     if options.export:
         write_export(engine, options.export)
@@ -2745,23 +2718,23 @@ def run(options: argparse.Namespace) -> int:
     locked: list[OSError] = []
     for item in groups(options, engine) if options.duplicates is not None else answers(options, engine, locked):
         found.append(item)
-        print_found(item, engine, "json" if options.json else "null" if options.null else "text")
+        print_found(item, engine, options.form)
     for error in locked:
         log.error("%s cannot be listed (%s)", shown(os.fsdecode(error.filename)), error.strerror)
     if options.report:
         write_page(options.report, found, engine, time.perf_counter() - start)
         log.info("%s", shown(options.report))
-    return 1 if locked or any(isinstance(item, Answer) and item.error for item in found) else 0
+    return 1 if locked or any(item.error for item in found) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status: 0 all queries answered, 1 something failed, 2 usage, 130 interrupted."""
     options = parse_arguments(argv)
     log.handlers = [logging.StreamHandler()]
+    log.setLevel(options.level)
     if rank := rank_of_ranks()[0]:  # the first speaks for all
         log.handlers[0].setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
-        options.quiet = True
-    log.setLevel(logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO)
+        log.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="tqdm:")  # has no memory for a thread of its own, and needs none
     warnings.filterwarnings("ignore", module="PIL")  # what Pillow doubts is either read or skipped with a reason
     try:
@@ -2776,9 +2749,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError, ImportError) as error:
         if not (isinstance(error, MemoryError) or NO_MEMORY.search(str(error))):
             raise
-        log.error(
-            "error: out of memory (%s): free some, or try --workers 1 and a small --batch-size", first_line(error)
-        )
+        advice = "free some, or try --workers 1 and a small --batch-size"
+        log.error("error: out of memory (%s): %s", first_line(error), advice)
         return 1
     except KeyboardInterrupt:
         log.error("interrupted: what was done is saved, the next run goes on from there")

@@ -318,6 +318,18 @@ def test_a_decoder_that_crashes_costs_one_file(zygote: Zygote, collection: Calla
     assert not list(Path("image_index").glob("*/reading"))
 
 
+def test_a_decoder_that_crashes_on_the_last_file(zygote: Zygote, collection: Callable[[int], Path]) -> None:
+    """All others have long been handed to the threads that read."""
+    if "LD_PRELOAD" not in zygote.environment:
+        pytest.skip("needs a C compiler")
+    images, ask = collection(10), (*OFFLINE, "--index-only", "-v", "--workers", 1)
+    (images / "deadly.png").write_bytes(b"\x89PNG\r\n\x1a\n deadly".ljust(99))
+    assert zygote(*ask).status == -signal.SIGSEGV
+    ended = zygote(*ask)
+    assert ended.status == 0 and "deadly.png: its decoder crashes" in ended.stderr, ended
+    assert not list(Path("image_index").glob("*/reading"))
+
+
 def test_a_collection_of_bombs_costs_no_picture(zygote: Zygote, collection: Callable[[int], Path]) -> None:
     images = collection(5)
     for number, name in enumerate(LIGHT[::2]):

@@ -103,6 +103,21 @@ def test_a_rank_that_is_killed_costs_only_what_it_had_not_saved(rank, collection
     assert ask("two") == ask("one") != ""
 
 
+def test_a_decoder_that_crashes_another_rank_costs_one_file(collection, torchrun, zygote, monkeypatch):
+    """The run that it ends, too, but not those that follow."""
+    if "LD_PRELOAD" not in zygote.environment:
+        pytest.skip("needs a C compiler")
+    root, work = collection(10), main.Work(rank=1, ranks=2)
+    name = next(f"{i}deadly.png" for i in range(99) if work.mine(main.File(b"%ddeadly.png" % i, 0, 0)))
+    (root / name).write_bytes(b"\x89PNG\r\n\x1a\n deadly".ljust(99))
+    monkeypatch.setenv("LD_PRELOAD", zygote.environment["LD_PRELOAD"])
+    first, second = (finish(torchrun(*OFFLINE, "--index-only", "-v")) for _ in range(2))
+    assert first.status != 0 and " found," not in first.stderr
+    assert second.status == 0 and "11 found" in second.stderr, second.stderr
+    assert f"{name}: its decoder crashes" in second.stderr
+    assert not list(Path("image_index").glob("*/reading*"))
+
+
 def test_what_the_first_rank_cannot_do_stops_them_all(torchrun):
     outcome = finish(torchrun(*OFFLINE, "--index-only"))
     assert outcome.status != 0 and outcome.stderr.count("bulk_images is missing") == 1

@@ -335,3 +335,13 @@ def test_weights_from_a_file_are_searched_with(weights, collection, run):
     shutil.copy(weights(SMALL), "mine.pth")
     outcome = run("bulk_images/1.png", "--model", SMALL, "--weights", "mine.pth")
     assert outcome.status == 0 and f"({SMALL}, 3 images)" in outcome.stdout
+
+
+def test_copy_of_torchvisions_file_is_used_as_by_its_name(weights, monkeypatch):
+    """Both have the same weights, and so the same cache: the pixels must be the same, too."""
+    name, listed = "efficientnet_b1", torchvision.models.EfficientNet_B1_Weights
+    for entry in (listed.IMAGENET1K_V1, listed.IMAGENET1K_V2):  # of which only the first is bicubic
+        copy = Path(shutil.copy(weights(name), Path(entry.url).name))
+        monkeypatch.setattr(main, "downloaded", lambda url, name, copy=copy: copy)
+        by_file, by_name = main.load_model(name, copy), main.load_model(name, entry.name)
+        assert (by_file.identity, by_file.resample) == (by_name.identity, by_name.resample)
