@@ -2410,13 +2410,22 @@ def find_gradio() -> None:
 
 
 UI_STYLE = """
-#found .grid-wrap{height:auto;max-height:none}#given .grid-wrap{padding-top:2.2rem}
-#given .grid-container{grid-template-columns:repeat(3,1fr)}
+#found .grid-wrap{height:auto;max-height:none;overflow:visible}#given .grid-wrap{padding-top:2.2rem}
+#given .grid-container{grid-template-columns:repeat(3,minmax(0,1fr))}
 #found .grid-container{grid-template-columns:repeat(auto-fill,minmax(min(11rem,45%),1fr))}
 #found .caption-label{left:0;right:0;bottom:0;max-width:none;white-space:normal;overflow-wrap:anywhere;opacity:.93}
 #found .selected{border-color:inherit;box-shadow:none}
 #title h2{margin:0;overflow-wrap:anywhere}footer{display:none!important}
 """
+
+
+PASTE = """() => document.addEventListener("paste", event => {
+    const input = document.querySelector("#given input[type=file]")
+    if (input && event.clipboardData.files.length) {
+        input.files = event.clipboardData.files
+        input.dispatchEvent(new Event("change", {bubbles: true}))
+    }
+})"""
 
 
 class Desk:
@@ -2470,11 +2479,12 @@ class Desk:
 def user_interface(desk: Desk, top: int) -> Any:
     """The page in the browser, as Gradio Blocks. Paths of the collection stay on this side: a click sends a number."""
     with gradio.Blocks(title="DeepVision", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        paths, query, progress = gradio.State([]), gradio.State(""), gradio.Progress(track_tqdm=True)
+        paths, query, seen = gradio.State([]), gradio.State(""), gradio.State(0)
+        progress = gradio.Progress(track_tqdm=True)
         with gradio.Row():
             with gradio.Column(scale=1, min_width=260):
                 given = gradio.Gallery(
-                    label="Drop, paste or choose", sources=["upload", "clipboard"], file_types=["image"], height=230,
+                    label="Drop, paste or choose", sources=["upload"], file_types=["image"], height=230,
                     interactive=True, allow_preview=False, object_fit="cover", elem_id="given",
                 )  # fmt: skip
                 asked = gradio.Image(label="Searched for", interactive=False, buttons=[], height=230, elem_id="asked")
@@ -2490,8 +2500,13 @@ def user_interface(desk: Desk, top: int) -> Any:
                     interactive=False, allow_preview=False, buttons=[], elem_id="found",
                 )  # fmt: skip
 
-        def from_given(given: list[tuple[str, str]] | None, k: int, least: float, event: gradio.EventData) -> Any:
-            return desk.search(given[getattr(event, "index", 0)][0] if given else "", k, least)
+        def newest(given: list[tuple[str, str]] | None, seen: int) -> Any:
+            """How many pictures are given now, and, as the query, the first that was not there before."""
+            given = given or []
+            return len(given), given[seen][0] if len(given) > seen else gradio.skip()
+
+        def from_given(given: list[tuple[str, str]], k: int, least: float, event: gradio.SelectData) -> Any:
+            return desk.search(given[event.index][0], k, least)
 
         def from_found(paths: list[str], k: int, least: float, event: gradio.SelectData) -> Any:
             return desk.search(paths[event.index], k, least)
@@ -2500,12 +2515,13 @@ def user_interface(desk: Desk, top: int) -> Any:
             return desk.update()
 
         shown, private = [asked, title, found, paths, query], {"api_visibility": "private"}
-        given.upload(from_given, [given, k, least], shown, **private)
+        added = given.change(newest, [given, seen], [seen, query], **private)
+        added.then(desk.search, [query, k, least], shown, **private)
         given.select(from_given, [given, k, least], shown, **private)
         found.select(from_found, [paths, k, least], shown, **private)
         gradio.on([k.release, least.release], desk.search, [query, k, least], shown, **private)
         renew.click(update, None, state, **private)
-        page.load(desk.state, None, state, **private)
+        page.load(desk.state, None, state, js=PASTE, **private)
     return page
 
 
