@@ -77,7 +77,9 @@ class Tab:
         return [caption.text for caption in self.all("#found .caption-label")]
 
     def give(self, *names: str) -> None:
-        self.all("#given input[type=file]")[0].send_keys("\n".join(str(self.folder / name) for name in names))
+        field = self.all("#given input[type=file]")[0]
+        self.browser.execute_script("arguments[0].value = ''", field)  # or what it was given before comes along
+        field.send_keys("\n".join(str(self.folder / name) for name in names))
 
     def until(self, there: Callable[[], Any]) -> Any:
         end = time.monotonic() + WAIT
