@@ -710,7 +710,7 @@ def assemble_model(
     resample: str,
 ) -> Model:  # fmt: skip
     """The network in the fastest form, fused and in low precision, that gives the features of the plain one."""
-    sha = hashlib.sha256()
+    sha = hashlib.sha256(repr((side, *mean, *std, resample)).encode())
     for key, value in sorted(network.state_dict().items()):
         sha.update(key.encode() + value.numpy().tobytes())
     network = network.eval().to(device).to(memory_format=torch.channels_last)
@@ -2593,6 +2593,8 @@ def check_combination(options: argparse.Namespace, parser: argparse.ArgumentPars
         parser.error("--ui prints nothing: leave out --json and --null")
     if options.port is not None and not options.ui:
         parser.error("--port is for --ui")
+    if options.duplicates is not None and (options.threshold, options.top, options.views) != (-1.0, TOP, "auto"):
+        parser.error("--duplicates goes without --threshold, --top and --views; a score is --duplicates S")
     if options.duplicates == "weak":
         parser.error("--duplicates weak: any two images are")
 

@@ -91,6 +91,8 @@ def test_help_needs_no_package_and_names_every_option() -> None:
         ("--duplicates --index-only", "not allowed with"),
         ("--ui --duplicates", "not allowed with"),
         ("--duplicates many", "--duplicates.*many"),
+        ("--duplicates --threshold 0.9", "--duplicates.*--threshold"),
+        ("--duplicates 0.9 -k 3", "--duplicates.*--top"),
         ("--duplicates weak", "--duplicates.*weak"),
         ("photo.jpg --duplicates", "--duplicates.*QUERY.*photo.jpg"),
         ("photo.jpg --ui", "--ui.*QUERY.*photo.jpg"),

@@ -6,8 +6,10 @@ import base64
 import http.client
 import json
 import os
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -220,21 +222,31 @@ def test_no_file_is_served(path: str, server: Server) -> None:
             assert server.ask(f"/gradio_api/{route}{name}")[0] >= 400
 
 
-def test_a_query_cannot_be_a_path_on_this_machine(server: Server) -> None:
-    """As a forged call would give it, where the page gives what it has uploaded."""
-    config = json.loads(server.ask("/config")[1])
-    calls = [call for call in config["dependencies"] if len(call["inputs"]) in (2, 3)]
-    image = {"image": {"path": str(server.folder / "small.png"), "meta": {"_type": "gradio.FileData"}}, "caption": None}
+def called(server: Server, path: str, session: str) -> bytes:
+    """What comes of a call of each function that takes a picture or a query, as if the page had uploaded `path`."""
+    image = {"image": {"path": path, "url": path, "meta": {"_type": "gradio.FileData"}}, "caption": None}
+    calls = [call for call in json.loads(server.ask("/config")[1])["dependencies"] if len(call["inputs"]) in (2, 3)]
     assert len(calls) == 5
+    answers = b""
     for call in calls:
-        data = {
-            "data": [[image], 3, 0][: len(call["inputs"])],
-            "fn_index": call["id"],
-            "session_hash": "x",
-            "event_data": {"index": 0},
-        }
-        _, answer = server.ask("/gradio_api/run/predict", "POST", json.dumps(data), Content_Type="application/json")
-        assert b"like small" not in answer and b"webp" not in answer
+        given = [[image], 3, 0][: len(call["inputs"])]
+        data = {"data": given, "fn_index": call["id"], "session_hash": session, "event_data": {"index": 0}}
+        answers += server.ask("/gradio_api/run/predict", "POST", json.dumps(data), Content_Type="application/json")[1]
+    return answers
+
+
+@pytest.mark.parametrize("forged", ["small.png", "image_index", "http"])
+def test_a_query_cannot_be_another_path_or_address(forged: str, server: Server) -> None:
+    """As a forged call would give it, where the page gives what it has uploaded."""
+    picture = (server.folder / "small.png").read_bytes()
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="small.png"\r\n\r\n%b\r\n--x--\r\n' % picture
+    _, uploaded = server.ask("/gradio_api/upload", "POST", form, Content_Type="multipart/form-data; boundary=x")
+    assert b"like small.png" in called(server, json.loads(uploaded)[0], "honest")  # so that is how it would be done
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"http://127.0.0.1:{other.getsockname()[1]}/small.png"
+        answers = called(server, address if forged == "http" else str(server.folder / forged), "forged")
+        assert b"like small" not in answers and b"webp" not in answers
+        assert select.select([other], [], [], 0.5)[0] == []  # nobody has asked
 
 
 @pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}])
