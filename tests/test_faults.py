@@ -261,6 +261,17 @@ def test_killed_between_two_writes(name: str, scene: Callable[[str], Scene]) -> 
     kill_often(scene(name), name, times=3)
 
 
+@pytest.mark.parametrize(("kind", "name"), [("w", "features.bin"), ("u", "catalogue.sqlite-journal")])
+def test_killed_between_features_and_the_files_they_belong_to(
+    kind: str, name: str, scene: Callable[[str], Scene]
+) -> None:
+    """The features come first: whichever of the two is not there yet, nothing is to be repaired."""
+    case = scene("codes, added to")
+    there = [i for i, c in enumerate(case.calls, 1) if (c.kind, os.path.basename(c.path)) == (kind, name)]
+    for number in (there[1], there[-1]):
+        kill_at(case, number, KILL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_killed_between_two_writes_wherever_that_is(name: str, scene: Callable[[str], Scene]) -> None:
