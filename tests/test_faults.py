@@ -382,7 +382,7 @@ def stop_politely(scene: Scene, name: str, stops: tuple[signal.Signals, ...], ti
     for _ in range(4 * times):
         box = scene.copy()
         run = box.start(*scene.case.options, "-q", constants=scene.case.constants)
-        begun(box, run, chance.uniform(0.02, latest))
+        begun(box, run, chance.uniform(0.03, latest))
         for number in stops:
             run.send(number)
             time.sleep(chance.choice((0, 0.001, 0.01, 0.03)))
