@@ -241,7 +241,8 @@ def measure(n: int, dim: int, folder: Path, peers: bool) -> Iterator[tuple[str, 
     yield "disk", {"KB an image": size / n / 1e3}
     for kind in ("cold", "warm"):
         yield f"first answer, {kind}", in_a_process("first_answer", kind == "cold", *args)
-    yield "1,000 queries", in_a_process("batch", False, *args)
+    for kind in ("cold", "warm"):
+        yield f"1,000 queries, {kind}", in_a_process("batch", kind == "cold", *args)
     yield "nothing changed", in_a_process("rerun", False, *args)
     yield "100 added, without scan and extraction", in_a_process("add", False, *args)
     if peers:
