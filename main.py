@@ -2109,6 +2109,9 @@ def cache_errors(folder: Path) -> Iterator[None]:
 def ready(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Engine:
     catalogue.check(thorough=work.update)
     summary = update(catalogue, images, model, work) if work.update else Summary(*catalogue.totals())
+    first = [os.fsdecode(path) for (path,) in catalogue.db.execute(f"SELECT path FROM {USABLE} LIMIT {BLOCK}")]
+    if not (work.update or any(os.path.exists(images / path) for path in first)):
+        log.warning("%s has none of the first images that its index knows: is it the right folder?", images)
     generation, gone = catalogue.generation(), catalogue.rows("WHERE files = 0")
     sample, limits = label_limits(catalogue)
     index, notes = open_index(catalogue, work)
@@ -2414,7 +2417,8 @@ UI_STYLE = """
 #given .grid-container{grid-template-columns:repeat(3,minmax(0,1fr))}
 #found .grid-container{grid-template-columns:repeat(auto-fill,minmax(min(11rem,45%),1fr))}
 #found .caption-label{left:0;right:0;bottom:0;max-width:none;white-space:normal;overflow-wrap:anywhere;opacity:.93}
-#found .selected{border-color:inherit;box-shadow:none}
+#found .selected,#found .thumbnail-item:focus:not(:focus-visible){border-color:inherit;box-shadow:none}
+#found .thumbnail-item img{padding-bottom:2rem}
 #title h2{margin:0;overflow-wrap:anywhere}footer{display:none!important}
 """
 

@@ -162,7 +162,8 @@ def batch(images: Path, cache: Path, dim: int) -> dict[str, float]:
         for _, I, _ in main.nearest(engine, xq[i0 : i0 + main.TOGETHER], main.TOP)
     ]
     spent = time.perf_counter() - start
-    true = main.candidates(replace(engine, exact=True), xq[:200], main.TOP, True)
+    true = main.candidates(replace(engine, exact=True), xq[:200], main.TOP + int(engine.dead.sum()), True)
+    true = [[row for row in rows if not engine.dead[row]][: main.TOP] for rows in true]
     recall = np.mean([len(set(t) & set(f[: main.TOP])) / main.TOP for t, f in zip(true, found)])
     return {"batch ms": 1e3 * spent / len(xq), "recall": float(recall)}
 

@@ -328,6 +328,17 @@ def test_without_an_update_there_must_be_an_index(run: Callable[..., Outcome], c
     assert "run without --no-update" in outcome.stderr and not Path("image_index").exists()
 
 
+def test_no_update_in_another_folder_than_the_indexed_one_is_said(
+    run: Callable[..., Outcome], collection: Callable[[int], Path]
+) -> None:
+    images = collection(4)
+    run("--model", "offline", "--index-only")
+    (other := Path("other")).mkdir()
+    said = "has none of the first images that its index knows"
+    assert said in run(*ASK, images / "1.png", "--images", other).stderr
+    assert said not in run(*ASK, images / "1.png").stderr
+
+
 @pytest.mark.parametrize("option", ["--index-only", "--rebuild", "--prune"])
 def test_no_update_contradicts_what_updates(option: str, run: Callable[..., Outcome]) -> None:
     outcome = run("--no-update", option)
