@@ -1660,7 +1660,9 @@ def nearest(engine: Engine, xq: np.ndarray, k: int) -> Iterator[tuple[np.ndarray
 
     Their order is the caller's, so that top k is a prefix of top k+n.
     """
-    closely = max(engine.shortlist, 1 << (CLOSELY * k - 1).bit_length())
+    closely = max(1, engine.shortlist)
+    while closely < CLOSELY * k:  # in few steps: lists of lengths between two of them are surely prefixes of each other
+        closely *= 2
     exact = engine.exact or not engine.shortlist or closely > LONGEST
     first = 2 * k if exact else closely
     for query, rows in zip(xq[:, None], candidates(engine, xq, first, exact)):
