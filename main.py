@@ -1939,8 +1939,10 @@ def crashes_noted(catalogue: Catalogue, images: Path, note: Path) -> Iterator[Ca
     try:
         note.unlink(missing_ok=True)
         stream = io.FileIO(note, "x")
+        stream.truncate(IN_FLIGHT * PATH_BYTES)
+        words = io.FileIO(note, "a")  # behind that, whatever the other threads are writing meanwhile
     except OSError:  # it can be done without
-        stream = io.FileIO(os.devnull, "w")
+        stream, words = io.FileIO(os.devnull, "w"), io.FileIO(os.devnull, "w")
     places = itertools.cycle(range(0, IN_FLIGHT * PATH_BYTES, PATH_BYTES))
 
     def is_safe(file: File) -> bool:
@@ -1950,11 +1952,10 @@ def crashes_noted(catalogue: Catalogue, images: Path, note: Path) -> Iterator[Ca
         with suppress(OSError):
             stream.seek(next(places))
             stream.write(file.path.ljust(PATH_BYTES, b"\0"))
-            stream.seek(IN_FLIGHT * PATH_BYTES)  # where the last words belong
         return True
 
-    with stream:
-        faulthandler.enable(stream)
+    with stream, words:
+        faulthandler.enable(words)
         try:
             yield is_safe
         finally:
