@@ -12,6 +12,7 @@ import random
 import signal
 import sqlite3
 import struct
+import subprocess
 import sys
 import unicodedata
 import zlib
@@ -21,7 +22,7 @@ from typing import Any
 
 import mutants
 import pytest
-from conftest import HOSTILE_NAMES, Outcome, draw
+from conftest import HOSTILE_NAMES, MAIN, Outcome, draw
 from PIL import Image
 from zygote import Ended, Zygote
 
@@ -560,6 +561,24 @@ def test_sql_in_names_and_in_the_catalogue_is_text(zygote: Zygote, collection: C
     assert len(json.loads(before.stdout)["matches"]) == 4
     schema = sqlite3.connect(path).execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid")
     assert [sql for (sql,) in schema] == main.SCHEMA
+
+
+def test_the_last_words_are_kept_while_other_files_are_noted(tmp_path: Path) -> None:
+    """The thread that gives out the files goes on while another one crashes."""
+    code = """import ctypes, sys, threading, time, main
+def crash():
+    time.sleep(0.1)
+    ctypes.CDLL(None)["raise"](11)  # as a decoder does, without the lock of the interpreter
+with main.crashes_noted(None, "", main.Path(sys.argv[1])) as is_safe:
+    threading.Thread(target=crash).start()
+    while True:
+        is_safe(main.File(b"a.png", 0, 0))"""
+    for number in range(3):
+        note = tmp_path / str(number)
+        environment = {**os.environ, "PYTHONPATH": str(MAIN.parent)}
+        done = subprocess.run([sys.executable, "-c", code, note], env=environment, check=False)
+        assert done.returncode < 0
+        assert b"a.png" in note.read_bytes() and b"Fatal Python error" in note.read_bytes()
 
 
 # ---- Little memory, few files, many files ----------------------------------------------------------------------------
