@@ -2112,9 +2112,10 @@ def cache_errors(folder: Path) -> Iterator[None]:
 def ready(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Engine:
     catalogue.check(thorough=work.update)
     summary = update(catalogue, images, model, work) if work.update else Summary(*catalogue.totals())
-    first = [os.fsdecode(path) for (path,) in catalogue.db.execute(f"SELECT path FROM {USABLE} LIMIT {BLOCK}")]
-    if not (work.update or any(os.path.exists(images / path) for path in first)):
-        log.warning("%s has none of the first images that its index knows: is it the right folder?", images)
+    if not work.update:
+        first = catalogue.db.execute(f"SELECT path FROM {USABLE} LIMIT {BLOCK}").fetchall()  # an open query would lock
+        if not any(os.path.exists(images / os.fsdecode(path)) for (path,) in first):
+            log.warning("%s has none of the first images that its index knows: is it the right folder?", images)
     generation, gone = catalogue.generation(), catalogue.rows("WHERE files = 0")
     sample, limits = label_limits(catalogue)
     index, notes = open_index(catalogue, work)
