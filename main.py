@@ -156,7 +156,7 @@ FEWEST_CODED = 64  # vectors; of fewer the codes cannot be trained
 CODED_DIM = 256  # principal components in the codes, 2 bits each
 TRAINED_ON, HELD_OUT = 30_000, 500  # vectors; more gain nothing, fewer measure recall to less than 0.001
 OUTGROWN = 2  # times the collection that the codes were trained on, they are trained again
-SHORTLIST, LONGEST = 384, 16_384  # codes whose exact scores are computed: the fewest, the most
+SHORTLIST, LONGEST = 384, 32_768  # codes whose exact scores are computed: the fewest, the most
 CLOSELY = 20  # times as many codes as matches, at least: the last match is to be found as surely as the first
 RECALL = 0.998  # of the true ten that the codes must find; 0.995 is promised
 ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
@@ -1646,37 +1646,40 @@ def candidates(engine: Engine, xq: np.ndarray, count: int, exact: bool) -> np.nd
 
 def exact_scores(catalogue: Catalogue, xq: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Scores D, rows I and content hashes, best first, of these rows for one query, (1, dim), from their features."""
-    if not len(rows):
-        return np.empty(0, np.float32), rows, np.empty(0)
     records = catalogue.records_of(np.sort(rows))
+    if not len(rows):
+        return np.empty(0, np.float32), rows, records["digest"]
     index = build_index(records["vector"][:0])
     index.add_sa_codes(np.ascontiguousarray(records["vector"]).view(np.uint8))
     D, I = index.search(xq, len(rows))
     return D[0], np.sort(rows)[I[0]], records["digest"][I[0]]
 
 
-def nearest(engine: Engine, xq: np.ndarray, k: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """For each of xq, (nq, dim): D, I and content hashes of the k nearest live rows and of all that tie with the last.
+def nearest(engine: Engine, xq: np.ndarray, k: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """For each of xq, (nq, dim): D, I and content hashes of the k nearest live rows or more; ties in no certain order.
 
-    Their order is the caller's, so that top k is a prefix of top k+n.
+    They are found in steps, each of four times as many codes and the same whatever k is. What a step finds above the
+    end of the one before comes too late and is left out: so top k is a prefix of top k+n.
     """
-    closely = max(1, engine.shortlist)
-    while closely < CLOSELY * k:  # in few steps: lists of lengths between two of them are surely prefixes of each other
-        closely *= 2
-    exact = engine.exact or not engine.shortlist or closely > LONGEST
-    first = 2 * k if exact else closely
-    for query, rows in zip(xq[:, None], candidates(engine, xq, first, exact)):
-        count = first
-        while True:
+    none: tuple[np.ndarray, ...] = exact_scores(engine.catalogue, xq, np.empty(0, np.int64))
+    found, lacking, exact = [none] * len(xq), np.arange(len(xq)), engine.exact or not engine.shortlist
+    count = 2 * k if exact else engine.shortlist
+    while len(lacking):
+        whole = count >= engine.index.ntotal
+        for i, rows in zip(lacking, candidates(engine, xq[lacking], count, exact)):
             live = rows[rows >= 0]
-            live = live[~engine.dead[live]]
-            D, I, digests = exact_scores(engine.catalogue, query, live)
-            if count >= engine.index.ntotal or (len(D) > k and D[k - 1] - D[-1] > ROUNDING):
-                last = np.searchsorted(-D, -D[k - 1], "right") if len(D) > k else len(D)
-                yield D[:last], I[:last], digests[:last]
-                break
-            count *= 4
-            (rows,) = candidates(engine, query, count, exact)
+            step = D, *_ = exact_scores(engine.catalogue, xq[i : i + 1], live[~engine.dead[live]])
+            sure = D.min(initial=np.inf) + ROUNDING < D  # of equal scores all are here, or none is taken
+            if not exact:
+                near = np.count_nonzero(~engine.dead[rows[: count // CLOSELY]])
+                sure &= D[near - 1] <= D if near else False
+            taken = (sure | whole) & (found[i][0].min(initial=np.inf) > D)
+            found[i] = tuple(np.concatenate([old, new[taken]]) for old, new in zip(found[i], step))
+        lacking = np.array([i for i in lacking if len(found[i][0]) < k and not whole], np.int64)
+        count *= 4
+        if count > LONGEST and not exact:
+            count, exact = 2 * k, True
+    yield from found
 
 
 def location(path: str) -> str:

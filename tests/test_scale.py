@@ -183,6 +183,25 @@ def test_top_k_begins_top_k_plus_n(exact: bool, many: Any, ask: Any) -> None:
         assert ask(engine, k) == longest[:k]
 
 
+def test_a_short_list_that_missed_a_match_still_begins_every_longer_one(
+    many: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes are looked at in steps; a later one finds what an earlier one has missed, and that comes too late."""
+    monkeypatch.setattr(main, "CLOSELY", 2)
+    engine = replace(many(3000), shortlist=12)
+    engine.dead[::7] = True
+    xq = np.random.default_rng(5).standard_normal((30, DIM)).astype(np.float32)
+
+    def rows(k: int, engine: main.Engine = engine) -> list[list[int]]:
+        return [I[:k].tolist() for _, I, _ in main.nearest(engine, xq, k)]
+
+    longest, exact = rows(1000), rows(5, replace(engine, exact=True))
+    assert [row[:5] for row in longest] != exact
+    assert all(len(set(row)) == 1000 and not engine.dead[row].any() for row in longest)
+    for k in (*range(1, 30), 40, 70, 100, 300, 999):
+        assert rows(k) == [row[:k] for row in longest]
+
+
 def test_a_query_is_answered_alike_alone_and_among_others(many: Any) -> None:
     engine = many(1500)
     queries = [put(20_000 + i, Path("queries")) for i in range(40)]
