@@ -2693,6 +2693,31 @@ def answers(options: argparse.Namespace, engine: Engine, locked: list[OSError]) 
         raise DeepVisionError(f"no image to search with in {where}: put one there, or name it: main.py photo.jpg")
 
 
+def answer_at_once(options: argparse.Namespace, model: Model, work: Work) -> dict[str, list[Match]]:
+    """On a terminal, what a large collection's index says as it is, printed before the files are looked through, which
+    takes seconds: the matches of the first queries."""
+    told = dict[str, list[Match]]()
+    searching = not (options.index_only or options.export or options.ui or options.duplicates is not None)
+    as_usual = work.update and not (work.rebuild or work.prune or work.exact or work.ranks > 1)
+    features = Path(options.index_dir, model.identity, "features.bin")
+    large = features.is_file() and features.stat().st_size > work.exact_bytes
+    if not (searching and as_usual and large and options.form == "text" and sys.stdout.isatty()):
+        return told
+    with suppress(DeepVisionError):  # what is wrong is said when all has been looked at
+        given = options.images, options.index_dir
+        engine = initialize_reverse_image_search(*given, model=model, work=replace(work, update=False))
+        queries = find_queries(options.queries or filter(os.path.isdir, [QUERIES]), lambda error: None)
+        first = itertools.islice(queries, TOGETHER)
+        for answer in search(first, engine, k=options.top, threshold=options.threshold, views=options.views):
+            if answer.matches:
+                print_found(answer, engine, options.form)
+                told[answer.query] = answer.matches
+        engine.catalogue.close()
+    if told:
+        log.info("%s is looked through now; what that changes is printed again", shown(options.images))
+    return told
+
+
 def groups(options: argparse.Namespace, engine: Engine) -> Iterator[Group]:
     """The groups of --duplicates, and at their end a word of how many there are."""
     count = copies = 0
@@ -2727,6 +2752,7 @@ def run(options: argparse.Namespace) -> int:
         if work.update:
             read_share(options.images, options.index_dir, model, work)
         return 0
+    told = answer_at_once(options, model, work)
     engine = initialize_reverse_image_search(options.images, options.index_dir, model=model, work=work)
     done = f"{engine.summary.images:,} images, searched without a look at what has changed"
     done = str(engine.summary) if work.update else done
@@ -2747,7 +2773,8 @@ def run(options: argparse.Namespace) -> int:
     locked: list[OSError] = []
     for item in groups(options, engine) if options.duplicates is not None else answers(options, engine, locked):
         found.append(item)
-        print_found(item, engine, options.form)
+        if told.get(item[0]) != item.matches:
+            print_found(item, engine, options.form)
     for error in locked:
         log.error("%s cannot be listed (%s)", shown(os.fsdecode(error.filename)), error.strerror)
     if options.report:

@@ -12,20 +12,22 @@ import re
 import shutil
 import sqlite3
 import subprocess
+import sys
 import time
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, draw
+from conftest import MAIN, Outcome, draw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -338,6 +340,118 @@ def test_without_an_update_what_is_new_is_not_seen_and_what_is_gone_or_changed_i
     assert paths(outcome) == [path for path in before if path[-5] not in "23"]
     assert "6 images" in outcome.stderr and "without a look at" in outcome.stderr
     assert paths(run("query.png", "--model", "offline", "--json"))[0] == "bulk_images/new.png"
+
+
+# ---- First what the index says, then what the folder does ------------------------------------------------------------
+
+
+LARGE = """import functools, main
+main.Work = functools.partial(main.Work, exact_bytes=0)
+raise SystemExit(main.main())"""
+
+
+class Terminal:
+    """main.py with a terminal for its stdout."""
+
+    def __init__(self, *args: str, code: str = LARGE) -> None:
+        self.terminal, its_end = os.openpty()
+        command = [sys.executable, "-c", code, "--model", "offline", "--no-report", *args]
+        environment = {**os.environ, "PYTHONPATH": str(MAIN.parent), "NO_COLOR": "1"}
+        self.process = subprocess.Popen(command, stdout=its_end, stderr=subprocess.PIPE, env=environment)
+        os.close(its_end)
+
+    def until(self, text: str) -> str:
+        """What shows there, up to this text or to the end."""
+        seen = b""
+        with suppress(OSError):  # the other end was closed
+            while text.encode() not in seen:
+                seen += os.read(self.terminal, 4096)
+        return seen.decode().replace("\r\n", "\n")
+
+    def outcome(self) -> Outcome:
+        shown = self.until("\0")
+        os.close(self.terminal)
+        _, told = self.process.communicate()
+        return Outcome(self.process.returncode, shown, told.decode())
+
+
+@pytest.fixture
+def indexed(coded: Any, collection: Any) -> Path:
+    """A collection of 80 images, indexed by codes, and query.png."""
+    images = collection(80)
+    draw(3).resize((48, 32)).save("query.png")
+    coded("query.png")
+    return images
+
+
+def test_at_a_terminal_the_answer_does_not_wait_for_the_folder_and_comes_again_if_that_changes_it(
+    indexed: Path,
+) -> None:
+    """The lock is held here until the first answer is there, so that it cannot come after the update."""
+    shutil.copy("query.png", indexed / "new.png")
+    (folder,) = Path("image_index").iterdir()
+    terminal = Terminal("query.png", "-k", "2")
+    with filelock.FileLock(folder / "lock"):
+        first = terminal.until("  2  ")
+    status, rest, told = terminal.outcome()
+    assert status == 0
+    assert re.match(r"query.png  \(offline, 80 images\).*\n  1   0\.9.. +bulk_images/3\.png", first)
+    assert re.search(r"query.png  \(offline, 81 images\)\n  1   1\.000 +bulk_images/new\.png +identical", rest)
+    assert rest.count("query.png") == 1
+    assert re.search("bulk_images is looked through now.*81 found, 1 new", told, re.DOTALL)
+
+
+@pytest.mark.parametrize("change", ["nothing", "what does not matter"])
+def test_an_answer_that_holds_is_not_printed_again(change: str, indexed: Path) -> None:
+    if change != "nothing":
+        draw(500).save(indexed / "other.png")
+    status, shown, told = Terminal("query.png", "-k", "1", "--views", "none").outcome()
+    assert (status, shown.count("query.png"), shown.count("\n")) == (0, 1, 2)
+    assert f"{int(change != 'nothing')} new" in told
+
+
+@pytest.mark.parametrize(
+    ("args", "printed"),
+    [
+        (("query.png", "--exact"), "bulk_images/3.png"),
+        (("query.png", "--rebuild"), "bulk_images/3.png"),
+        (("query.png", "--prune"), "bulk_images/3.png"),
+        (("query.png", "--no-update"), "bulk_images/3.png"),
+        (("query.png", "--json"), '"query"'),
+        (("query.png", "--threshold", "0.9999"), "no match"),
+        (("query.png", "missing.png"), "missing.png: No such file"),
+        (("--duplicates", "0.1"), " groups, "),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_all_else_is_said_once(args: Any, printed: str, indexed: Path) -> None:
+    """No match may be for want of the newest files, and what updates by another way than usual comes first."""
+    status, shown, told = Terminal(*args).outcome()
+    assert status == ("missing.png" in args)
+    assert (shown + told).count(printed) == 1
+    assert ("looked through now" in told) == ("missing.png" in args)
+
+
+def test_where_the_index_is_no_use_the_folder_is_read_first(indexed: Path) -> None:
+    """Damage is mended, and said, once; and in the wrong folder there is one error."""
+    (folder,) = Path("image_index").iterdir()
+    with open(folder / "features.bin", "r+b") as stream:
+        stream.write(b"x" * 20)
+    status, shown, told = Terminal("query.png", "-k", "1").outcome()
+    assert (status, shown.count("bulk_images/3.png"), told.count("Repaired")) == (0, 1, 1)
+    Path("empty").mkdir()
+    status, shown, told = Terminal("query.png", "--images", "empty").outcome()
+    assert (status, shown, told.count("error: ")) == (1, "", 1)
+
+
+def test_on_a_pipe_and_in_a_small_collection_there_is_one_answer(run: Any, indexed: Path, monkeypatch: Any) -> None:
+    shutil.copy("query.png", indexed / "new.png")
+    status, shown, _ = Terminal("query.png", code="import main; raise SystemExit(main.main())").outcome()
+    assert (status, shown.count("query.png"), shown.count("bulk_images/new.png")) == (0, 1, 1)
+    (indexed / "new.png").unlink()
+    monkeypatch.setattr(main, "Work", partial(main.Work, exact_bytes=0))
+    outcome = run("query.png", "--model", "offline", "--no-report")
+    assert outcome.stdout.count("query.png") == 1 and "looked through now" not in outcome.stderr
 
 
 def test_without_an_update_there_must_be_an_index(run: Callable[..., Outcome], collection: Any) -> None:
