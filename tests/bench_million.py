@@ -19,13 +19,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import main
@@ -133,11 +136,8 @@ def build(images: Path, cache: Path, dim: int) -> dict[str, float]:
 
 
 def first_answer(images: Path, cache: Path, dim: int, exact: bool = False) -> dict[str, float]:
-    from PIL import Image
-
     model = model_of(dim)
-    image = str(cache / "query.png")
-    Image.new("L", (8, 8), 3).save(image)
+    Image.new("L", (8, 8), 3).save(image := str(cache / "query.png"))
     base, start = peak(reset=True), time.perf_counter()
     engine = main.initialize_reverse_image_search(images, cache, model=model, work=main.Work(update=False, exact=exact))
     answer = next(main.search(image, engine))
@@ -149,6 +149,33 @@ def first_answer(images: Path, cache: Path, dim: int, exact: bool = False) -> di
         next(main.search(image, engine))
         times.append(time.perf_counter() - start)
     return {"first s": spent, "first MB": memory, "again ms": 1e3 * statistics.median(times)}
+
+
+def at_a_terminal(images: Path, cache: Path, dim: int) -> dict[str, float]:
+    """`python main.py query.png`, whole, but for the model: until the answer stands there, and until all is done."""
+    model, (terminal, its_end), printed = model_of(dim), os.openpty(), list[float]()
+    Image.new("L", (8, 8), 3).save(query := str(cache / "query.png"))
+    main.load_model = lambda *args: model
+
+    def watch() -> None:
+        seen = b""
+        with suppress(OSError):  # the other end was closed
+            while chunk := os.read(terminal, 4096):
+                seen += chunk
+                if not printed and b"\n  10  " in seen:
+                    printed.append(time.perf_counter())
+
+    watcher, stdout = threading.Thread(target=watch), os.dup(1)
+    watcher.start()
+    os.dup2(its_end, 1)
+    start = time.perf_counter()
+    status = main.main([query, "--images", str(images), "--index-dir", str(cache), "--no-report", "-q"])
+    done = time.perf_counter()
+    os.dup2(stdout, 1)
+    os.close(its_end)
+    watcher.join()
+    assert status == 0
+    return {"first s": printed[0] - start, "all s": done - start}
 
 
 def batch(images: Path, cache: Path, dim: int) -> dict[str, float]:
@@ -218,7 +245,7 @@ def peer_sqlite(images: Path, cache: Path, dim: int) -> dict[str, float]:
 
 
 STEPS: dict[str, Callable[..., dict[str, float]]] = {
-    step.__name__: step for step in (build, first_answer, batch, add, rerun, peer_flat, peer_sqlite)
+    step.__name__: step for step in (build, first_answer, at_a_terminal, batch, add, rerun, peer_flat, peer_sqlite)
 }
 
 
@@ -242,6 +269,7 @@ def measure(n: int, dim: int, folder: Path, peers: bool) -> Iterator[tuple[str, 
     yield "disk", {"KB an image": size / n / 1e3}
     for kind in ("cold", "warm"):
         yield f"first answer, {kind}", in_a_process("first_answer", kind == "cold", *args)
+        yield f"the same at a terminal, then the folder, {kind}", in_a_process("at_a_terminal", kind == "cold", *args)
     for kind in ("cold", "warm"):
         yield f"1,000 queries, {kind}", in_a_process("batch", kind == "cold", *args)
     yield "nothing changed", in_a_process("rerun", False, *args)
@@ -285,7 +313,7 @@ def run() -> None:
     folder = options.folder or Path(tempfile.mkdtemp())
     try:
         for what, figures in measure(options.vectors, options.dim, folder, not options.no_peers):
-            print(f"{what:40}", *(f"{name} {value:.4g}  " for name, value in figures.items()), flush=True)
+            print(f"{what:46}", *(f"{name} {value:.4g}  " for name, value in figures.items()), flush=True)
     finally:
         if not options.folder:
             shutil.rmtree(folder)
