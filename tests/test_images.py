@@ -209,6 +209,27 @@ def test_folder_that_cannot_be_listed_is_reported_and_the_others_are_found():
     assert [os.fsdecode(error.filename) for error in errors] == [str(root / "b")]
 
 
+def test_folders_are_listed_ahead_two_at_once_and_no_more(tmp_path, monkeypatch):
+    """A disk answers two questions at once; but a collection is not held in memory, so few wait for the reader."""
+    for folder in range(10):
+        for name in range(3):
+            (tmp_path / f"{folder}").mkdir(exist_ok=True)
+            (tmp_path / f"{folder}" / f"{name}.png").touch()
+    both, listed, list_folder = threading.Barrier(2, timeout=30), list[bytes](), main.list_folder
+
+    def watched(root, relative):
+        listed.append(relative)
+        if relative[:1] in (b"0", b"1"):
+            both.wait()  # for each other, which one thread could not
+        return list_folder(root, relative)
+
+    monkeypatch.setattr(main, "list_folder", watched)
+    files = main.find_images(tmp_path, pytest.fail)
+    assert next(files).path == os.path.join(b"0", b"0.png")
+    assert len(listed) <= 1 + 1 + main.LISTED_AHEAD
+    assert len(list(files)) == 29 and len(listed) == 11
+
+
 def test_missing_folder_is_reported():
     errors: list[OSError] = []
     assert list(main.find_images("nowhere", errors.append)) == []
