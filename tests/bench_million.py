@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -36,6 +37,7 @@ import main
 LATENT = 256  # directions in which the vectors vary, each less than the one before, as in pooled features
 CLUSTER = 50  # vectors around a centre
 BLOCK = 20_000
+TRAINED_ON = 160_000  # vectors for the alternatives: 4,096 lists want as many
 SCAN_QUERIES = 10  # for the peers that take seconds a query
 
 
@@ -244,8 +246,47 @@ def peer_sqlite(images: Path, cache: Path, dim: int) -> dict[str, float]:
     return {"first s": time.perf_counter() - start, "first MB": peak() - base}
 
 
+def alternative(images: Path, cache: Path, dim: int, factory: str, *settings: str) -> dict[str, float]:
+    """Another index in the place of the codes, and how many of the true ten are among those that it chooses."""
+    import faiss
+
+    catalogue = main.Catalogue(cache / f"made-up-{dim}", f"made-up-{dim}", dim)
+    rows, xq = catalogue.get("rows"), np.concatenate(list(made_up(1000, dim, seed=2)))[:200]
+    chosen = np.sort(np.random.default_rng(0).permutation(rows)[:TRAINED_ON])
+    sample = np.concatenate([catalogue.records_of(part)["vector"] for part in np.array_split(chosen, 40)])
+    nearest, index = main.Nearest(xq, main.TOP), faiss.index_factory(dim, factory)
+    deque(nearest.among(catalogue.vectors()), 0)
+    start = time.perf_counter()
+    index.train(main.single(sample))
+    for block in catalogue.vectors():
+        index.add(main.single(block))
+    figures = {"build s": time.perf_counter() - start, "MB": len(faiss.serialize_index(index)) / 1e6}
+    for setting in settings or ("",):
+        faiss.ParameterSpace().set_index_parameters(index, setting)
+        start = time.perf_counter()
+        found = index.search(xq, main.SHORTLIST)[1]
+        figures[f"{setting} batch ms"] = 1e3 * (time.perf_counter() - start) / len(xq)
+        start = time.perf_counter()
+        for q in xq[:50]:
+            index.search(q[None], main.SHORTLIST)
+        figures[f"{setting} one ms"] = 1e3 * (time.perf_counter() - start) / 50
+        for count in (main.SHORTLIST, 100):
+            true = zip(nearest.heap.I, found[:, :count])
+            recall = np.mean([len(np.intersect1d(*pair)) / main.TOP for pair in true])
+            figures[f"{setting} recall of {count}"] = float(recall)
+    return figures
+
+
+ALTERNATIVES = (
+    ("PCAR256,PQ128x4fs",),  # ours
+    ("PCAR256,SQ8",),
+    ("PCAR256,IVF4096,SQ8", "nprobe=128", "nprobe=1024"),
+    ("PCAR256,IVF4096,PQ128x4fs", "nprobe=128", "nprobe=1024"),
+    ("PCAR256,HNSW32_SQ8", "efSearch=384", "efSearch=2048"),
+)
 STEPS: dict[str, Callable[..., dict[str, float]]] = {
-    step.__name__: step for step in (build, first_answer, at_a_terminal, batch, add, rerun, peer_flat, peer_sqlite)
+    step.__name__: step
+    for step in (build, first_answer, at_a_terminal, batch, add, rerun, alternative, peer_flat, peer_sqlite)
 }
 
 
@@ -257,7 +298,7 @@ def in_a_process(step: str, cold: bool, *args: Any) -> dict[str, float]:
     return json.loads(out.splitlines()[-1])
 
 
-def measure(n: int, dim: int, folder: Path, peers: bool) -> Iterator[tuple[str, dict[str, float]]]:
+def measure(n: int, dim: int, folder: Path, peers: bool, alternatives: bool) -> Iterator[tuple[str, dict[str, float]]]:
     images, cache = folder / "images", folder / "cache"
     catalogue = main.Catalogue(cache / f"made-up-{dim}", f"made-up-{dim}", dim)
     if not images.exists():
@@ -274,6 +315,8 @@ def measure(n: int, dim: int, folder: Path, peers: bool) -> Iterator[tuple[str, 
         yield f"1,000 queries, {kind}", in_a_process("batch", kind == "cold", *args)
     yield "nothing changed", in_a_process("rerun", False, *args)
     yield "100 added, without scan and extraction", in_a_process("add", False, *args)
+    for others in ALTERNATIVES if alternatives else ():
+        yield others[0], in_a_process("alternative", False, *args, *others)
     if peers:
         import faiss
 
@@ -303,16 +346,17 @@ def run() -> None:
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--folder", type=Path, help="keep what is made here, and use it again")
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--step", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--alternatives", action="store_true", help="to the codes: 8 bits, IVF, HNSW")
+    parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
-        step, images, cache, dim = options.step
+        step, images, cache, dim, *others = options.step
         start_up()
-        print(json.dumps(STEPS[step](Path(images), Path(cache), int(dim))))
+        print(json.dumps(STEPS[step](Path(images), Path(cache), int(dim), *others)))
         return
     folder = options.folder or Path(tempfile.mkdtemp())
     try:
-        for what, figures in measure(options.vectors, options.dim, folder, not options.no_peers):
+        for what, figures in measure(options.vectors, options.dim, folder, not options.no_peers, options.alternatives):
             print(f"{what:46}", *(f"{name} {value:.4g}  " for name, value in figures.items()), flush=True)
     finally:
         if not options.folder:
