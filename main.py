@@ -125,7 +125,8 @@ CPU_BATCH = 4, 32  # images a core, and at most: so few that what a layer makes 
 FAITHFUL = 0.999  # cosine between features of the fast network and of the plain one in fp32, or it stays plain
 IN_FLIGHT, PATH_BYTES = 1024, 4096  # files read ahead at most, which are noted meanwhile; of a path
 AHEAD_BATCHES = 4  # decoded and waiting for the model: enough to overlap, bounded in memory
-LISTED_AHEAD = 2  # folders: a disk answers two questions at once; with more, threads that compute wait for each other
+LISTED_AHEAD = 4  # folders, while a disk that makes wait answers: it, and more so a server, does several at once
+WAITING, PATIENCE = 3, 0.1  # times that a scan takes what it computes, and seconds more, if the disk makes wait
 SAVE_SECONDS = 10  # work at risk when the process is killed; 30 are promised
 CONNECT_SECONDS = 10  # torch.hub sets no timeout of its own and would hang for minutes
 RANKS_WAIT = 30  # days that a rank waits for the slowest: the share of one may take long
@@ -331,14 +332,15 @@ class Summary:
 # ---- Images ----------------------------------------------------------------------------------------------------------
 
 
-def list_folder(root: bytes, relative: bytes) -> tuple[tuple[int, int], list[File], list[OSError]]:
-    """The identity of a folder below `root`, and what it holds; of a sub-folder the path ends with a separator."""
-    found, errors, identity = list[File](), list[OSError](), (0, 0)
+def list_folder(root: bytes, relative: bytes, visited: set[Any]) -> tuple[Any, list[File], list[OSError]]:
+    """The identity of a folder below `root`, and what it holds, unless that was `visited`; of a sub-folder the path
+    ends with a separator."""
+    found, errors, identity = list[File](), list[OSError](), tuple[Any, ...]((relative,))
     try:
         here = os.path.join(root, relative.removesuffix(os.fsencode(os.sep)))
         info = os.stat(here)
         identity = info.st_dev, info.st_ino
-        with os.scandir(here) as listing:
+        with nullcontext(()) if identity in visited else os.scandir(here) as listing:
             for entry in listing:
                 name = entry.name
                 if name.startswith(b".") or name.lower() in PASSED_OVER:
@@ -362,11 +364,12 @@ def find_images(
 ) -> Iterator[File]:
     """Every file below `folder` that may be an image, in the order of their paths, but for the folders `without`.
 
-    Links are followed, each folder once. `onerror` is told of a folder that cannot be listed.
+    Links are followed, each folder once. `onerror` is told of a folder that cannot be listed. Where the disk makes
+    wait, the next folders are listed meanwhile; where it does not, threads would only stand in each other's way.
     """
     root, separator = os.fsencode(folder), os.fsencode(os.sep)
-    visited = {(info.st_dev, info.st_ino) for info in map(os.stat, without)}
-    waiting, folders = [File(b"", 0, 0)], [b""]  # the next one last
+    visited: set[Any] = {(info.st_dev, info.st_ino) for info in map(os.stat, without)}
+    waiting, folders, waited, worked = [File(b"", 0, 0)], [b""], 0.0, 0.0  # the next one last
     threads, listings = ThreadPoolExecutor(LISTED_AHEAD), dict[bytes, Future[Any]]()
     try:
         while waiting:
@@ -374,9 +377,14 @@ def find_images(
             if file.path and not file.path.endswith(separator):
                 yield file
                 continue
-            for path in folders[: -LISTED_AHEAD - 1 : -1]:
-                listings[path] = listings.get(path) or threads.submit(list_folder, root, path)
-            identity, found, errors = listings.pop(folders.pop()).result()
+            if waited > WAITING * worked + PATIENCE:
+                for path in folders[: -LISTED_AHEAD - 1 : -1]:
+                    listings[path] = listings.get(path) or threads.submit(list_folder, root, path, visited)
+                identity, found, errors = listings.pop(folders.pop()).result()
+            else:
+                began, user = time.perf_counter(), os.times().user
+                identity, found, errors = list_folder(root, folders.pop(), visited)
+                waited, worked = waited + time.perf_counter() - began, worked + os.times().user - user
             if identity not in visited:
                 visited.add(identity)
                 for error in errors:
@@ -1566,7 +1574,7 @@ def coded_index(catalogue: Catalogue, rows: int) -> tuple[faiss.Index, dict[str,
     while True:
         found = index.search(nearest.xq, min(shortlist, rows))[1].tolist()
         recall = sum(len(t & set(f)) for t, f in zip(true, found)) / sum(map(len, true))
-        if recall >= RECALL or shortlist >= min(LONGEST, rows):
+        if recall >= RECALL or shortlist >= rows or 2 * shortlist > LONGEST:
             return index, {"trained": rows, "shortlist": shortlist, "recall": round(recall, 4)}
         shortlist *= 2
 
@@ -1638,15 +1646,21 @@ class Engine:
     def is_valid(self) -> bool:
         return self.catalogue.generation() == self.generation
 
+    def is_of_folder(self) -> bool:
+        """Whether the folder has any of the first images that are known."""
+        first = self.catalogue.db.execute(f"SELECT path FROM {USABLE} LIMIT {BLOCK}").fetchall()  # not open: a lock
+        return any(os.path.exists(self.images / os.fsdecode(path)) for (path,) in first)
+
     @cached_property
     def on_gpus(self) -> faiss.Index | None:
         return index_on_gpus(self.catalogue, self.index.ntotal)
 
 
-def candidates(engine: Engine, xq: np.ndarray, count: int, exact: bool) -> np.ndarray:
-    """Rows, int64 (nq, count), among which the nearest to each of xq are; -1 where there are fewer."""
+def candidates(engine: Engine, xq: np.ndarray, count: int, exact: bool, together: int = 0) -> np.ndarray:
+    """Rows, int64 (nq, count), among which the nearest to each of xq, some of those asked `together`, are; -1 where
+    there are fewer."""
     count = min(count, engine.index.ntotal)
-    if engine.shortlist and count <= GPU_MOST and len(xq) >= GPU_QUERIES and engine.on_gpus:
+    if engine.shortlist and count <= GPU_MOST and together >= GPU_QUERIES and engine.on_gpus:
         return engine.on_gpus.search(xq, count)[1]
     if engine.shortlist and exact:
         nearest = Nearest(xq, count)
@@ -1664,13 +1678,13 @@ def exact_scores(catalogue: Catalogue, xq: np.ndarray, rows: np.ndarray) -> tupl
     index = build_index(records["vector"][:0])
     index.add_sa_codes(np.ascontiguousarray(records["vector"]).view(np.uint8))
     D, I = index.search(xq, len(rows))
-    return D[0], np.sort(rows)[I[0]], records["digest"][I[0]]
+    return D[0].clip(-1, 1), np.sort(rows)[I[0]], records["digest"][I[0]]  # fp16 makes lengths up to 1.0001
 
 
 def nearest(engine: Engine, xq: np.ndarray, k: int) -> Iterator[tuple[np.ndarray, ...]]:
     """For each of xq, (nq, dim): D, I and content hashes of the k nearest live rows or more; ties in no certain order.
 
-    They are found in steps, each of four times as many codes and the same whatever k is. What a step finds above the
+    By codes they are found in steps, each of four times as many and the same whatever k is. What a step finds above the
     end of the one before comes too late and is left out: so top k is a prefix of top k+n.
     """
     none: tuple[np.ndarray, ...] = exact_scores(engine.catalogue, xq, np.empty(0, np.int64))
@@ -1678,10 +1692,10 @@ def nearest(engine: Engine, xq: np.ndarray, k: int) -> Iterator[tuple[np.ndarray
     count = 2 * k if exact else engine.shortlist
     while len(lacking):
         whole = count >= engine.index.ntotal
-        for i, rows in zip(lacking, candidates(engine, xq[lacking], count, exact)):
+        for i, rows in zip(lacking, candidates(engine, xq[lacking], count, exact, len(xq))):
             live = rows[rows >= 0]
             step = D, *_ = exact_scores(engine.catalogue, xq[i : i + 1], live[~engine.dead[live]])
-            sure = D.min(initial=np.inf) + ROUNDING < D  # of equal scores all are here, or none is taken
+            sure = D.min(initial=np.inf) + ROUNDING < D  # equal scores may go on beyond the list
             if not exact:
                 near = np.count_nonzero(~engine.dead[rows[: count // CLOSELY]])
                 sure &= D[near - 1] <= D if near else False
@@ -1727,7 +1741,7 @@ def find_matches(
     least, label = (-1.0, threshold) if isinstance(threshold, str) else (threshold, LABELS[0])
     best: dict[int, tuple[float, str, bytes]] = {}
     for view, (scores, rows, digests) in zip(query.pixels, found):
-        for score, row, digest in zip(scores.clip(-1, 1).tolist(), rows.tolist(), digests):
+        for score, row, digest in zip(scores.tolist(), rows.tolist(), digests):
             if round(score, 3) >= least and score > best.get(row, (-2.0,))[0]:
                 best[row] = score, view.name, digest.tobytes()
     own, reach = location(os.fsdecode(query.file.path)), float(own_distance((xq @ engine.sample.T).max(0)))
@@ -2127,10 +2141,6 @@ def cache_errors(folder: Path) -> Iterator[None]:
 def ready(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Engine:
     catalogue.check(thorough=work.update)
     summary = update(catalogue, images, model, work) if work.update else Summary(*catalogue.totals())
-    if not work.update:
-        first = catalogue.db.execute(f"SELECT path FROM {USABLE} LIMIT {BLOCK}").fetchall()  # an open query would lock
-        if not any(os.path.exists(images / os.fsdecode(path)) for (path,) in first):
-            log.warning("%s has none of the first images that its index knows: is it the right folder?", images)
     generation, gone = catalogue.generation(), catalogue.rows("WHERE files = 0")
     sample, limits = label_limits(catalogue)
     index, notes = open_index(catalogue, work)
@@ -2712,15 +2722,16 @@ def answer_at_once(options: argparse.Namespace, model: Model, work: Work) -> dic
     searching = not (options.index_only or options.export or options.ui or options.duplicates is not None)
     as_usual = work.update and not (work.rebuild or work.prune or work.exact or work.ranks > 1)
     features = Path(options.index_dir, model.identity, "features.bin")
-    large = features.is_file() and features.stat().st_size > work.exact_bytes
-    if not (searching and as_usual and large and options.form == "text" and sys.stdout.isatty()):
+    large = os.path.isfile(features) and os.path.getsize(features) > work.exact_bytes
+    made = os.path.isfile(features.with_name("index.faiss"))
+    if not (searching and as_usual and large and made and options.form == "text" and sys.stdout.isatty()):
         return told
     with suppress(DeepVisionError):  # what is wrong is said when all has been looked at
         given = options.images, options.index_dir
         engine = initialize_reverse_image_search(*given, model=model, work=replace(work, update=False))
         queries = find_queries(options.queries or filter(os.path.isdir, [QUERIES]), lambda error: None)
-        first = itertools.islice(queries, TOGETHER)
-        for answer in search(first, engine, k=options.top, threshold=options.threshold, views=options.views):
+        asked = partial(search, engine=engine, k=options.top, threshold=options.threshold, views=options.views)
+        for answer in itertools.chain.from_iterable(map(asked, itertools.islice(queries, TOGETHER))):
             if answer.matches:
                 print_found(answer, engine, options.form)
                 told[answer.query] = answer.matches
@@ -2766,6 +2777,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     told = answer_at_once(options, model, work)
     engine = initialize_reverse_image_search(options.images, options.index_dir, model=model, work=work)
+    if not (work.update or engine.is_of_folder()):
+        log.warning("%s has none of the first images that its index knows: is it the right folder?", options.images)
     done = f"{engine.summary.images:,} images, searched without a look at what has changed"
     done = str(engine.summary) if work.update else done
     log.info("%s: %s (%s on %s, %s)", options.images, done, model.name, model.device, model.precision)

@@ -41,14 +41,15 @@ TRAINED_ON = 160_000  # vectors for the alternatives: 4,096 lists want as many
 SCAN_QUERIES = 10  # for the peers that take seconds a query
 
 
-def made_up(n: int, dim: int, seed: int) -> Iterator[np.ndarray]:
-    """Clustered, non-negative, long-tailed, float32 of length 1, in blocks; of any seed around the same centres."""
+def made_up(n: int, dim: int, seed: int, of: int) -> Iterator[np.ndarray]:
+    """Clustered, non-negative, long-tailed, float32 of length 1, in blocks; of any seed around the same centres, as
+    many as a collection `of` so many has."""
     common, own = np.random.default_rng(0), np.random.default_rng(seed)
     weights = (
         common.standard_normal((LATENT, dim), np.float32)
         * (np.arange(1, LATENT + 1, dtype=np.float32) ** -0.4)[:, None]
     )
-    centres = common.standard_normal((max(1, min(n // CLUSTER, 20_000)), LATENT), np.float32)
+    centres = common.standard_normal((max(1, min(of // CLUSTER, 20_000)), LATENT), np.float32)
     for start in range(0, n, BLOCK):
         count = min(BLOCK, n - start)
         latent = centres[own.integers(0, len(centres), count)] + own.standard_normal((count, LATENT), np.float32)
@@ -58,9 +59,14 @@ def made_up(n: int, dim: int, seed: int) -> Iterator[np.ndarray]:
         yield x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def model_of(dim: int) -> main.Model:
+def queries_for(dim: int, n: int) -> np.ndarray:
+    (xq,) = made_up(1000, dim, seed=2, of=n)
+    return xq
+
+
+def model_of(dim: int, n: int) -> main.Model:
     """A query's pixels hold the number of its vector."""
-    queries = np.concatenate(list(made_up(1000, dim, seed=2)))
+    queries = queries_for(dim, n)
 
     def network(pixels: Any) -> Any:
         import torch
@@ -84,7 +90,7 @@ def fill(catalogue: main.Catalogue, root: Path, n: int, dim: int) -> None:
     catalogue.scan(main.find_images(root, print), everything=False)
     files = catalogue.unread()
     with catalogue.writing():
-        for block in made_up(n, dim, seed=1):
+        for block in made_up(n, dim, seed=1, of=n):
             pictures = (
                 main.Picture(file, os.urandom(main.DIGEST_BYTES), vector=vector)
                 for vector, file in zip(block.astype(np.float16), files)
@@ -126,7 +132,7 @@ def drop_cached(folder: Path) -> None:
 # ---- Measurements, each in a process of its own ----------------------------------------------------------------------
 
 
-def build(images: Path, cache: Path, dim: int) -> dict[str, float]:
+def build(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     catalogue = main.Catalogue(cache / f"made-up-{dim}", f"made-up-{dim}", dim)
     base, start = peak(reset=True), time.perf_counter()
     _, notes = main.open_index(catalogue)
@@ -137,8 +143,8 @@ def build(images: Path, cache: Path, dim: int) -> dict[str, float]:
     }
 
 
-def first_answer(images: Path, cache: Path, dim: int, exact: bool = False) -> dict[str, float]:
-    model = model_of(dim)
+def first_answer(images: Path, cache: Path, dim: int, n: int, exact: bool = False) -> dict[str, float]:
+    model = model_of(dim, n)
     Image.new("L", (8, 8), 3).save(image := str(cache / "query.png"))
     base, start = peak(reset=True), time.perf_counter()
     engine = main.initialize_reverse_image_search(images, cache, model=model, work=main.Work(update=False, exact=exact))
@@ -153,9 +159,9 @@ def first_answer(images: Path, cache: Path, dim: int, exact: bool = False) -> di
     return {"first s": spent, "first MB": memory, "again ms": 1e3 * statistics.median(times)}
 
 
-def at_a_terminal(images: Path, cache: Path, dim: int) -> dict[str, float]:
+def at_a_terminal(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     """`python main.py query.png`, whole, but for the model: until the answer stands there, and until all is done."""
-    model, (terminal, its_end), printed = model_of(dim), os.openpty(), list[float]()
+    model, (terminal, its_end), printed = model_of(dim, n), os.openpty(), list[float]()
     Image.new("L", (8, 8), 3).save(query := str(cache / "query.png"))
     main.load_model = lambda *args: model
 
@@ -180,9 +186,9 @@ def at_a_terminal(images: Path, cache: Path, dim: int) -> dict[str, float]:
     return {"first s": printed[0] - start, "all s": done - start}
 
 
-def batch(images: Path, cache: Path, dim: int) -> dict[str, float]:
-    engine = main.initialize_reverse_image_search(images, cache, model=model_of(dim), work=main.Work(update=False))
-    xq = np.concatenate(list(made_up(1000, dim, seed=2)))
+def batch(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
+    engine = main.initialize_reverse_image_search(images, cache, model=model_of(dim, n), work=main.Work(update=False))
+    xq = queries_for(dim, n)
     list(main.nearest(engine, xq[:16], main.TOP))
     start = time.perf_counter()
     found = [
@@ -197,36 +203,30 @@ def batch(images: Path, cache: Path, dim: int) -> dict[str, float]:
     return {"batch ms": 1e3 * spent / len(xq), "recall": float(recall)}
 
 
-def add(images: Path, cache: Path, dim: int, count: int = 100) -> dict[str, float]:
-    """Without the scan."""
-    catalogue = main.Catalogue(cache / f"made-up-{dim}", f"made-up-{dim}", dim)
-    (block,) = made_up(count, dim, seed=int(time.time()))
-    files = [main.File(b"added-%d-%d" % (time.time(), i), 0, 0) for i in range(count)]
+def add(images: Path, cache: Path, dim: int, n: int, count: int = 100) -> dict[str, float]:
+    model, folder, noise = model_of(dim, n), images / f"added-{time.time_ns()}", np.random.default_rng()
+    folder.mkdir()
+    for i in range(count):
+        Image.fromarray(noise.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{i}.png")
     start = time.perf_counter()
-    catalogue.check()
-    with catalogue.writing():
-        catalogue.save(
-            [main.Picture(f, os.urandom(main.DIGEST_BYTES), vector=v) for f, v in zip(files, block.astype(np.float16))]
-        )
-        main.label_limits(catalogue, store=True)
-        catalogue.totals(store=True)
-    main.open_index(catalogue)
+    engine = main.initialize_reverse_image_search(images, cache, model=model)
+    assert (engine.summary.opened, engine.summary.recognised) == (count, 0)
     return {"add s": time.perf_counter() - start}
 
 
-def rerun(images: Path, cache: Path, dim: int) -> dict[str, float]:
-    model = model_of(dim)
+def rerun(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
+    model = model_of(dim, n)
     base, start = peak(reset=True), time.perf_counter()
     engine = main.initialize_reverse_image_search(images, cache, model=model)
     assert engine.summary.opened == 0
     return {"rerun s": time.perf_counter() - start, "rerun MB": peak() - base}
 
 
-def peer_flat(images: Path, cache: Path, dim: int) -> dict[str, float]:
+def peer_flat(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     """What the usual script does: the index in fp32, read whole, one query."""
     import faiss
 
-    xq, path = next(made_up(1000, dim, seed=2)), cache / "peer.faiss"
+    xq, path = queries_for(dim, n), cache / "peer.faiss"
     base, start = peak(reset=True), time.perf_counter()
     index = faiss.read_index(str(path))
     index.search(xq[:1], main.TOP)
@@ -236,9 +236,9 @@ def peer_flat(images: Path, cache: Path, dim: int) -> dict[str, float]:
     return {"first s": spent, "first MB": memory, "again ms": 1e3 * (time.perf_counter() - start) / SCAN_QUERIES}
 
 
-def peer_sqlite(images: Path, cache: Path, dim: int) -> dict[str, float]:
+def peer_sqlite(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     """Vectors as blobs in a table, fetched and compared in NumPy."""
-    xq = next(made_up(1000, dim, seed=2))
+    xq = queries_for(dim, n)
     base, start = peak(reset=True), time.perf_counter()
     rows = sqlite3.connect(cache / "peer.sqlite").execute("SELECT path, vector FROM images").fetchall()
     xb = np.stack([np.frombuffer(vector, np.float32) for _, vector in rows])
@@ -246,12 +246,12 @@ def peer_sqlite(images: Path, cache: Path, dim: int) -> dict[str, float]:
     return {"first s": time.perf_counter() - start, "first MB": peak() - base}
 
 
-def alternative(images: Path, cache: Path, dim: int, factory: str, *settings: str) -> dict[str, float]:
+def alternative(images: Path, cache: Path, dim: int, n: int, factory: str, *settings: str) -> dict[str, float]:
     """Another index in the place of the codes, and how many of the true ten are among those that it chooses."""
     import faiss
 
     catalogue = main.Catalogue(cache / f"made-up-{dim}", f"made-up-{dim}", dim)
-    rows, xq = catalogue.get("rows"), np.concatenate(list(made_up(1000, dim, seed=2)))[:200]
+    rows, xq = catalogue.get("rows"), queries_for(dim, n)[:200]
     chosen = np.sort(np.random.default_rng(0).permutation(rows)[:TRAINED_ON])
     sample = np.concatenate([catalogue.records_of(part)["vector"] for part in np.array_split(chosen, 40)])
     nearest, index = main.Nearest(xq, main.TOP), faiss.index_factory(dim, factory)
@@ -304,7 +304,7 @@ def measure(n: int, dim: int, folder: Path, peers: bool, alternatives: bool) -> 
     if not images.exists():
         make_files(images, n)
         fill(catalogue, images, n, dim)
-    args = images, cache, dim
+    args = images, cache, dim, n
     yield "index made from stored features", in_a_process("build", True, *args)
     size = sum(path.stat().st_size for path in (cache / f"made-up-{dim}").iterdir())
     yield "disk", {"KB an image": size / n / 1e3}
@@ -314,7 +314,7 @@ def measure(n: int, dim: int, folder: Path, peers: bool, alternatives: bool) -> 
     for kind in ("cold", "warm"):
         yield f"1,000 queries, {kind}", in_a_process("batch", kind == "cold", *args)
     yield "nothing changed", in_a_process("rerun", False, *args)
-    yield "100 added, without scan and extraction", in_a_process("add", False, *args)
+    yield "100 added, scan and all", in_a_process("add", False, *args)
     for others in ALTERNATIVES if alternatives else ():
         yield others[0], in_a_process("alternative", False, *args, *others)
     if peers:
@@ -350,9 +350,9 @@ def run() -> None:
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
-        step, images, cache, dim, *others = options.step
+        step, images, cache, dim, n, *others = options.step
         start_up()
-        print(json.dumps(STEPS[step](Path(images), Path(cache), int(dim), *others)))
+        print(json.dumps(STEPS[step](Path(images), Path(cache), int(dim), int(n), *others)))
         return
     folder = options.folder or Path(tempfile.mkdtemp())
     try:

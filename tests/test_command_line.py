@@ -570,6 +570,7 @@ def test_without_weights_the_offline_descriptor_answers_and_says_so(search: Run,
 def test_a_cache_that_cannot_be_written_is_one_line(search: Run) -> None:
     Path("a file").touch()
     one_line(search("-q", "--index-dir", "a file"), "a file", "--index-dir")
+    one_line(search("-q", "--index-dir", "x" * 300), "name too long", "--index-dir")
 
 
 # ---- Interruptions ---------------------------------------------------------------------------------------------------

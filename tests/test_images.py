@@ -13,6 +13,7 @@ import socket
 import struct
 import tempfile
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -209,25 +210,55 @@ def test_folder_that_cannot_be_listed_is_reported_and_the_others_are_found():
     assert [os.fsdecode(error.filename) for error in errors] == [str(root / "b")]
 
 
-def test_folders_are_listed_ahead_two_at_once_and_no_more(tmp_path, monkeypatch):
-    """A disk answers two questions at once; but a collection is not held in memory, so few wait for the reader."""
-    for folder in range(10):
-        for name in range(3):
-            (tmp_path / f"{folder}").mkdir(exist_ok=True)
-            (tmp_path / f"{folder}" / f"{name}.png").touch()
-    both, listed, list_folder = threading.Barrier(2, timeout=30), list[bytes](), main.list_folder
+def test_every_folder_that_is_gone_since_its_parent_was_listed_is_reported(tmp_path):
+    for name in "abc":
+        touch(tmp_path / name / "1.png")
+    errors: list[OSError] = []
+    files = main.find_images(tmp_path, errors.append)
+    assert next(files).path == os.path.join(b"a", b"1.png")
+    shutil.rmtree(tmp_path / "b")
+    shutil.rmtree(tmp_path / "c")
+    assert list(files) == []
+    assert [os.fsdecode(error.filename) for error in errors] == [str(tmp_path / "b"), str(tmp_path / "c")]
 
-    def watched(root, relative):
-        listed.append(relative)
-        if relative[:1] in (b"0", b"1"):
-            both.wait()  # for each other, which one thread could not
-        return list_folder(root, relative)
+
+@posix
+def test_what_links_lead_back_to_is_not_listed_again(tmp_path, monkeypatch):
+    for i in range(20):
+        touch(tmp_path / f"{i}.png")
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        (tmp_path / "sub" / f"{i}").symlink_to("..")
+    listings, scandir = list[bytes](), os.scandir
+    monkeypatch.setattr(main.os, "scandir", lambda path: [listings.append(path), scandir(path)][1])
+    assert len(list(main.find_images(tmp_path, pytest.fail))) == 20
+    assert len(listings) == 2
+
+
+@pytest.mark.parametrize("seconds", [0, 0.01], ids=["a disk that answers at once", "a disk that makes wait"])
+def test_folders_are_listed_at_the_same_time_where_one_had_to_be_waited_for(seconds, tmp_path, monkeypatch):
+    """But a collection is not held in memory, so few wait for the reader."""
+    for folder in range(50):
+        for name in range(3):
+            (tmp_path / f"{folder:02}").mkdir(exist_ok=True)
+            (tmp_path / f"{folder:02}" / f"{name}.png").touch()
+    begun, at_once, under_way, list_folder = list[bytes](), list[int](), set[bytes](), main.list_folder
+
+    def watched(root, relative, visited):
+        begun.append(relative)
+        under_way.add(relative)
+        at_once.append(len(under_way))
+        time.sleep(seconds)
+        found = list_folder(root, relative, visited)
+        under_way.remove(relative)
+        return found
 
     monkeypatch.setattr(main, "list_folder", watched)
-    files = main.find_images(tmp_path, pytest.fail)
-    assert next(files).path == os.path.join(b"0", b"0.png")
-    assert len(listed) <= 1 + 1 + main.LISTED_AHEAD
-    assert len(list(files)) == 29 and len(listed) == 11
+    files = []
+    for file in main.find_images(tmp_path, pytest.fail):
+        files.append(file.path)
+        assert len(begun) <= 1 + len({os.path.dirname(path) for path in files}) + (main.LISTED_AHEAD if seconds else 0)
+    assert files == sorted(files) and len(files) == 150 and sorted(begun) == sorted(set(begun))
+    assert max(at_once) == (main.LISTED_AHEAD if seconds else 1)
 
 
 def test_missing_folder_is_reported():

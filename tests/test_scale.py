@@ -80,6 +80,11 @@ def ranking(scores: dict[str, float], k: int = 10) -> list[Any]:
     return [(path, pytest.approx(score, abs=1e-4)) for path, score in ranked]
 
 
+def directions(n: int, seed: int) -> np.ndarray:
+    x = np.random.default_rng(seed).standard_normal((n, DIM)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
 def notes_of(engine: main.Engine) -> dict[str, Any]:
     return engine.catalogue.read_index()[1]
 
@@ -129,8 +134,7 @@ def many(tiny: main.Model) -> Callable[..., main.Engine]:
     def make(n: int) -> main.Engine:
         catalogue = main.Catalogue(Path("index", tiny.identity), tiny.identity, DIM)
         catalogue.mend()
-        x = np.random.default_rng(1).standard_normal((n, DIM))
-        x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
+        x = directions(n, seed=1).astype(np.float16)
         Path("images").mkdir()
         pictures = []
         for i in range(n):
@@ -148,7 +152,7 @@ def many(tiny: main.Model) -> Callable[..., main.Engine]:
 
 def test_the_codes_find_nearly_all_and_say_how_many(many: Any) -> None:
     engine = many(6000)
-    notes, xq = notes_of(engine), np.random.default_rng(2).standard_normal((100, DIM)).astype(np.float32)
+    notes, xq = notes_of(engine), directions(100, seed=2)
     assert notes["rows"] == notes["trained"] == 6000 and main.RECALL <= notes["recall"] <= 1
     assert engine.summary.recall == notes["recall"]
     found = [set(I[:10].tolist()) for _, I, _ in main.nearest(engine, xq, 10)]
@@ -170,7 +174,7 @@ def test_the_shortlist_grows_until_the_recall_holds(many: Any, monkeypatch: pyte
 def test_scores_are_those_of_the_features_and_never_of_the_codes(many: Any) -> None:
     engine = many(2000)
     xb = np.concatenate(list(engine.catalogue.vectors())).astype(np.float32)
-    xq = np.random.default_rng(2).standard_normal((40, DIM)).astype(np.float32)
+    xq = directions(40, seed=2)
     for q, (D, I, digests) in zip(xq, main.nearest(engine, xq, 10)):
         np.testing.assert_allclose(D, xb[I] @ q, atol=1e-5)
         assert [int.from_bytes(digest, "big") for digest in digests] == I.tolist() and (I >= 0).all()
@@ -185,6 +189,25 @@ def test_top_k_begins_top_k_plus_n(exact: bool, many: Any, ask: Any) -> None:
         assert ask(engine, k) == longest[:k]
 
 
+@pytest.mark.parametrize("work", [main.Work(), CODED], ids=["exact", "codes"])
+def test_top_k_begins_top_k_plus_n_among_copies_that_all_score_1(
+    work: main.Work, tiny: main.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp16 makes a vector as long as 1.0001: of products beyond 1 the larger one is no better."""
+    monkeypatch.setattr(main, "SHORTLIST", 16)
+    monkeypatch.setattr(main, "RECALL", 0.0)
+    path, original = put(0), noise(0)
+    for i in range(200):
+        pixels = original.copy() if i < 120 else noise(i)
+        pixels[i % 8, i // 8 % 8, i // 64 % 3] ^= 1
+        Image.fromarray(pixels).save(path.with_name(f"copy {i}.bmp"))
+    engine = main.initialize_reverse_image_search("images", "index", model=tiny, work=work)
+    longest = next(main.search(path, engine, k=150, views="none")).matches
+    assert sum(match.score >= 1 for match in longest) > 5
+    for k in (*range(1, 40), 60, 100, 120):
+        assert next(main.search(path, engine, k=k, views="none")).matches == longest[:k]
+
+
 def test_a_short_list_that_missed_a_match_still_begins_every_longer_one(
     many: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +215,7 @@ def test_a_short_list_that_missed_a_match_still_begins_every_longer_one(
     monkeypatch.setattr(main, "CLOSELY", 2)
     engine = replace(many(3000), shortlist=12)
     engine.dead[::7] = True
-    xq = np.random.default_rng(5).standard_normal((30, DIM)).astype(np.float32)
+    xq = directions(30, seed=5)
 
     def rows(k: int, engine: main.Engine = engine) -> list[list[int]]:
         return [I[:k].tolist() for _, I, _ in main.nearest(engine, xq, k)]
@@ -271,7 +294,7 @@ def test_exact_compares_with_all_whatever_the_codes_say(many: Any, monkeypatch: 
     monkeypatch.setattr(main, "CLOSELY", 2)
     engine = many(3000)
     by_codes, exact = replace(engine, shortlist=12), replace(engine, shortlist=12, exact=True)
-    xq = np.random.default_rng(5).standard_normal((30, DIM)).astype(np.float32)
+    xq = directions(30, seed=5)
     one, other = ([I[:1].tolist() for _, I, _ in main.nearest(e, xq, 1)] for e in (by_codes, exact))
     xb = np.concatenate(list(engine.catalogue.vectors())).astype(np.float32)
     assert other == [[int((xb @ q).argmax())] for q in xq] != one
@@ -432,6 +455,25 @@ def test_all_else_is_said_once(args: Any, printed: str, indexed: Path) -> None:
     assert ("looked through now" in told) == ("missing.png" in args)
 
 
+def test_a_folder_that_was_renamed_is_no_wrong_one(coded: Any, collection: Any) -> None:
+    collection(80, "bulk_images/a")
+    draw(3).resize((48, 32)).save("query.png")
+    coded("query.png")
+    Path("bulk_images/a").rename("bulk_images/b")
+    status, shown, told = Terminal("query.png", "-k", "1").outcome()
+    assert (status, shown.count("bulk_images/b/3.png")) == (0, 1) and "80 recognised" in told
+    assert "right folder" not in told
+
+
+def test_nothing_is_made_of_an_unfinished_index_before_the_folder_was_seen(indexed: Path) -> None:
+    (folder,) = Path("image_index").iterdir()
+    (folder / "index.faiss").unlink()
+    indexed.rename("away")
+    status, shown, told = Terminal("query.png").outcome()
+    assert (status, shown, told.count("\n")) == (1, "", 1) and "Nothing was changed" in told
+    assert not (folder / "index.faiss").exists()
+
+
 def test_where_the_index_is_no_use_the_folder_is_read_first(indexed: Path) -> None:
     """Damage is mended, and said, once; and in the wrong folder there is one error."""
     (folder,) = Path("image_index").iterdir()
@@ -590,7 +632,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_on_gpus_the_answers_are_the_same(many: Any, gpus: dict[str, Any]) -> None:
     engine = many(3000)
-    xq = np.random.default_rng(5).standard_normal((main.GPU_QUERIES, DIM)).astype(np.float32)
+    xq = directions(main.GPU_QUERIES, seed=5)
     on_gpus = [(D.tolist(), I.tolist()) for D, I, _ in main.nearest(engine, xq, 10)]
     assert gpus["sizes"] == [0, 1] and engine.on_gpus.ntotal == 3000
     exact = [(D.tolist(), I.tolist()) for D, I, _ in main.nearest(replace(engine, exact=True), xq, 10)]
@@ -609,6 +651,19 @@ def test_what_does_not_fit_on_the_gpus_is_searched_by_the_processor_and_said_onc
     for _ in range(2):
         list(main.nearest(engine, np.ones((main.GPU_QUERIES, DIM), np.float32), 10))
     assert gpus["sizes"] == [] and caplog.text.count("do not fit on the GPU") == 1
+
+
+def test_whether_gpus_are_used_does_not_depend_on_how_long_the_list_is(
+    many: Any, gpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor on how many queries need a second step."""
+    monkeypatch.setattr(main, "CLOSELY", 2)
+    engine = replace(many(2000), shortlist=12)
+    engine.dead[::3] = True
+    xq = directions(main.GPU_QUERIES + 8, seed=5)
+    longest = [I.tolist() for _, I, _ in main.nearest(engine, xq, 200)]
+    for k in range(1, 40):
+        assert all(I[:k].tolist() == row[:k] for (_, I, _), row in zip(main.nearest(engine, xq, k), longest))
 
 
 # ---- While another run is at work, or was stopped --------------------------------------------------------------------
