@@ -1046,7 +1046,7 @@ USABLE = "files WHERE there AND digest IS NOT NULL"  # the usable images of the 
 FEATURED = "features JOIN files USING (digest) WHERE there"  # the same, each with its row
 SKIPPED = "files WHERE there AND reason IS NOT NULL"
 GONE = """files WHERE NOT there AND digest IS NOT NULL
-    AND digest NOT IN (SELECT digest FROM features WHERE files > 0 AND digest IS NOT NULL)"""  # not those only moved
+    AND NOT EXISTS (SELECT 1 FROM features WHERE features.digest = files.digest AND features.files > 0)"""  # nor moved
 
 
 def sync_folder(folder: Path) -> None:
@@ -2108,8 +2108,8 @@ def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summ
             meet(work)
             take_in(catalogue, summary)
             if left := catalogue.settle():
-                earlier = f"digest IN (SELECT digest FROM features WHERE row < {before})"
-                if not work.rebuild and catalogue.any(GONE) and not catalogue.any(f"{USABLE} AND {earlier}"):
+                known = catalogue.any(f"features WHERE files > 0 AND row < {before}")
+                if not (work.rebuild or known) and catalogue.any(GONE):
                     strange = f"of the images that {catalogue.folder} knows, none is in {images}"
                     if work.prune:
                         raise DeepVisionError(f"{strange}: nothing was pruned")

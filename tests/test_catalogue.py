@@ -256,6 +256,14 @@ def test_a_collection_can_move_together_with_its_cache(index: Index, extracted: 
 # ---- What is forgotten, and what never -------------------------------------------------------------------------------
 
 
+def test_what_is_gone_is_known_without_a_look_at_all_that_is_there(index: Index) -> None:
+    """With one of a million files gone, a list of the contents of all others would take three seconds."""
+    index()
+    with sqlite3.connect(cache_folder() / "catalogue.sqlite") as db:
+        plan = db.execute(f"EXPLAIN QUERY PLAN SELECT count(*) FROM {main.GONE}").fetchall()
+    assert [detail.split()[0] for *_, detail in plan] == ["SEARCH", "CORRELATED", "SEARCH"], plan
+
+
 def test_prune_forgets_what_is_gone(index: Index, extracted: Callable[[], int], answers: Any, fresh: Any) -> None:
     index()
     features = cache_folder() / "features.bin"
