@@ -298,7 +298,7 @@ def in_a_process(step: str, cold: bool, *args: Any) -> dict[str, float]:
     return json.loads(out.splitlines()[-1])
 
 
-def measure(n: int, dim: int, folder: Path, peers: bool, alternatives: bool) -> Iterator[tuple[str, dict[str, float]]]:
+def measure(n: int, dim: int, folder: Path, peers: bool, alternatives: bool = False) -> Iterator[tuple[str, dict[str, float]]]:
     images, cache = folder / "images", folder / "cache"
     catalogue = main.Catalogue(cache / f"made-up-{dim}", f"made-up-{dim}", dim)
     if not images.exists():

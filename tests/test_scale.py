@@ -9,15 +9,15 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import sqlite3
 import subprocess
-import sys
 import time
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,10 +27,11 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import MAIN, Outcome, draw
+from conftest import Outcome, draw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from zygote import Zygote
 
 import main
 
@@ -368,34 +369,36 @@ def test_without_an_update_what_is_new_is_not_seen_and_what_is_gone_or_changed_i
 # ---- First what the index says, then what the folder does ------------------------------------------------------------
 
 
-LARGE = """import functools, main
-main.Work = functools.partial(main.Work, exact_bytes=0)
-raise SystemExit(main.main())"""
-
-
-class Terminal:
+class AtTerminal:
     """main.py with a terminal for its stdout."""
 
-    def __init__(self, *args: str, code: str = LARGE) -> None:
-        self.terminal, its_end = os.openpty()
-        command = [sys.executable, "-c", code, "--model", "offline", "--no-report", *args]
-        environment = {**os.environ, "PYTHONPATH": str(MAIN.parent), "NO_COLOR": "1"}
-        self.process = subprocess.Popen(command, stdout=its_end, stderr=subprocess.PIPE, env=environment)
-        os.close(its_end)
+    def __init__(self, zygote: Zygote, *args: str, **options: Any) -> None:
+        self.terminal, self.its_end = os.openpty()
+        options = {"terminal": os.ttyname(self.its_end), "env": {"NO_COLOR": "1"}, **options}
+        self.run = zygote.start("--model", "offline", "--no-report", *args, **options)
+        self.seen = ""
 
-    def until(self, text: str) -> str:
-        """What shows there, up to this text or to the end."""
-        seen = b""
-        with suppress(OSError):  # the other end was closed
-            while text.encode() not in seen:
-                seen += os.read(self.terminal, 4096)
-        return seen.decode().replace("\r\n", "\n")
+    def shows(self, text: str) -> bool:
+        """What comes next, up to this text, which it need not, is put into `seen`."""
+        self.seen, alive = "", True
+        while text not in self.seen and alive:
+            alive = self.run.alive()
+            while select.select([self.terminal], [], [], 0.02)[0]:
+                self.seen += os.read(self.terminal, 4096).decode().replace("\r\n", "\n")
+        return text in self.seen
 
     def outcome(self) -> Outcome:
-        shown = self.until("\0")
+        self.shows("\0")
+        status, _, told, *_ = self.run.wait()
+        os.close(self.its_end)
         os.close(self.terminal)
-        _, told = self.process.communicate()
-        return Outcome(self.process.returncode, shown, told.decode())
+        return Outcome(status, self.seen, told)
+
+
+@pytest.fixture
+def terminal(zygote: Zygote) -> Callable[..., AtTerminal]:
+    """terminal(*args): with every collection taken for a large one."""
+    return partial(AtTerminal, zygote, constants={"EXACT_BYTES": 0})
 
 
 @pytest.fixture
@@ -408,15 +411,16 @@ def indexed(coded: Any, collection: Any) -> Path:
 
 
 def test_at_a_terminal_the_answer_does_not_wait_for_the_folder_and_comes_again_if_that_changes_it(
-    indexed: Path,
+    indexed: Path, terminal: Any
 ) -> None:
     """The lock is held here until the first answer is there, so that it cannot come after the update."""
     shutil.copy("query.png", indexed / "new.png")
     (folder,) = Path("image_index").iterdir()
-    terminal = Terminal("query.png", "-k", "2")
     with filelock.FileLock(folder / "lock"):
-        first = terminal.until("  2  ")
-    status, rest, told = terminal.outcome()
+        running = terminal("query.png", "-k", "2")
+        assert running.shows("\n  2  ")
+        first = running.seen
+    status, rest, told = running.outcome()
     assert status == 0
     assert re.match(r"query.png  \(offline, 80 images\).*\n  1   0\.9.. +bulk_images/3\.png", first)
     assert re.search(r"query.png  \(offline, 81 images\)\n  1   1\.000 +bulk_images/new\.png +identical", rest)
@@ -425,10 +429,10 @@ def test_at_a_terminal_the_answer_does_not_wait_for_the_folder_and_comes_again_i
 
 
 @pytest.mark.parametrize("change", ["nothing", "what does not matter"])
-def test_an_answer_that_holds_is_not_printed_again(change: str, indexed: Path) -> None:
+def test_an_answer_that_holds_is_not_printed_again(change: str, indexed: Path, terminal: Any) -> None:
     if change != "nothing":
         draw(500).save(indexed / "other.png")
-    status, shown, told = Terminal("query.png", "-k", "1", "--views", "none").outcome()
+    status, shown, told = terminal("query.png", "-k", "1", "--views", "none").outcome()
     assert (status, shown.count("query.png"), shown.count("\n")) == (0, 1, 2)
     assert f"{int(change != 'nothing')} new" in told
 
@@ -447,48 +451,50 @@ def test_an_answer_that_holds_is_not_printed_again(change: str, indexed: Path) -
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )
-def test_all_else_is_said_once(args: Any, printed: str, indexed: Path) -> None:
+def test_all_else_is_said_once(args: Any, printed: str, indexed: Path, terminal: Any) -> None:
     """No match may be for want of the newest files, and what updates by another way than usual comes first."""
-    status, shown, told = Terminal(*args).outcome()
+    status, shown, told = terminal(*args).outcome()
     assert status == ("missing.png" in args)
     assert (shown + told).count(printed) == 1
     assert ("looked through now" in told) == ("missing.png" in args)
 
 
-def test_a_folder_that_was_renamed_is_no_wrong_one(coded: Any, collection: Any) -> None:
+def test_a_folder_that_was_renamed_is_no_wrong_one(coded: Any, collection: Any, terminal: Any) -> None:
     collection(80, "bulk_images/a")
     draw(3).resize((48, 32)).save("query.png")
     coded("query.png")
     Path("bulk_images/a").rename("bulk_images/b")
-    status, shown, told = Terminal("query.png", "-k", "1").outcome()
+    status, shown, told = terminal("query.png", "-k", "1").outcome()
     assert (status, shown.count("bulk_images/b/3.png")) == (0, 1) and "80 recognised" in told
     assert "right folder" not in told
 
 
-def test_nothing_is_made_of_an_unfinished_index_before_the_folder_was_seen(indexed: Path) -> None:
+def test_nothing_is_made_of_an_unfinished_index_before_the_folder_was_seen(indexed: Path, terminal: Any) -> None:
     (folder,) = Path("image_index").iterdir()
     (folder / "index.faiss").unlink()
     indexed.rename("away")
-    status, shown, told = Terminal("query.png").outcome()
+    status, shown, told = terminal("query.png").outcome()
     assert (status, shown, told.count("\n")) == (1, "", 1) and "Nothing was changed" in told
     assert not (folder / "index.faiss").exists()
 
 
-def test_where_the_index_is_no_use_the_folder_is_read_first(indexed: Path) -> None:
+def test_where_the_index_is_no_use_the_folder_is_read_first(indexed: Path, terminal: Any) -> None:
     """Damage is mended, and said, once; and in the wrong folder there is one error."""
     (folder,) = Path("image_index").iterdir()
     with open(folder / "features.bin", "r+b") as stream:
         stream.write(b"x" * 20)
-    status, shown, told = Terminal("query.png", "-k", "1").outcome()
+    status, shown, told = terminal("query.png", "-k", "1").outcome()
     assert (status, shown.count("bulk_images/3.png"), told.count("Repaired")) == (0, 1, 1)
     Path("empty").mkdir()
-    status, shown, told = Terminal("query.png", "--images", "empty").outcome()
+    status, shown, told = terminal("query.png", "--images", "empty").outcome()
     assert (status, shown, told.count("error: ")) == (1, "", 1)
 
 
-def test_on_a_pipe_and_in_a_small_collection_there_is_one_answer(run: Any, indexed: Path, monkeypatch: Any) -> None:
+def test_on_a_pipe_and_in_a_small_collection_there_is_one_answer(
+    run: Any, indexed: Path, monkeypatch: Any, terminal: Any
+) -> None:
     shutil.copy("query.png", indexed / "new.png")
-    status, shown, _ = Terminal("query.png", code="import main; raise SystemExit(main.main())").outcome()
+    status, shown, _ = terminal("query.png", constants={}).outcome()
     assert (status, shown.count("query.png"), shown.count("bulk_images/new.png")) == (0, 1, 1)
     (indexed / "new.png").unlink()
     monkeypatch.setattr(main, "Work", partial(main.Work, exact_bytes=0))

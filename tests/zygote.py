@@ -101,6 +101,7 @@ class Zygote:
         limits     {"RLIMIT_NOFILE": 256}
         faults     (folder, number, action, error) as `faults_arm` in faults.c takes them
         trace      a file to put down in what is written below the folder of `faults`
+        terminal   the name of one, for its stdout
         code       Python to run instead of main.py, for the same price
         """
         folder = Path(tempfile.mkdtemp(prefix="run-"))
@@ -170,6 +171,8 @@ def child(request: dict[str, Any]) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number in (1, 2):
         os.dup2(os.open(os.path.join(request["folder"], str(number)), os.O_WRONLY | os.O_CREAT), number)
+    if "terminal" in request:
+        os.dup2(os.open(request["terminal"], os.O_WRONLY | os.O_NOCTTY), 1)
     sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115
     sys.stdout = open(1, "w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
