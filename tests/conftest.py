@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 
 # For a few small pictures more threads only wait for each other: up to ten times as long on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, by whoever imports the library first; without, it tries for a minute
 
 MAIN = Path(__file__).parent.parent / "main.py"
 sys.path.insert(0, str(MAIN.parent))
@@ -89,7 +90,6 @@ def alone(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch:
     for scheme in ("http", "https", "all"):
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")
