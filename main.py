@@ -125,8 +125,6 @@ CPU_BATCH = 4, 32  # images a core, and at most: so few that what a layer makes 
 FAITHFUL = 0.999  # cosine between features of the fast network and of the plain one in fp32, or it stays plain
 IN_FLIGHT, PATH_BYTES = 1024, 4096  # files read ahead at most, which are noted meanwhile; of a path
 AHEAD_BATCHES = 4  # decoded and waiting for the model: enough to overlap, bounded in memory
-LISTED_AHEAD = 4  # folders, while a disk that makes wait answers: it, and more so a server, does several at once
-WAITING, PATIENCE = 3, 0.1  # times that a scan takes what it computes, and seconds more, if the disk makes wait
 SAVE_SECONDS = 10  # work at risk when the process is killed; 30 are promised
 CONNECT_SECONDS = 10  # torch.hub sets no timeout of its own and would hang for minutes
 RANKS_WAIT = 30  # days that a rank waits for the slowest: the share of one may take long
@@ -332,31 +330,22 @@ class Summary:
 # ---- Images ----------------------------------------------------------------------------------------------------------
 
 
-def list_folder(root: bytes, relative: bytes, visited: set[Any]) -> tuple[Any, list[File], list[OSError]]:
-    """The identity of a folder below `root`, and what it holds, unless that was `visited`; of a sub-folder the path
-    ends with a separator."""
-    found, errors, identity = list[File](), list[OSError](), tuple[Any, ...]((relative,))
-    try:
-        here = os.path.join(root, relative.removesuffix(os.fsencode(os.sep)))
-        info = os.stat(here)
-        identity = info.st_dev, info.st_ino
-        with nullcontext(()) if identity in visited else os.scandir(here) as listing:
-            for entry in listing:
-                name = entry.name
-                if name.startswith(b".") or name.lower() in PASSED_OVER:
-                    continue
-                try:
-                    info = entry.stat()
-                except OSError as error:
-                    if error.errno not in (errno.ENOENT, errno.ELOOP):  # a link to nowhere, or gone since it was listed
-                        errors.append(error)
-                    continue
-                if stat.S_ISDIR(info.st_mode):
-                    name += os.fsencode(os.sep)
-                found.append(as_found(relative + name, info))
-    except OSError as error:
-        errors.append(error)
-    return identity, sorted(found), errors
+def list_folder(folder: bytes, relative: bytes, onerror: Callable[[OSError], None]) -> Iterator[File]:
+    """What a folder holds; of a sub-folder the path ends with a separator."""
+    with os.scandir(folder) as listing:
+        for entry in listing:
+            name = entry.name
+            if name.startswith(b".") or name.lower() in PASSED_OVER:
+                continue
+            try:
+                info = entry.stat()
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ELOOP):  # a link to nowhere, or gone since it was listed
+                    onerror(error)
+                continue
+            if stat.S_ISDIR(info.st_mode):
+                name += os.fsencode(os.sep)
+            yield as_found(relative + name, info)
 
 
 def find_images(
@@ -364,35 +353,26 @@ def find_images(
 ) -> Iterator[File]:
     """Every file below `folder` that may be an image, in the order of their paths, but for the folders `without`.
 
-    Links are followed, each folder once. `onerror` is told of a folder that cannot be listed. Where the disk makes
-    wait, the next folders are listed meanwhile; where it does not, threads would only stand in each other's way.
+    Links are followed, each folder once. `onerror` is told of a folder that cannot be listed.
     """
     root, separator = os.fsencode(folder), os.fsencode(os.sep)
-    visited: set[Any] = {(info.st_dev, info.st_ino) for info in map(os.stat, without)}
-    waiting, folders, waited, worked = [File(b"", 0, 0)], [b""], 0.0, 0.0  # the next one last
-    threads, listings = ThreadPoolExecutor(LISTED_AHEAD), dict[bytes, Future[Any]]()
-    try:
-        while waiting:
-            file = waiting.pop()
-            if file.path and not file.path.endswith(separator):
-                yield file
-                continue
-            if waited > WAITING * worked + PATIENCE:
-                for path in folders[: -LISTED_AHEAD - 1 : -1]:
-                    listings[path] = listings.get(path) or threads.submit(list_folder, root, path, visited)
-                identity, found, errors = listings.pop(folders.pop()).result()
-            else:
-                began, user = time.perf_counter(), os.times().user
-                identity, found, errors = list_folder(root, folders.pop(), visited)
-                waited, worked = waited + time.perf_counter() - began, worked + os.times().user - user
-            if identity not in visited:
-                visited.add(identity)
-                for error in errors:
-                    onerror(error)
-                waiting += reversed(found)
-                folders += [file.path for file in reversed(found) if file.path.endswith(separator)]
-    finally:
-        threads.shutdown(cancel_futures=True)
+    visited = {(info.st_dev, info.st_ino) for info in map(os.stat, without)}
+    waiting = [File(b"", 0, 0)]
+    while waiting:
+        file = waiting.pop()
+        if file.path and not file.path.endswith(separator):
+            yield file
+            continue
+        found: list[File] = []
+        try:
+            here = os.path.join(root, file.path.removesuffix(separator))
+            info = os.stat(here)
+            if (info.st_dev, info.st_ino) not in visited:
+                visited.add((info.st_dev, info.st_ino))
+                found += list_folder(here, file.path, onerror)
+        except OSError as error:
+            onerror(error)
+        waiting += sorted(found, reverse=True)
 
 
 @cache

@@ -13,7 +13,6 @@ import socket
 import struct
 import tempfile
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -232,33 +231,6 @@ def test_what_links_lead_back_to_is_not_listed_again(tmp_path, monkeypatch):
     monkeypatch.setattr(main.os, "scandir", lambda path: [listings.append(path), scandir(path)][1])
     assert len(list(main.find_images(tmp_path, pytest.fail))) == 20
     assert len(listings) == 2
-
-
-@pytest.mark.parametrize("seconds", [0, 0.01], ids=["a disk that answers at once", "a disk that makes wait"])
-def test_folders_are_listed_at_the_same_time_where_one_had_to_be_waited_for(seconds, tmp_path, monkeypatch):
-    """But a collection is not held in memory, so few wait for the reader."""
-    for folder in range(50):
-        for name in range(3):
-            (tmp_path / f"{folder:02}").mkdir(exist_ok=True)
-            (tmp_path / f"{folder:02}" / f"{name}.png").touch()
-    begun, at_once, under_way, list_folder = list[bytes](), list[int](), set[bytes](), main.list_folder
-
-    def watched(root, relative, visited):
-        begun.append(relative)
-        under_way.add(relative)
-        at_once.append(len(under_way))
-        time.sleep(seconds)
-        found = list_folder(root, relative, visited)
-        under_way.remove(relative)
-        return found
-
-    monkeypatch.setattr(main, "list_folder", watched)
-    files = []
-    for file in main.find_images(tmp_path, pytest.fail):
-        files.append(file.path)
-        assert len(begun) <= 1 + len({os.path.dirname(path) for path in files}) + (main.LISTED_AHEAD if seconds else 0)
-    assert files == sorted(files) and len(files) == 150 and sorted(begun) == sorted(set(begun))
-    assert max(at_once) == (main.LISTED_AHEAD if seconds else 1)
 
 
 def test_missing_folder_is_reported():
