@@ -167,7 +167,7 @@ def test_the_shortlist_grows_until_the_recall_holds(many: Any, monkeypatch: pyte
     monkeypatch.setattr(main, "SHORTLIST", 4)
     engine = many(3000)
     assert engine.shortlist > 16 and notes_of(engine)["recall"] >= main.RECALL
-    monkeypatch.setattr(main, "LONGEST", 8)
+    monkeypatch.setattr(main, "LONGEST", 10)
     index, notes = main.coded_index(engine.catalogue, 3000)
     assert (index.ntotal, notes["shortlist"]) == (3000, 8) and notes["recall"] < main.RECALL
 
