@@ -16,12 +16,12 @@
     python main.py photo.jpg -k 20                    search with photo.jpg instead
     python main.py --images ~/Pictures --index-dir ~/pictures.index --index-only   an index for another folder
 
-images on disk → pixels → features → index → matches → terminal, JSON, page
+images on disk → pixels → features → store → index → matches → terminal, JSON, page
 
 Written: results.html, the page to look at, and in image_index/<model>/
-    features.bin       what the model made of each image; appended as the work goes on
-    catalogue.sqlite   the files, and which features are theirs
-    index.faiss        the FAISS index; made from the features whenever they have changed
+    index.sqlite    the store: the files of the collection and their features, one SQLite database
+    index.faiss     the FAISS index over the features; made again from the store whenever it does not fit
+    lock            held by the one run that writes
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -99,17 +99,22 @@ else:
         Lazy, ("gradio", "fastapi", "uvicorn")
     )  # after `find_gradio`; it requires the others
 
-IMAGES = "bulk_images"
-QUERIES = "that_one_image"
-INDEX_DIR = "image_index"
-REPORT = "results.html"
-PORT = 7860  # of --ui
+# The defaults that an option changes
+IMAGES = "bulk_images"  # --images
+QUERIES = "that_one_image"  # QUERY
+INDEX_DIR = "image_index"  # --index-dir
+REPORT = "results.html"  # --report
+PORT = 7860  # --port, of --ui
+TOP = 10  # --top; matches a query
+MODEL = "resnet50"  # --model
+WEIGHTS = "IMAGENET1K_V1"  # --weights; V2 is worse for retrieval: https://github.com/pytorch/vision/issues/8382
+OFFLINE = "offline"  # --model offline: the built-in descriptor, which needs no weights
+VIEWS = ("none", "auto", "all")  # --views
+COPIES = "copies"  # the views that --duplicates looks for copies with
+LABELS = ("copy", "identical")  # --threshold and --duplicates
+
 UPLOAD_BYTES = 300_000_000  # of one file given to --ui: a photograph of 100 million pixels, uncompressed
-TOP = 10  # matches per query
-MODEL = "resnet50"
-WEIGHTS = "IMAGENET1K_V1"  # V2 is worse for retrieval: https://github.com/pytorch/vision/issues/8382
 SIDE = 224  # pixels, of the square that ResNet50 sees
-OFFLINE = "offline"  # the descriptor that needs no weights; its constants were chosen on drawn pictures
 OFFLINE_SIDE = 96  # pixels; 128 gains nothing, 64 costs 1 point of recall
 EDGE_CELLS, COLOUR_CELLS = 8, 4  # a side; fewer for the edges lose small crops, more lose a turn by 10 degrees
 DIRECTIONS = 16  # of an edge, dark-to-light told from light-to-dark
@@ -144,8 +149,6 @@ BAR_TOLERANCE = 20  # of 255, from the bar's colour
 BAR_END = 4  # lines within which a bar gives way to the picture; a page's margin or a backdrop fades out
 BAR_DEEPEST = 0.3  # share of a side
 CHANCE = {"copy": 0.01, "similar": 1.0}  # so many chance matches a search at or above the scores that get this label
-VIEWS = ("none", "auto", "all")
-LABELS = ("weak", "similar", "copy", "identical")
 SAMPLE = 1000  # images that scores are compared with; twice as many take four times as long and say little more
 FEWEST = 50  # images; of a smaller collection nothing is said
 OWN = 0.1  # share of the sample that is nearer to an image than its own distance: far more than any burst
@@ -176,6 +179,7 @@ NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS starts Ghos
 COSTLY = {"WEBP", "JPEG2000"}  # hold an image four times over while they decode it
 
 log = logging.getLogger("deepvision")
+
 one_large_image = threading.Lock()
 
 # ---- Types and errors ------------------------------------------------------------------------------------------------
@@ -185,7 +189,12 @@ class DeepVisionError(Exception):
     """What went wrong, where, and what to do about it, in one line."""
 
 
+class DamageError(Exception):
+    """The store does not hold what was written to it. It is repaired, and the work starts again."""
+
+
 def counted(number: int, one: str, many: str = "") -> str:
+    """A number with its noun: "1 file", "2,000 files"."""
     return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
@@ -193,41 +202,52 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def shown(text: str) -> str:
-    """A name that cannot steer the terminal: control and direction characters are written as escapes."""
-    steering = ("Cc", "Cf", "Zl", "Zp")
-    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in steering else c for c in text)
+def escape_controls(text: str) -> str:
+    """The text with control and direction characters as escapes, so that no file name can steer a terminal."""
+    unsafe = ("Cc", "Cf", "Zl", "Zp")
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in unsafe else c for c in text)
 
 
 class File(NamedTuple):
+    """A file of the collection, as a scan finds it."""
+
     path: bytes  # relative to the collection
     size: int  # bytes
-    mtime: int  # nanoseconds; -1: read it again next time
+    mtime: int  # nanoseconds; -1: read the file again at the next update
 
 
 def as_found(path: bytes, info: os.stat_result) -> File:
-    """A time that 64 bits of SQLite cannot hold (the year 2400) is wrapped around: it only has to differ."""
+    """The file as the system describes it. SQLite holds times of 64 bits: one after the year 2262 wraps around."""
     return File(path, info.st_size, info.st_mtime_ns % 2**63)
 
 
 class Picture(NamedTuple):
-    """A file that was read, for better or worse. It travels whole, so that rows and paths never part."""
+    """A file that was read, with all that came of it. It travels whole, so that rows and paths never part."""
 
     file: File
-    digest: bytes | None = None  # of its content; None if it is not a usable image
-    pixels: Any = None  # uint8 (3, side, side), until it has features; none if those are known. Of a query: its views
-    vector: np.ndarray | None = None  # its features, fp16 (dim,)
-    reason: str | None = None  # why it is not usable; None also for what was never meant to be an image
-    vanished: bool = False  # or changed while it was read
+    digest: bytes | None = None  # hash of the content; None: not a usable image
+    pixels: Any = None  # what the transform made of the image; None: its features are known already
+    vector: np.ndarray | None = None  # features, fp16 (dim,)
+    reason: str | None = None  # why the image cannot be used; None also for a file that was never meant as an image
+    vanished: bool = False  # the file went away or changed while it was read
 
 
 class View(NamedTuple):
-    """A query as it may have been before an edit."""
+    """A query as it may have looked before an edit."""
 
-    name: str  # the edit
-    pixels: torch.Tensor  # uint8 (3, side, side); smaller for a part
-    top: int = 0  # where the part lies in the whole
+    name: str  # the edit that is undone; empty: the query as it is
+    pixels: torch.Tensor  # uint8 (3, side, side); smaller for a part of a larger picture
+    top: int = 0  # where that part lies in the larger picture, in pixels of the model's side
     left: int = 0
+
+
+class Region(NamedTuple):
+    """Where a copy was found."""
+
+    corners: list[tuple[float, float]]  # the query's, from the top left clockwise, in pixels of the upright match
+    outline: list[tuple[float, float]]  # the match's, in the same order, in pixels of the upright query
+    points: int  # local features that agree
+    covers: float  # share of the match's area that is seen in the query, 0 to 1
 
 
 class Match(NamedTuple):
@@ -235,55 +255,59 @@ class Match(NamedTuple):
     path: str
     score: float  # cosine similarity, -1 to 1, of the best view of the query
     identical: bool  # the same bytes as the query
-    label: str = ""  # identical, copy, similar or weak; empty in a collection too small to tell
-    view: str = ""  # how the query was looked at: mirrored, turned 90°, trimmed, part; empty: as it is
+    label: str = ""  # identical, copy or empty
+    view: str = ""  # the best view of the query; of --duplicates: what the file is to the one to keep
+    region: Region | None = None  # of a copy
 
 
 class Answer(NamedTuple):
+    """What was found for a query."""
+
     query: str
     matches: list[Match]
     error: str | None = None
 
 
 class Group(NamedTuple):
-    """The same picture, there more than once."""
+    """Files that hold the same picture."""
 
-    keep: str  # the largest file; of equal ones the first by path
-    matches: list[Match]  # the other files, compared with it
-    error: None = None  # as of an Answer
+    keep: str  # the file with most pixels, then most bytes
+    matches: list[Match]  # the other files, compared with that one
+    error: None = None  # so that a Group can be printed as an Answer is
 
 
 @dataclass(frozen=True)
 class Model:
-    """From pixels, uint8 (B, 3, side, side), to features, float32 (B, dim)."""
+    """A network that turns pixels, uint8 (B, 3, side, side), into features, float32 (B, dim)."""
 
     name: str
-    identity: str  # name, hash of the weights, preprocessing, dimension: the name of its folder in the cache
-    side: int
+    identity: str  # name, hash of the weights, preprocessing, dimension: the name of its folder in the index
+    side: int  # pixels
     dim: int
     device: str
     network: Callable[..., torch.Tensor]
-    batch: int = CPU_BATCH[1]  # images at once
+    batch: int = 32  # images at once
     resample: str = "bilinear"
     precision: str = "fp32"
 
 
 @dataclass(frozen=True)
 class Work:
-    """How to go about an update."""
+    """The options of an update and of a search."""
 
     batch_size: int | None = None  # images; None: by model and device
     workers: int | None = None  # threads that read and decode; None: one a core
     rebuild: bool = False  # extract the features of all images again
     prune: bool = False  # forget the files that are gone
     update: bool = True  # look for what is new, changed or gone in the collection
-    exact: bool = False  # compare with every vector, however many
-    exact_bytes: int = EXACT_BYTES  # of vectors, beyond which compact codes choose what to compare with
-    rank: int = 0  # of `ranks` processes that share the work, see torchrun; 0 commits
+    exact: bool = False  # compare with every vector, however many there are
+    exact_bytes: int = 1 << 28  # of vectors; above it, a search by compact codes is quicker than 0.5 s, one by all is not
+    rank: int = 0  # of this process, among `ranks` that torchrun started; rank 0 commits
     ranks: int = 1
 
-    def mine(self, file: File) -> bool:
-        return zlib.crc32(file.path) % self.ranks == self.rank  # whatever list each of them made
+    def is_mine(self, file: File) -> bool:
+        """Whether this rank reads the file. The answer depends on the path alone."""
+        return zlib.crc32(file.path) % self.ranks == self.rank
 
 
 @dataclass
@@ -299,7 +323,7 @@ class Summary:
     recognised: int = 0  # of those, by content: moved, copied, or back again
     reading: float = 0.0  # seconds that the model waited for pixels
     computing: float = 0.0  # seconds in the model
-    recall: float | None = None  # of the search by codes; None: it is exact
+    recall: float | None = None  # share of the true nearest that the compact codes find; None: the search is exact
 
     def add(self, pictures: Sequence[Picture]) -> None:
         usable = [picture for picture in pictures if picture.digest and not picture.vanished]
@@ -308,22 +332,19 @@ class Summary:
         self.recognised += sum(picture.vector is None for picture in usable)
 
     @property
-    def rate(self) -> float:
-        return self.opened / (self.reading + self.computing or 1.0)
-
-    @property
     def balance(self) -> str:
-        """What the time goes to, and so what to buy or to change."""
+        """What the time went to: it tells whether more cores or a GPU would help."""
         share = self.reading / (self.reading + self.computing or 1.0)
         return f"{share:.0%} waiting for decoding, {1 - share:.0%} for the network"
 
     def __str__(self) -> str:
         known = f" ({self.recognised:,} recognised by content)" if self.recognised else ""
         pruned = f", {self.forgotten:,} forgotten" if self.forgotten else ""
-        spent = f"{self.rate:,.1f} images/s, {self.balance}"
+        rate = self.opened / (self.reading + self.computing or 1.0)
+        spent = f"{rate:,.1f} images/s, {self.balance}" if self.opened else "no image was opened"
         return (
             f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged, "
-            f"{self.skipped:,} skipped, {self.gone:,} gone{pruned}; {spent if self.opened else 'no image was opened'}"
+            f"{self.skipped:,} skipped, {self.gone:,} gone{pruned}; {spent}"
         )
 
 
@@ -995,42 +1016,48 @@ def features_of_views(views: Sequence[View], model: Model) -> np.ndarray:
     return torch.cat(features).cpu().numpy().astype(np.float16)
 
 
-# ---- Catalogue -------------------------------------------------------------------------------------------------------
+# ---- Verification ---
+class LocalFeatures(NamedTuple):
+    size: tuple[int, int]
+def local_features(image: Image.Image) -> LocalFeatures:
+    return LocalFeatures(image.size)
+def align(query: LocalFeatures, match: LocalFeatures) -> Region | None:
+    return None
 
+# ---- Store -----------------------------------------------------------------------------------------------------------
 
+FORMAT = 3  # of the database; a DeepVision of an older format refuses it
+PAGE_BYTES = 32_768  # 7 vectors of 2048 × fp16 a page: 4.7 KB an image in all, against 5.5 with pages of 16 KB
+CACHE_KB = 16_384  # of pages in memory: the inner pages of ten million rows fit
+BLOCK = 4096  # rows handled at once: 16 MB at 2048 dimensions
+CHECKED_BYTES = 1 << 27  # a database up to this size is checked whole on opening, in 0.3 s; a larger one where it is used
+WAIT_SECONDS = 60  # for a commit of another run
+OLD_FILES = ("features.bin", "catalogue.sqlite", "catalogue.crc")  # of formats 1 and 2
 SCHEMA = [
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
-    # Every file that was ever read; without digest and reason: not an image. Whether it is there: since the last scan.
-    "CREATE TABLE files (path BLOB PRIMARY KEY CHECK (typeof(path) = 'blob'), size INTEGER, mtime INTEGER, digest BLOB,"
-    " reason TEXT, decoders TEXT, there INTEGER CHECK (there IN (0, 1))) WITHOUT ROWID",
-    "CREATE INDEX files_by_digest ON files (digest)",
+    # AUTOINCREMENT: no row number is used twice, so that a stale FAISS index can miss a row but never mistake one.
+    "CREATE TABLE features (row INTEGER PRIMARY KEY AUTOINCREMENT, digest BLOB UNIQUE, vector BLOB, checksum INTEGER)",
+    # Every file that was ever read. Without digest: not usable, for this reason; without either: not an image.
+    "CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, digest BLOB, reason TEXT, there INTEGER)"
+    " WITHOUT ROWID",
+    "CREATE INDEX files_usable ON files (digest) WHERE there AND digest IS NOT NULL",
+    "CREATE INDEX files_skipped ON files (reason) WHERE there AND reason IS NOT NULL",
     "CREATE INDEX files_gone ON files (digest) WHERE NOT there",
-    # Every record of features.bin; without digest: superseded. `files` counts those that are there with this content.
-    "CREATE TABLE features (row INTEGER PRIMARY KEY, digest BLOB UNIQUE, files INTEGER NOT NULL)",
-    "CREATE INDEX features_of_no_file ON features (row) WHERE files = 0",
-    "CREATE TRIGGER file_added AFTER INSERT ON files WHEN new.there BEGIN"
-    " UPDATE features SET files = files + 1 WHERE digest = new.digest; END",
-    "CREATE TRIGGER file_removed AFTER DELETE ON files WHEN old.there BEGIN"
-    " UPDATE features SET files = files - 1 WHERE digest = old.digest; END",
-    "CREATE TRIGGER file_changed AFTER UPDATE OF digest, there ON files BEGIN"
-    " UPDATE features SET files = files - old.there WHERE digest = old.digest;"
-    " UPDATE features SET files = files + new.there WHERE digest = new.digest; END",
 ]
-# UnicodeDecodeError: of a message that quotes a damaged schema.
-DAMAGE = (sqlite3.DatabaseError, UnicodeDecodeError, json.JSONDecodeError)
-# What a scan found: to be read (there is NULL), gone (0) or back again unchanged (1).
+USABLE = "files WHERE there AND digest IS NOT NULL"
+SKIPPED = "files WHERE there AND reason IS NOT NULL"
+GONE = """files AS old WHERE NOT there AND digest IS NOT NULL
+    AND NOT EXISTS (SELECT 1 FROM files WHERE there AND digest = old.digest)"""  # a renamed file is not gone
+ORPHANED = """files WHERE digest IS NOT NULL
+    AND NOT EXISTS (SELECT 1 FROM features WHERE features.digest = files.digest)"""
+# What a scan found: files to read (`there` is NULL), files that are gone (0), files that are back unchanged (1).
 CHANGES = """DROP TABLE IF EXISTS temp.changes;
     CREATE TEMP TABLE changes (path BLOB, size INTEGER, mtime INTEGER, there INTEGER)"""
 UNREAD = "changes WHERE there IS NULL"
-USABLE = "files WHERE there AND digest IS NOT NULL"  # the usable images of the collection
-FEATURED = "features JOIN files USING (digest) WHERE there"  # the same, each with its row
-SKIPPED = "files WHERE there AND reason IS NOT NULL"
-GONE = """files WHERE NOT there AND digest IS NOT NULL
-    AND NOT EXISTS (SELECT 1 FROM features WHERE features.digest = files.digest AND features.files > 0)"""  # nor moved
 
 
 def sync_folder(folder: Path) -> None:
-    """A new name, or one less, is durable when its folder is."""
+    """Make the names of the files in the folder durable. POSIX keeps a new name only after that."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
@@ -1039,10 +1066,13 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path, mark: object = "") -> Iterator[BinaryIO]:
-    """A file that takes its place only when it is whole and on disk. `mark` tells apart who may write it at once."""
+    """A file to write, which takes its place only when it is whole and on disk.
+
+    Two processes that may write the same file at once give a different `mark`.
+    """
     part = path.with_name(f"{path.name}{mark}.part")
     try:
-        part.unlink(missing_ok=True)  # or a link in its place would be written through
+        part.unlink(missing_ok=True)  # a link in its place would be written through
         with open(part, "xb") as stream:
             yield stream
             stream.flush()
@@ -1053,53 +1083,58 @@ def whole_file(path: Path, mark: object = "") -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def file_checksum(path: Path, size: float = math.inf) -> int:
-    """CRC-32 of the first `size` bytes."""
-    checksum = 0
-    with open(path, "rb") as stream:
-        while chunk := stream.read(int(min(size, 1 << 22))):
-            checksum, size = zlib.crc32(chunk, checksum), size - len(chunk)
-    return checksum
+# UnicodeDecodeError comes from a message that quotes a damaged schema.
+DATABASE_DAMAGE = (DamageError, sqlite3.DatabaseError, UnicodeDecodeError)
 
 
-class Catalogue:
-    """The cache of one model: which files there are, and the features of their contents.
+class Store:
+    """The files of a collection and their features, by one model: an SQLite database.
 
-    features.bin starts with a random number, its generation; then comes one record a content: its hash, its vector,
-    and a checksum of both and of the model's identity. It only grows, or is replaced whole by a new generation, and
-    a record is on disk before the catalogue speaks of it. So, whatever was stopped or damaged, it shows whether the
-    two still fit each other, and each is mended from what holds of the other. No vector is used before its checksum
-    has been seen to hold. The checksum of catalogue.sqlite lies beside it but while a run is writing.
+    A file and its features are stored in one transaction. A vector is used only after its checksum was seen to hold.
+    `folder` is created. `identity` and `dim` are those of the model. Each rank of torchrun has a database by its own
+    `name`.
     """
 
-    HEADER = 16  # bytes
-
-    def __init__(self, folder: Path, identity: str, dim: int) -> None:
+    def __init__(self, folder: Path, identity: str, dim: int, name: str = "index.sqlite") -> None:
         self.folder, self.identity, self.dim = folder, identity, dim
-        self.path, self.seal = folder / "catalogue.sqlite", folder / "catalogue.crc"
-        self.features, self.index = folder / "features.bin", folder / "index.faiss"
-        record = [("digest", f"V{DIGEST_BYTES}"), ("vector", "<f2", (dim,)), ("checksum", "<u8")]
-        self.record = np.dtype(record, align=True)
-        # Odd, so that no flipped bit is lost; of the identity, so that no record holds in another model's cache.
-        factors = hashlib.shake_256(identity.encode()).digest(self.record.itemsize)
-        self.factors = np.frombuffer(factors, np.uint64) | np.uint64(1)
-        self.trusted_from = 0  # features of earlier rows are extracted again: --rebuild
+        self.path, self.index = folder / name, folder / "index.faiss"
+        self.salt = zlib.crc32(identity.encode())  # no vector holds in the store of another model
         folder.mkdir(parents=True, exist_ok=True)
-        self.lock, self.one_lookup = filelock.FileLock(folder / "lock"), threading.Lock()
+        self.lock_file, self.one_lookup = filelock.FileLock(folder / "lock"), threading.Lock()
+        self.last_words = b""  # what a run that crashed has left in the lock file
         self.connect()
 
     def connect(self) -> None:
         if not self.path.exists():
             self.path.touch()
         self.inode = self.path.stat().st_ino
-        connect = partial(sqlite3.connect, self.path, check_same_thread=False)
-        self.db = connect(timeout=60)
+        connect = partial(sqlite3.connect, self.path, timeout=WAIT_SECONDS, check_same_thread=False)
+        self.db, self.lookup = connect(), connect()
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
-        self.lookup = connect(timeout=20)  # for threads, which a failed commit of this process must not hold up long
+        for db in (self.db, self.lookup):
+            db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
 
     def close(self) -> None:
         self.db.close()
         self.lookup.close()
+
+    @contextmanager
+    def locked(self) -> Iterator[bool]:
+        """Hold the lock of the one run that writes. Yields True if another run had to be waited for."""
+        with suppress(OSError):  # there is none yet
+            self.last_words = Path(self.lock_file.lock_file).read_bytes()
+        try:
+            held, waited = self.lock_file.acquire(timeout=0), False
+        except filelock.Timeout:
+            log.warning("another run is writing %s: waiting for it", self.folder)
+            held, waited = self.lock_file.acquire(), True
+        with held:
+            if not self.path.exists() or self.path.stat().st_ino != self.inode:  # another run has repaired it
+                self.close()
+                self.connect()
+            yield waited
+
+    # Values
 
     def value(self, query: str, *arguments: Any) -> Any:
         """The first value that the query gives, or None."""
@@ -1108,267 +1143,119 @@ class Catalogue:
     def get(self, key: str) -> Any:
         return self.value("SELECT value FROM meta WHERE key = ?", key)
 
-    def put(self, **values: Any) -> None:
-        self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
-
-    def any(self, table: str) -> bool:
-        return bool(self.value(f"SELECT EXISTS (SELECT 1 FROM {table})"))
+    def put(self, key: str, value: Any) -> None:
+        with self.db:
+            self.db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
     def count(self, table: str) -> int:
         return self.value(f"SELECT count(*) FROM {table}")
 
-    def rows(self, condition: str) -> np.ndarray:
-        return np.fromiter((row for (row,) in self.db.execute(f"SELECT row FROM features {condition}")), np.int64)
+    def any(self, table: str) -> bool:
+        return bool(self.value(f"SELECT EXISTS (SELECT 1 FROM {table})"))
 
-    @contextmanager
-    def locked(self) -> Iterator[bool]:
-        """As the only run that may write; True if another one had to be waited for."""
-        try:
-            held, waited = self.lock.acquire(timeout=0), False
-        except filelock.Timeout:
-            log.warning("another run is writing %s: waiting for it", self.folder)
-            held, waited = self.lock.acquire(), True
-        with held:
-            yield waited
+    def last_row(self) -> int:
+        """The highest row number in use; 0: there are no features."""
+        return self.value("SELECT max(row) FROM features") or 0
 
-    @contextmanager
-    def unsealed(self) -> Iterator[None]:
-        """For a change of the catalogue. Should the run be stopped meanwhile, the next one misses the seal and looks
-        closer."""
-        self.seal.unlink(missing_ok=True)
-        sync_folder(self.folder)
+    # Features
+
+    def checksum(self, digest: bytes, vector: bytes) -> int:
+        """CRC-32 of model identity, digest and vector."""
+        return zlib.crc32(vector, zlib.crc32(digest, self.salt))
+
+    def holds(self, row: tuple[Any, ...]) -> bool:
+        """Whether (row, digest, vector, checksum), as it was read, is what was written."""
+        _, digest, vector, checksum = row
+        is_whole = isinstance(digest, bytes) and isinstance(vector, bytes) and len(vector) == 2 * self.dim
+        return is_whole and self.checksum(digest, vector) == checksum
+
+    def discard(self, rows: Sequence[int]) -> None:
+        """Delete damaged rows. The next update reads their files again."""
+        one = [(row,) for row in rows]
+        with self.db:
+            which = "digest = (SELECT digest FROM features WHERE row = ?)"
+            self.db.executemany(f"UPDATE files SET mtime = -1 WHERE {which}", one)
+            self.db.executemany("DELETE FROM features WHERE row = ?", one)
+        log.warning("%s: %s damaged, to be extracted again", self.path, counted(len(rows), "feature is", "features are"))
+
+    def checked(self, found: Sequence[tuple[Any, ...]]) -> tuple[np.ndarray, list[bytes], np.ndarray]:
+        """Rows, int64 (n,), their digests, and features, fp16 (n, dim), of rows that were read from the database.
+
+        Raises DamageError if one of them is not what was written.
+        """
+        if broken := [row[0] for row in found if not self.holds(row)]:
+            self.discard(broken)
+            raise DamageError(f"{counted(len(broken), 'feature')} did not match the checksum")
+        vectors = np.frombuffer(bytearray().join(row[2] for row in found), np.float16).reshape(-1, self.dim)
+        return np.array([row[0] for row in found], np.int64), [row[1] for row in found], vectors
+
+    def raw_blocks(self, first: int, last: int) -> Iterator[list[tuple[Any, ...]]]:
+        """All (row, digest, vector, checksum) with first ≤ row ≤ last, in order. No cursor stays open in between."""
+        query = "SELECT row, digest, vector, checksum FROM features WHERE row BETWEEN ? AND ? ORDER BY row LIMIT ?"
+        while found := self.db.execute(query, (first, last, BLOCK)).fetchall():
+            yield found
+            first = found[-1][0] + 1
+
+    def blocks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows, int64 (n,), and features, fp16 (n, dim), with first ≤ row ≤ last, in blocks.
+
+        Raises DamageError if one of them is not what was written.
+        """
+        for found in self.raw_blocks(first, self.last_row() if last is None else last):
+            rows, _, vectors = self.checked(found)
+            yield rows, vectors
+
+    def features_of(self, rows: Iterable[int]) -> tuple[np.ndarray, list[bytes], np.ndarray]:
+        """Rows, digests and features, as `checked` gives them, of those of `rows` that are still there."""
+        among = "SELECT value FROM json_each(?)"
+        query = f"SELECT row, digest, vector, checksum FROM features WHERE row IN ({among}) ORDER BY row"
+        return self.checked(self.db.execute(query, (json.dumps(sorted(map(int, rows))),)).fetchall())
+
+    def is_known(self, digest: bytes, after: int = 0) -> bool:
+        """Whether a row above `after` holds features of this content. The threads that read files ask it."""
+        with self.one_lookup:  # Python 3.13 fails now and then where threads share a connection
+            query = "SELECT 1 FROM features WHERE digest = ? AND row > ?"
+            return self.lookup.execute(query, (digest, after)).fetchone() is not None
+
+    def save(self, pictures: Sequence[Picture], replace: bool = False) -> None:
+        """Store files and their features in one transaction. `replace`: new features take the place of stored ones."""
+        verb, kept = "REPLACE" if replace else "IGNORE", [picture for picture in pictures if not picture.vanished]
+        features = {p.digest: p.vector.tobytes() for p in kept if p.digest and p.vector is not None}
+        with self.db:
+            self.db.executemany(
+                f"INSERT OR {verb} INTO features (digest, vector, checksum) VALUES (?, ?, ?)",
+                ((digest, vector, self.checksum(digest, vector)) for digest, vector in features.items()),
+            )
+            self.db.executemany(
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", ((*p.file, p.digest, p.reason) for p in kept)
+            )
+            vanished = [(picture.file.path,) for picture in pictures if picture.vanished]
+            self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", vanished)
+
+    def take_in(self, share: Path, replace: bool) -> None:
+        """Add the files and features of a rank's database."""
+        verb = "REPLACE" if replace else "IGNORE"
+        self.db.execute("ATTACH ? AS share", (os.fsencode(share),))
         try:
-            yield
+            with self.db:
+                columns = "digest, vector, checksum"
+                new = f"SELECT {columns} FROM share.features ORDER BY row"
+                self.db.execute(f"INSERT OR {verb} INTO main.features ({columns}) {new}")
+                self.db.execute("INSERT OR REPLACE INTO main.files SELECT * FROM share.files")
         finally:
-            with suppress(OSError), whole_file(self.seal) as stream:
-                stream.write(b"%08x" % file_checksum(self.path))
+            self.db.execute("DETACH share")
 
-    @contextmanager
-    def writing(self) -> Iterator[bool]:
-        """As `locked`, and sure that no other run has made the catalogue anew since it was opened here."""
-        with self.locked() as waited:
-            if self.path.stat().st_ino != self.inode:
-                raise sqlite3.DatabaseError("another run has made the catalogue anew")
-            with self.unsealed():
-                yield waited
-
-    def generation(self) -> bytes | None:
-        with suppress(OSError), open(self.features, "rb") as stream:
-            return stream.read(self.HEADER)
-        return None
-
-    def stored(self) -> int:
-        """Whole records in features.bin; those after the first `rows` are not the catalogue's, or not yet."""
-        size = self.features.stat().st_size if self.features.is_file() else 0
-        return max(0, size - self.HEADER) // self.record.itemsize
-
-    def records(self, start: int = 0, end: float = math.inf) -> Iterator[tuple[int, np.ndarray]]:
-        """The row of the first, and the records, of each block."""
-        end, size = int(min(end, self.stored())), self.record.itemsize
-        for row in range(start, end, BLOCK):
-            count, offset = min(BLOCK, end - row), self.HEADER + row * size
-            yield row, np.fromfile(self.features, self.record, count, offset=offset)
-
-    def checksums(self, records: np.ndarray) -> np.ndarray:
-        """Of identity, hash and vector in one: no vector holds beside another's hash, or in another model's cache."""
-        words = np.ascontiguousarray(records).view(np.uint64).reshape(-1, len(self.factors))[:, :-1]
-        return np.einsum("nw,w->n", words, self.factors[:-1]) + self.factors[-1]  # 5 GB/s; a matrix product half of it
-
-    def holding(self, records: np.ndarray) -> np.ndarray:
-        """Which of the records match their checksum."""
-        return self.checksums(records) == records["checksum"]
-
-    def prove(self, rows: np.ndarray, records: np.ndarray, superseded: Any = False, other: Any = False) -> None:
-        """Raise DatabaseError if one of the records is broken; the files it belongs to are read again next time."""
-        broken = rows[(~self.holding(records) | other) & ~np.asarray(superseded)]
-        if len(broken):
-            one = [(row,) for row in broken.tolist()]
-            with self.writing(), self.db:
-                of_row = "(SELECT digest FROM features WHERE row = ?)"
-                self.db.executemany(f"UPDATE files SET mtime = -1 WHERE digest = {of_row}", one)
-                self.db.executemany("UPDATE features SET digest = NULL, files = 0 WHERE row = ?", one)
-            log.warning("%s: %d features are damaged, and are extracted again", self.features, len(broken))
-            raise sqlite3.DatabaseError(f"{len(broken)} features do not match their checksum or the catalogue")
-
-    def vectors(self, start: int = 0, end: float = math.inf) -> Iterator[np.ndarray]:
-        """All features from row `start` on, in blocks, fp16 (n, dim); superseded ones are 0.
-
-        Raises DatabaseError if one is not what was written.
-        """
-        generation = self.get("generation")
-        for row, records in self.records(start, min(end, self.get("rows"))):
-            query = "SELECT digest FROM features WHERE row BETWEEN ? AND ? ORDER BY row"
-            digests = [digest for (digest,) in self.db.execute(query, (row, row + len(records) - 1))]
-            if self.generation() != generation:
-                raise sqlite3.DatabaseError("another run has changed the features")
-            other = np.array([d is not None and d != r.tobytes() for d, r in zip(digests, records["digest"])])
-            superseded = np.array([digest is None for digest in digests])
-            self.prove(np.arange(row, row + len(records)), records, superseded, other)
-            records["vector"][superseded] = 0
-            yield records["vector"]
-
-    def records_of(self, rows: np.ndarray) -> np.ndarray:
-        """Some records. Raises DatabaseError if one is not what was written."""
-        records, size, waiting = np.empty(len(rows), self.record), self.record.itemsize, []
-        buffer, at_once = records.view(np.uint8).data, getattr(os, "RWF_NOWAIT", None)
-        with open(self.features, "rb", buffering=0) as stream:
-            # No map: the faults of its pages take twice as long.
-            for i, place in enumerate((self.HEADER + rows * size).tolist()):
-                part = buffer[i * size : (i + 1) * size]
-                try:
-                    if at_once and os.preadv(stream.fileno(), [part], place, at_once) == size:
-                        continue
-                except OSError:  # it is not in memory, or the file system cannot tell
-                    pass
-                waiting.append((place, part))
-            for place, _ in waiting if hasattr(os, "posix_fadvise") else ():
-                # All at once: one after the other, a thousand reads of an SSD take 0.1 s.
-                os.posix_fadvise(stream.fileno(), place, size, os.POSIX_FADV_WILLNEED)
-            for place, part in waiting:
-                stream.seek(place)
-                if stream.readinto(part) != size:
-                    raise sqlite3.DatabaseError(f"{self.features} has ended before its time")
-        self.prove(rows, records)
-        return records
-
-    def sealed(self) -> bool:
-        """Whether the catalogue matches its checksum; False also if another run is writing or was stopped."""
-        with suppress(FileNotFoundError):
-            seal = self.seal.read_bytes()
-            if seal == b"%08x" % file_checksum(self.path):
-                return True
-            if seal == self.seal.read_bytes():
-                raise sqlite3.DatabaseError("the catalogue does not match its checksum")
-        return False
-
-    def check(self, thorough: bool = True) -> None:
-        """Raise DatabaseError if this is not whole; which of the features are broken is for `compact` to find.
-
-        Not `thorough`: by nothing that takes longer the larger the collection is.
-        """
-        version = self.value("PRAGMA user_version")
-        if version > FORMAT:
-            raise DeepVisionError(
-                f"{self.folder} was written by a newer DeepVision (format {version}, this one knows {FORMAT}): update "
-                "DeepVision, or choose another --index-dir"
-            )
-        schema = self.db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid").fetchall()
-        if version < FORMAT or schema != [(sql,) for sql in SCHEMA]:
-            raise sqlite3.DatabaseError("there is no catalogue of this format")
-        if thorough and not self.sealed() and (verdict := self.value("PRAGMA integrity_check(1)")) != "ok":
-            raise sqlite3.DatabaseError(f"the catalogue is corrupt: {verdict.splitlines()[0]}")
-        with self.db:
-            self.db.execute("BEGIN")  # both of one moment, whatever another run adds meanwhile
-            meta = dict(self.db.execute("SELECT key, value FROM meta").fetchall())
-            end = self.value("SELECT ifnull(max(row) + 1, 0) FROM features")
-        if meta.get("identity") != self.identity:
-            raise sqlite3.DatabaseError("the catalogue is another model's")
-        if meta.get("rows") != end or end > self.stored() or meta.get("generation") != self.generation():
-            raise sqlite3.DatabaseError("the features are not those that the catalogue speaks of")
-        size = self.HEADER + end * self.record.itemsize
-        if thorough and size <= CHECKED_BYTES and meta.get("checksum") != file_checksum(self.features, size):
-            raise sqlite3.DatabaseError("the features do not match their checksum")
-
-    def compact(self, chosen: np.ndarray) -> None:
-        """Begin a new generation, of the records in these rows as far as they hold."""
-        generation, digests = os.urandom(self.HEADER), list[bytes]()
-        with whole_file(self.features) as stream:
-            stream.write(generation)
-            for row, records in self.records():
-                first, last = np.searchsorted(chosen, [row, row + len(records)])
-                records = records[chosen[first:last] - row]
-                records = records[self.holding(records)]
-                stream.write(records.tobytes())
-                digests += [digest.tobytes() for digest in records["digest"]]
-        with self.db:
-            self.db.execute("DELETE FROM features")
-            self.db.executemany("INSERT INTO features VALUES (?, ?, 0)", enumerate(digests))
-            self.db.execute(
-                "UPDATE features SET files = (SELECT count(*) FROM files WHERE digest = features.digest AND there)"
-            )
-            self.db.execute("UPDATE files SET mtime = -1 WHERE digest NOT IN (SELECT digest FROM features)")
-            self.put(totals=None, generation=generation, rows=len(digests), checksum=file_checksum(self.features))
-
-    def remake(self) -> None:
-        columns, files = "path, size, mtime, digest, reason, decoders, there", []
-        with suppress(*DAMAGE):
-            if self.get("identity") == self.identity:
-                files = self.db.execute(f"SELECT {columns} FROM files").fetchall()
-        self.close()
-        for name in ("catalogue.sqlite-journal", "catalogue.sqlite"):
-            (self.folder / name).unlink(missing_ok=True)
-        self.connect()
-        self.db.executescript(f"BEGIN; {';'.join(SCHEMA)}; PRAGMA user_version = {FORMAT}; COMMIT")
-        with self.db:
-            self.put(identity=self.identity)
-            self.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", files)
-        newest = {}
-        for row, records in self.records():
-            for i in np.flatnonzero(self.holding(records)).tolist():
-                newest[records["digest"][i].tobytes()] = row + i
-        self.compact(np.array(sorted(newest.values()), np.int64))
-
-    def mend(self) -> None:
-        """Make the catalogue again from every file and feature in it that holds; a new one begins like this, too."""
-        with self.locked():
-            self.close()
-            self.connect()
-            try:
-                return self.check()  # another run has mended it meanwhile, or was in the midst of a change
-            except sqlite3.OperationalError:
-                raise
-            except DAMAGE as error:
-                had, new = self.stored(), not self.features.exists() and not self.path.stat().st_size
-                with self.unsealed():
-                    self.remake()
-                if not new:
-                    log.warning("%s: %s. Repaired: %d of %d features hold", self.folder, error, self.get("rows"), had)
-
-    def is_known(self, digest: bytes) -> bool:
-        with self.one_lookup:  # asked by the threads that read, who must not share a connection unguarded
-            query = "SELECT 1 FROM features WHERE digest = ? AND row >= ?"
-            return self.lookup.execute(query, (digest, self.trusted_from)).fetchone() is not None
-
-    def save(self, pictures: Sequence[Picture]) -> None:
-        """Make pictures and their features durable: first the features, then, at once, the files they belong to."""
-        extracted = {p.digest: p.vector for p in pictures if p.digest and p.vector is not None and not p.vanished}
-        fresh = {digest: vector for digest, vector in extracted.items() if not self.is_known(digest)}
-        records, rows = np.zeros(len(fresh), self.record), self.get("rows")
-        for i, (digest, vector) in enumerate(fresh.items()):
-            records["digest"][i], records["vector"][i] = digest, vector
-        records["checksum"] = self.checksums(records)
-        with open(self.features, "r+b") as stream:
-            stream.seek(self.HEADER + rows * self.record.itemsize)
-            stream.write(records.tobytes())
-            stream.flush()
-            os.fsync(stream.fileno())
-        there = [(*p.file, p.digest, p.reason, image_formats()[2]) for p in pictures if not p.vanished]
-        with self.db:
-            self.db.executemany("UPDATE features SET digest = NULL, files = 0 WHERE digest = ?", zip(fresh))
-            of_digest = "(SELECT count(*) FROM files WHERE digest = ?2 AND there)"
-            self.db.executemany(f"INSERT INTO features VALUES (?1, ?2, {of_digest})", enumerate(fresh, rows))
-            self.db.executemany(
-                "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, 1) ON CONFLICT (path) DO UPDATE SET size = excluded.size,"
-                " mtime = excluded.mtime, digest = excluded.digest, reason = excluded.reason,"
-                " decoders = excluded.decoders, there = 1",
-                there,
-            )
-            self.db.executemany(
-                "UPDATE files SET there = 0 WHERE path = ?", [(p.file.path,) for p in pictures if p.vanished]
-            )
-            self.put(totals=None, rows=rows + len(fresh), checksum=zlib.crc32(records.tobytes(), self.get("checksum")))
+    # Files
 
     def known_files(self) -> Iterator[tuple[Any, ...]]:
-        """Path, size, time, whether it is there, and whether to try it again, by path. No lock is held in between: a
-        scan may take minutes, and another run may want to save."""
-        query = """SELECT path, size, mtime, there, digest IS NULL AND decoders <> ? FROM files WHERE path > ?
-            ORDER BY path LIMIT ?"""
+        """(path, size, mtime, there, is unusable) by path. No lock is held in between, so that other runs can save."""
+        query = "SELECT path, size, mtime, there, digest IS NULL FROM files WHERE path > ? ORDER BY path LIMIT ?"
         block = [(b"",)]
-        while block := self.lookup.execute(query, (image_formats()[2], block[-1][0], BLOCK)).fetchall():
+        while block := self.db.execute(query, (block[-1][0], BLOCK)).fetchall():
             yield from block
 
-    def differences(self, files: Iterable[File], everything: bool) -> Iterator[tuple[bytes, int, int, int | None]]:
-        """What a scan found that is not as the catalogue has it. Both are in the order of their paths."""
+    def differences(self, files: Iterable[File], retry: bool, everything: bool) -> Iterator[tuple[Any, ...]]:
+        """The rows of `changes`: how a scan, `files` by path, differs from what is stored."""
         stored, end = self.known_files(), (b"", 0, 0, 0, 0)
         known = next(stored, end)
         for file in files:
@@ -1376,8 +1263,7 @@ class Catalogue:
                 if known[3]:
                     yield *known[:3], 0
                 known = next(stored, end)
-            same = known[:3] == file
-            if not same or everything or known[4]:
+            if known[:3] != file or everything or (retry and known[4]):
                 yield *file, None
             elif not known[3]:
                 yield *file, 1
@@ -1388,223 +1274,337 @@ class Catalogue:
                 yield *left[:3], 0
 
     def scan(self, files: Iterable[File], everything: bool) -> int:
-        """Compare with what lies in the collection now, and choose what to read of it: what is new or changed, what
-        other decoders could not use, and what has lost its features. How many differences there are."""
+        """Compare `files`, in the order of their paths, with what is stored; how many differ.
+
+        To be read are new and changed files, and with other decoders than before those that could not be used.
+        `everything`: all files are to be read.
+        """
+        retry = self.get("decoders") != image_formats()[2]
+        found = self.differences(files, retry, everything)
         self.db.executescript(CHANGES)
         with self.db:
-            self.db.executemany("INSERT INTO changes VALUES (?, ?, ?, ?)", self.differences(files, everything))
+            while block := list(itertools.islice(found, BLOCK)):
+                self.db.executemany("INSERT INTO temp.changes VALUES (?, ?, ?, ?)", block)
         return self.count("changes")
 
     def unread(self) -> Iterator[File]:
-        return map(File._make, self.db.execute(f"SELECT path, size, mtime FROM {UNREAD}"))
+        return map(File._make, self.db.execute(f"SELECT path, size, mtime FROM {UNREAD}").fetchall())
 
     def settle(self) -> bool:
-        """Take down what is gone and what is back, unless no usable image would be left; whether one is."""
+        """Mark files as gone or back, as the scan found them. Returns False, and changes nothing, if no usable image
+        would remain."""
         with self.db:
             changed = "SELECT there, path FROM changes WHERE there IS NOT NULL"
             self.db.executemany("UPDATE files SET there = ? WHERE path = ?", self.db.execute(changed).fetchall())
-            self.put(totals=None)
-            left = self.any(USABLE)
-            if not left:
+            if remains := self.any(USABLE):
+                self.db.execute("INSERT OR REPLACE INTO meta VALUES ('decoders', ?)", (image_formats()[2],))
+            else:
                 self.db.rollback()
-        return left
-
-    def totals(self, store: bool = False) -> list[int]:
-        """How many files are usable, skipped and gone: stored, since to count a million takes a second."""
-        totals = json.loads(self.get("totals") or "[]") or [self.count(kind) for kind in (USABLE, SKIPPED, GONE)]
-        if store:
-            with self.db:
-                self.put(totals=json.dumps(totals))
-        return totals
+        return remains
 
     def prune(self) -> None:
-        """Forget the files that are gone, and the features that no file is left of."""
+        """Forget the files that are gone, and the features that belong to no file."""
         with self.db:
             self.db.execute("DELETE FROM files WHERE NOT there")
-        if len(live := self.rows("WHERE files > 0 ORDER BY row")) < self.get("rows"):
-            self.compact(live)
+            unused = "NOT EXISTS (SELECT 1 FROM files WHERE there AND files.digest = features.digest)"
+            self.db.execute(f"DELETE FROM features WHERE {unused}")
+        if 10 * self.value("PRAGMA freelist_count") > self.value("PRAGMA page_count"):
+            self.db.execute("VACUUM")  # or the file never gets smaller
 
-    def largest_first(self) -> np.ndarray:
-        """Row, bytes of a file, and number of files, int64 (n, 3), of each picture of the collection."""
-        query = f"SELECT row, size, count(*) FROM {FEATURED} GROUP BY row ORDER BY size DESC, min(path)"
-        return np.fromiter(self.db.execute(query), np.dtype((np.int64, 3)))
-
-    def files_with(self, digest: bytes, limit: int) -> list[File]:
-        """The files of the collection with this content: another run may give its features another row meanwhile."""
-        query = "SELECT path, size, mtime FROM files WHERE digest = ? AND there ORDER BY path LIMIT ?"
+    def files_with(self, digest: bytes, limit: int = -1) -> list[File]:
+        """The files of the collection with this content, by path."""
+        query = "SELECT path, size, mtime FROM files WHERE there AND digest = ? ORDER BY path LIMIT ?"
         return [File(*found) for found in self.db.execute(query, (digest, limit))]
 
-    def wants_codes(self, work: Work) -> bool:
-        rows = self.get("rows")
-        return rows >= FEWEST_CODED and rows * self.dim * 2 > work.exact_bytes
+    def skipped(self, limit: int = -1) -> list[tuple[bytes, str]]:
+        """The path of each skipped file, with its reason."""
+        return self.db.execute(f"SELECT path, reason FROM {SKIPPED} ORDER BY path LIMIT ?", (limit,)).fetchall()
 
-    def read_index(self, mapped: bool = True) -> tuple[faiss.Index, dict[str, Any]] | None:
-        """The stored index and what `write_index` noted of it, if it is whole and of this generation."""
-        with suppress(FileNotFoundError, IsADirectoryError), open(self.index, "rb") as stream:
-            size = stream.seek(0, 2)
-            stream.seek(max(0, size - 8))
-            length, checksum = (int.from_bytes(stream.read(4), "little") for _ in range(2))
-            if size < 8 or file_checksum(self.index, size - 4) != checksum:
-                log.warning("%s is damaged: it is made again from the features", self.index)
-                return None
-            stream.seek(size - 8 - length)
-            notes = json.loads(stream.read(length))
-            if bytes.fromhex(notes["generation"]) == self.generation():
-                mapped = mapped and os.name == "posix" and "trained" not in notes  # codes would be mapped and copied
-                path = f"/dev/fd/{stream.fileno()}" if os.name == "posix" else str(self.index)  # FAISS wants UTF-8
-                return faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC if mapped else 0), notes
-        return None
+    def paths_of(self, rows: np.ndarray) -> list[tuple[int, bytes]]:
+        """The place in `rows`, which are in order, and the path, of each file with these features."""
+        place = {row: i for i, row in enumerate(rows.tolist())}
+        query = f"SELECT row, path FROM features JOIN {USABLE.replace('WHERE', 'USING (digest) WHERE')}"
+        found = self.db.execute(f"{query} AND row BETWEEN ? AND ? ORDER BY row, path", (int(rows[0]), int(rows[-1])))
+        return [(place[row], path) for row, path in found if row in place]
 
-    def write_index(self, index: faiss.Index, notes: dict[str, Any]) -> None:
-        """The index; behind it the notes as JSON, the length of these, and the CRC-32 of all before: 4 bytes each."""
-        text = json.dumps({**notes, "generation": self.get("generation").hex()}).encode()
-        with whole_file(self.index) as stream:
-            faiss.write_index(index, faiss.PyCallbackIOWriter(stream.write))
-            stream.write(text + len(text).to_bytes(4, "little"))
-            stream.flush()
-            stream.write(file_checksum(Path(stream.name)).to_bytes(4, "little"))
+    # Damage
 
-    def export(self, folder: Path) -> int:
-        """features.npy, float16 (n, dim), and paths.txt, a line each; how many. The first is there only if both are."""
-        n, dim = self.count(FEATURED), self.dim
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "features.npy").unlink(missing_ok=True)
-        with whole_file(folder / "features.npy") as features, whole_file(folder / "paths.txt") as paths:
-            np.lib.format.write_array_header_1_0(features, {"descr": "<f2", "fortran_order": False, "shape": (n, dim)})
-            row = 0
-            for block in self.vectors():
-                query = f"SELECT row - ?, path FROM {FEATURED} AND row >= ? AND row < ? ORDER BY row, path"
-                for i, path in self.db.execute(query, (row, row, row + len(block))):
-                    features.write(block[i].tobytes())
-                    paths.write(path.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r") + b"\n")
-                row += len(block)
-        return n
+    def check(self, whole: bool) -> None:
+        """Raise DamageError if this is not a sound database of this format. Damaged rows alone are discarded.
+
+        A large database, or one that is not to be checked `whole`, is looked at where it is used.
+        """
+        version = self.value("PRAGMA user_version")
+        if version > FORMAT:
+            raise DeepVisionError(
+                f"{self.folder} was written by a newer DeepVision (format {version}, this one knows {FORMAT}): update "
+                "DeepVision, or choose another --index-dir"
+            )
+        schema = self.db.execute(
+            "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%' ORDER BY rowid"
+        ).fetchall()
+        if version < FORMAT or [sql for (sql,) in schema] != SCHEMA:
+            raise DamageError("it is not a database of this format")
+        if self.get("identity") != self.identity:
+            raise DamageError("it belongs to another model")
+        if whole and self.path.stat().st_size <= CHECKED_BYTES:
+            if (verdict := self.value("PRAGMA integrity_check(1)")) != "ok":  # quick_check does not compare indexes
+                raise DamageError(str(verdict).splitlines()[0])
+            blocks = self.raw_blocks(0, self.last_row())
+            if broken := [row[0] for block in blocks for row in block if not self.holds(row)]:
+                self.discard(broken)
+            if self.any(ORPHANED):  # a damaged digest
+                with self.db:
+                    self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
+
+    def readable(self, table: str, key: str) -> Iterator[tuple[Any, ...]]:
+        """The rows of a damaged table that can be read: from its beginning, then from its end, each up to the damage."""
+        for order in ("ASC", "DESC"):
+            try:
+                yield from self.db.execute(f"SELECT * FROM {table} ORDER BY {key} {order}")
+                return
+            except sqlite3.OperationalError as error:
+                if "no such" not in str(error):
+                    raise  # no room, no right: the database itself may be sound
+            except DATABASE_DAMAGE:
+                pass
+
+    def create(self) -> None:
+        self.db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+        self.db.executescript(f"BEGIN; {';'.join(SCHEMA)}; PRAGMA user_version = {FORMAT}; COMMIT")
+        self.put("identity", self.identity)
+
+    def salvage(self) -> None:
+        """Copy what holds of a damaged database into a new one, which takes its place. Call it with the lock held."""
+        part, old = self.path.with_name(f"{self.path.name}.part"), self.path.with_name(f"{self.path.name}-journal")
+        part.unlink(missing_ok=True)
+        part.with_name(f"{part.name}-journal").unlink(missing_ok=True)
+        new = Store(self.folder, self.identity, self.dim, part.name)
+        new.create()
+        with new.db:
+            rows = (row for row in self.readable("features", "row") if self.holds(row))
+            new.db.executemany("INSERT OR IGNORE INTO features VALUES (?, ?, ?, ?)", rows)
+            new.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?)", self.readable("files", "path"))
+            new.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
+        new.close()
+        self.close()
+        old.unlink(missing_ok=True)  # SQLite would play it into the new database
+        os.replace(part, self.path)
+        sync_folder(self.folder)
+        self.connect()
+
+    def repair(self) -> None:
+        """Make the database sound: a new one where there is none, what holds of a damaged one."""
+        with self.locked():
+            try:
+                return self.check(whole=True)  # another run has repaired it meanwhile
+            except sqlite3.OperationalError:
+                raise  # no room, no right: nothing is wrong with what is there
+            except DATABASE_DAMAGE as error:
+                is_new = not self.path.stat().st_size
+                self.salvage()
+                if not is_new:
+                    rows = counted(self.count("features"), "feature holds", "features hold")
+                    log.warning("%s: %s. Repaired: %s", self.path, first_line(error), rows)
 
 
-# ---- Index and search ------------------------------------------------------------------------------------------------
+# ---- Index -----------------------------------------------------------------------------------------------------------
+
+FEWEST_CODED = 64  # vectors; fewer do not train the codes
+CODED_DIM = 256  # principal components in the codes, of 2 bits each
+TRAINED_ON, HELD_OUT = 30_000, 500  # vectors; more gain nothing, fewer measure recall less exactly than to 0.001
+OUTGROWN = 2  # the codes are trained again once the collection has grown this many times
+SHORTLIST, LONGEST_SHORTLIST = 384, 32_768  # codes whose exact scores are computed: at first, at most
+RECALL = 0.998  # share of the true ten nearest that the shortlist must hold
+GPU_QUERIES, GPU_RESULTS = 32, 2048  # views at once that are worth the loading; results that FAISS gives there at most
+GPU_RESERVE = 3 << 30  # bytes left to the model and to FAISS's own work
 
 
-def single(block: np.ndarray) -> np.ndarray:
-    """As float32, in order; torch is several times as fast at it as NumPy."""
+class Index(NamedTuple):
+    """A FAISS index over features of the store."""
+
+    faiss: faiss.Index  # its ids are rows of the store
+    last: int  # the last row in it; later ones are compared one by one
+    shortlist: int = 0  # codes whose exact scores are computed; 0: the index holds the features themselves
+    recall: float | None = None  # share of the true ten nearest in the shortlist, measured
+    trained: int = 0  # vectors in the collection when the codes were trained
+
+
+def file_checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    checksum = 0
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 22):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def to_float32(block: np.ndarray) -> np.ndarray:
+    """The block as contiguous float32. torch converts fp16 several times as fast as NumPy does."""
     return torch.from_numpy(np.ascontiguousarray(block)).float().numpy()
 
 
-def build_index(features: np.ndarray | Iterable[np.ndarray], index: faiss.Index | None = None) -> faiss.Index:
-    """A FAISS index of `features`: (n, dim), of any float type, each of length 1; or an iterator of such blocks.
+def build_index(features: np.ndarray | Iterable[Any], index: faiss.Index | None = None) -> faiss.Index:
+    """A FAISS index of `features`, of any float type, each of length 1, that is searched by inner product.
 
-    It is exact: a search compares with every vector, by inner product. They are stored as fp16, as the cache has them.
-    Where an `index` is given they are added to that. Raises ValueError if there are none, not even of no rows.
+    features  (n, dim), with ids from 0 on; or an iterable of blocks, each (n, dim), or a pair of ids (n,) and (n, dim)
+    index     the index to add them to; by default a new one, exact, that holds them as fp16
+
+    Raises ValueError if there is not even an empty block.
     """
     for block in [features] if isinstance(features, np.ndarray) else features:
-        dim = block.shape[1]
-        index = index or faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-        for i0 in range(0, len(block), BLOCK):
-            index.add(single(block[i0 : i0 + BLOCK]))
+        rows, xb = block if isinstance(block, tuple) else (None, block)
+        if index is None:
+            kind = faiss.ScalarQuantizer.QT_fp16
+            index = faiss.IndexIDMap(faiss.IndexScalarQuantizer(xb.shape[1], kind, faiss.METRIC_INNER_PRODUCT))
+        if rows is None:
+            rows = np.arange(index.ntotal, index.ntotal + len(xb))
+        for i0 in range(0, len(xb), BLOCK):
+            index.add_with_ids(to_float32(xb[i0 : i0 + BLOCK]), rows[i0 : i0 + BLOCK])
     if index is None:
         raise ValueError("build_index was given no features")
     return index
 
 
 def progress_bar(steps: Iterable[Any] | None = None, **options: Any) -> tqdm.tqdm:
-    """On a terminal alone, and not with -q."""
+    """A bar that shows on a terminal only, and not with -q."""
     return tqdm.tqdm(steps, disable=None if log.isEnabledFor(logging.INFO) else True, **options)
 
 
-def with_progress(blocks: Iterable[np.ndarray], rows: int, what: str) -> Iterator[np.ndarray]:
+def with_progress(blocks: Iterable[Any], rows: int, what: str) -> Iterator[Any]:
     with progress_bar(total=rows, desc=what, unit="img") as bar:
         for block in blocks:
             yield block
-            bar.update(len(block))
+            bar.update(len(block[0]))
 
 
 class Nearest:
-    """The k rows nearest to each of `xq`, float32 (nq, dim), of all the blocks that are passed through."""
+    """The k rows nearest to each of `xq`, float32 (nq, dim), among all blocks that pass through `watch`."""
 
     def __init__(self, xq: np.ndarray, k: int) -> None:
         self.xq, self.k, self.heap = xq, k, faiss.ResultHeap(len(xq), k, keep_max=True)
 
-    def among(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        row = 0
-        for block in blocks:
-            D, I = faiss.knn(self.xq, single(block), min(self.k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
-            self.heap.add_result(D, I + row)
-            row += len(block)
-            yield block
+    def watch(self, blocks: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for rows, xb in blocks:
+            D, I = faiss.knn(self.xq, to_float32(xb), min(self.k, len(xb)), metric=faiss.METRIC_INNER_PRODUCT)
+            self.heap.add_result(D, rows[I])
+            yield rows, xb
         self.heap.finalize()
 
+    def among(self, blocks: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        """D and I, (nq, k), best first; I is -1 where there are fewer."""
+        deque(self.watch(blocks), 0)
+        return self.heap.D, self.heap.I
 
-def coded_index(catalogue: Catalogue, rows: int) -> tuple[faiss.Index, dict[str, Any]]:
-    """An index of compact codes, 64 bytes a vector, and what is to be known of it.
 
-    Principal components, turned at random so that they weigh alike, then product quantization in 4 bits, scanned whole
-    (André, Kermarrec & Le Scouarnec, VLDB 2015). By L2 distance, which ranks vectors of length 1 as a product does.
-    The codes only choose whose exact scores to compute: as many as it takes to find nearly all of the true nearest of
-    some vectors on which it was not trained.
+def coded_index(store: Store) -> Index:
+    """An index of compact codes, 64 bytes a vector, and how well it finds.
+
+    Principal components, rotated at random so that all weigh alike, then product quantization in 4 bits, scanned whole
+    (André, Kermarrec & Le Scouarnec, VLDB 2015). It compares by L2 distance, which ranks vectors of length 1 as the
+    inner product does. The codes only choose the rows whose exact scores are computed. The shortlist grows until it
+    holds nearly all of the true ten nearest of held-out vectors.
     """
-    chosen = np.sort(np.random.default_rng(0).permutation(rows)[: TRAINED_ON + HELD_OUT])
-    sample = np.concatenate([catalogue.records_of(part)["vector"] for part in np.array_split(chosen, 16)])
+    every = np.fromiter((row for (row,) in store.db.execute("SELECT row FROM features ORDER BY row")), np.int64)
+    chosen = np.sort(np.random.default_rng(0).permutation(every)[: TRAINED_ON + HELD_OUT])
+    sample = np.concatenate([store.features_of(part)[2] for part in np.array_split(chosen, 16)])
     held = np.arange(len(chosen)) % (len(chosen) // min(HELD_OUT, len(chosen) // 2)) == 0
-    width = min(CODED_DIM, sample.shape[1], int(sum(~held))) // 2 * 2
-    index = faiss.index_factory(sample.shape[1], f"PCAR{width},PQ{width // 2}x4fs")
-    faiss.downcast_index(index.index).pq.cp.min_points_per_centroid = 1  # it would warn of a small collection
-    index.train(single(sample[~held]))
-    nearest = Nearest(single(sample[held]), min(TOP + 1, rows))
-    build_index(nearest.among(with_progress(catalogue.vectors(), rows, "compact codes")), index)
+    width = min(CODED_DIM, store.dim, int(sum(~held))) // 2 * 2
+    codes = faiss.index_factory(store.dim, f"PCAR{width},PQ{width // 2}x4fs")
+    faiss.downcast_index(codes.index).pq.cp.min_points_per_centroid = 1  # no warning about a small collection
+    codes.train(to_float32(sample[~held]))
+    nearest, index = Nearest(to_float32(sample[held]), min(TOP + 1, len(every))), faiss.IndexIDMap(codes)
+    build_index(nearest.watch(with_progress(store.blocks(last=every[-1]), len(every), "compact codes")), index)
     true, shortlist = [set(I) - {own} for I, own in zip(nearest.heap.I.tolist(), chosen[held].tolist())], SHORTLIST
     while True:
-        found = index.search(nearest.xq, min(shortlist, rows))[1].tolist()
+        found = index.search(nearest.xq, min(shortlist, index.ntotal))[1].tolist()
         recall = sum(len(t & set(f)) for t, f in zip(true, found)) / sum(map(len, true))
-        if recall >= RECALL or shortlist >= rows or 2 * shortlist > LONGEST:
-            return index, {"trained": rows, "shortlist": shortlist, "recall": round(recall, 4)}
+        if recall >= RECALL or shortlist >= index.ntotal or 2 * shortlist > LONGEST_SHORTLIST:
+            return Index(index, int(every[-1]), shortlist, round(recall, 4), len(every))
         shortlist *= 2
 
 
-def is_current(catalogue: Catalogue, work: Work, notes: dict[str, Any]) -> bool:
-    """Whether an index of which this was noted will do."""
-    rows = catalogue.get("rows")
-    if not work.update:  # the newest features may be missing, but then they must be no older ones' successors
-        return notes["rows"] == rows or not catalogue.count("features WHERE files = 0 AND digest IS NULL")
-    return notes["rows"] == rows and ("trained" in notes) == catalogue.wants_codes(work)
+def read_index(store: Store, mapped: bool = True) -> Index | None:
+    """The stored index; None if there is none, or if it does not match the checksum that the store noted."""
+    size, checksum, *notes = json.loads(store.get("index") or "[0, 0]")
+    if not (notes and store.index.is_file()):
+        return None
+    if store.index.stat().st_size != size or file_checksum(store.index) != checksum:
+        log.warning("%s does not match the store: it is made again", store.index)
+        return None
+    with open(store.index, "rb") as stream:
+        path = f"/dev/fd/{stream.fileno()}" if os.name == "posix" else str(store.index)  # FAISS takes only UTF-8 names
+        # Codes would be mapped and then copied.
+        flags = faiss.IO_FLAG_MMAP_IFC if mapped and os.name == "posix" and not notes[1] else 0
+        return Index(faiss.read_index(path, flags), *notes)
 
 
-def open_index(catalogue: Catalogue, work: Work = Work()) -> tuple[faiss.Index, dict[str, Any]]:
-    """The index of the stored features, and what was noted of it. It is brought up to date, or, where `work` says so,
-    may lack what another run is adding."""
-    if (stored := catalogue.read_index()) and is_current(catalogue, work, stored[1]):
-        return stored
-    with catalogue.writing():
-        if not (rows := catalogue.get("rows")):
-            raise DeepVisionError(f"{catalogue.folder} holds no features yet: run without --no-update")
-        stored, coded = catalogue.read_index(mapped=False), catalogue.wants_codes(work)
-        if not (stored and is_current(catalogue, work, stored[1])):  # no other run has made it meanwhile
-            notes: dict[str, Any] = stored[1] if stored else {}
-            if stored and ("trained" in notes) == coded and rows <= OUTGROWN * notes.get("trained", rows):
-                fresh = with_progress(catalogue.vectors(notes["rows"]), rows - notes["rows"], "index")
-                index = build_index(fresh, stored[0])
-            elif coded:
-                index, notes = coded_index(catalogue, rows)
-            else:
-                index, notes = build_index(with_progress(catalogue.vectors(), rows, "index")), {}
-            catalogue.write_index(index, {**notes, "rows": rows})
-    return open_index(catalogue, work)
+def write_index(store: Store, index: Index) -> None:
+    """Write the index file, then note its size, checksum and contents in the store."""
+    with whole_file(store.index) as stream:
+        faiss.write_index(index.faiss, faiss.PyCallbackIOWriter(stream.write))
+    store.put("index", json.dumps([store.index.stat().st_size, file_checksum(store.index), *index[1:]]))
 
 
-def index_on_gpus(catalogue: Catalogue, rows: int) -> faiss.Index | None:
-    """The features of the first `rows` as fp16, spread over the GPUs; None if there is no GPU, or not the room."""
-    count = faiss.get_num_gpus()
+def wants_codes(store: Store, work: Work) -> bool:
+    rows = store.count("features")
+    return rows >= FEWEST_CODED and rows * store.dim * 2 > work.exact_bytes
+
+
+def updated_index(store: Store, index: Index | None, coded: bool) -> Index:
+    """The index with all rows of the store in it: added to, or made anew where that serves better."""
+    rows, last = store.count("features"), store.last_row()
+    if index and bool(index.shortlist) == coded and rows <= OUTGROWN * (index.trained or rows):
+        fresh = with_progress(store.blocks(index.last + 1, last), last - index.last, "index")
+        build_index(fresh, index.faiss)
+        if index.faiss.ntotal <= 2 * rows:  # else most of it belongs to rows that are gone
+            return index._replace(last=last)
+    if coded:
+        return coded_index(store)
+    return Index(build_index(with_progress(store.blocks(last=last), rows, "index")), last)
+
+
+def open_index(store: Store, work: Work = Work()) -> Index:
+    """The FAISS index of the store, brought up to date. Without `work.update` a stored one is taken as it is."""
+    index, last = read_index(store), store.last_row()
+    if not last:
+        raise DeepVisionError(f"{store.folder} holds no features yet: run without --no-update")
+    if index and not work.update:
+        return index
+    if index and index.last == last and bool(index.shortlist) == wants_codes(store, work):
+        return index
+    with store.locked():
+        write_index(store, updated_index(store, read_index(store, mapped=False), wants_codes(store, work)))
+    return read_index(store) or open_index(store, work)
+
+
+def index_on_gpus(store: Store, last: int) -> faiss.Index | None:
+    """The features up to row `last` as fp16, spread over the GPUs; None if there is no GPU, or not enough memory."""
+    count, rows = faiss.get_num_gpus(), store.count("features")
     if not count or not torch.cuda.is_available():
         return None
-    share, dim = -(-rows // count), catalogue.dim
-    if any(torch.cuda.mem_get_info(gpu)[0] < 2 * share * dim + GPU_RESERVE for gpu in range(count)):
+    share = -(-last // count)
+    if any(torch.cuda.mem_get_info(gpu)[0] < 2 * share * store.dim + GPU_RESERVE for gpu in range(count)):
         log.warning("the %d features do not fit on the GPU: the processor searches", rows)
         return None
-    index = faiss.IndexShards(dim, True, True)  # in threads, the rows of one after those of the other
+    index = faiss.IndexShards(store.dim, True, False)  # in threads; the ids are rows already
     for gpu in range(count):
         config = faiss.GpuIndexFlatConfig()
         config.device, config.useFloat16 = gpu, True
-        shard = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), dim, config)
-        index.add_shard(build_index(catalogue.vectors(gpu * share, min(rows, (gpu + 1) * share)), shard))
+        flat = faiss.IndexIDMap(faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), store.dim, config))
+        index.add_shard(build_index(store.blocks(gpu * share + 1, min(last, (gpu + 1) * share)), flat))
     return index
+
+
+# ---- Search ----------------------------------------------------------------------------------------------------------
+
+QUERY_THREADS = 2  # that read queries; each query has many views
+TOGETHER = 16  # queries searched with at once: each costs a third of what it costs alone
+SCAN_QUERIES = 20  # views from which on FAISS multiplies matrices: comparing blocks is quicker than a scan by the index
+FIRST_LIST = 64  # rows of the first list of an exact search
+CLOSELY = 20  # codes looked at for each match of a list: its last match is to be found as surely as its first
+ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
+CANDIDATES = 10  # contents that are aligned with a query, whatever k is
 
 
 @dataclass(frozen=True)
@@ -1613,79 +1613,104 @@ class Engine:
 
     images: Path
     model: Model
-    catalogue: Catalogue
-    generation: bytes | None  # of the catalogue: another one has other rows
-    index: faiss.Index
-    shortlist: int  # codes to look at closely; 0: the index is exact
-    exact: bool  # search exactly, whatever the index is
-    dead: np.ndarray  # bool (rows,), the rows that belong to no file of the collection
-    sample: np.ndarray  # features of some images of the collection, float32 (m, dim)
-    limits: dict[str, float]  # of the labels, see `chance_limits`
+    store: Store
+    index: Index
+    exact: bool  # compare with every vector, whatever the index is
     summary: Summary
-
-    def is_valid(self) -> bool:
-        return self.catalogue.generation() == self.generation
-
-    def is_of_folder(self) -> bool:
-        """Whether the folder has any of the first images that are known."""
-        first = self.catalogue.db.execute(f"SELECT path FROM {USABLE} LIMIT {BLOCK}").fetchall()  # not open: a lock
-        return any(os.path.exists(self.images / os.fsdecode(path)) for (path,) in first)
 
     @cached_property
     def on_gpus(self) -> faiss.Index | None:
-        return index_on_gpus(self.catalogue, self.index.ntotal)
+        return index_on_gpus(self.store, self.index.last)
+
+    def is_of_folder(self) -> bool:
+        """Whether the folder has any of the first images that the store knows."""
+        first = self.store.db.execute(f"SELECT path FROM {USABLE} LIMIT {BLOCK}").fetchall()
+        return any(os.path.exists(self.images / os.fsdecode(path)) for (path,) in first)
 
 
-def candidates(engine: Engine, xq: np.ndarray, count: int, exact: bool, together: int = 0) -> np.ndarray:
-    """Rows, int64 (nq, count), among which the nearest to each of xq, some of those asked `together`, are; -1 where
-    there are fewer."""
-    count = min(count, engine.index.ntotal)
-    if engine.shortlist and count <= GPU_MOST and together >= GPU_QUERIES and engine.on_gpus:
-        return engine.on_gpus.search(xq, count)[1]
-    if engine.shortlist and exact:
-        nearest = Nearest(xq, count)
-        rows = engine.index.ntotal  # another run may have added more
-        deque(nearest.among(with_progress(engine.catalogue.vectors(0, rows), rows, "exact search")), 0)
-        return nearest.heap.I
-    return engine.index.search(xq, count)[1]
+class Scored(NamedTuple):
+    """A content of the store, compared with a query."""
+
+    score: float
+    digest: bytes
+    view: int  # number of the query's view that scores best
 
 
-def exact_scores(catalogue: Catalogue, xq: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores D, rows I and content hashes, best first, of these rows for one query, (1, dim), from their features."""
-    records = catalogue.records_of(np.sort(rows))
-    if not len(rows):
-        return np.empty(0, np.float32), rows, records["digest"]
-    index = build_index(records["vector"][:0])
-    index.add_sa_codes(np.ascontiguousarray(records["vector"]).view(np.uint8))
-    D, I = index.search(xq, len(rows))
-    return D[0].clip(-1, 1), np.sort(rows)[I[0]], records["digest"][I[0]]  # fp16 makes lengths up to 1.0001
+class Found(NamedTuple):
+    """A file of the collection, compared with a query."""
+
+    score: float
+    path: str
+    file: File
+    digest: bytes
+    view: str
 
 
-def nearest(engine: Engine, xq: np.ndarray, k: int) -> Iterator[tuple[np.ndarray, ...]]:
-    """For each of xq, (nq, dim): D, I and content hashes of the k nearest live rows or more; ties in no certain order.
+def best_rows(D: np.ndarray, I: np.ndarray, count: int) -> np.ndarray:
+    """The `count` rows with the highest scores in any view, from D and I, (views, n)."""
+    rows = I.ravel()[np.argsort(-D, axis=None, kind="stable")]
+    _, first = np.unique(rows, return_index=True)
+    rows = rows[np.sort(first)]
+    return rows[rows >= 0][:count]
 
-    By codes they are found in steps, each of four times as many and the same whatever k is. What a step finds above the
-    end of the one before comes too late and is left out: so top k is a prefix of top k+n.
+
+def candidate_rows(engine: Engine, xq: np.ndarray, splits: Sequence[int], count: int) -> list[np.ndarray]:
+    """For each query the rows among which its `count` nearest are. `splits`: its number of views in xq, (views, dim).
+
+    Rows that are not in the index yet, and with an exact search of many views all rows, are compared one by one.
     """
-    none: tuple[np.ndarray, ...] = exact_scores(engine.catalogue, xq, np.empty(0, np.int64))
-    found, lacking, exact = [none] * len(xq), np.arange(len(xq)), engine.exact or not engine.shortlist
-    count = 2 * k if exact else engine.shortlist
-    while len(lacking):
-        whole = count >= engine.index.ntotal
-        for i, rows in zip(lacking, candidates(engine, xq[lacking], count, exact, len(xq))):
-            live = rows[rows >= 0]
-            step = D, *_ = exact_scores(engine.catalogue, xq[i : i + 1], live[~engine.dead[live]])
-            sure = D.min(initial=np.inf) + ROUNDING < D  # equal scores may go on beyond the list
-            if not exact:
-                near = np.count_nonzero(~engine.dead[rows[: count // CLOSELY]])
-                sure &= D[near - 1] <= D if near else False
-            taken = (sure | whole) & (found[i][0].min(initial=np.inf) > D)
-            found[i] = tuple(np.concatenate([old, new[taken]]) for old, new in zip(found[i], step))
-        lacking = np.array([i for i in lacking if len(found[i][0]) < k and not whole], np.int64)
-        count *= 4
-        if count > LONGEST and not exact:
-            count, exact = 2 * k, True
-    yield from found
+    index, last = engine.index, engine.store.last_row()
+    scans = engine.exact or (not index.shortlist and len(xq) >= SCAN_QUERIES)
+    found = []
+    if not scans:
+        on_gpus = index.shortlist and len(xq) >= GPU_QUERIES and count <= GPU_RESULTS and engine.on_gpus
+        D, I = (on_gpus or index.faiss).search(xq, min(count, index.faiss.ntotal))
+        found.append((-D if index.shortlist and not on_gpus else D, I))  # codes give distances
+    if scans or last > index.last:
+        first = 0 if scans else index.last + 1
+        found.append(Nearest(xq, min(count, last)).among(engine.store.blocks(first, last)))
+    ends = np.cumsum(splits)[:-1]
+    parts = [[best_rows(*pair, count) for pair in zip(np.split(D, ends), np.split(I, ends))] for D, I in found]
+    return [np.unique(np.concatenate(rows)) for rows in zip(*parts)]
+
+
+def exact_scores(store: Store, xq: np.ndarray, rows: np.ndarray) -> list[Scored]:
+    """The contents of these rows, compared with a query's views, (views, dim), best first."""
+    _, digests, vectors = store.features_of(rows)
+    if not digests:
+        return []
+    xb = to_float32(vectors)
+    S = xb @ xq.T  # (rows, views)
+    views = (S >= S.max(1, keepdims=True) - ROUNDING).argmax(1)  # of equal views the first: the query as it is
+    D = np.einsum("nd,nd->n", xb, xq[views]).clip(-1, 1)  # computed row by row, so that it is the same in any company
+    return sorted(map(Scored, D.tolist(), digests, views.tolist()), key=lambda it: (-it.score, it.digest))
+
+
+def ranked(engine: Engine, xq: np.ndarray, rows: np.ndarray) -> Iterator[Scored]:
+    """All contents of the store, compared with a query's views, xq (views, dim), best first. `rows`: its first list.
+
+    They are found in steps, each of four times as many rows. By codes, what a step finds above the end of the step
+    before comes too late and is left out. So the order does not depend on how many are asked for: top k is a prefix of
+    top k+n.
+    """
+    by_codes, count, end = bool(engine.index.shortlist) and not engine.exact, first_list(engine), math.inf
+    while True:
+        whole = count >= engine.index.faiss.ntotal and count >= engine.store.last_row()
+        scored = exact_scores(engine.store, xq, rows)
+        trusted = count // CLOSELY if by_codes else count - 1
+        bound = -math.inf if whole or not scored else scored[min(trusted, len(scored) - 1)].score + ROUNDING
+        yield from (it for it in scored if it.score > bound and it.score <= end)
+        if whole:
+            return
+        count, end = 4 * count, min(end, bound) if scored else end
+        if by_codes and count > LONGEST_SHORTLIST:
+            by_codes, engine = False, replace(engine, exact=True)
+        (rows,) = candidate_rows(engine, xq, [len(xq)], count)
+
+
+def first_list(engine: Engine) -> int:
+    """Rows of the first list of every search."""
+    return engine.index.shortlist if engine.index.shortlist and not engine.exact else FIRST_LIST
 
 
 def location(path: str) -> str:
@@ -1700,44 +1725,93 @@ def is_as_read(path: str, file: File) -> bool:
     return False
 
 
-def own_distance(scores: np.ndarray) -> np.ndarray:
-    """From an image's scores with the sample, (..., m), to how far a near but unrelated image is, (...)."""
-    rank = int(scores.shape[-1] * (1 - OWN))
-    return np.maximum(1 - np.partition(scores, rank, axis=-1)[..., rank], 1e-6)
+def nearest_files(engine: Engine, query: Picture, scored: Iterable[Scored], count: int) -> list[Found]:
+    """At least `count` files nearest to the query, if there are so many, and those that score like the last of them.
 
-
-def label_of(distance: float, limits: dict[str, float]) -> str:
-    """Of a match that is so near, as a share of the query's own distance; none in a collection too small to tell."""
-    return next((label for label, limit in limits.items() if distance <= limit), "weak" if limits else "")
-
-
-def find_matches(
-    engine: Engine, query: Picture, xq: np.ndarray, found: Iterable[Any], k: int, threshold: float | str
-) -> list[Match]:
-    """The matches among the rows `found` near each view, xq (views, dim), of a query.
-
-    The best view counts, and the first of equal ones, which is the query as it is.
+    Best first, equal scores by path; without the query's own file.
     """
-    least, label = (-1.0, threshold) if isinstance(threshold, str) else (threshold, LABELS[0])
-    best: dict[int, tuple[float, str, bytes]] = {}
-    for view, (scores, rows, digests) in zip(query.pixels, found):
-        for score, row, digest in zip(scores.tolist(), rows.tolist(), digests):
-            if round(score, 3) >= least and score > best.get(row, (-2.0,))[0]:
-                best[row] = score, view.name, digest.tobytes()
-    own, reach = location(os.fsdecode(query.file.path)), float(own_distance((xq @ engine.sample.T).max(0)))
-    matches: list[tuple[float, str, str, str]] = []
-    for row in sorted(best, key=lambda row: -best[row][0]):
-        score, edit, digest = best[row]
-        if len(matches) > k and -score > matches[k][0]:
+    own, found, names = location(os.fsdecode(query.file.path)), list[Found](), [view.name for view in query.pixels[0]]
+    for score, digest, view in scored:
+        if len(found) >= count and score < found[count - 1].score:
             break
-        word = label_of((1 - score) / reach, engine.limits)
-        for file in engine.catalogue.files_with(digest, k + 1):
+        for file in engine.store.files_with(digest, count + 1):
             path = os.path.join(engine.images, os.fsdecode(file.path))
             if is_as_read(path, file) and (digest != query.digest or location(path) != own):
-                matches.append((-score, path, "identical" if digest == query.digest else word, edit))
-    kept = [match for match in sorted(matches) if label == LABELS[0] or match[2] in LABELS[LABELS.index(label) :]]
-    ranked = enumerate(kept[:k], start=1)
-    return [Match(rank, path, -minus, word == "identical", word, edit) for rank, (minus, path, word, edit) in ranked]
+                found.append(Found(score, path, file, digest, names[view]))
+    return sorted(found, key=lambda it: (-it.score, it.path))
+
+
+def to_verify(query: Picture, found: Sequence[Found]) -> dict[bytes, str]:
+    """Content hash and path of the best candidates for a copy."""
+    others = {it.digest: it.path for it in reversed(found) if it.digest != query.digest}
+    best = dict.fromkeys(it.digest for it in found if it.digest != query.digest)
+    return {digest: others[digest] for digest in itertools.islice(best, CANDIDATES)}
+
+
+@lru_cache(maxsize=1024)  # 100 MB; many queries share candidates
+def read_local(path: str, digest: bytes | None = None) -> LocalFeatures | None:
+    """Local features of a file; None if it cannot be read, or if its content has another hash than `digest`."""
+    read = read_picture(File(os.fsencode(path), 0, 0), b"", local_features, lambda digest: False)
+    return None if read.vanished or digest not in (None, read.digest) else read.pixels
+
+
+def copies_among(group: Sequence[Picture], lists: dict[int, list[Found]]) -> dict[tuple[int, bytes], Region]:
+    """Where the best candidates of each query are copies of it, by number of the query and content hash."""
+    pairs = [(i, *candidate) for i, found in lists.items() for candidate in to_verify(group[i], found).items()]
+
+    def aligned(pair: tuple[int, bytes, str]) -> Region | None:
+        i, digest, path = pair
+        candidate = read_local(path, digest)
+        return align(group[i].pixels[1], candidate) if candidate else None
+
+    with ThreadPoolExecutor(usable_cores(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        return {pair[:2]: region for pair, region in zip(pairs, threads.map(aligned, pairs)) if region}
+
+
+def ranked_matches(
+    found: Sequence[Found], query: Picture, regions: dict[bytes, Region], threshold: float | str
+) -> list[Match]:
+    """The matches of a query: identical files first, then copies, then the rest, each by score.
+
+    regions    where the contents lie that are copies
+    threshold  cosine, or label, that a match has at least
+    """
+    least = threshold if isinstance(threshold, float) else -1.0
+    kept = []
+    for score, path, _, digest, view in found:
+        label = "identical" if digest == query.digest else "copy" if digest in regions else ""
+        if round(score, 3) >= least and (not isinstance(threshold, str) or label in LABELS[LABELS.index(threshold) :]):
+            kept.append(Match(0, path, score, label == "identical", label, view, regions.get(digest)))
+    kept.sort(key=lambda match: (("identical", "copy", "").index(match.label), -match.score, match.path))
+    return [match._replace(rank=rank) for rank, match in enumerate(kept, start=1)]
+
+
+def answer_together(group: Sequence[Picture], engine: Engine, k: int, threshold: float | str) -> Iterator[Answer]:
+    """The answers to some queries that were read."""
+    features = {i: to_float32(features_of_views(p.pixels[0], engine.model)) for i, p in enumerate(group) if p.pixels}
+    lists: dict[int, list[Found]] = {}
+    if features:
+        xq, splits = np.concatenate(list(features.values())), [len(part) for part in features.values()]
+        for i, rows in zip(features, candidate_rows(engine, xq, splits, first_list(engine))):
+            lists[i] = nearest_files(engine, group[i], ranked(engine, features[i], rows), max(k, CANDIDATES))
+    copies = copies_among(group, lists)
+    for i, picture in enumerate(group):
+        name, matches = os.fsdecode(picture.file.path), list[Match]()
+        if i in lists:
+            regions = {digest: region for (query, digest), region in copies.items() if query == i}
+            matches = ranked_matches(lists[i], picture, regions, threshold)[:k]
+        yield Answer(name, matches, None if i in lists else picture.reason or NOT_AN_IMAGE)
+
+
+@contextmanager
+def damage_reported(store: Store) -> Iterator[None]:
+    """Turn damage of the store into a DeepVisionError that says what to do."""
+    try:
+        yield
+    except sqlite3.OperationalError:
+        raise  # no room, no right: nothing is wrong with what is there
+    except DATABASE_DAMAGE as error:
+        raise DeepVisionError(f"{store.path}: {first_line(error)}. Start again, and it is repaired") from error
 
 
 def search(
@@ -1748,128 +1822,42 @@ def search(
 
     engine     by default `initialize_reverse_image_search()`
     k          matches at most; a picture that is there under several names gives several
-    threshold  cosine similarity, -1 to 1, that a match has at least, or label: similar, copy, identical
-    views      none, all or auto: the edits that a query is searched with, see `query_views`
+    threshold  cosine similarity, -1 to 1, that a match has at least, or label: copy, identical
+    views      none, auto or all: the edits that a query is searched with, see `query_views`
 
-    Best first, equal scores by path; the query's own file is left out, and so is a file that is no longer what was
-    indexed. Scores are exact; in a large collection a match may be missed, see `coded_index`. A file that cannot be
-    used gets an Answer with an `error`. Raises DeepVisionError if another run has pruned or rebuilt the index since it
-    was opened, or features turn out to be damaged.
+    Identical files and verified copies come first, then the others by score, equal scores by path. The query's own file
+    is left out, and so is a file that is no longer what was indexed. Scores are exact; in a large collection a match
+    may be missed, see `coded_index`. A file that cannot be used gets an Answer with an `error`. Raises DeepVisionError
+    if features turn out to be damaged.
     """
-    if k < 1 or views not in VIEWS or (isinstance(threshold, str) and threshold not in LABELS):
+    if k < 1 or views not in (*VIEWS, COPIES) or (isinstance(threshold, str) and threshold not in LABELS):
         raise ValueError(f"k={k}, threshold={threshold!r}, views={views!r}: see the documentation of search")
     engine = engine or initialize_reverse_image_search()
-    if threshold in ("similar", "copy") and not engine.limits:
-        raise DeepVisionError(f"{threshold!r} cannot be told among fewer than {FEWEST} images: give a number instead")
     names = [queries] if isinstance(queries, (str, os.PathLike)) else queries
     files = (File(os.fsencode(name), 0, 0) for name in names)
-    look = partial(query_views, model=engine.model, views=views)
-    read = partial(read_picture, root=b"", transform=look, known=lambda digest: False)
-    pictures = read_ahead(read, files, workers=2, ahead=TOGETHER)  # a query has some twenty views
-    try:
+
+    def look_at(image: Image.Image) -> tuple[list[View], LocalFeatures]:
+        local = local_features(image)  # first, since it needs the larger picture
+        return query_views(image, engine.model, views), local
+
+    read = partial(read_picture, root=b"", transform=look_at, known=lambda digest: False)
+    pictures = read_ahead(read, files, QUERY_THREADS, TOGETHER)
+    threshold = threshold if isinstance(threshold, str) else float(threshold)
+    with damage_reported(engine.store):
         while group := list(itertools.islice(pictures, TOGETHER)):
             yield from answer_together(group, engine, k, threshold)
-    except sqlite3.DatabaseError as error:
-        why = f": {error}. The next run mends it" if engine.is_valid() else " was changed by another run"
-        raise DeepVisionError(f"{engine.catalogue.folder}{why}: search once more") from error
 
 
-def answer_together(group: Sequence[Picture], engine: Engine, k: int, threshold: float | str) -> Iterator[Answer]:
-    """Some queries at once: of 16 each costs a third of what it does alone."""
-    features = {i: single(features_of_views(p.pixels, engine.model)) for i, p in enumerate(group) if p.pixels}
-    if features:
-        found = nearest(engine, np.concatenate(list(features.values())), k + 1)  # one more, for the query's own file
-    for i, picture in enumerate(group):
-        name = os.fsdecode(picture.file.path)
-        answer = Answer(name, [], picture.reason or NOT_AN_IMAGE)
-        if i in features:
-            views = itertools.islice(found, len(features[i]))
-            answer = Answer(name, find_matches(engine, picture, features[i], views, k, threshold))
-        if not engine.is_valid():  # rows that are gone by now are no answer
-            raise DeepVisionError(f"{engine.catalogue.folder} was changed by another run: search once more")
-        yield answer
+# ---- Duplicates ------------------------------------------------------------------------------------------------------
+
+NEIGHBOURS = 100  # files of a group that is found by score, at most
+WHOLE = 0.95  # share of the area from which on a copy counts as the whole picture, and not as a crop
 
 
-def chance_limits(sample: np.ndarray, n: int) -> dict[str, float]:
-    """How near, as a share of a query's own distance, a match among n images must be to get a label of CHANCE.
-
-    The distances d = 1 - score of unrelated images have a lower end, 0, towards which their number falls as a power of
-    d: a generalised Pareto tail with a known end point (Pickands, Annals of Statistics 1975). The power is estimated
-    from the nearest pairs, as by Hill (Annals of Statistics 1975), but with a median, which a burst of true look-alikes
-    does not move; and pairs nearer than chance would have them are left out, until that changes nothing. `sample`,
-    float32 (m, dim), is of the collection itself. Empty if it is too small to tell.
-    """
-    m = len(sample)
-    if m < FEWEST:
-        return {}
-    scores = (sample @ sample.T)[~np.eye(m, dtype=bool)].reshape(m, m - 1)
-    ranked = np.sort(np.maximum((1 - scores) / own_distance(scores)[:, None], 1e-6), axis=None)
-    first, tail, limits = 0, len(ranked) // 20, dict.fromkeys(CHANCE, 0.0)
-    for _ in range(ROUNDS):
-        reach, share = ranked[first + tail], tail / (len(ranked) - first)
-        power = np.median(np.log(reach / ranked[first : first + tail])) / np.log(2)
-        power *= 1 + m**-0.5  # a standard error, to be on the safe side: an image is worth one independent distance
-        limits = {label: float(reach * (chance / n / share) ** power) for label, chance in CHANCE.items()}
-        first = int(np.searchsorted(ranked, limits["copy"]))
-        tail = min(2 * m, len(ranked) - first - 1)
-    return limits
-
-
-def chosen_vectors(catalogue: Catalogue, place: np.ndarray, chosen: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
-    """Places and features, fp16 (m, dim), of those rows whose place in `place`, (rows,), is `chosen`, bool (n,)."""
-    row = 0
-    for block in catalogue.vectors():
-        places = place[row : row + len(block)]
-        row += len(block)
-        kept = np.flatnonzero((places >= 0) & chosen[places])
-        yield places[kept], block[kept]
-
-
-def claim_in_order(heads: np.ndarray, D: torch.Tensor, alike: torch.Tensor, first: np.ndarray, scores: Any) -> None:
-    """Each of `heads` that no earlier one has claimed claims all later ones that are `alike`, bool (heads, heads)."""
-    alike = alike.triu(1)
-    for i in alike.any(1).nonzero()[:, 0].tolist():
-        if first[heads[i]] == heads[i]:
-            claimed = alike[i].nonzero()[:, 0].cpu().numpy()
-            claimed = claimed[first[heads[claimed]] == heads[claimed]]
-            first[heads[claimed]], scores[heads[claimed]] = heads[i], D[i].cpu().numpy()[claimed]
-
-
-def first_alike(catalogue: Catalogue, device: str, place: np.ndarray, least: np.ndarray) -> tuple[Any, np.ndarray]:
-    """For each picture, by its place, the place of the first one that it is a copy of, or its own; and their score.
-
-    place  of each row, -1 for none
-    least  score that a pair has with both, float32 (n,)
-
-    A copy has no copies: nothing chains. 8,192 pictures at a time are compared with all later ones.
-    """
-    own, needed = np.arange(n := len(least)), torch.from_numpy(least).to(device)
-    first, scores = own.copy(), np.ones(n, np.float32)
-    for i0 in progress_bar(range(0, n, 2 * BLOCK), desc="comparing", unit="block"):
-        ours = (first == own) & (own >= i0) & (own < i0 + 2 * BLOCK)
-        if not ours.any():
-            continue
-        heads, features = map(np.concatenate, zip(*chosen_vectors(catalogue, place, ours)))
-        xh, heads = torch.from_numpy(features[np.argsort(heads)]).to(device).float(), np.sort(heads)
-        D = xh @ xh.T
-        claim_in_order(heads, D, (needed[heads][:, None] <= D) & (needed[heads] <= D), first, scores)
-        del D  # 0.3 GB
-        free = first[heads] == heads
-        heads, xh = heads[free], xh[torch.from_numpy(free)]
-        for places, block in chosen_vectors(catalogue, place, (first == own) & (own >= i0 + 2 * BLOCK)):
-            D = xh @ torch.from_numpy(block).to(device).float().T  # (heads, places)
-            alike = (needed[heads][:, None] <= D) & (needed[places] <= D)
-            found = alike.any(0).nonzero()[:, 0].cpu().numpy()
-            by = alike[:, found].cpu().numpy().argmax(0)  # the first
-            first[places[found]], scores[places[found]] = heads[by], D[by, found].cpu().numpy()
-    return first, scores
-
-
-def different_files(engine: Engine, row: int) -> list[str]:
-    """The files with these features. What links make of one of them is no other file."""
+def different_files(engine: Engine, digest: bytes) -> list[str]:
+    """The paths of the files with this content, by path. A link to one of them is no other file."""
     root, found = os.path.realpath(engine.images), dict[tuple[int, int], str]()
-    query = f"SELECT path FROM {FEATURED} AND row = ? ORDER BY path"
-    names = [os.fsdecode(path) for (path,) in engine.catalogue.db.execute(query, (row,))]
+    names = [os.fsdecode(file.path) for file in engine.store.files_with(digest)]
     for name in sorted(names, key=lambda name: os.path.realpath(os.path.join(root, name)) != os.path.join(root, name)):
         path = os.path.join(engine.images, name)
         with suppress(OSError):  # gone meanwhile
@@ -1878,129 +1866,178 @@ def different_files(engine: Engine, row: int) -> list[str]:
     return sorted(found.values())
 
 
-def least_scores(engine: Engine, place: np.ndarray, own: np.ndarray, threshold: float | str) -> np.ndarray:
-    """From which score on each picture, by its place, has a copy, float32 (n,); its own distance is put into `own`."""
-    if engine.limits:
-        for places, block in chosen_vectors(engine.catalogue, place, own > 0):
-            own[places] = own_distance(block.astype(np.float32) @ engine.sample.T)
-    if not isinstance(threshold, str):
-        return np.full_like(own, threshold - 0.0005)  # as it is printed
-    return 1 - engine.limits[threshold] * own if engine.limits else np.full_like(own, DUPLICATE)
+def pairs_by_score(engine: Engine, threshold: float) -> Iterator[tuple[bytes, bytes, float]]:
+    """The contents of the collection that score `threshold` or more with each other, and their score."""
+    store, least = engine.store, threshold - 0.0005  # as it is printed
+    for rows, xb in progress_bar(store.blocks(), desc="comparing", unit="block"):
+        D, I = Nearest(to_float32(xb), min(NEIGHBOURS + 1, store.count("features"))).among(store.blocks())
+        one, place = np.nonzero((D >= least) & (I != rows[:, None]) & (I >= 0))
+        others = I[one, place]
+        known, digests, _ = store.features_of({*rows.tolist(), *others.tolist()})
+        digest_of = dict(zip(known.tolist(), digests))
+        for row, other, score in zip(rows[one].tolist(), others.tolist(), D[one, place].tolist()):
+            if row in digest_of and other in digest_of:
+                yield digest_of[row], digest_of[other], min(1.0, score)
+
+
+def pairs_by_alignment(engine: Engine) -> Iterator[tuple[bytes, bytes, float]]:
+    """The contents of the collection that are copies of each other, and their score: each is searched with."""
+    first = engine.store.db.execute(f"SELECT digest, min(path) FROM {USABLE} GROUP BY digest ORDER BY 2").fetchall()
+    digests = {os.path.join(engine.images, os.fsdecode(path)): digest for digest, path in first}
+    answers = search(list(digests), engine, k=CANDIDATES, threshold="copy", views=COPIES)
+    for answer in progress_bar(answers, total=len(digests), desc="comparing", unit="img"):
+        for match in answer.matches:
+            if match.label == "copy" and match.path in digests:
+                yield digests[answer.query], digests[match.path], match.score
+
+
+def pixel_count(path: str) -> int:
+    """Width × height of an image file, by its header; 0 if it cannot be read."""
+    try:
+        with open(path, "rb") as stream, Image.open(stream) as image:
+            return image.width * image.height
+    except Exception:  # Pillow raises anything at all on a malformed header
+        return 0
+
+
+def turned(corners: Sequence[tuple[float, float]]) -> list[str]:
+    """How a copy is turned, from its corners in the picture to keep: mirrored, turned 90°, both or nothing."""
+    (x0, y0), (x1, y1), _, (x3, y3) = corners
+    mirrored = (x1 - x0) * (y3 - y0) < (y1 - y0) * (x3 - x0)
+    angle = round(-math.degrees(math.atan2(y1 - y0, x1 - x0)) + 180 * mirrored) % 360  # clockwise
+    words = ["mirrored"] if mirrored else []
+    return words if min(angle, 360 - angle) < 3 else [*words, f"turned {angle}°"]
+
+
+def relation(keep: str, other: str) -> str | None:
+    """What the picture in the file `other` is to the one in `keep`: "same picture", "mirrored", "crop, 60 %"...
+
+    None if the two do not align.
+    """
+    kept, copy = read_local(keep), read_local(other)
+    shown, inside = (align(copy, kept), align(kept, copy)) if kept and copy else (None, None)
+    if shown is None or inside is None:
+        return None
+    words = turned(shown.corners)
+    if shown.covers < WHOLE:
+        words.append(f"crop, {shown.covers:.0%}".replace("%", " %"))
+    elif inside.covers < WHOLE:
+        words.append(f"within a larger picture, {inside.covers:.0%} of it".replace("%", " %"))
+    return ", ".join(words) or "same picture"
+
+
+def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, float]], verified: bool) -> Iterator[Group]:
+    """Groups of files that hold the same picture, those with the largest keeper first.
+
+    pairs     contents that belong together, with their score, both ways round
+    verified  whether they were aligned
+
+    Every file of a group was compared with the one to keep: nothing chains.
+    """
+    repeated = engine.store.db.execute(f"SELECT digest FROM {USABLE} GROUP BY digest HAVING count(*) > 1").fetchall()
+    files = {digest: different_files(engine, digest) for digest in {*pairs, *(digest for (digest,) in repeated)}}
+    paths = {digest: found[0] for digest, found in files.items() if found}
+    order = {digest: (-pixel_count(path), -os.path.getsize(path), path) for digest, path in paths.items()}
+    done = set[bytes]()
+    for keep in sorted(order, key=lambda digest: order[digest]):
+        if keep in done:
+            continue
+        done.add(keep)
+        found = [Match(0, path, 1.0, True, "identical") for path in files[keep][1:]]
+        for other, score in sorted(pairs.get(keep, {}).items(), key=lambda pair: (-pair[1], paths.get(pair[0], ""))):
+            if other in done or other not in paths:
+                continue
+            if (what := relation(paths[keep], paths[other]) if verified else "") is not None:
+                done.add(other)
+                found += [Match(0, path, score, False, "copy" if verified else "", what) for path in files[other]]
+        if found:
+            yield Group(paths[keep], [match._replace(rank=rank) for rank, match in enumerate(found, start=1)])
 
 
 def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator[Group]:
-    """Groups of the same picture in the collection, that of the largest file first. No file is touched.
+    """Groups of files in the collection that hold the same picture. No file is touched.
 
-    threshold  cosine similarity, -1 to 1, or label: identical, copy, similar. A pair has it whichever of the two is
-               searched with. In a collection too small for labels, `copy` is DUPLICATE
+    threshold  copy: pictures that align, also mirrored, turned or cropped; identical: the same bytes; or a cosine
+               similarity, -1 to 1, that two pictures have at least, whether they align or not
 
-    In a group are one file to keep, the largest; those of the same bytes; and those that are copies of just that one.
-    Raises DeepVisionError if another run has changed the index since it was opened, or it turns out to be damaged.
+    Raises DeepVisionError if features turn out to be damaged.
     """
-    catalogue, limits = engine.catalogue, engine.limits
-    if threshold == "similar" and not limits:
-        raise DeepVisionError(f"'similar' cannot be told among fewer than {FEWEST} images: give a number instead")
-    rows, _, files = catalogue.largest_first().T
-    everyone = first = np.arange(len(rows))
-    own = scores = np.ones(len(rows), np.float32)
-    place = np.full(rows.max() + 1, -1)
-    place[rows] = everyone
-    if threshold != "identical":
-        try:
-            least = least_scores(engine, place, own, threshold)
-            first, scores = first_alike(catalogue, engine.model.device, place, least)
-        except sqlite3.DatabaseError as error:
-            raise DeepVisionError(f"{catalogue.folder}: {error}. Start again, and it is repaired") from error
-    if not engine.is_valid():
-        raise DeepVisionError(f"{catalogue.folder} was changed by another run: start again")
-    copies: dict[int, list[int]] = {head: [] for head in everyone[(files > 1) & (first == everyone)].tolist()}
-    for copy in everyone[first != everyone].tolist():
-        copies.setdefault(int(first[copy]), []).append(copy)
-    for head, others in sorted(copies.items()):
-        keep, *same = different_files(engine, int(rows[head])) or [""]
-        found = [(1.0, path, "identical") for path in same]
-        for i in others:
-            word = label_of((1 - scores[i]) / min(own[head], own[i]), limits)
-            found += [(min(1.0, float(scores[i])), path, word) for path in different_files(engine, int(rows[i]))]
-        ranked = enumerate(sorted(found, key=lambda it: (it[2] != "identical", -it[0], it[1])), start=1)
-        if keep and found:
-            yield Group(keep, [Match(n, path, score, word == "identical", word) for n, (score, path, word) in ranked])
+    pairs: dict[bytes, dict[bytes, float]] = {}
+    with damage_reported(engine.store):
+        if threshold != "identical":
+            found = pairs_by_alignment(engine) if threshold == "copy" else pairs_by_score(engine, float(threshold))
+            for one, other, score in found:
+                for a, b in ((one, other), (other, one)):
+                    pairs.setdefault(a, {})[b] = max(score, pairs.get(a, {}).get(b, -1.0))
+        yield from grouped(engine, pairs, verified=threshold == "copy")
 
 
 # ---- Assembly --------------------------------------------------------------------------------------------------------
 
+SAVE_SECONDS = 10  # work at risk when the process is killed; 30 are promised
+RANKS_WAIT = 30  # days that a rank of torchrun waits for the slowest one
+CRASH = b"Fatal Python error"  # with this, faulthandler begins what it writes when a decoder crashes the process
+DECODE_ALL = """import os, sys, main
+for path in sys.stdin.buffer.read().split(b"\\0"):
+    os.write(1, b".")
+    main.read_picture(main.File(path, 0, 0), b"", lambda image: main.to_rgb(image, 224), lambda digest: False)"""
 
-def unlisted(error: OSError, prune: bool = False) -> None:
-    """A folder that cannot be listed is passed over, but must not make `--prune` forget what lies in it."""
-    what = f"{shown(os.fsdecode(error.filename))} cannot be listed ({error.strerror})"
-    if prune:
-        raise DeepVisionError(f"{what}: nothing was pruned")
-    log.warning("%s", what)
+
+def crashing_file(paths: Sequence[bytes]) -> bytes | None:
+    """The first of the files whose decoder crashes a process that reads one after the other; None: none does."""
+    here = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(__file__))}
+    command = [sys.executable, "-c", DECODE_ALL]
+    done = subprocess.run(command, input=b"\0".join(paths), capture_output=True, env=here)
+    return paths[len(done.stdout) - 1] if done.stdout and done.returncode not in (0, 1) else None
 
 
 @contextmanager
-def crashes_noted(catalogue: Catalogue, images: Path, note: Path) -> Iterator[Callable[[File], bool]]:
-    """While files are read; each is asked for before whether to read it. A decoder that crashes ends the run, but it
-    leaves a note of the files that were being read and its last words, and the next run passes over that file."""
-    root, told = os.fsencode(images), note.read_bytes() if note.is_file() else b""
-    crashed = b"Fatal Python error" in told
-    bad = crashing([os.path.join(root, path) for path in told.split(b"\0") if path]) if crashed else ()
-    try:
-        note.unlink(missing_ok=True)
-        stream = io.FileIO(note, "x")
-        stream.truncate(IN_FLIGHT * PATH_BYTES)
-        words = io.FileIO(note, "a")  # behind that, whatever the other threads are writing meanwhile
-    except OSError:  # it can be done without
-        stream, words = io.FileIO(os.devnull, "w"), io.FileIO(os.devnull, "w")
-    places = itertools.cycle(range(0, IN_FLIGHT * PATH_BYTES, PATH_BYTES))
-
-    def is_safe(file: File) -> bool:
-        if os.path.join(root, file.path) in bad:
-            catalogue.save([Picture(file, reason="its decoder crashes")])
-            return False
-        with suppress(OSError):
-            stream.seek(next(places))
-            stream.write(file.path.ljust(PATH_BYTES, b"\0"))
-        return True
-
-    with stream, words:
-        faulthandler.enable(words)
+def crash_noted(store: Store) -> Iterator[None]:
+    """While files are read: a crash of a decoder ends the run, but leaves its last words in the lock file."""
+    with open(store.lock_file.lock_file, "ab") as stream:
+        faulthandler.enable(stream)
         try:
-            yield is_safe
+            yield
         finally:
             faulthandler.disable()
-            with suppress(OSError):
-                note.unlink(missing_ok=True)
 
 
-def read_new(
-    catalogue: Catalogue, images: Path, model: Model, work: Work, summary: Summary, into: Catalogue | None = None
-) -> None:
-    """The features of the files chosen, into the cache: every few seconds, and whatever ends the run."""
-    catalogue.trusted_from = catalogue.get("rows") if work.rebuild else 0
-    unsaved: list[Picture] = []
-    into, saved, label = into or catalogue, time.monotonic(), f"{model.name} on {model.device}, {model.precision}"
-    note = catalogue.folder / f"reading{work.rank or ''}"  # not in the cache of a rank, which is soon taken in
-    total = catalogue.count(UNREAD) // work.ranks
-    with crashes_noted(into, images, note) as is_safe, progress_bar(total=total, desc=label, unit="img") as bar:
-        files = filter(is_safe, filter(work.mine, catalogue.unread()))
+def skip_crashing_file(store: Store, images: Path, work: Work) -> None:
+    """If the run before has crashed in a decoder, find the file and note it as skipped."""
+    if CRASH not in store.last_words:
+        return
+    files = {os.path.join(os.fsencode(images), it.path): it for it in store.unread()}
+    at_risk = list(itertools.islice(files, 2 * BLOCK * work.ranks))  # more were never read since the last save
+    if (bad := crashing_file(at_risk)) is not None:
+        store.save([Picture(files[bad], reason="its decoder crashes")])
+        store.db.execute("DELETE FROM changes WHERE path = ?", (files[bad].path,))
+        store.db.commit()
+
+
+def read_new(store: Store, images: Path, model: Model, work: Work, summary: Summary, into: Store) -> None:
+    """Store the features of the files that the scan chose: every few seconds, and whatever ends the run."""
+    known = partial(store.is_known, after=store.last_row() if work.rebuild else 0)
+    files, label = filter(work.is_mine, store.unread()), f"{model.name} on {model.device}, {model.precision}"
+    unsaved, saved = list[Picture](), time.monotonic()
+    bar = progress_bar(total=store.count(UNREAD) // work.ranks, desc=label, unit="img")
+    with crash_noted(store), bar:
         try:
-            for pictures in with_features(files, images, model, work, catalogue.is_known, summary):
+            for pictures in with_features(files, images, model, work, known, summary):
                 unsaved += pictures
                 summary.add(pictures)
                 bar.set_postfix_str(summary.balance, refresh=False)
                 bar.update(len(pictures))
                 if time.monotonic() - saved > SAVE_SECONDS or len(unsaved) > BLOCK:
-                    batch, unsaved = unsaved, []  # not tried again, should it fail: that would wait for itself
-                    into.save(batch)
+                    batch, unsaved = unsaved, []  # if it fails, it is not tried again below
+                    into.save(batch, work.rebuild)
                     saved = time.monotonic()
         finally:
             if unsaved:
-                into.save(unsaved)
+                into.save(unsaved, work.rebuild)
 
 
-def meet(work: Work) -> None:
-    """Wait here until all ranks of torchrun have come, if there are several."""
+def wait_for_ranks(work: Work) -> None:
+    """Wait until all ranks of torchrun have come here, if there are several."""
     try:
         if work.ranks > 1:
             torch.distributed.barrier()
@@ -2008,130 +2045,124 @@ def meet(work: Work) -> None:
         raise DeepVisionError("another rank has stopped: run it again, what was done is saved") from error
 
 
-def pictures_in(share: Catalogue) -> Iterator[list[Picture]]:
-    """All that a rank has read: first what came without features, since it is not usable or was known before."""
-    listing = "SELECT path, size, mtime, digest, reason, row FROM files LEFT JOIN features USING (digest) WHERE row"
-    yield [Picture(File(*f[:3]), f[3], reason=f[4]) for f in share.db.execute(f"{listing} IS NULL")]
-    start = 0
-    for block in share.vectors():
-        rows = share.db.execute(f"{listing} BETWEEN ? AND ?", (start, start + len(block) - 1))
-        yield [Picture(File(*f[:3]), f[3], vector=block[f[5] - start]) for f in rows]
-        start += len(block)
-
-
-def take_in(catalogue: Catalogue, summary: Summary) -> bool:
-    """Save what the other ranks have read, also those that were stopped, and remove their caches; True if any."""
-    folders = sorted(catalogue.folder.glob("rank-*"))
-    for folder in folders:
-        share = Catalogue(folder, catalogue.identity, catalogue.dim)
-        share.mend()
-        with share.locked():
-            for pictures in pictures_in(share):
-                catalogue.save(pictures)
-                summary.add(pictures)
+def take_in_shares(store: Store, work: Work, summary: Summary) -> bool:
+    """Store what the other ranks have read, also those that were stopped, and delete their databases; True if any."""
+    paths = sorted(store.folder.glob("rank-*.sqlite"))
+    for path in paths:
+        share = Store(store.folder, store.identity, store.dim, path.name)
+        try:
+            share.check(whole=True)
+        except DATABASE_DAMAGE:  # its rank was stopped
+            share.salvage()
+        read = share.db.execute("SELECT digest, EXISTS (SELECT 1 FROM features WHERE digest = files.digest) FROM files")
+        for digest, extracted in read.fetchall():
+            summary.opened, summary.new = summary.opened + 1, summary.new + bool(digest)
+            summary.recognised += bool(digest) and not extracted
         share.close()
-        shutil.rmtree(folder)
-    return bool(folders)
+        store.take_in(path, work.rebuild)
+        path.unlink()
+    return bool(paths)
 
 
-def scan(catalogue: Catalogue, images: Path, work: Work) -> int:
-    """See what has changed in the folder `images`, which may be missing; how many differences there are."""
-    files = find_images(images, partial(unlisted, prune=work.prune), [catalogue.folder.parent])
-    return catalogue.scan(files if images.is_dir() else (), work.rebuild)
+def unlisted(error: OSError, prune: bool = False) -> None:
+    """Warn of a folder that cannot be listed. With `prune` it is an error, or what lies in it would be forgotten."""
+    what = f"{escape_controls(os.fsdecode(error.filename))} cannot be listed ({error.strerror})"
+    if prune:
+        raise DeepVisionError(f"{what}: nothing was pruned")
+    log.warning("%s", what)
 
 
-def label_limits(catalogue: Catalogue, store: bool = False) -> tuple[np.ndarray, dict[str, float]]:
-    """A sample of the collection's features, float32 (m, dim), and the `chance_limits` that follow, perhaps from store.
-
-    The least content hashes: a sample that does not depend on the order in which files were added.
-    """
-    rows = catalogue.rows(f"WHERE files > 0 AND digest IS NOT NULL ORDER BY digest LIMIT {SAMPLE}")
-    n, records = catalogue.get("rows") - len(catalogue.rows("WHERE files = 0")), catalogue.records_of(rows)
-    sample, key = single(records["vector"]), hashlib.sha256(b"%d " % n + records["digest"].tobytes()).hexdigest()
-    stored, limits = json.loads(catalogue.get("limits") or "[0, 0]")
-    if stored != key:
-        limits = chance_limits(sample, n)
-    if store:
-        with catalogue.db:
-            catalogue.put(limits=json.dumps([key, limits]))
-    return sample, limits
+def scan(store: Store, images: Path, work: Work) -> int:
+    """Compare the folder `images`, which may be missing, with the store; how many differences there are."""
+    files = find_images(images, partial(unlisted, prune=work.prune), [store.folder.parent])
+    return store.scan(files if images.is_dir() else (), work.rebuild)
 
 
-def why_none(catalogue: Catalogue, images: Path, skipped: int) -> str:
+def why_none(store: Store, images: Path, skipped: int) -> str:
     """Why there is no usable image, and what to do about it."""
     there = "has no usable image" if images.is_dir() else "is not a folder" if images.exists() else "is missing"
-    if known := catalogue.count("files WHERE digest IS NOT NULL"):
+    if known := store.count("files WHERE digest IS NOT NULL"):
         return (
             f"{images} {there}, but the index knows {known:,}: is a drive not connected, or is --images "
-            f"another folder? Nothing was changed; to start afresh, delete {catalogue.folder}"
+            f"another folder? Nothing was changed; to start afresh, delete {store.folder}"
         )
     if skipped:
         query = f"SELECT count(*), reason FROM {SKIPPED} GROUP BY reason ORDER BY 1 DESC, 2 LIMIT 3"
-        reasons = "; ".join(f"{n:,} × {reason}" for n, reason in catalogue.db.execute(query))
+        reasons = "; ".join(f"{n:,} × {reason}" for n, reason in store.db.execute(query))
         return f"{images} {there}, all {skipped:,} were skipped: {reasons}"
     return f"{images} {there}: put images to search in there, or name another folder with --images"
 
 
-def update(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Summary:
-    """Bring the cache up to date with the folder `images`: read what is new or changed, see what is gone.
+def is_another_collection(store: Store, before: int) -> bool:
+    """Whether no image in the collection was known up to row `before`, and images that were known are gone."""
+    known = f"features WHERE row <= {before} AND EXISTS (SELECT 1 FROM files WHERE there AND digest = features.digest)"
+    return not store.any(known) and store.any(GONE)
 
-    Raises DeepVisionError if no usable image is there; what is known is kept for the day the drive is back.
+
+def store_changes(store: Store, images: Path, model: Model, work: Work, summary: Summary) -> bool:
+    """Read what is new, note what is gone. False, and nothing is noted as gone, if no usable image would remain."""
+    with store.locked() as waited:
+        if take_in_shares(store, work, Summary()) or waited:
+            scan(store, images, work)
+        skip_crashing_file(store, images, work)
+        wait_for_ranks(work)
+        before = store.last_row()
+        read_new(store, images, model, work, summary, store)
+        wait_for_ranks(work)
+        take_in_shares(store, work, summary)
+        if not store.settle():
+            return False
+        if not work.rebuild and is_another_collection(store, before):
+            strange = f"of the images that {store.folder} knows, none is in {images}"
+            if work.prune:
+                raise DeepVisionError(f"{strange}: nothing was pruned")
+            log.warning("%s. If that is another collection, give it an --index-dir of its own", strange)
+        if work.prune:
+            summary.forgotten = store.count(GONE)
+            store.prune()
+    return True
+
+
+def update(store: Store, images: Path, model: Model, work: Work) -> Summary:
+    """Bring the store up to date with the folder `images`; what was found and done.
+
+    Raises DeepVisionError if no usable image is there. What is known is kept for the day the drive is back.
     """
-    summary, left = Summary(), True
-    if scan(catalogue, images, work) or work.prune or work.ranks > 1 or not catalogue.get("totals"):
-        with catalogue.writing() as waited:
-            if take_in(catalogue, Summary()) or waited:
-                scan(catalogue, images, work)
-            meet(work)
-            before = catalogue.get("rows")
-            read_new(catalogue, images, model, work, summary)
-            meet(work)
-            take_in(catalogue, summary)
-            if left := catalogue.settle():
-                known = catalogue.any(f"features WHERE files > 0 AND row < {before}")
-                if not (work.rebuild or known) and catalogue.any(GONE):
-                    strange = f"of the images that {catalogue.folder} knows, none is in {images}"
-                    if work.prune:
-                        raise DeepVisionError(f"{strange}: nothing was pruned")
-                    log.warning("%s. If that is another collection, give it an --index-dir of its own", strange)
-                if work.prune:
-                    summary.forgotten = catalogue.count(GONE)
-                    catalogue.prune()
-                elif work.rebuild:
-                    catalogue.compact(catalogue.rows("WHERE digest IS NOT NULL ORDER BY row"))
-                label_limits(catalogue, store=True)
-                catalogue.totals(store=True)
-    summary.images, summary.skipped, summary.gone = catalogue.totals()
-    if not (left and summary.images):
-        raise DeepVisionError(why_none(catalogue, images, summary.skipped))
+    summary, remains = Summary(), True
+    if scan(store, images, work) or work.prune or work.ranks > 1 or store.get("decoders") is None:
+        remains = store_changes(store, images, model, work, summary)
+    summary.images, summary.skipped, summary.gone = (store.count(table) for table in (USABLE, SKIPPED, GONE))
+    if not (remains and summary.images):
+        raise DeepVisionError(why_none(store, images, summary.skipped))
     return summary
 
 
 @contextmanager
-def cache_errors(folder: Path) -> Iterator[None]:
+def store_errors(folder: Path) -> Iterator[None]:
+    """Turn an error of the disk or the database into a DeepVisionError."""
     try:
         yield
-    except (OSError, sqlite3.Error, NotImplementedError) as error:  # the last of a file system without locks
+    except (OSError, sqlite3.Error, DamageError, NotImplementedError) as error:  # the last: a disk without locks
         raise DeepVisionError(
             f"the cache {folder} cannot be used: {first_line(error)}. What was there is untouched; make room or mend "
             "its permissions, or choose another place with --index-dir"
         ) from error
 
 
-def ready(catalogue: Catalogue, images: Path, model: Model, work: Work) -> Engine:
-    catalogue.check(thorough=work.update)
-    summary = update(catalogue, images, model, work) if work.update else Summary(*catalogue.totals())
-    generation, gone = catalogue.generation(), catalogue.rows("WHERE files = 0")
-    sample, limits = label_limits(catalogue)
-    index, notes = open_index(catalogue, work)
-    dead = np.zeros(index.ntotal, bool)
-    dead[gone[gone < len(dead)]] = True
-    summary.recall = notes.get("recall") if not work.exact else None
-    shortlist = notes.get("shortlist", 0)
-    engine = Engine(images, model, catalogue, generation, index, shortlist, work.exact, dead, sample, limits, summary)
-    if not engine.is_valid():  # the rows are not those of the index
-        raise DeepVisionError(f"{catalogue.folder} was changed by another run: start again")
-    return engine
+def ready(store: Store, images: Path, model: Model, work: Work) -> Engine:
+    """Check the store, update it, open its index: the engine of a search."""
+    store.check(whole=work.update)
+    summary = update(store, images, model, work) if work.update else Summary(store.count(USABLE), store.count(SKIPPED))
+    index = open_index(store, work)
+    summary.recall = None if work.exact else index.recall
+    return Engine(images, model, store, index, work.exact, summary)
+
+
+def open_store(folder: Path, model: Model) -> Store:
+    """The store in the folder, which may hold an index of an older format."""
+    if any((folder / name).exists() for name in OLD_FILES):
+        log.warning("%s holds an index of an older format: all images are indexed anew", folder)
+    return Store(folder, model.identity, model.dim)
 
 
 def initialize_reverse_image_search(
@@ -2150,35 +2181,37 @@ def initialize_reverse_image_search(
         raise DeepVisionError(f"--index-dir {index_dir} is the collection itself: choose another folder for the cache")
     model, images = model or load_model(), Path(images)
     folder = Path(index_dir, model.identity)
-    if not (work.update or Path(folder, "catalogue.sqlite").exists()):
+    if not (work.update or Path(folder, "index.sqlite").exists()):
         raise DeepVisionError(f"there is no index of {images} by {model.name} in {index_dir}: run without --no-update")
     if model.name == MODEL and not folder.exists() and any(Path(index_dir).glob(f"{OFFLINE}-*")):
         log.warning("the weights of %s are here now: all images are indexed with it; the offline index is kept", MODEL)
-    with cache_errors(folder):
-        catalogue = Catalogue(folder, model.identity, model.dim)
+    with store_errors(folder):
+        store = open_store(folder, model)
         try:
-            return ready(catalogue, images, model, work)
+            engine = ready(store, images, model, work)
         except sqlite3.OperationalError:
             raise  # no room, no right: nothing is wrong with what is there
-        except DAMAGE:  # or it is new
-            catalogue.mend()
-            return ready(catalogue, images, model, work)
+        except DATABASE_DAMAGE:  # or the database is new
+            store.repair()
+            engine = ready(store, images, model, work)
+        for name in OLD_FILES:
+            (folder / name).unlink(missing_ok=True)
+    return engine
 
 
 def read_share(images: str | Path, index_dir: str | Path, model: Model, work: Work) -> None:
-    """As a rank that does not commit: read a share into a cache of its own, which the one that commits takes in."""
+    """As a rank that does not commit: read a share of the files into a database of its own, which rank 0 takes in."""
     images, folder = Path(images), Path(index_dir, model.identity)
-    meet(work)  # the catalogue is whole, and what an earlier run left has been taken in
-    with cache_errors(folder):
-        catalogue = Catalogue(folder, model.identity, model.dim)
-        share = Catalogue(folder / f"rank-{work.rank}", model.identity, model.dim)
-        share.mend()
-        with share.writing():
-            scan(catalogue, images, work)
-            read_new(catalogue, images, model, work, Summary(), share)
+    wait_for_ranks(work)  # the store is sound now, and what an earlier run left has been taken in
+    with store_errors(folder):
+        store = Store(folder, model.identity, model.dim)
+        share = Store(folder, model.identity, model.dim, f"rank-{work.rank}.sqlite")
+        share.create()
+        scan(store, images, work)
+        read_new(store, images, model, work, Summary(), share)
         share.close()
-        catalogue.close()
-    meet(work)
+        store.close()
+    wait_for_ranks(work)
 
 
 # ---- Output ----------------------------------------------------------------------------------------------------------
@@ -2219,7 +2252,7 @@ def as_text(found: Answer | Group, engine: Engine, columns: int = 0, colour: boo
     if isinstance(found, Answer):
         end = f"  ({engine.model.name}, {engine.summary.images:,} images): {verdict(found)}".rstrip(": ")
     remarks = [", ".join(filter(None, (match.label, match.view))) for match in matches]
-    name, paths, rank_width = shown(name), [shown(match.path) for match in matches], len(str(len(matches)))
+    name, paths, rank_width = escape_controls(name), [escape_controls(match.path) for match in matches], len(str(len(matches)))
     if columns:
         name = shortened(name, max(20, columns - cells(end)))
         room = columns - rank_width - 14 - max(map(cells, remarks), default=0)  # of score and blanks
@@ -2227,7 +2260,7 @@ def as_text(found: Answer | Group, engine: Engine, columns: int = 0, colour: boo
         width = max(map(cells, paths), default=0)
         paths = [path + " " * (width - cells(path)) for path in paths]
     lines = [f"\x1b[1m{name}\x1b[0m{end}" if colour else name + end]
-    for (rank, _, score, _, label, _), path, remark in zip(matches, paths, remarks):
+    for (rank, _, score, _, label, _, _), path, remark in zip(matches, paths, remarks):
         remark = f"\x1b[{COLOURS[label]}m{remark}\x1b[0m" if colour and label else remark
         lines.append(f"  {rank:>{rank_width}}  {score:6.3f}  {path}  {remark}".rstrip())
     return "\n".join(lines)
@@ -2317,7 +2350,7 @@ def thumbnails(paths: Iterable[str], side: int = THUMBNAIL) -> Iterator[Picture]
 
 def plain(path: str) -> str:
     """A path as text, whatever it holds."""
-    return shown(os.fsencode(path).decode("utf-8", "replace"))
+    return escape_controls(os.fsencode(path).decode("utf-8", "replace"))
 
 
 def visible(path: str) -> str:
@@ -2365,7 +2398,7 @@ def page_head(found: Sequence[Answer | Group], engine: Engine, seconds: float) -
     kind = ("group",) if found and isinstance(found[0], Group) else ("query", "queries")
     title = counted(len(found), *kind) if found else "No picture is there twice"
     query = f"SELECT path, reason FROM {SKIPPED} ORDER BY path LIMIT {PAGE_SKIPPED}"
-    skipped = [f"{visible(os.fsdecode(path))}: {visible(why)}" for path, why in engine.catalogue.db.execute(query)]
+    skipped = [f"{visible(os.fsdecode(path))}: {visible(why)}" for path, why in engine.store.skipped(PAGE_SKIPPED)]
     if summary.skipped > PAGE_SKIPPED:
         skipped.append(f"and {summary.skipped - PAGE_SKIPPED:,} more, which -v lists")
     items = "".join(f"<li>{line}</li>" for line in skipped)
@@ -2406,7 +2439,7 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
     except OSError as error:
         why = error.strerror or first_line(error)
         advice = "choose another place with --report FILE, or --no-report"
-        raise DeepVisionError(f"the page {shown(str(path))} cannot be written ({why}): {advice}") from error
+        raise DeepVisionError(f"the page {escape_controls(str(path))} cannot be written ({why}): {advice}") from error
 
 
 # ---- UI --------------------------------------------------------------------------------------------------------------
@@ -2456,13 +2489,13 @@ class Desk:
         """Bring the index up to date, while the one there is goes on answering."""
         old = self.engine
         try:
-            folder = old.catalogue.folder.parent
+            folder = old.store.folder.parent
             new = initialize_reverse_image_search(old.images, folder, model=old.model, work=self.work)
         except DeepVisionError as error:
             raise gradio.Error(visible(str(error))) from error
         with self.lock:
             self.engine = new
-            old.catalogue.close()
+            old.store.close()
         return self.state()
 
     def search(self, path: str, k: int, least: float) -> Sequence[Any]:
@@ -2608,8 +2641,6 @@ def check_combination(options: argparse.Namespace, parser: argparse.ArgumentPars
         parser.error("--port is for --ui")
     if options.duplicates is not None and (options.threshold, options.top, options.views) != (-1.0, TOP, "auto"):
         parser.error("--duplicates goes without --threshold, --top and --views; a score is --duplicates S")
-    if options.duplicates == "weak":
-        parser.error("--duplicates weak: any two images are")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -2619,7 +2650,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", default=IMAGES, metavar="DIR", help="the collection (default: %(default)s/)")
     add("--index-dir", default=INDEX_DIR, metavar="DIR", help="the cache (default: %(default)s/)")
     add("-k", "--top", type=int, default=TOP, metavar="N", help="matches per query (default: %(default)s)")
-    below = "leave out matches below S: a cosine, -1 to 1, or similar, copy, identical"
+    below = "leave out matches below S: a cosine, -1 to 1, or copy, identical"
     add("--threshold", type=score_or_label, default=-1.0, metavar="S", help=below)
     add("--views", choices=VIEWS, default="auto", help="edits of the query to see through (default: those that pay)")
     add("--model", metavar="NAME", help=f"{MODEL} (default), any torchvision classification model, timm:NAME, offline")
@@ -2688,37 +2719,11 @@ def answers(options: argparse.Namespace, engine: Engine, locked: list[OSError]) 
             continue  # some other file in a folder of queries
         answered = True
         if answer.error:
-            log.error("%s: %s", shown(answer.query), answer.error)
+            log.error("%s: %s", escape_controls(answer.query), answer.error)
         yield answer
     if not answered and not locked:
         where = ", ".join(options.queries) or f"{QUERIES}/"
         raise DeepVisionError(f"no image to search with in {where}: put one there, or name it: main.py photo.jpg")
-
-
-def answer_at_once(options: argparse.Namespace, model: Model, work: Work) -> dict[str, list[Match]]:
-    """On a terminal, what a large collection's index says as it is, printed before the files are looked through, which
-    takes seconds: the matches of the first queries."""
-    told = dict[str, list[Match]]()
-    searching = not (options.index_only or options.export or options.ui or options.duplicates is not None)
-    as_usual = work.update and not (work.rebuild or work.prune or work.exact or work.ranks > 1)
-    features = Path(options.index_dir, model.identity, "features.bin")
-    large = os.path.isfile(features) and os.path.getsize(features) > work.exact_bytes
-    made = os.path.isfile(features.with_name("index.faiss"))
-    if not (searching and as_usual and large and made and options.form == "text" and sys.stdout.isatty()):
-        return told
-    with suppress(DeepVisionError):  # what is wrong is said when all has been looked at
-        given = options.images, options.index_dir
-        engine = initialize_reverse_image_search(*given, model=model, work=replace(work, update=False))
-        queries = find_queries(options.queries or filter(os.path.isdir, [QUERIES]), lambda error: None)
-        asked = partial(search, engine=engine, k=options.top, threshold=options.threshold, views=options.views)
-        for answer in itertools.chain.from_iterable(map(asked, itertools.islice(queries, TOGETHER))):
-            if answer.matches:
-                print_found(answer, engine, options.form)
-                told[answer.query] = answer.matches
-        engine.catalogue.close()
-    if told:
-        log.info("%s is looked through now; what that changes is printed again", shown(options.images))
-    return told
 
 
 def groups(options: argparse.Namespace, engine: Engine) -> Iterator[Group]:
@@ -2730,13 +2735,23 @@ def groups(options: argparse.Namespace, engine: Engine) -> Iterator[Group]:
     log.info("%s, %s beside those to keep", counted(count, "group"), counted(copies, "file"))
 
 
-def write_export(engine: Engine, folder: str) -> None:
+def write_export(engine: Engine, folder: Path) -> None:
+    """Write features.npy, float16 (n, dim), and paths.txt, a line for each row. The first is there only if both are."""
+    store = engine.store
     try:
-        with engine.catalogue.writing():  # nobody else, meanwhile
-            count = engine.catalogue.export(Path(folder))
-    except (OSError, sqlite3.Error) as error:
+        with store.locked():  # nobody else changes the store meanwhile
+            n, header = store.count(USABLE), {"descr": "<f2", "fortran_order": False}
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "features.npy").unlink(missing_ok=True)
+            with whole_file(folder / "features.npy") as features, whole_file(folder / "paths.txt") as paths:
+                np.lib.format.write_array_header_1_0(features, {**header, "shape": (n, store.dim)})
+                for rows, vectors in store.blocks():
+                    for i, path in store.paths_of(rows):
+                        features.write(vectors[i].tobytes())
+                        paths.write(path.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r") + b"\n")
+    except (OSError, sqlite3.Error, DamageError) as error:
         raise DeepVisionError(f"--export {folder}: {first_line(error)}") from error
-    log.info("%s: %d × %d features and their paths", shown(folder), count, engine.model.dim)
+    log.info("%s: %d × %d features and their paths", escape_controls(str(folder)), n, store.dim)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -2755,7 +2770,6 @@ def run(options: argparse.Namespace) -> int:
         if work.update:
             read_share(options.images, options.index_dir, model, work)
         return 0
-    told = answer_at_once(options, model, work)
     engine = initialize_reverse_image_search(options.images, options.index_dir, model=model, work=work)
     if not (work.update or engine.is_of_folder()):
         log.warning("%s has none of the first images that its index knows: is it the right folder?", options.images)
@@ -2765,11 +2779,10 @@ def run(options: argparse.Namespace) -> int:
     if engine.summary.recall is not None:
         how = "compact codes choose what is compared, recall@%d %.3f; --exact compares all"
         log.info(how, TOP, engine.summary.recall)
-    listing = f"SELECT path, reason FROM {SKIPPED} ORDER BY path"
-    for path, reason in engine.catalogue.db.execute(listing) if log.isEnabledFor(logging.DEBUG) else ():
-        log.debug("skipped %s: %s", shown(os.path.join(options.images, os.fsdecode(path))), reason)
+    for path, reason in engine.store.skipped() if log.isEnabledFor(logging.DEBUG) else ():
+        log.debug("skipped %s: %s", escape_controls(os.path.join(options.images, os.fsdecode(path))), reason)
     if options.export:
-        write_export(engine, options.export)
+        write_export(engine, Path(options.export))
     if options.ui:
         serve(engine, work, PORT if options.port is None else options.port, options.top)
     if options.index_only or options.export or options.ui:
@@ -2778,13 +2791,12 @@ def run(options: argparse.Namespace) -> int:
     locked: list[OSError] = []
     for item in groups(options, engine) if options.duplicates is not None else answers(options, engine, locked):
         found.append(item)
-        if told.get(item[0]) != item.matches:
-            print_found(item, engine, options.form)
+        print_found(item, engine, options.form)
     for error in locked:
-        log.error("%s cannot be listed (%s)", shown(os.fsdecode(error.filename)), error.strerror)
+        log.error("%s cannot be listed (%s)", escape_controls(os.fsdecode(error.filename)), error.strerror)
     if options.report:
         write_page(options.report, found, engine, time.perf_counter() - start)
-        log.info("%s", shown(options.report))
+        log.info("%s", escape_controls(options.report))
     return 1 if locked or any(item.error for item in found) else 0
 
 
