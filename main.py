@@ -301,7 +301,7 @@ class Work:
     prune: bool = False  # forget the files that are gone
     update: bool = True  # look for what is new, changed or gone in the collection
     exact: bool = False  # compare with every vector, however many there are
-    exact_bytes: int = 1 << 28  # of vectors; above it, a search by compact codes is quicker than 0.5 s, one by all is not
+    exact_bytes: int = 1 << 28  # of vectors; more are searched by compact codes, or the first answer takes over 0.5 s
     rank: int = 0  # of this process, among `ranks` that torchrun started; rank 0 commits
     ranks: int = 1
 
@@ -1016,13 +1016,263 @@ def features_of_views(views: Sequence[View], model: Model) -> np.ndarray:
     return torch.cat(features).cpu().numpy().astype(np.float16)
 
 
-# ---- Verification ---
+# ---- Verification ----------------------------------------------------------------------------------------------------
+
+AREA, POINTS = 90_000, 300  # pixels of a picture on which local features are computed; how many it gets
+QUERY_AREA, QUERY_POINTS = 250_000, 700  # of a query: the picture looked for may be a small part of it
+SPREAD = 6  # cells a side among which the points are spread, so that a caption does not take them all
+LEVELS = 8  # of the pyramid; each is smaller than the last by the square root of 2
+CONTRAST = 1.5  # of 255, of a blob against its surroundings: fainter ones are noise
+EDGE_RATIO = 10.0  # of the two curvatures of a blob: longer ones are edges, and slide (Lowe, IJCV 2004)
+WINDOW = 8  # pixels of its level, on each side of a point, that its descriptor sees
+SAMPLES = 12  # of the gradient along each side of the window; 16 gain nothing
+RATIO = 0.85  # of squared distances, of the best match of a point to the best of its rivals
+RIVALS, NEAR = 4, 8.0  # best matches of a point that are looked at; pixels within which two are the same spot
+TOLERANCE, DRIFT = 5.0, 0.04  # a point agrees within so many pixels, and so much of its distance from the match voting
+SCALES = (0.15, 6.0)  # of the query in the match; outside of it, everything falls on one spot
+CELL = 4.0  # pixels: points that are nearer to each other count as one
+AGREEING = 8  # points from which on a pair is looked at closely; unrelated pairs have 3
+GRID, GRID_CELL = 64, 8  # samples along each side of the match, and of a cell in which the two pictures are correlated
+TEXTURE = 4.0  # of 255, standard deviation of a cell that shows anything
+CORRELATION = 0.5  # of a cell that agrees
+AGREEMENT = 0.5  # share of the common cells that agree in a copy: two screenshots of one app share less
+
+
 class LocalFeatures(NamedTuple):
-    size: tuple[int, int]
-def local_features(image: Image.Image) -> LocalFeatures:
-    return LocalFeatures(image.size)
+    """Distinctive points of a picture, and what it looks like around them."""
+
+    size: tuple[int, int]  # pixels of the upright picture
+    grey: Image.Image  # made smaller
+    points: np.ndarray  # x, y and size of a level's pixel, in pixels of `grey`, and angle; float32 (n, 4)
+    descriptors: np.ndarray  # float32 (n, 128), of length 1
+
+
+def blob_points(light: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, y, int64 (n, 2), and strength (n,) of the blobs of one level, light (h, w): extremes of a difference of
+    Gaussians (Lowe, IJCV 2004) that are no edges."""
+    fine = blurred(light, 1.2)
+    D = blurred(fine, 1.5) - fine
+    inner = slice(WINDOW, -WINDOW)
+    strength = D.abs()[WINDOW - 1 : 1 - WINDOW, WINDOW - 1 : 1 - WINDOW]
+    rows = torch.maximum(torch.maximum(strength[:-2], strength[1:-1]), strength[2:])  # max_pool2d takes 5 times as long
+    around = torch.maximum(torch.maximum(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
+    y, x = ((D[inner, inner].abs() == around) & (around > CONTRAST)).nonzero().T + WINDOW
+    xx = D[y, x + 1] + D[y, x - 1] - 2 * D[y, x]
+    yy = D[y + 1, x] + D[y - 1, x] - 2 * D[y, x]
+    xy = (D[y + 1, x + 1] + D[y - 1, x - 1] - D[y + 1, x - 1] - D[y - 1, x + 1]) / 4
+    is_blob = (xx + yy) ** 2 * EDGE_RATIO < (EDGE_RATIO + 1) ** 2 * (xx * yy - xy**2)
+    x, y = x[is_blob], y[is_blob]
+    return torch.stack([x, y], 1), D[y, x].abs()
+
+
+def blurred(light: torch.Tensor, sigma: float) -> torch.Tensor:
+    """The picture, (h, w), under a Gaussian."""
+    reach = round(2.5 * sigma)
+    kernel = torch.exp(-(torch.arange(-reach, reach + 1.0) ** 2) / (2 * sigma**2))
+    kernel /= kernel.sum()
+    padded = torch.nn.functional.pad(light[None, None], (reach,) * 4, mode="replicate")
+    rows = torch.nn.functional.conv2d(padded, kernel.view(1, 1, 1, -1))
+    return torch.nn.functional.conv2d(rows, kernel.view(1, 1, -1, 1))[0, 0]
+
+
+def dominant_angle(dx: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    """The direction, (n,) in radians, of most of the gradient in each window, dx and dy (n, samples)."""
+    bins = 36
+    place = (torch.atan2(dy, dx) * (bins / (2 * math.pi))).floor().long() % bins
+    counts = torch.zeros(len(dx), bins).scatter_add_(1, place, torch.hypot(dx, dy))
+    for _ in range(2):
+        counts = (counts + counts.roll(1, 1) + counts.roll(-1, 1)) / 3
+    top = counts.argmax(1, keepdim=True)
+    before, here, after = (counts.gather(1, (top + step) % bins) for step in (-1, 0, 1))
+    shift = 0.5 * (before - after) / (before - 2 * here + after).clamp(max=-1e-9)
+    return ((top + 0.5 + shift) * (2 * math.pi / bins))[:, 0]
+
+
+def describe_points(dx: torch.Tensor, dy: torch.Tensor, xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Angles (n,) and descriptors (n, 128) of points, xy (n, 2), on a level with these gradients, (h, w).
+
+    4 × 4 cells of 8 directions, turned by the dominant angle, under a square root (Arandjelović & Zisserman, CVPR 2012).
+    """
+    height, width = dx.shape
+    steps = (torch.arange(SAMPLES) + 0.5) * (2 * WINDOW / SAMPLES) - WINDOW
+    v, u = (grid.reshape(-1) for grid in torch.meshgrid(steps, steps, indexing="ij"))
+    weight = torch.exp(-(u**2 + v**2) / (2 * 8.0**2))
+
+    def window(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        place = y.round().long().clamp(0, height - 1) * width + x.round().long().clamp(0, width - 1)
+        return dx.reshape(-1)[place] * weight, dy.reshape(-1)[place] * weight
+
+    x, y = xy[:, :1].float(), xy[:, 1:].float()
+    angle = dominant_angle(*window(x + u, y + v))
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    gx, gy = window(x + cos * u - sin * v, y + sin * u + cos * v)
+    along, across = cos * gx + sin * gy, cos * gy - sin * gx
+    k = torch.arange(8) * (math.pi / 4)
+    rise = (along[..., None] * k.cos() + across[..., None] * k.sin()).clamp_(min=0)  # (n, samples, 8)
+    rise = rise * rise * rise / (along**2 + across**2 + 1e-6)[..., None]  # narrower: each edge counts in two directions
+    centres = torch.tensor([-6.0, -2.0, 2.0, 6.0])
+    share = (1 - (steps[:, None] - centres).abs() / 4).clamp(min=0)  # (samples, cells)
+    cells = torch.einsum("nvuk,vi,uj->nijk", rise.view(-1, SAMPLES, SAMPLES, 8), share, share).flatten(1)
+    return angle, torch.nn.functional.normalize((cells / cells.sum(1, keepdim=True).clamp(min=1e-6)).sqrt())
+
+
+def spread_out(xy: np.ndarray, strength: np.ndarray, size: tuple[int, int], count: int) -> np.ndarray:
+    """The numbers of the `count` strongest points, xy (n, 2), taken from all cells of the picture in turn."""
+    place = (xy * SPREAD / np.array(size)).astype(int).clip(0, SPREAD - 1) @ np.array([1, SPREAD])
+    order = np.lexsort((-strength, place))
+    turn = np.arange(len(order)) - np.searchsorted(place[order], place[order])  # its rank in its cell
+    return order[np.lexsort((-strength[order], turn))[:count]]
+
+
+def local_features(image: Image.Image, area: int = AREA, count: int = POINTS) -> LocalFeatures:
+    """The local features of a picture, at most `count`, computed on `area` pixels. One without structure has none."""
+    width, height = image.size
+    picture = to_rgb(image, round(max(width, height) * min(1.0, (area / (width * height)) ** 0.5) / DRAFT))
+    if (picture.width - picture.height) * (width - height) < 0:  # turned by EXIF
+        width, height = height, width
+    scale = min(1.0, (area / (width * height)) ** 0.5)
+    small = round(width * scale) or 1, round(height * scale) or 1
+    grey = picture.convert("L").resize(small, Image.Resampling.BICUBIC, reducing_gap=GAP)
+    light, levels = torch.from_numpy(np.array(grey)).float(), []
+    for level in range(LEVELS):
+        shape = [round(side / 2 ** (level / 2)) for side in reversed(small)]
+        if min(shape) <= 2 * WINDOW + 1:
+            break
+        here = torch.nn.functional.interpolate(light[None, None], shape, mode="bilinear", antialias=True)[0, 0]
+        levels.append((here, small[0] / shape[1], *blob_points(here)))
+    if not levels:
+        return LocalFeatures((width, height), grey, np.zeros((0, 4), np.float32), np.zeros((0, 128), np.float32))
+    every = torch.cat([(xy + 0.5) * step for _, step, xy, _ in levels]).numpy()
+    chosen = np.zeros(len(every), bool)
+    chosen[spread_out(every, torch.cat([strength for *_, strength in levels]).numpy(), small, count)] = True
+    points, descriptors, start = [], [], 0
+    for here, step, xy, _ in levels:
+        xy, start = xy[torch.from_numpy(chosen[start : start + len(xy)])], start + len(xy)
+        dy, dx = torch.gradient(here)
+        angle, description = describe_points(dx, dy, xy)
+        points.append(torch.cat([(xy + 0.5) * step, torch.full_like(angle, step)[:, None], angle[:, None]], 1))
+        descriptors.append(description)
+    return LocalFeatures((width, height), grey, torch.cat(points).numpy(), torch.cat(descriptors).numpy())
+
+
+def seen_through(query: LocalFeatures, mirrored: bool, negative: bool) -> LocalFeatures:
+    """The local features that the query would have, mirrored or as a negative, without computing them again."""
+    points, cells = query.points.copy(), query.descriptors.reshape(-1, 4, 4, 8)
+    grey = query.grey
+    if mirrored:  # the window flips across its dominant direction
+        points[:, 0], points[:, 3] = grey.width - points[:, 0], math.pi - points[:, 3]
+        cells, grey = cells[:, ::-1][..., [0, 7, 6, 5, 4, 3, 2, 1]], grey.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if negative:  # the dominant direction turns round, and the window with it
+        points[:, 3] += math.pi
+        cells = cells[:, ::-1, ::-1]
+    return LocalFeatures(query.size, grey, points, cells.reshape(-1, 128))
+
+
+def tentative_matches(query: LocalFeatures, match: LocalFeatures) -> tuple[np.ndarray, np.ndarray]:
+    """Points of both, (m, 4), that resemble each other and nothing else nearby as much."""
+    S = torch.from_numpy(query.descriptors @ match.descriptors.T)
+    scores, best = (found.numpy() for found in S.topk(min(RIVALS, S.shape[1])))
+    xy = match.points[:, :2]
+    apart = ((xy[best] - xy[best[:, :1]]) ** 2).sum(2) > NEAR**2  # the same spot on another level is no rival
+    good = 1 - scores[:, 0] < RATIO * (1 - np.where(apart, scores, -1).max(1))
+    return query.points[good], match.points[best[good, 0]]
+
+
+def occupied(points: np.ndarray) -> int:
+    """How many cells the points, (n, 2+), fall into."""
+    return len(np.unique((points[:, :2] // CELL) @ np.array([1, 4096])))
+
+
+def fitted(q: np.ndarray, m: np.ndarray) -> np.ndarray:
+    """The affine transform, (3, 2), that takes the points q to m with the least square error, near a similarity."""
+    ones = np.ones((len(q), 1), np.float32)
+    A, *_ = np.linalg.lstsq(np.hstack([q[:, :2], ones]), m[:, :2], rcond=None)
+    return A
+
+
+def best_transform(q: np.ndarray, m: np.ndarray) -> tuple[np.ndarray, int] | None:
+    """The transform from query to match, (3, 2), that most tentative matches agree on, and how many points do.
+
+    Each match proposes a similarity from its own position, size and angle. All are tried at once, without chance.
+    """
+    if len(q) < AGREEING:
+        return None
+    scale, turn = m[:, 2] / q[:, 2], m[:, 3] - q[:, 3]
+    rotation = np.stack([np.cos(turn), np.sin(turn), -np.sin(turn), np.cos(turn)], 1).reshape(-1, 2, 2)
+    away = q[None, :, :2] - q[:, None, :2]  # (proposal, match, 2)
+    there = scale[:, None, None] * (away @ rotation) + m[:, None, :2]
+    allowed = TOLERANCE + DRIFT * scale[:, None] * np.linalg.norm(away, axis=2)
+    agree = (np.linalg.norm(there - m[None, :, :2], axis=2) < allowed) & (np.abs(np.log(scale[None] / scale[:, None])) < 0.7)
+    agree &= ((scale > SCALES[0]) & (scale < SCALES[1]))[:, None]
+    inliers = agree[agree.sum(1).argmax()]
+    for _ in range(3):
+        if min(occupied(q[inliers]), occupied(m[inliers])) < AGREEING:
+            return None
+        A = fitted(q[inliers], m[inliers])
+        there = q[:, :2] @ A[:2] + A[2]
+        inliers = np.linalg.norm(there - m[:, :2], axis=1) < TOLERANCE * max(1.0, abs(np.linalg.det(A[:2])) ** 0.5)
+    points, shape = min(occupied(q[inliers]), occupied(m[inliers])), np.linalg.svd(A[:2])[1]
+    sound = points >= AGREEING and SCALES[0] < shape[1] and shape[0] < min(SCALES[1], 2 * shape[1])
+    return (A, points) if sound else None
+
+
+def inverse(A: np.ndarray) -> np.ndarray:
+    B = np.linalg.inv(A[:2])
+    return np.vstack([B, -A[2] @ B])
+
+
+def common_share(query: LocalFeatures, match: LocalFeatures, A: np.ndarray) -> tuple[float, float]:
+    """How much of what both pictures show agrees, and which share of the match's area that is.
+
+    The query is warped onto the match, and both are correlated cell by cell.
+    """
+    B, fine = inverse(A), 3 * GRID  # three samples a side are averaged to one: no aliasing
+    sx, sy = match.grey.width / fine, match.grey.height / fine
+    data = (B[0, 0] * sx, B[1, 0] * sy, B[2, 0], B[0, 1] * sx, B[1, 1] * sy, B[2, 1])
+    warp = partial(Image.Image.transform, size=(fine, fine), method=Image.Transform.AFFINE, data=data)
+    seen = warp(query.grey, resample=Image.Resampling.BILINEAR)
+    inside = warp(Image.new("L", query.grey.size, 255))
+
+    def cells(grey: Image.Image) -> np.ndarray:
+        side = GRID // GRID_CELL
+        small = np.asarray(grey.resize((GRID, GRID), Image.Resampling.BOX), np.float32)
+        return small.reshape(side, GRID_CELL, side, GRID_CELL).swapaxes(1, 2).reshape(side * side, -1)
+
+    common, a, b = cells(inside).mean(1) > 200, cells(seen), cells(match.grey)
+    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+    tells = common & (np.maximum(a.std(1), b.std(1)) > TEXTURE)
+    agrees = np.abs((a * b).mean(1)) > CORRELATION * (a.std(1) * b.std(1) + 1e-6)
+    agreement = float(agrees[tells].mean()) if tells.any() else 0.0
+    return agreement, agreement * float(common.mean())
+
+
 def align(query: LocalFeatures, match: LocalFeatures) -> Region | None:
+    """Where the query lies in the match; None if the two are not the same picture.
+
+    The query is also tried mirrored and as a negative.
+    """
+    for mirrored, negative in itertools.product((False, True), repeat=2):
+        tried = seen_through(query, mirrored, negative)
+        if not (len(tried.points) and len(match.points)):
+            return None
+        if (found := best_transform(*tentative_matches(tried, match))) is None:
+            continue
+        A, points = found
+        agreement, covers = common_share(tried, match, A)
+        if agreement < AGREEMENT:
+            continue
+        if mirrored:  # of the query as it is
+            A = np.vstack([A[0] * -1, A[1], A[2] + query.grey.width * A[0]])
+        return Region(carried(query, match, A), carried(match, query, inverse(A)), points, round(covers, 3))
     return None
+
+
+def carried(one: LocalFeatures, other: LocalFeatures, A: np.ndarray) -> list[tuple[float, float]]:
+    """The corners of one picture in pixels of the other, by the transform between their small versions."""
+    width, height = one.grey.size
+    corners = np.array([(0, 0), (width, 0), (width, height), (0, height)]) @ A[:2] + A[2]
+    return [(round(x * other.size[0] / other.grey.width, 1), round(y * other.size[1] / other.grey.height, 1)) for x, y in corners]
+
 
 # ---- Store -----------------------------------------------------------------------------------------------------------
 
@@ -1030,7 +1280,7 @@ FORMAT = 3  # of the database; a DeepVision of an older format refuses it
 PAGE_BYTES = 32_768  # 7 vectors of 2048 × fp16 a page: 4.7 KB an image in all, against 5.5 with pages of 16 KB
 CACHE_KB = 16_384  # of pages in memory: the inner pages of ten million rows fit
 BLOCK = 4096  # rows handled at once: 16 MB at 2048 dimensions
-CHECKED_BYTES = 1 << 27  # a database up to this size is checked whole on opening, in 0.3 s; a larger one where it is used
+CHECKED_BYTES = 1 << 27  # a database up to this size is checked whole on opening, in 0.3 s
 WAIT_SECONDS = 60  # for a commit of another run
 OLD_FILES = ("features.bin", "catalogue.sqlite", "catalogue.crc")  # of formats 1 and 2
 SCHEMA = [
@@ -1040,14 +1290,12 @@ SCHEMA = [
     # Every file that was ever read. Without digest: not usable, for this reason; without either: not an image.
     "CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, digest BLOB, reason TEXT, there INTEGER)"
     " WITHOUT ROWID",
-    "CREATE INDEX files_usable ON files (digest) WHERE there AND digest IS NOT NULL",
-    "CREATE INDEX files_skipped ON files (reason) WHERE there AND reason IS NOT NULL",
-    "CREATE INDEX files_gone ON files (digest) WHERE NOT there",
+    "CREATE INDEX files_by_digest ON files (digest, there, reason)",  # all that is counted: a million in 50 ms
 ]
 USABLE = "files WHERE there AND digest IS NOT NULL"
 SKIPPED = "files WHERE there AND reason IS NOT NULL"
 GONE = """files AS old WHERE NOT there AND digest IS NOT NULL
-    AND NOT EXISTS (SELECT 1 FROM files WHERE there AND digest = old.digest)"""  # a renamed file is not gone
+    AND NOT EXISTS (SELECT 1 FROM files WHERE digest = old.digest AND there)"""  # a renamed file is not gone
 ORPHANED = """files WHERE digest IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM features WHERE features.digest = files.digest)"""
 # What a scan found: files to read (`there` is NULL), files that are gone (0), files that are back unchanged (1).
@@ -1111,8 +1359,8 @@ class Store:
         connect = partial(sqlite3.connect, self.path, timeout=WAIT_SECONDS, check_same_thread=False)
         self.db, self.lookup = connect(), connect()
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
-        for db in (self.db, self.lookup):
-            db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
+        with suppress(sqlite3.DatabaseError):  # `check` says what is wrong
+            self.db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
 
     def close(self) -> None:
         self.db.close()
@@ -1176,7 +1424,8 @@ class Store:
             which = "digest = (SELECT digest FROM features WHERE row = ?)"
             self.db.executemany(f"UPDATE files SET mtime = -1 WHERE {which}", one)
             self.db.executemany("DELETE FROM features WHERE row = ?", one)
-        log.warning("%s: %s damaged, to be extracted again", self.path, counted(len(rows), "feature is", "features are"))
+        damaged = counted(len(rows), "feature is", "features are")
+        log.warning("%s: %s damaged, to be extracted again", self.path, damaged)
 
     def checked(self, found: Sequence[tuple[Any, ...]]) -> tuple[np.ndarray, list[bytes], np.ndarray]:
         """Rows, int64 (n,), their digests, and features, fp16 (n, dim), of rows that were read from the database.
@@ -1190,7 +1439,7 @@ class Store:
         return np.array([row[0] for row in found], np.int64), [row[1] for row in found], vectors
 
     def raw_blocks(self, first: int, last: int) -> Iterator[list[tuple[Any, ...]]]:
-        """All (row, digest, vector, checksum) with first ≤ row ≤ last, in order. No cursor stays open in between."""
+        """All (row, digest, vector, checksum) with first ≤ row ≤ last. No cursor stays open between blocks."""
         query = "SELECT row, digest, vector, checksum FROM features WHERE row BETWEEN ? AND ? ORDER BY row LIMIT ?"
         while found := self.db.execute(query, (first, last, BLOCK)).fetchall():
             yield found
@@ -1277,9 +1526,12 @@ class Store:
         """Compare `files`, in the order of their paths, with what is stored; how many differ.
 
         To be read are new and changed files, and with other decoders than before those that could not be used.
-        `everything`: all files are to be read.
+        `everything`: all files are to be read. In a small database, files that have lost their features are, too.
         """
-        retry = self.get("decoders") != image_formats()[2]
+        if self.is_small() and self.any(ORPHANED):  # their digest is damaged
+            with self.db:
+                self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
+        retry = self.get("decoders") not in (None, image_formats()[2])  # None: no update has come to its end yet
         found = self.differences(files, retry, everything)
         self.db.executescript(CHANGES)
         with self.db:
@@ -1306,7 +1558,7 @@ class Store:
         """Forget the files that are gone, and the features that belong to no file."""
         with self.db:
             self.db.execute("DELETE FROM files WHERE NOT there")
-            unused = "NOT EXISTS (SELECT 1 FROM files WHERE there AND files.digest = features.digest)"
+            unused = "NOT EXISTS (SELECT 1 FROM files WHERE files.digest = features.digest AND there)"
             self.db.execute(f"DELETE FROM features WHERE {unused}")
         if 10 * self.value("PRAGMA freelist_count") > self.value("PRAGMA page_count"):
             self.db.execute("VACUUM")  # or the file never gets smaller
@@ -1329,6 +1581,9 @@ class Store:
 
     # Damage
 
+    def is_small(self) -> bool:
+        return self.path.stat().st_size <= CHECKED_BYTES
+
     def check(self, whole: bool) -> None:
         """Raise DamageError if this is not a sound database of this format. Damaged rows alone are discarded.
 
@@ -1347,18 +1602,15 @@ class Store:
             raise DamageError("it is not a database of this format")
         if self.get("identity") != self.identity:
             raise DamageError("it belongs to another model")
-        if whole and self.path.stat().st_size <= CHECKED_BYTES:
+        if whole and self.is_small():
             if (verdict := self.value("PRAGMA integrity_check(1)")) != "ok":  # quick_check does not compare indexes
                 raise DamageError(str(verdict).splitlines()[0])
             blocks = self.raw_blocks(0, self.last_row())
             if broken := [row[0] for block in blocks for row in block if not self.holds(row)]:
                 self.discard(broken)
-            if self.any(ORPHANED):  # a damaged digest
-                with self.db:
-                    self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
 
     def readable(self, table: str, key: str) -> Iterator[tuple[Any, ...]]:
-        """The rows of a damaged table that can be read: from its beginning, then from its end, each up to the damage."""
+        """The rows of a damaged table that can be read: from its beginning and from its end, each up to the damage."""
         for order in ("ASC", "DESC"):
             try:
                 yield from self.db.execute(f"SELECT * FROM {table} ORDER BY {key} {order}")
@@ -2252,7 +2504,8 @@ def as_text(found: Answer | Group, engine: Engine, columns: int = 0, colour: boo
     if isinstance(found, Answer):
         end = f"  ({engine.model.name}, {engine.summary.images:,} images): {verdict(found)}".rstrip(": ")
     remarks = [", ".join(filter(None, (match.label, match.view))) for match in matches]
-    name, paths, rank_width = escape_controls(name), [escape_controls(match.path) for match in matches], len(str(len(matches)))
+    name, paths = escape_controls(name), [escape_controls(match.path) for match in matches]
+    rank_width = len(str(len(matches)))
     if columns:
         name = shortened(name, max(20, columns - cells(end)))
         room = columns - rank_width - 14 - max(map(cells, remarks), default=0)  # of score and blanks

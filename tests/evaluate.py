@@ -108,6 +108,168 @@ def aspect(image: Image.Image) -> Image.Image:
     return image.resize((round(image.width * 1.4), image.height), Image.Resampling.BICUBIC)
 
 
+def jpeg_8(image: Image.Image) -> Image.Image:
+    return resaved(image, 8)
+
+
+def resaved(image: Image.Image, quality: int) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")
+
+
+def rotate_30(image: Image.Image) -> Image.Image:
+    return image.rotate(30, Image.Resampling.BICUBIC)  # same size, black corners
+
+
+def letterbox(image: Image.Image) -> Image.Image:
+    """Black bars above and below, each 35 % of the height of the whole."""
+    bar = round(image.height * 0.35 / 0.3)
+    canvas = Image.new("RGB", (image.width, image.height + 2 * bar))
+    canvas.paste(image, (0, bar))
+    return canvas
+
+
+def polaroid(image: Image.Image) -> Image.Image:
+    """An off-white frame that is deepest below, with a line of handwriting."""
+    edge = round(0.08 * min(image.size))
+    canvas = Image.new("RGB", (image.width + 2 * edge, image.height + edge + 4 * edge), (247, 245, 238))
+    canvas.paste(image, (edge, edge))
+    font = ImageFont.load_default(size=1.4 * edge)
+    place = (canvas.width / 2, canvas.height - 2 * edge)
+    ImageDraw.Draw(canvas).text(place, "summer, at last", (60, 60, 80), font, anchor="mm")
+    return canvas
+
+
+def app(image: Image.Image) -> Image.Image:
+    """A phone's screen: status bar, header, the picture across the whole width, buttons, text and a tab bar."""
+    width, height = 720, 1440
+    canvas = Image.new("RGB", (width, height), "white")
+    draw, grey, ink = ImageDraw.Draw(canvas), (225, 227, 232), (30, 32, 38)
+    small, large = ImageFont.load_default(size=26), ImageFont.load_default(size=34)
+    draw.text((30, 16), "9:41", ink, small)
+    draw.rounded_rectangle((630, 20, 690, 46), 8, outline=ink, width=3)
+    draw.ellipse((30, 90, 110, 170), fill=(120, 150, 210))
+    draw.text((130, 98), "lena.photos", ink, large)
+    draw.text((130, 138), "Lisbon, Portugal", (120, 120, 130), small)
+    picture = image.resize((width, round(width * image.height / image.width)), Image.Resampling.BICUBIC)
+    picture = picture.crop((0, 0, width, min(picture.height, 900)))
+    top = 200 + (900 - picture.height) // 2
+    canvas.paste(picture, (0, top))
+    for i in range(3):
+        draw.ellipse((30 + 90 * i, 1120, 80 + 90 * i, 1170), outline=ink, width=5)
+    draw.text((30, 1190), "1,204 likes", ink, small)
+    for i, length in enumerate((640, 560, 300)):
+        draw.rounded_rectangle((30, 1240 + 34 * i, 30 + length, 1258 + 34 * i), 8, fill=grey)
+    draw.line((0, 1360, width, 1360), grey, 3)
+    for i in range(5):
+        draw.rounded_rectangle((48 + 144 * i, 1380, 96 + 144 * i, 1426), 10, outline=ink, width=4)
+    return canvas
+
+
+def screen(image: Image.Image) -> Image.Image:
+    """A photograph of a screen: from the side, with a dark frame, stripes and noise."""
+    width, height = image.size
+    frame = Image.new("RGB", (round(1.16 * width), round(1.16 * height)), (24, 24, 26))
+    frame.paste(image, (round(0.08 * width), round(0.08 * height)))
+    w, h = frame.size
+    corners = (-0.03 * w, -0.05 * h, 0.02 * w, 1.06 * h, 1.05 * w, 1.01 * h, 1.02 * w, 0.02 * h)  # of the source
+    seen = frame.transform((w, h), Image.Transform.QUAD, corners, Image.Resampling.BICUBIC)
+    pixels = np.asarray(seen, np.float32)
+    stripes = 10 * np.sin(np.arange(h) * 1.9)[:, None, None] + 6 * np.sin(np.arange(w) * 0.7)[None, :, None]
+    return noisy(Image.fromarray((pixels * 0.9 + stripes + 12).clip(0, 255).astype(np.uint8)), 6)
+
+
+def noisy(image: Image.Image, spread: float) -> Image.Image:
+    noise = np.random.default_rng(zlib.crc32(image.tobytes())).normal(0, spread, (*image.size[::-1], 3))
+    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+
+
+BACKDROPS: list[Image.Image] = []  # other photographs, into which a picture is set
+
+
+def backdrop(image: Image.Image) -> Image.Image:
+    others = BACKDROPS or [Image.effect_mandelbrot((500, 400), (-2, -1, 1, 1), 80).convert("RGB")]
+    return others[zlib.crc32(image.tobytes()) % len(others)]
+
+
+def inset(share: float) -> Edit:
+    """Set into another photograph, at `share` of its width."""
+
+    def edit(image: Image.Image) -> Image.Image:
+        canvas = backdrop(image).resize((600, 450), Image.Resampling.BICUBIC)
+        scale = min(share * canvas.width / image.width, 0.96 * canvas.height / image.height)
+        small = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BICUBIC)
+        place = random.Random(zlib.crc32(image.tobytes()))
+        left, top = (place.randint(0, a - b) for a, b in zip(canvas.size, small.size))
+        canvas.paste(small, (left, top))
+        return canvas
+
+    return edit
+
+
+def collage(image: Image.Image) -> Image.Image:
+    """Beside another photograph, both equally high."""
+    other = backdrop(image)
+    other = other.resize((round(other.width * image.height / other.height), image.height), Image.Resampling.BICUBIC)
+    canvas = Image.new("RGB", (image.width + other.width, image.height))
+    canvas.paste(image, (0, 0))
+    canvas.paste(other, (image.width, 0))
+    return canvas
+
+
+def meme(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=0.11 * min(image.size))
+    stroke = max(1, round(0.008 * min(image.size)))
+    for place, text in ((0.1, "ONE DOES NOT SIMPLY"), (0.9, "SEARCH BY IMAGE")):
+        centre = (image.width / 2, image.height * place)
+        draw.text(centre, text, "white", font, anchor="mm", stroke_width=stroke, stroke_fill="black")
+    return image
+
+
+def stickers(image: Image.Image) -> Image.Image:
+    image, place = image.copy(), random.Random(zlib.crc32(image.tobytes()))
+    draw, radius = ImageDraw.Draw(image), 0.11 * min(image.size)
+    for colour_of in ("gold", "deepskyblue", "hotpink"):
+        x, y = place.uniform(radius, image.width - radius), place.uniform(radius, image.height - radius)
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour_of, outline="white", width=3)
+        draw.arc((x - radius / 2, y - radius / 2, x + radius / 2, y + radius / 2), 20, 160, "black", 4)
+    return image
+
+
+def vintage(image: Image.Image) -> Image.Image:
+    """A warm filter with faded shadows and dark corners."""
+    pixels = np.asarray(image, np.float32) / 255
+    pixels = 0.12 + 0.85 * pixels ** np.array([0.8, 1.0, 1.3])
+    y, x = (np.linspace(-1, 1, side) for side in image.size[::-1])
+    pixels *= (1 - 0.35 * (x[None, :] ** 2 + y[:, None] ** 2) / 2)[..., None]
+    return Image.fromarray((pixels * 255).clip(0, 255).astype(np.uint8))
+
+
+def negative(image: Image.Image) -> Image.Image:
+    return image.point([255 - value for value in range(256)] * 3)
+
+
+def noise(image: Image.Image) -> Image.Image:
+    return noisy(image, 25)
+
+
+def tiny(image: Image.Image) -> Image.Image:
+    """64 pixels wide or high, enlarged again."""
+    small = image.copy()
+    small.thumbnail((64, 64))
+    return small.resize(image.size, Image.Resampling.BICUBIC)
+
+
+def crop_mirror_jpeg(image: Image.Image) -> Image.Image:
+    return jpeg_30(mirror(crop(0.7)(image)))
+
+
+def dark(image: Image.Image) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance(0.4)
+
+
 EDITS: dict[str, Edit] = {
     "half size": half_size,
     "jpeg 30": jpeg_30,
@@ -123,6 +285,23 @@ EDITS: dict[str, Edit] = {
     "caption": caption,
     "border": border,
     "aspect": aspect,
+    "jpeg 8": jpeg_8,
+    "rotate 30°": rotate_30,
+    "letterbox": letterbox,
+    "polaroid": polaroid,
+    "screenshot": app,
+    "screen": screen,
+    "inset 60 %": inset(0.6),
+    "inset 40 %": inset(0.4),
+    "collage": collage,
+    "meme": meme,
+    "stickers": stickers,
+    "vintage": vintage,
+    "negative": negative,
+    "noise": noise,
+    "64 px": tiny,
+    "crop+mirror": crop_mirror_jpeg,
+    "dark": dark,
 }
 
 # ---- Floors ----------------------------------------------------------------------------------------------------------
