@@ -1359,7 +1359,7 @@ class Store:
         connect = partial(sqlite3.connect, self.path, timeout=WAIT_SECONDS, check_same_thread=False)
         self.db, self.lookup = connect(), connect()
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
-        with suppress(sqlite3.DatabaseError):  # `check` says what is wrong
+        with suppress(*DATABASE_DAMAGE):  # `check` says what is wrong
             self.db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
 
     def close(self) -> None:
@@ -1609,11 +1609,11 @@ class Store:
             if broken := [row[0] for block in blocks for row in block if not self.holds(row)]:
                 self.discard(broken)
 
-    def readable(self, table: str, key: str) -> Iterator[tuple[Any, ...]]:
+    def readable(self, columns: str, table: str, key: str) -> Iterator[tuple[Any, ...]]:
         """The rows of a damaged table that can be read: from its beginning and from its end, each up to the damage."""
         for order in ("ASC", "DESC"):
             try:
-                yield from self.db.execute(f"SELECT * FROM {table} ORDER BY {key} {order}")
+                yield from self.db.execute(f"SELECT {columns} FROM {table} ORDER BY {key} {order}")
                 return
             except sqlite3.OperationalError as error:
                 if "no such" not in str(error):
@@ -1634,9 +1634,10 @@ class Store:
         new = Store(self.folder, self.identity, self.dim, part.name)
         new.create()
         with new.db:
-            rows = (row for row in self.readable("features", "row") if self.holds(row))
+            rows = (row for row in self.readable("row, digest, vector, checksum", "features", "row") if self.holds(row))
             new.db.executemany("INSERT OR IGNORE INTO features VALUES (?, ?, ?, ?)", rows)
-            new.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?)", self.readable("files", "path"))
+            files = self.readable("path, size, mtime, digest, reason, there", "files", "path")
+            new.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
             new.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
         new.close()
         self.close()
