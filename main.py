@@ -956,6 +956,21 @@ def with_features(
         start = time.perf_counter()
 
 
+# ---- Query views -----------------------------------------------------------------------------------------------------
+
+PLAIN, WRITTEN = 0.97, 0.5  # share of a line that has a bar's colour: plain, or under text; with less it is the picture
+BAR_TOLERANCE = 20  # of 255, from the bar's colour
+BAR_END = 4  # lines within which a bar gives way to the picture; a page's margin or a backdrop fades out
+BAR_DEEPEST = 0.45  # share of a side
+PARTS = ((0.80, 2), (0.67, 3), (0.52, 5))  # side of a query in the larger picture it may be a part of, places an axis
+WINDOWS = ((0.33, 7), (0.4, 6), (0.5, 4), (0.6, 3), (0.8, 2))  # side of a window in the query, places along each axis
+BANDS = (0.56, 0.75, 1.0, 1.33)  # height of a full-width band of a tall query, such as a screenshot, by its width
+TALL = 1.3  # height by width from which on a query has bands
+TURNS, INNER = (-30, -20, -10, 10, 20, 30), 0.7  # degrees; share of the side of a turned picture without its corners
+SMALLEST = 64  # pixels of a side of a query that windows are looked for in
+VIEW_SIDE = 4  # times the model's side: the longer side of the picture that windows are cut from
+
+
 def bar_depth(lines: np.ndarray) -> int:
     """How many of the first lines, (n, length, 3), are a bar of one colour, with or without text on it: it begins and
     ends plain, and the picture begins at once behind it."""
@@ -980,9 +995,48 @@ def content_box(image: Image.Image) -> tuple[int, int, int, int] | None:
     return None if box == whole else box
 
 
+def window_boxes(width: int, height: int) -> Iterator[tuple[float, float, float, float]]:
+    """Left, top, right, bottom of the parts of a query that may be a picture of their own: windows, halves, bands."""
+    for share, places in WINDOWS:
+        w, h = share * width, share * height
+        for i, j in itertools.product(range(places), repeat=2):
+            left, top = (width - w) * j / (places - 1), (height - h) * i / (places - 1)
+            yield left, top, left + w, top + h
+    yield from ((0, 0, width / 2, height), (width / 2, 0, width, height))
+    yield from ((0, 0, width, height / 2), (0, height / 2, width, height))
+    for ratio in BANDS if height > TALL * width else ():
+        band = min(ratio * width, 0.9 * height)
+        places = math.ceil(3 * (height - band) / band) + 1
+        for i in range(places):
+            top = (height - band) * i / (places - 1)
+            yield 0, top, width, top + band
+
+
+def part_views(picture: Image.Image, side: int, resample: str) -> list[View]:
+    """The query as a picture that holds another one, that is turned by a few degrees, or that is a negative."""
+    small = picture.copy()
+    small.thumbnail((VIEW_SIDE * side, VIEW_SIDE * side), reducing_gap=2.0)
+    found = [View("inverted", 255 - squeeze(picture, side, side, resample))]
+    for angle in TURNS:
+        turned = small.rotate(angle, Image.Resampling.BILINEAR)
+        edges = (1 - INNER) / 2 * np.array([*small.size, *small.size])
+        inner = turned.crop(tuple((np.array([0, 0, *small.size]) + edges * (1, 1, -1, -1)).round().astype(int)))
+        found += [View(f"turned {angle % 360}°", squeeze(it, side, side, resample)) for it in (turned, inner)]
+    if min(picture.size) >= SMALLEST:
+        method = Image.Resampling[resample.upper()]
+        for box in window_boxes(*small.size):
+            window = small.resize((side, side), method, box=box)
+            found.append(View("part of the query", torch.from_numpy(np.array(window)).permute(2, 0, 1)))
+    return found
+
+
 def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
-    """A query as it is, and as it would be before an edit: mirrored, turned, without a border or a caption bar, or as
-    a part of a larger picture. `views`: none, all, or auto: those that help most for their cost."""
+    """A query as it is, and as it would be before an edit.
+
+    views  none: as it is; all: mirrored, turned, as a negative, without a plain border or a caption bar, its windows,
+           halves and bands, and with the offline descriptor as a part of a larger picture; auto: those that help most
+           for their cost; copies: those that --duplicates looks for copies with
+    """
     picture, side, resample = to_rgb(image, model.side), model.side, model.resample
     found = [View("", squeeze(picture, side, side, resample))]
     if views == "none":
@@ -996,22 +1050,31 @@ def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
             for quarters in (1, 2, 3)
             for view in found
         ]
-    if model.name == OFFLINE and box:  # a bar may hide a part instead of standing beside the whole
+    if views == "all" or (model.name == OFFLINE and views == "auto"):
+        found += part_views(picture, side, resample)
+    return found + (larger_views(picture, box, side, resample) if model.name == OFFLINE else [])
+
+
+def larger_views(
+    picture: Image.Image, box: tuple[int, int, int, int] | None, side: int, resample: str
+) -> list[View]:
+    """The query as a part of a larger picture; with a `box`, what lies in it."""
+    if box:  # a bar may hide a part instead of standing beside the whole
         left, top, right, bottom = (round(x * side / full) for x, full in zip(box, 2 * picture.size))
-        found.append(View("trimmed", squeeze(picture.crop(box), right - left, bottom - top, resample), top, left))
-    elif model.name == OFFLINE:
-        for share, places in PARTS:
-            small = round(share * side)
-            part = squeeze(picture, small, small, resample)
-            starts = [round((2 * i + 1) / (2 * places) * (side - small)) for i in range(places)]
-            found += [View("part", part, top, left) for top in starts for left in starts]
+        return [View("trimmed", squeeze(picture.crop(box), right - left, bottom - top, resample), top, left)]
+    found = []
+    for share, places in PARTS:
+        small = round(share * side)
+        part = squeeze(picture, small, small, resample)
+        starts = [round((2 * i + 1) / (2 * places) * (side - small)) for i in range(places)]
+        found += [View("part", part, top, left) for top in starts for left in starts]
     return found
 
 
 def features_of_views(views: Sequence[View], model: Model) -> np.ndarray:
     """Features of a query in its views, fp16 as in the cache, (views, dim)."""
     whole = [view.pixels for view in views if view.pixels.shape[1:] == (model.side, model.side)]  # the first ones
-    features = [launch(torch.stack(whole), model, len(whole))[0]]
+    features = [launch(torch.stack(whole), model, model.batch)[0]]
     features += [launch(view.pixels[None], model, 1, view.top, view.left)[0] for view in views[len(whole) :]]
     return torch.cat(features).cpu().numpy().astype(np.float16)
 
@@ -2090,7 +2153,7 @@ def search(
     files = (File(os.fsencode(name), 0, 0) for name in names)
 
     def look_at(image: Image.Image) -> tuple[list[View], LocalFeatures]:
-        local = local_features(image)  # first, since it needs the larger picture
+        local = local_features(image, QUERY_AREA, QUERY_POINTS)  # first, since it needs the larger picture
         return query_views(image, engine.model, views), local
 
     read = partial(read_picture, root=b"", transform=look_at, known=lambda digest: False)
