@@ -60,6 +60,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache, cached_property, lru_cache, partial
@@ -113,74 +114,8 @@ VIEWS = ("none", "auto", "all")  # --views
 COPIES = "copies"  # the views that --duplicates looks for copies with
 LABELS = ("copy", "identical")  # --threshold and --duplicates
 
-UPLOAD_BYTES = 300_000_000  # of one file given to --ui: a photograph of 100 million pixels, uncompressed
-SIDE = 224  # pixels, of the square that ResNet50 sees
-OFFLINE_SIDE = 96  # pixels; 128 gains nothing, 64 costs 1 point of recall
-EDGE_CELLS, COLOUR_CELLS = 8, 4  # a side; fewer for the edges lose small crops, more lose a turn by 10 degrees
-DIRECTIONS = 16  # of an edge, dark-to-light told from light-to-dark
-SHARPNESS = 5  # times that the cosine with which a direction answers is squared: as wide as the distance to the next
-EDGE_POWER = 0.3  # of the counts: a strong edge says little more than a weak one
-ORDERS = (0.5, 1.0, 1.0, 1.3, 1.3, 1.7, 1.7)  # weight of each Fourier order over the directions
-BRIGHTNESS_WEIGHT, HUE_WEIGHT, MEAN_WEIGHT = 0.2, 0.3, 0.02  # of the colours, where the edges have 1
-FAINT = 100.0  # a part of a lesser norm is noise (a photograph's is 200 and more) and stays small
-PARTS = ((0.80, 1), (0.67, 2), (0.52, 3))  # side of a query in the whole it may be a part of, places along each axis
-OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # brightness, red-green, yellow-blue
-BATCH_SIZE = {"cuda": 256, "mps": 64}  # images
-CPU_BATCH = 4, 32  # images a core, and at most: so few that what a layer makes of them stays in the cache
-FAITHFUL = 0.999  # cosine between features of the fast network and of the plain one in fp32, or it stays plain
-IN_FLIGHT, PATH_BYTES = 1024, 4096  # files read ahead at most, which are noted meanwhile; of a path
-AHEAD_BATCHES = 4  # decoded and waiting for the model: enough to overlap, bounded in memory
-SAVE_SECONDS = 10  # work at risk when the process is killed; 30 are promised
-CONNECT_SECONDS = 10  # torch.hub sets no timeout of its own and would hang for minutes
-RANKS_WAIT = 30  # days that a rank waits for the slowest: the share of one may take long
-GAP = 32  # from twice as many pixels for one, squares of them are averaged first: a row of 10^8 would take gigabytes
-DRAFT = 3  # a JPEG is decoded at the smallest scale that leaves this many times the model's side; with 2, thin stripes
-# come out up to 11 of 255 levels off in the mean, with 3 up to 1.4, and photographs a third as far off
-MAX_PIXELS = 100_000_000  # to decode, after JPEG scaling: 0.4 GB as Pillow holds them; phones reach 200 million in JPEG
-HEADER_READS = 1_000_000  # of a few bytes each, half a second
-LARGE_PIXELS = 24_000_000  # images above it are decoded one at a time, so that memory stays bounded
-BAND_PIXELS = 4_000_000  # converted at once, so that a large image is held twice at most
-BLOCK = 4096  # records handled at once: 16 MB at 2048 dimensions
-DIGEST_BYTES = 16  # of SHA-256
-FORMAT = 2  # of the cache; raise it when a reader of the old one would go wrong
-PREPROCESSING = 2  # part of the model's identity; raise it when the same file would get other pixels
-PLAIN, WRITTEN = 0.97, 0.5  # share of a line that has a bar's colour, plain or under text; with less it is the picture
-BAR_TOLERANCE = 20  # of 255, from the bar's colour
-BAR_END = 4  # lines within which a bar gives way to the picture; a page's margin or a backdrop fades out
-BAR_DEEPEST = 0.3  # share of a side
-CHANCE = {"copy": 0.01, "similar": 1.0}  # so many chance matches a search at or above the scores that get this label
-SAMPLE = 1000  # images that scores are compared with; twice as many take four times as long and say little more
-FEWEST = 50  # images; of a smaller collection nothing is said
-OWN = 0.1  # share of the sample that is nearer to an image than its own distance: far more than any burst
-ROUNDS = 10  # of leaving out related pairs; it settles after three or four
-EXACT_BYTES = 1 << 28  # of vectors: beyond, the first answer of a run would take more than half a second
-CHECKED_BYTES = 1 << 28  # of features.bin are checked on opening; of a larger one each record when it is used
-FEWEST_CODED = 64  # vectors; of fewer the codes cannot be trained
-CODED_DIM = 256  # principal components in the codes, 2 bits each
-TRAINED_ON, HELD_OUT = 30_000, 500  # vectors; more gain nothing, fewer measure recall to less than 0.001
-OUTGROWN = 2  # times the collection that the codes were trained on, they are trained again
-SHORTLIST, LONGEST = 384, 32_768  # codes whose exact scores are computed: the fewest, the most
-CLOSELY = 20  # times as many codes as matches, at least: the last match is to be found as surely as the first
-RECALL = 0.998  # of the true ten that the codes must find; 0.995 is promised
-ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
-TOGETHER = 16  # queries that are searched with at once
-GPU_QUERIES, GPU_MOST = 32, 2048  # views at once that are worth the loading; results at most that FAISS gives there
-GPU_RESERVE = 3 << 30  # bytes left to the model and to FAISS's own work
-DUPLICATE = 0.95  # cosine; where no `copy` can be told, it is one: pictures saved again score more, look-alikes less
-THUMBNAIL, THUMBNAIL_BYTES = 256, 6200  # pixels of the longer side; at most, so that 100 queries × 10 make 10 MB
-QUALITIES = (70, 40, 15, 0)  # of WebP: a photograph takes 5 KB with the first, nearly always
-PAGE_PICTURES = 5000  # on a page, 40 MB; the rest is left to the other outputs
-PAGE_SKIPPED = 100  # reasons listed on a page
-COLOURS = {"identical": "32", "copy": "32", "similar": "33", "weak": "2"}  # green, yellow, faint: ANSI, of the labels
-NOT_AN_IMAGE = "not an image"
-NO_MEMORY = re.compile("alloc|memory|start new thread|map segment")  # in the words of torch, FAISS, Python and ld.so
-PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
-NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS starts Ghostscript, the others cannot be read so
-COSTLY = {"WEBP", "JPEG2000"}  # hold an image four times over while they decode it
-
 log = logging.getLogger("deepvision")
 
-one_large_image = threading.Lock()
 
 # ---- Types and errors ------------------------------------------------------------------------------------------------
 
@@ -350,18 +285,36 @@ class Summary:
 
 # ---- Images ----------------------------------------------------------------------------------------------------------
 
+NOT_AN_IMAGE = "not an image"  # the reason given for a query that was never meant as one
+MAX_PIXELS = 100_000_000  # pixels to decode, after JPEG scaling: 0.4 GB in memory; phones reach 200 million in JPEG
+COSTLY_FORMATS = {"WEBP", "JPEG2000"}  # their decoders hold an image four times: half of MAX_PIXELS is their limit
+LARGE_PIXELS = 24_000_000  # pixels; larger images are decoded one at a time, which bounds memory
+BAND_PIXELS = 4_000_000  # pixels; images are converted in bands of this size, which bounds memory
+# A JPEG is decoded at no less than this many times the model's side. Thin stripes then differ from full decoding by up
+# to 1.4 of 255 levels in the mean; with 2 by up to 11
+DRAFT_SCALE = 3
+# Reads that opening a file may take, half a second. Pillow searches a broken JPEG for its next marker byte by byte,
+# which can take hours
+HEADER_READS = 1_000_000
+DIGEST_BYTES = 16  # bytes of the SHA-256 that identifies a content
+PREPROCESSING = 2  # version, part of a model's identity; raise it when the same file would get other pixels
+PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
+NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS starts Ghostscript; Pillow cannot read the others
+
+one_large_image = threading.Lock()
+
 
 def list_folder(folder: bytes, relative: bytes, onerror: Callable[[OSError], None]) -> Iterator[File]:
-    """What a folder holds; of a sub-folder the path ends with a separator."""
-    with os.scandir(folder) as listing:
-        for entry in listing:
+    """The files and sub-folders in `folder`, with paths below `relative`. A sub-folder's path ends with a separator."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
             name = entry.name
             if name.startswith(b".") or name.lower() in PASSED_OVER:
                 continue
             try:
                 info = entry.stat()
             except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ELOOP):  # a link to nowhere, or gone since it was listed
+                if error.errno not in (errno.ENOENT, errno.ELOOP):  # a broken link, or a file that is gone by now
                     onerror(error)
                 continue
             if stat.S_ISDIR(info.st_mode):
@@ -372,21 +325,20 @@ def list_folder(folder: bytes, relative: bytes, onerror: Callable[[OSError], Non
 def find_images(
     folder: str | Path, onerror: Callable[[OSError], None], without: Sequence[str | Path] = ()
 ) -> Iterator[File]:
-    """Every file below `folder` that may be an image, in the order of their paths, but for the folders `without`.
+    """Every file below `folder` that may be an image, in the order of paths. The folders `without` are left out.
 
-    Links are followed, each folder once. `onerror` is told of a folder that cannot be listed.
+    Links are followed, and each folder is listed once. `onerror` is called for a folder that cannot be listed.
     """
     root, separator = os.fsencode(folder), os.fsencode(os.sep)
     visited = {(info.st_dev, info.st_ino) for info in map(os.stat, without)}
-    waiting = [File(b"", 0, 0)]
+    waiting = [File(b"", 0, 0)]  # a stack: its last entry comes first in the order of paths
     while waiting:
         file = waiting.pop()
         if file.path and not file.path.endswith(separator):
             yield file
             continue
-        found: list[File] = []
+        here, found = os.path.join(root, file.path.removesuffix(separator)), list[File]()
         try:
-            here = os.path.join(root, file.path.removesuffix(separator))
             info = os.stat(here)
             if (info.st_dev, info.st_ino) not in visited:
                 visited.add((info.st_dev, info.st_ino))
@@ -398,9 +350,10 @@ def find_images(
 
 @cache
 def image_formats() -> tuple[list[str], set[str], str]:
-    """The formats that can be decoded here, the suffixes of their names, and the version of the decoders."""
+    """The formats that can be decoded here, the suffixes of their file names, and the version of the decoders."""
     Image.init()
-    # Pillow refuses a header of more than twice as many; `Image` itself is Lazy and would keep it to itself.
+    # Pillow refuses headers of more than twice this. The module itself is needed: setting it on `Image`, a Lazy, would
+    # not reach Pillow.
     vars(sys.modules["PIL.Image"])["MAX_IMAGE_PIXELS"] = MAX_PIXELS
     version = Image.__version__
     with suppress(ImportError):
@@ -412,7 +365,7 @@ def image_formats() -> tuple[list[str], set[str], str]:
 
 
 class HeaderReader(io.BufferedReader):
-    """A file whose header must end: Pillow looks for the next marker of a JPEG byte by byte, for hours if it has to."""
+    """A file that can be read `reads_left` times."""
 
     reads_left: float = HEADER_READS
 
@@ -424,7 +377,7 @@ class HeaderReader(io.BufferedReader):
 
 
 def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
-    """The image in `stream`, of which only the header is read yet; None for what was never meant to be an image."""
+    """The image in `stream`, with only its header read. None for a file that was never meant to be an image."""
     formats, suffixes, _ = image_formats()
     suffix = os.path.splitext(path)[1].lower()
     try:
@@ -440,7 +393,7 @@ def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
 
 
 def content_hash(stream: BinaryIO) -> bytes:
-    """SHA-256 of the whole file, shortened. The position is put back, since Pillow has yet to read on from there."""
+    """The first bytes of the SHA-256 of the whole file. The position is kept: Pillow reads on from there."""
     position, sha = stream.tell(), hashlib.sha256()
     stream.seek(0)
     while chunk := stream.read(1 << 20):
@@ -449,18 +402,22 @@ def content_hash(stream: BinaryIO) -> bytes:
     return sha.digest()[:DIGEST_BYTES]
 
 
+def open_file(path: bytes) -> HeaderReader:
+    """The file, opened for reading. Without O_NONBLOCK, opening a FIFO would wait for a writer forever."""
+    nonblocking = getattr(os, "O_NONBLOCK", 0)
+    return HeaderReader(io.FileIO(path, opener=lambda path, flags: os.open(path, flags | nonblocking)))
+
+
 def read_picture(
     file: File, root: bytes, transform: Callable[[Image.Image], Any], known: Callable[[bytes], bool]
 ) -> Picture:
-    """Read, hash and decode one file. Whatever is wrong with it becomes a reason and costs no other file.
+    """The file's hash, and as `pixels` what `transform` makes of its image; or the reason why it cannot be used.
 
-    Of a content whose hash is `known` nothing is decoded.
+    A content whose hash is `known` is not decoded. No error in a file reaches the caller.
     """
     try:
-        # Without O_NONBLOCK, a FIFO in an image's place would hang the run.
         path = os.path.join(root, file.path)
-        file_io = io.FileIO(path, opener=lambda p, flags: os.open(p, flags | getattr(os, "O_NONBLOCK", 0)))
-        with HeaderReader(file_io) as stream:
+        with open_file(path) as stream:
             info = os.fstat(stream.fileno())
             file = as_found(file.path, info)
             if not stat.S_ISREG(info.st_mode):
@@ -472,62 +429,46 @@ def read_picture(
             pixels = None if known(digest) else transform(image)
             return Picture(file, digest, pixels, vanished=file != as_found(file.path, os.fstat(stream.fileno())))
     except sqlite3.Error:
-        raise  # of `known`: it says nothing of the file
+        raise  # from `known`: the database failed, not the file
     except Exception as error:  # decoders raise anything at all on a malformed file
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
-            file = file._replace(mtime=-1)  # the machine's trouble, perhaps not the file's
+            file = file._replace(mtime=-1)  # perhaps the machine failed and not the file: try again next time
         reason = getattr(error, "strerror", None) or first_line(error)
         return Picture(file, reason=reason, vanished=isinstance(error, FileNotFoundError))
 
 
-def crashing(paths: Sequence[bytes]) -> set[bytes]:
-    """Which of these files make the program that decodes them crash, seen by one that does nothing else."""
-    code = """import os, sys, main
-for path in sys.stdin.buffer.read().split(b"\\0"):
-    os.write(1, b".")
-    main.read_picture(main.File(path, 0, 0), b"", lambda image: main.to_rgb(image, main.SIDE), lambda digest: False)"""
-    found, rest, here = set[bytes](), list(paths), {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
-    while rest:
-        done = subprocess.run([sys.executable, "-c", code], input=b"\0".join(rest), capture_output=True, env=here)
-        if not done.stdout or done.returncode in (0, 1):
-            break
-        found.add(rest[len(done.stdout) - 1])
-        rest = rest[len(done.stdout) :]
-    return found
-
-
 def bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
-    """Boxes one below the other, of which no conversion takes much memory."""
+    """Boxes that cut the image into horizontal bands of at most BAND_PIXELS."""
     height = max(1, BAND_PIXELS // image.width)
     for top in range(0, image.height, height):
         yield 0, top, image.width, min(top + height, image.height)
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits (I;16, I) or of floating point (F) in 8 bits: Pillow's own conversion would clip it."""
+    """A grey image of 16 or 32 bits (I;16, I) or floating point (F) in 8 bits. Pillow itself would clip the values."""
 
-    def numbers(box: tuple[int, int, int, int]) -> np.ndarray:
+    def values_in(box: tuple[int, int, int, int]) -> np.ndarray:
         values = np.asarray(image.crop(box), np.float32)
         return np.where(np.isfinite(values), values, 0)
 
     if image.mode in ("I", "I;16"):
         extremes: Any = image.getextrema()
-    else:  # of floating point it is not to be trusted, since some are no numbers; of I;16B there is none
-        extremes = [float(extreme(numbers(box))) for box in bands(image) for extreme in (np.min, np.max)]
+    else:  # Pillow's extremes of F may be NaN, and those of I;16B are missing
+        extremes = [float(extreme(values_in(box))) for box in bands(image) for extreme in (np.min, np.max)]
     low, high = min(0.0, *extremes), max(extremes)
-    scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
-    top = next((scale for scale in scales if high <= scale), high)
-    whole = Image.new("L", image.size)
+    scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)  # the usual values of white
+    white = next((scale for scale in scales if high <= scale), high)
+    grey = Image.new("L", image.size)
     for box in bands(image):
-        values = numbers(box)
-        grey = ((values - low) * (255 / (top - low)) + 0.5).astype(np.uint8)
-        grey[values == image.info.get("transparency")] = 255
-        whole.paste(Image.fromarray(grey), box)
-    return whole
+        values = values_in(box)
+        levels = ((values - low) * (255 / (white - low)) + 0.5).astype(np.uint8)
+        levels[values == image.info.get("transparency")] = 255
+        grey.paste(Image.fromarray(levels), box)
+    return grey
 
 
-def flattened(image: Image.Image) -> Image.Image:
-    """8-bit RGB, transparency over white."""
+def flatten(image: Image.Image) -> Image.Image:
+    """The image in 8-bit RGB, transparency over white."""
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
@@ -538,33 +479,34 @@ def flattened(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, side: int) -> Image.Image:
-    """The first frame, upright, in 8-bit RGB, transparency over white. Not scaled, but a JPEG towards `side`."""
-    image.draft(None, (DRAFT * side, DRAFT * side))
-    limit = MAX_PIXELS // 2 if image.format in COSTLY else MAX_PIXELS
+    """The first frame, upright, in 8-bit RGB, transparency over white. A JPEG may come smaller, but never smaller than
+    a model of this `side` needs."""
+    image.draft(None, (DRAFT_SCALE * side, DRAFT_SCALE * side))
+    limit = MAX_PIXELS // 2 if image.format in COSTLY_FORMATS else MAX_PIXELS
     if (count := image.width * image.height) > limit:
         raise ValueError(f"too large: {count:,} pixels, over {limit:,}")
     with one_large_image if count > LARGE_PIXELS else nullcontext():
         image.load()
-        with suppress(Exception):  # malformed EXIF raises anything, and says nothing of the orientation
+        with suppress(Exception):  # malformed EXIF raises anything at all; the image then stays as it is
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":
             image = to_8_bits(image)
         if image.mode == "RGB" and not image.has_transparency_data:
             return image
-        whole = Image.new("RGB", image.size)
+        rgb = Image.new("RGB", image.size)
         for box in bands(image):
-            whole.paste(flattened(image.crop(box)), box)
-        return whole
+            rgb.paste(flatten(image.crop(box)), box)
+        return rgb
 
 
 def usable_cores() -> int:
-    """The cores that this process may use, shared with the other ranks of torchrun on this machine."""
+    """The number of cores for this process. torchrun's processes on one machine share its cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def read_ahead(read: Callable[[File], Picture], files: Iterable[File], workers: int, ahead: int) -> Iterator[Picture]:
-    """`read` of each file, by `workers` threads, in order, with at most `ahead` results waiting."""
+    """`read(file)` for each file, in order, computed by `workers` threads. At most `ahead` results wait."""
     threads, pending = ThreadPoolExecutor(workers), deque[Future[Picture]]()
     try:
         for file in files:
@@ -577,7 +519,17 @@ def read_ahead(read: Callable[[File], Picture], files: Iterable[File], workers: 
         threads.shutdown(cancel_futures=True)
 
 
-# ---- Features --------------------------------------------------------------------------------------------------------
+# ---- Descriptor ------------------------------------------------------------------------------------------------------
+
+OFFLINE_SIDE = 96  # pixels; 128 gains nothing, 64 costs 1 point of recall
+EDGE_CELLS, COLOUR_CELLS = 8, 4  # a side; fewer for the edges lose small crops, more lose a turn by 10 degrees
+DIRECTIONS = 16  # of an edge, dark-to-light told from light-to-dark
+SHARPNESS = 5  # times that the cosine with which a direction answers is squared: as wide as the distance to the next
+EDGE_POWER = 0.3  # of the counts: a strong edge says little more than a weak one
+ORDERS = (0.5, 1.0, 1.0, 1.3, 1.3, 1.7, 1.7)  # weight of each Fourier order over the directions
+BRIGHTNESS_WEIGHT, HUE_WEIGHT, MEAN_WEIGHT = 0.2, 0.3, 0.02  # of the colours, where the edges have 1
+FAINT = 100.0  # a part of a lesser norm is noise (a photograph's is 200 and more) and stays small
+OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # brightness, red-green, yellow-blue
 
 
 def windows(cells: int, n: int, start: int) -> torch.Tensor:
@@ -651,21 +603,61 @@ def offline_model(device: str) -> Model:
     return Model(OFFLINE, f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", OFFLINE_SIDE, dim, device, describe)
 
 
-def load_weights(network: torch.nn.Module, path: Path, *heads: str) -> None:
-    """Weights from a file of tensors: plain, wrapped as `state_dict`, or saved as `module.`, with or without the
-    classifier, `heads`. All else must be there, in its shape: no part of a network is ever left untrained."""
+# ---- Model -----------------------------------------------------------------------------------------------------------
+
+# The file of MODEL's WEIGHTS, so that torchvision is only imported (1.2 s) once this file is there
+WEIGHTS_URL = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
+CONNECT_SECONDS = 10  # seconds; torch.hub has no timeout, and would hang for minutes if the network drops packets
+SIDE = 224  # pixels; the side of ResNet50's input
+REDUCING_GAP = 32.0  # Image.resize(reducing_gap=): huge images are box-averaged first, which bounds memory
+GPU_BATCH = {"cuda": 256, "mps": 64}  # images at once
+CPU_BATCH_PER_CORE = 4  # images at once for each core: a layer's output stays in its cache
+CPU_BATCH_MOST = 32  # images at once on a CPU
+MIN_COSINE = 0.999  # of a fast network's features with those of the plain one in fp32; if less, the plain one stays
+AHEAD_BATCHES = 4  # batches that are decoded ahead of the model: enough to overlap, bounded in memory
+AHEAD_MOST = 1024  # files that are read ahead, at most
+RANDOM_FILLS = {"normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_uniform_"}
+
+
+def without_random_weights(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """The network that `build` makes, its weights not set. Random numbers, 0.2 s for ResNet50, are not drawn."""
+
+    class SkipRandomFills(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(function, "__name__", "") in RANDOM_FILLS:
+                return args[0] if args else kwargs["tensor"]
+            return function(*args, **(kwargs or {}))
+
+    with SkipRandomFills():
+        return build()
+
+
+def read_weights(path: Path, heads: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The tensors in a file, by name: plain, wrapped as `state_dict`, or saved as `module.`. Those of the classifier,
+    `heads`, and of classifiers for training alone are left out. Raises DeepVisionError if the file holds anything else.
+    """
+    unused = (*(f"{head}." for head in heads), "aux1.", "aux2.", "AuxLogits.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
-        for key in list(state):  # in place: its `_metadata` tells old layouts from new ones
+        for key in list(state):  # changed in place: its attribute `_metadata` tells old layouts from new ones
             value, name = state.pop(key), key.removeprefix("module.")
-            name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name)
-            if not name.startswith((*(f"{head}." for head in heads), "aux1.", "aux2.", "AuxLogits.")):
+            name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name)  # DenseNet's old names
+            if not name.startswith(unused):
                 state[name] = value
-    except Exception as error:  # a corrupt file raises anything
+        return state
+    except Exception as error:  # a corrupt file raises anything at all
         advice = "expected are tensors as torch.save writes them; if it was downloaded, delete it and try again"
-        reason = first_line(error).partition(". ")[0]  # what follows is advice to load it unsafely
+        reason = first_line(error).partition(". ")[0]  # torch goes on with advice to load the file unsafely
         raise DeepVisionError(f"{path} cannot be read as weights: {advice} ({reason})") from error
+
+
+def load_weights(network: torch.nn.Module, path: Path, *heads: str) -> None:
+    """Load the file's weights into a network without its classifier, `heads`.
+
+    Raises DeepVisionError if a tensor is missing, left over or of another shape: nothing is ever left untrained.
+    """
+    state = read_weights(path, heads)
     try:
         network.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
@@ -678,86 +670,134 @@ def load_weights(network: torch.nn.Module, path: Path, *heads: str) -> None:
 
 
 def native_bf16() -> bool:
-    """Whether this processor multiplies bf16 itself: emulated, it takes four times as long as fp32."""
+    """Whether this processor multiplies bf16 itself. Emulated bf16 takes four times as long as fp32."""
     return torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def fuse(network: torch.nn.Module, dtype: torch.dtype, sample: torch.Tensor) -> torch.nn.Module:
-    """Batch norms folded into their convolutions; on a CPU, sums and ReLUs done by the same kernels, with weights in
-    the order in which these read them. It is what a compiler does, but at once, and for any number of images bit by
-    bit alike: `torch.compile` takes 17 s, gains another 5 %, and rounds in another way. Raises if it cannot."""
-    fused = importlib.import_module("torch.fx.experimental.optimization").fuse(network)
-    fused, nn = fused.to(dtype).to(memory_format=torch.channels_last), torch.nn
-    if sample.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return fused
-    importlib.import_module("torch.fx.passes.shape_prop").ShapeProp(fused).propagate(sample.to(dtype))
-    layers, graph = dict(fused.named_modules()), fused.graph
+def calls(network: torch.fx.GraphModule, node: Any, layer: str, *functions: Any) -> bool:
+    """Whether this node of the network's graph calls a layer of the class `layer`, or one of the functions."""
+    if getattr(node, "op", "") == "call_module":
+        return type(network.get_submodule(node.target)).__name__ == layer
+    return getattr(node, "target", None) in functions
 
-    def is_a(kind: type, node: Any, *functions: Any) -> bool:
-        if not isinstance(node, torch.fx.Node) or node.op != "call_module":
-            return getattr(node, "target", None) in functions
-        return type(layers[node.target]) is kind
 
-    def by_one_kernel(node: Any, convolution: Any, *after: Any, other: Sequence[Any] = ()) -> None:
-        layer, (before,) = layers[convolution.target], convolution.args
-        how = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
-        shape, name = list(before.meta["tensor_meta"].shape), f"weight_of_{convolution.name}"
-        fused.register_buffer(name, torch.ops.mkldnn._reorder_convolution_weight(layer.weight.data, *how, shape))
-        kernels = torch.ops.mkldnn._convolution_pointwise
-        kernel = kernels.binary if other else kernels.default
-        with graph.inserting_before(node):
-            bias = None if layer.bias is None else graph.get_attr(f"{convolution.target}.bias")
-            swift = graph.call_function(kernel, (before, *other, graph.get_attr(name), bias, *how, *after))
-        swift.meta = node.meta
-        node.replace_all_uses_with(swift)
-        graph.erase_node(node)
+def fold_batch_norms(network: torch.fx.GraphModule) -> None:
+    """Let each convolution do the work of the batch norm after it."""
+    for norm in [node for node in network.graph.nodes if calls(network, node, "BatchNorm2d")]:
+        convolution = norm.args[0]
+        if calls(network, convolution, "Conv2d") and len(convolution.users) == 1:
+            layer: Any = network.get_submodule(convolution.target)
+            n: Any = network.get_submodule(norm.target)
+            layer.weight, layer.bias = torch.nn.utils.fuse_conv_bn_weights(
+                layer.weight, layer.bias, n.running_mean, n.running_var, n.eps, n.weight, n.bias
+            )
+            norm.replace_all_uses_with(convolution)
+            network.graph.erase_node(norm)
 
-    for relu in [node for node in graph.nodes if is_a(nn.ReLU, node, nn.functional.relu, torch.relu)]:
-        last, other, after = relu.args[0], [], tuple[Any, ...](("relu", [], ""))
-        if is_a(type(None), last, operator.add, operator.iadd, torch.add) and len(last.users) == 1:
-            *other, last = sorted(last.args, key=partial(is_a, nn.Conv2d))
-            after = "add", 1.0, "relu", [], None
-        if is_a(nn.Conv2d, last) and len(last.users) == 1:
-            by_one_kernel(relu, last, *after, other=other)
+
+def use_one_kernel(network: torch.fx.GraphModule, convolution: Any, last: Any, addends: Sequence[Any] = ()) -> None:
+    """Replace `convolution`, the sum with `addends` and the ReLU `last` by one oneDNN kernel in the network's graph.
+
+    If `convolution` is `last`, no ReLU follows. The weights are stored in the order in which the kernel reads them.
+    """
+    layer: Any = network.get_submodule(convolution.target)
+    (before,), graph = convolution.args, network.graph
+    geometry = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
+    shape, name = list(before.meta["tensor_meta"].shape), f"weight_of_{convolution.name}"
+    packed = torch.ops.mkldnn._reorder_convolution_weight(layer.weight.data, *geometry, shape)
+    network.register_buffer(name, packed)
+    kernel, then = torch.ops.mkldnn._convolution_pointwise.default, tuple[Any, ...](("relu", [], ""))
+    if last is convolution:
+        then = "none", [], ""
+    elif addends:
+        kernel, then = torch.ops.mkldnn._convolution_pointwise.binary, ("add", 1.0, "relu", [], None)
+    with graph.inserting_before(last):
+        bias = None if layer.bias is None else graph.get_attr(f"{convolution.target}.bias")
+        fused = graph.call_function(kernel, (before, *addends, graph.get_attr(name), bias, *geometry, *then))
+    fused.meta = last.meta
+    last.replace_all_uses_with(fused)
+    graph.erase_node(last)
+
+
+def fuse_convolutions(network: torch.fx.GraphModule) -> None:
+    """Compute each convolution, the sum after it and the ReLU after that by one kernel. It is what a compiler does, but
+    at once, and with the same bits for any number of images: torch.compile takes 17 s and gains another 5 %."""
+    graph, functional = network.graph, torch.nn.functional
+    for relu in [node for node in graph.nodes if calls(network, node, "ReLU", functional.relu, torch.relu)]:
+        convolution, addends = relu.args[0], list[Any]()
+        if calls(network, convolution, "", operator.add, operator.iadd, torch.add) and len(convolution.users) == 1:
+            *addends, convolution = sorted(convolution.args, key=lambda node: calls(network, node, "Conv2d"))
+        if calls(network, convolution, "Conv2d") and len(convolution.users) == 1:
+            use_one_kernel(network, convolution, relu, addends)
     graph.eliminate_dead_code()
-    for convolution in [node for node in graph.nodes if is_a(nn.Conv2d, node)]:
-        by_one_kernel(convolution, convolution, "none", [], "")
-    fused.recompile()
-    return fused
+    for convolution in [node for node in graph.nodes if calls(network, node, "Conv2d")]:
+        use_one_kernel(network, convolution, convolution)
 
 
-def assemble_model(
-    name: str, network: torch.nn.Module, device: str, side: int, mean: Sequence[float], std: Sequence[float],
-    resample: str,
-) -> Model:  # fmt: skip
-    """The network in the fastest form, fused and in low precision, that gives the features of the plain one."""
+def fuse(traced: torch.fx.GraphModule, dtype: torch.dtype, device: str) -> torch.fx.GraphModule:
+    """A copy of the network in this precision, with several layers computed as one. May raise anything at all."""
+    network = deepcopy(traced)
+    fold_batch_norms(network)
+    network.to(dtype).to(memory_format=torch.channels_last)
+    if device == "cpu" and torch.backends.mkldnn.is_available():
+        fuse_convolutions(network)
+    network.recompile()
+    return network
+
+
+class Recipe(NamedTuple):
+    """How a network wants its pixels."""
+
+    side: int
+    mean: Sequence[float]  # of each channel, white being 1
+    std: Sequence[float]
+    resample: str
+
+
+def forward(
+    pixels: torch.Tensor, network: Callable[..., Any], dtype: torch.dtype, mean: torch.Tensor, std: torch.Tensor
+) -> torch.Tensor:
+    """Features, float32 (B, dim), that the network, in this precision, makes of pixels, uint8 (B, 3, side, side)."""
+    scaled = (pixels.contiguous(memory_format=torch.channels_last).float() / 255 - mean) / std
+    return network(scaled.to(dtype)).float().flatten(1)
+
+
+def faster(plain: partial[torch.Tensor], sample: torch.Tensor) -> tuple[partial[torch.Tensor], int]:
+    """`plain`, a `forward` in fp32, with its network fused, in half precision if the device computes that itself; and
+    the dimension of the features. `plain` stays as it is if the features of the `sample` would change."""
+    device = sample.device.type
+    try:
+        traced = torch.fx.symbolic_trace(plain.keywords["network"])
+        noting_shapes = importlib.import_module("torch.fx.passes.shape_prop").ShapeProp(traced)
+        expected = plain(sample, network=noting_shapes.propagate)  # the kernels depend on the shapes
+    except Exception:  # a network that looks at its pixels cannot be traced, and raises anything at all
+        return plain, plain(sample).shape[1]
+    half = torch.bfloat16 if device == "cpu" else torch.float16
+    for dtype in (half, torch.float32) if device != "cpu" or native_bf16() else (torch.float32,):
+        with suppress(Exception):  # fusing raises anything at all
+            fast = partial(plain, network=fuse(traced, dtype, device), dtype=dtype)
+            if torch.cosine_similarity(fast(sample), expected).min() >= MIN_COSINE:
+                return fast, expected.shape[1]
+    return plain, expected.shape[1]
+
+
+def assemble_model(name: str, network: torch.nn.Module, recipe: Recipe, device: str) -> Model:
+    """A Model around the network. It computes in the fastest form that gives the features of the network in fp32."""
+    side, mean, std, resample = recipe
     sha = hashlib.sha256(repr((side, *mean, *std, resample)).encode())
     for key, value in sorted(network.state_dict().items()):
         sha.update(key.encode() + value.numpy().tobytes())
     network = network.eval().to(device).to(memory_format=torch.channels_last)
     centre, spread = (torch.tensor(list(values), device=device).view(3, 1, 1) for values in (mean, std))
-
-    def forward(pixels: torch.Tensor, network: torch.nn.Module, dtype: torch.dtype) -> torch.Tensor:
-        scaled = (pixels.contiguous(memory_format=torch.channels_last).float() / 255 - centre) / spread
-        return network(scaled.to(dtype)).float().flatten(1)
-
-    half = [torch.bfloat16] if device == "cpu" and native_bf16() else [torch.float16] if device != "cpu" else []
     noise = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255
     sample = torch.nn.functional.interpolate(noise, (side, side), mode="bicubic").clamp(0, 255).byte().to(device)
-    swift, precision = partial(forward, network=network, dtype=torch.float32), torch.float32
     with torch.inference_mode():
-        expected = swift(sample)
-        for precision in (*half, torch.float32):
-            with suppress(Exception):  # tracing and fusing raise anything at all
-                fused = fuse(network, precision, sample)
-                trial = partial(forward, network=fused, dtype=precision)
-                if torch.cosine_similarity(trial(sample), expected).min() >= FAITHFUL:
-                    swift = trial
-                    break
-    dim, word = expected.shape[1], {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(precision, "fp32")
+        plain = partial(forward, network=network, dtype=torch.float32, mean=centre, std=spread)
+        fast, dim = faster(plain, sample)
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(fast.keywords["dtype"], "fp32")
     identity = re.sub(r"[^\w.-]", "-", f"{name}-{sha.hexdigest()[:8]}-p{PREPROCESSING}-{dim}")
-    batch = BATCH_SIZE.get(device) or min(CPU_BATCH[0] * usable_cores(), CPU_BATCH[1])
-    return Model(name, identity, side, dim, device, swift, batch, resample, word)
+    batch = GPU_BATCH.get(device) or min(CPU_BATCH_PER_CORE * usable_cores(), CPU_BATCH_MOST)
+    return Model(name, identity, side, dim, device, fast, batch, resample, precision)
 
 
 def timm_model(name: str, weights: str | Path | None, device: str) -> Model:
@@ -767,18 +807,20 @@ def timm_model(name: str, weights: str | Path | None, device: str) -> Model:
         network = timm.create_model(name.removeprefix("timm:"), pretrained=weights is None, num_classes=0)
     except ImportError as error:
         raise DeepVisionError(f"--model {name} needs timm: run `pip install timm`") from error
-    except (OSError, RuntimeError, ValueError) as error:  # no such model, or no weights of it
+    except (OSError, RuntimeError, ValueError) as error:  # no such model, or its weights cannot be had
         raise DeepVisionError(f"--model {name}: {first_line(error)}") from error
     if weights is not None:
         heads = network.pretrained_cfg["classifier"]
         load_weights(network, Path(weights), *([heads] if isinstance(heads, str) else heads))
-    recipe = timm.data.resolve_model_data_config(network)
-    side, resample = recipe["input_size"][1], recipe["interpolation"]
-    return assemble_model(name, network, device, side, recipe["mean"], recipe["std"], resample)
+    config = timm.data.resolve_model_data_config(network)
+    recipe = Recipe(config["input_size"][1], config["mean"], config["std"], config["interpolation"])
+    return assemble_model(name, network, recipe, device)
 
 
 def downloaded(url: str, name: str) -> Path:
-    """The file of `url` in torch's own cache, downloaded and hash-checked if it is not there yet."""
+    """The file of `url` in torch's own cache. It is downloaded and its hash checked if it is not there yet.
+
+    Raises ConnectionError, which names the model, if it cannot be had."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if path.exists():
         return path
@@ -795,40 +837,58 @@ def downloaded(url: str, name: str) -> Path:
 
 
 def torchvision_model(name: str, weights: str | Path | None, device: str) -> Model:
+    """A classification model of torchvision without its classifier. `weights`: a file, or a name of torchvision's."""
     models = torchvision.models
     names = models.list_models(module=models)
     if name not in names:
         near = ", ".join(difflib.get_close_matches(name, [*names, OFFLINE], n=4, cutoff=0.5))
         raise DeepVisionError(f"--model {name}: no such model{near and f'; did you mean {near}?'}")
     listed = models.get_model_weights(name).__members__
-    by_file = {Path(entry.url).name: entry for entry in listed.values()}  # so that a copy gets the same pixels
+    by_file = {Path(entry.url).name: entry for entry in listed.values()}  # a copy of such a file gets the same pixels
     entry = {**by_file, **listed}.get(Path(weights or WEIGHTS).name, listed["DEFAULT"])
     if weights is None or str(weights) in listed:
         path = downloaded(entry.url, name)
     elif not (path := Path(weights)).is_file():
         raise DeepVisionError(f"--weights {weights}: no such file, nor weights of {name} ({', '.join(listed)})")
-    given: dict[str, Any] = {}  # what torchvision itself gives to models that come with weights
+    options: dict[str, Any] = {}  # those that torchvision itself sets for models with weights
     if name in ("googlenet", "inception_v3"):
-        given = {"transform_input": True, "init_weights": False, "aux_logits": False}
+        options = {"transform_input": True, "init_weights": False, "aux_logits": False}
     elif name.startswith("vit_"):
-        given = {"image_size": entry.meta["min_size"][0]}
-    network = models.get_model(name, weights=None, **given)
+        options = {"image_size": entry.meta["min_size"][0]}
+    network = without_random_weights(lambda: models.get_model(name, weights=None, **options))
     layers = (torch.nn.Linear, torch.nn.Conv2d)
     *_, head = (name for name, layer in network.named_modules() if isinstance(layer, layers))  # gives the classes
     network.set_submodule(head, torch.nn.Identity())
     load_weights(network, path, head)
-    recipe = entry.transforms()
-    side, resample = recipe.crop_size[0], recipe.interpolation.value
-    return assemble_model(name, network, device, side, recipe.mean, recipe.std, resample)
+    preset = entry.transforms()
+    recipe = Recipe(preset.crop_size[0], preset.mean, preset.std, preset.interpolation.value)
+    return assemble_model(name, network, recipe, device)
 
 
 def gpu_trouble() -> str:
-    """Why CUDA cannot be used; empty if it can. A driver or a GPU that torch is too new or too old for shows in use."""
+    """Why CUDA cannot be used; empty if it can. It is tried: only use shows a driver that does not fit torch."""
     try:
         torch.ones(1, device="cuda").sum().item()
         return ""
-    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         return first_line(error).partition(". ")[0]
+
+
+def choose_device(device: str) -> str:
+    """cpu, cuda or mps; for `auto` the GPU if there is one. Raises DeepVisionError for a device that is not there."""
+    reason = "" if device in ("cpu", "mps") else gpu_trouble()
+    there = {"cuda": not reason, "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(kind for kind in there if there[kind])
+        if device == "cpu" and (shutil.which("nvidia-smi") or os.path.exists("/dev/nvidia0")):
+            log.warning("there is a GPU, but torch %s cannot use it: %s", torch.__version__, reason)
+    elif not there.get(device):
+        why = f": {reason}" if device == "cuda" else ""
+        raise DeepVisionError(f"--device {device}: torch {torch.__version__} finds none on this machine{why}")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.set_float32_matmul_precision("high")  # TF32 where fp16 is not used
+    return device
 
 
 def load_model(name: str | None = None, weights: str | Path | None = None, device: str = "auto") -> Model:
@@ -841,18 +901,7 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
 
     Raises DeepVisionError for an unknown name or device, and for weights that are missing, corrupt or do not fit.
     """
-    reason = "" if device in ("cpu", "mps") else gpu_trouble()
-    there = {"cuda": not reason, "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        device = next(kind for kind in there if there[kind])
-        if device == "cpu" and (shutil.which("nvidia-smi") or os.path.exists("/dev/nvidia0")):
-            log.warning("there is a GPU, but torch %s cannot use it: %s", torch.__version__, reason)
-    elif not there.get(device):
-        why = f": {reason}" if device == "cuda" else ""
-        raise DeepVisionError(f"--device {device}: torch {torch.__version__} finds none on this machine{why}")
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        torch.set_float32_matmul_precision("high")  # TF32, for what is not done in fp16
+    device = choose_device(device)
     if name == OFFLINE and weights:
         raise DeepVisionError(f"--weights {weights}: the offline descriptor takes none")
     if name == OFFLINE:
@@ -860,7 +909,9 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
     try:
         if name and name.startswith("timm:"):
             return timm_model(name, weights, device)
-        return torchvision_model(name or MODEL, weights, device)
+        if name or weights:
+            return torchvision_model(name or MODEL, weights, device)
+        return torchvision_model(MODEL, downloaded(WEIGHTS_URL, MODEL), device)
     except ConnectionError as error:
         if name or weights:
             raise DeepVisionError(f"{error}; connect once, or give --weights FILE") from error
@@ -872,12 +923,12 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
 
 def squeeze(image: Image.Image, width: int, height: int, resample: str) -> torch.Tensor:
     """An RGB image as uint8 (3, height, width)."""
-    resized = image.resize((width, height), Image.Resampling[resample.upper()], reducing_gap=GAP)
+    resized = image.resize((width, height), Image.Resampling[resample.upper()], reducing_gap=REDUCING_GAP)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
 def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Image.Image], torch.Tensor]:
-    """From a Pillow image of any kind to the pixels that a model takes, uint8 (3, side, side).
+    """A function from any Pillow image to the pixels that a model takes, uint8 (3, side, side).
 
     side, resample  as the model has them: `get_transform(model.side, model.resample)`; by default those of ResNet50
 
@@ -886,16 +937,33 @@ def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Ima
     return lambda image: squeeze(to_rgb(image, side), side, side, resample)
 
 
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """In it, torch computes with one thread, and so do threads that start in it.
+
+    It is for small operations: more threads mostly wait for each other, five times as long on a busy machine.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def launch(pixels: torch.Tensor, model: Model, size: int, *where: int) -> tuple[torch.Tensor, int]:
-    """Features (B, dim), of length 1, still on the device and, on a GPU, still being computed there; `size` images at
-    a time, or fewer if its memory is short, and how many that was. Of parts, where they lie: see `describe`."""
-    pixels, before = pixels.pin_memory() if model.device == "cuda" else pixels, size
+    """Features (B, dim), each of length 1, on the device; and how many images at once fitted into its memory.
+
+    The first try takes `size` images at once. A GPU may still be computing the features when this returns.
+    `where` is the place of the pixels if they are a part of a picture, see `describe`.
+    """
+    pixels, asked = pixels.pin_memory() if model.device == "cuda" else pixels, size
     while True:
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), one_torch_thread() if model.network is describe else nullcontext():
                 parts = (part.to(model.device, non_blocking=True) for part in pixels.split(size))
                 found = torch.cat([torch.nn.functional.normalize(model.network(part, *where)) for part in parts])
-            if size < before:
+            if size < asked:
                 log.warning("the memory of the GPU is short: it takes %d images at once from now on", size)
             return found, size
         except torch.OutOfMemoryError as error:
@@ -916,7 +984,7 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
     if len(images) == 0:
         return np.zeros((0, model.dim), np.float32)
     if not isinstance(images, torch.Tensor):
-        image_formats()  # HEIC is among them now
+        image_formats()  # from here on, Pillow opens HEIC as well
         opened = (image if isinstance(image, Image.Image) else Image.open(image) for image in images)
         images = torch.stack([get_transform(model.side, model.resample)(image) for image in opened])
     if images.shape[1:] != (3, model.side, model.side):
@@ -924,17 +992,28 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
     return launch(images, model, model.batch)[0].cpu().numpy()
 
 
-def with_features(
-    files: Iterable[File], root: str | Path, model: Model, work: Work, known: Callable[[bytes], bool], summary: Summary
+def described(
+    pictures: Iterator[Picture], size: int, computing: deque[float], summary: Summary
 ) -> Iterator[list[Picture]]:
-    """Read `files` and extract features, a batch at a time and in order. `summary` takes the time.
+    """Pictures whose features the reading threads compute, `size` at a time. `summary` takes the time.
+
+    The threads append to `computing` the seconds that each picture's features took, divided by the number of threads.
+    """
+    start = time.perf_counter()
+    while batch := list(itertools.islice(pictures, size)):
+        spent = time.perf_counter() - start
+        share = min(spent, sum(computing.popleft() for _ in range(len(computing))))
+        summary.computing += share
+        summary.reading += spent - share
+        yield batch
+        start = time.perf_counter()
+
+
+def computed(pictures: Iterator[Picture], model: Model, size: int, summary: Summary) -> Iterator[list[Picture]]:
+    """Pictures with the features that the model computes, `size` at a time. `summary` takes the time.
 
     A GPU has its next batch before the features of the last one are asked for.
     """
-    size, workers = work.batch_size or model.batch, work.workers or usable_cores()
-    transform = get_transform(model.side, model.resample)
-    read = partial(read_picture, root=os.fsencode(root), transform=transform, known=known)
-    pictures = read_ahead(read, files, workers, min(AHEAD_BATCHES * size + workers, IN_FLIGHT))
     under_way: deque[tuple[list[Picture], torch.Tensor]] = deque()
     start = time.perf_counter()
     while (batch := list(itertools.islice(pictures, size))) or under_way:
@@ -951,9 +1030,36 @@ def with_features(
             vectors = iter(features.cpu().numpy().astype(np.float16))
             done = [p if p.pixels is None else p._replace(pixels=None, vector=next(vectors)) for p in done]
         summary.computing += (spent := time.perf_counter() - middle)
-        size = max(1, size // 2) if spent > SAVE_SECONDS else size  # what is under way is not saved yet
+        size = max(1, size // 2) if spent > SAVE_SECONDS else size  # features under way are not saved yet
         yield done
         start = time.perf_counter()
+
+
+def with_features(
+    files: Iterable[File], root: str | Path, model: Model, work: Work, known: Callable[[bytes], bool], summary: Summary
+) -> Iterator[list[Picture]]:
+    """Files read, with their features, a batch at a time and in order. `summary` takes the time.
+
+    The offline descriptor is computed by the threads that read, unless on a GPU.
+    """
+    size, workers = work.batch_size or model.batch, work.workers or usable_cores()
+    transform = get_transform(model.side, model.resample)
+    read = partial(read_picture, root=os.fsencode(root), transform=transform, known=known)
+
+    def read_and_describe(file: File) -> Picture:
+        if (picture := read(file)).pixels is None:
+            return picture
+        start = time.perf_counter()
+        vector = extract_features_batch(picture.pixels[None], model)[0].astype(np.float16)
+        computing.append((time.perf_counter() - start) / workers)
+        return picture._replace(pixels=None, vector=vector)
+
+    in_threads, computing = model.network is describe and model.device == "cpu", deque[float]()
+    ahead = min(AHEAD_BATCHES * size + workers, AHEAD_MOST)
+    pictures = read_ahead(read_and_describe if in_threads else read, files, workers, ahead)
+    if in_threads:
+        return described(pictures, size, computing, summary)
+    return computed(pictures, model, size, summary)
 
 
 # ---- Query views -----------------------------------------------------------------------------------------------------
@@ -1055,9 +1161,7 @@ def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
     return found + (larger_views(picture, box, side, resample) if model.name == OFFLINE else [])
 
 
-def larger_views(
-    picture: Image.Image, box: tuple[int, int, int, int] | None, side: int, resample: str
-) -> list[View]:
+def larger_views(picture: Image.Image, box: tuple[int, int, int, int] | None, side: int, resample: str) -> list[View]:
     """The query as a part of a larger picture; with a `box`, what lies in it."""
     if box:  # a bar may hide a part instead of standing beside the whole
         left, top, right, bottom = (round(x * side / full) for x, full in zip(box, 2 * picture.size))
@@ -1089,16 +1193,17 @@ CONTRAST = 1.5  # of 255, of a blob against its surroundings: fainter ones are n
 EDGE_RATIO = 10.0  # of the two curvatures of a blob: longer ones are edges, and slide (Lowe, IJCV 2004)
 WINDOW = 8  # pixels of its level, on each side of a point, that its descriptor sees
 SAMPLES = 12  # of the gradient along each side of the window; 16 gain nothing
-RATIO = 0.85  # of squared distances, of the best match of a point to the best of its rivals
+RATIO = 0.75  # of squared distances, of the best match of a point to the best of its rivals
 RIVALS, NEAR = 4, 8.0  # best matches of a point that are looked at; pixels within which two are the same spot
 TOLERANCE, DRIFT = 5.0, 0.04  # a point agrees within so many pixels, and so much of its distance from the match voting
 SCALES = (0.15, 6.0)  # of the query in the match; outside of it, everything falls on one spot
 CELL = 4.0  # pixels: points that are nearer to each other count as one
-AGREEING = 8  # points from which on a pair is looked at closely; unrelated pairs have 3
+AGREEING = 10  # points from which on a pair is looked at closely; unrelated pairs have 3
 GRID, GRID_CELL = 64, 8  # samples along each side of the match, and of a cell in which the two pictures are correlated
 TEXTURE = 4.0  # of 255, standard deviation of a cell that shows anything
+PROPOSALS = 5  # transforms that are fitted, of those that most matches agree on
 CORRELATION = 0.5  # of a cell that agrees
-AGREEMENT = 0.5  # share of the common cells that agree in a copy: two screenshots of one app share less
+AGREEMENT = 0.6  # share of the common cells that agree in a copy: two screenshots of one app share less
 
 
 class LocalFeatures(NamedTuple):
@@ -1154,7 +1259,7 @@ def dominant_angle(dx: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
 def describe_points(dx: torch.Tensor, dy: torch.Tensor, xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Angles (n,) and descriptors (n, 128) of points, xy (n, 2), on a level with these gradients, (h, w).
 
-    4 × 4 cells of 8 directions, turned by the dominant angle, under a square root (Arandjelović & Zisserman, CVPR 2012).
+    4 × 4 cells of 8 directions, turned by the dominant angle, under a square root (Arandjelović & Zisserman, 2012).
     """
     height, width = dx.shape
     steps = (torch.arange(SAMPLES) + 0.5) * (2 * WINDOW / SAMPLES) - WINDOW
@@ -1190,12 +1295,12 @@ def spread_out(xy: np.ndarray, strength: np.ndarray, size: tuple[int, int], coun
 def local_features(image: Image.Image, area: int = AREA, count: int = POINTS) -> LocalFeatures:
     """The local features of a picture, at most `count`, computed on `area` pixels. One without structure has none."""
     width, height = image.size
-    picture = to_rgb(image, round(max(width, height) * min(1.0, (area / (width * height)) ** 0.5) / DRAFT))
+    picture = to_rgb(image, round(max(width, height) * min(1.0, (area / (width * height)) ** 0.5) / DRAFT_SCALE))
     if (picture.width - picture.height) * (width - height) < 0:  # turned by EXIF
         width, height = height, width
     scale = min(1.0, (area / (width * height)) ** 0.5)
     small = round(width * scale) or 1, round(height * scale) or 1
-    grey = picture.convert("L").resize(small, Image.Resampling.BICUBIC, reducing_gap=GAP)
+    grey = picture.convert("L").resize(small, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
     light, levels = torch.from_numpy(np.array(grey)).float(), []
     for level in range(LEVELS):
         shape = [round(side / 2 ** (level / 2)) for side in reversed(small)]
@@ -1253,6 +1358,22 @@ def fitted(q: np.ndarray, m: np.ndarray) -> np.ndarray:
     return A
 
 
+def refined_transform(q: np.ndarray, m: np.ndarray, inliers: np.ndarray) -> tuple[np.ndarray, int] | None:
+    """The affine transform, (3, 2), fitted to the matches that agree, bool (m,), and how many points agree with it.
+
+    None if they are too few, or if it is far from a similarity.
+    """
+    for _ in range(3):
+        if min(occupied(q[inliers]), occupied(m[inliers])) < AGREEING:
+            return None
+        A = fitted(q[inliers], m[inliers])
+        there = q[:, :2] @ A[:2] + A[2]
+        inliers = np.linalg.norm(there - m[:, :2], axis=1) < TOLERANCE * max(1.0, abs(np.linalg.det(A[:2])) ** 0.5)
+    points, stretch = min(occupied(q[inliers]), occupied(m[inliers])), np.linalg.svd(A[:2])[1]
+    is_sound = points >= AGREEING and SCALES[0] < stretch[1] and stretch[0] < min(SCALES[1], 2 * stretch[1])
+    return (A, points) if is_sound else None
+
+
 def best_transform(q: np.ndarray, m: np.ndarray) -> tuple[np.ndarray, int] | None:
     """The transform from query to match, (3, 2), that most tentative matches agree on, and how many points do.
 
@@ -1265,18 +1386,12 @@ def best_transform(q: np.ndarray, m: np.ndarray) -> tuple[np.ndarray, int] | Non
     away = q[None, :, :2] - q[:, None, :2]  # (proposal, match, 2)
     there = scale[:, None, None] * (away @ rotation) + m[:, None, :2]
     allowed = TOLERANCE + DRIFT * scale[:, None] * np.linalg.norm(away, axis=2)
-    agree = (np.linalg.norm(there - m[None, :, :2], axis=2) < allowed) & (np.abs(np.log(scale[None] / scale[:, None])) < 0.7)
+    agree = (np.linalg.norm(there - m[None, :, :2], axis=2) < allowed) & (
+        np.abs(np.log(scale[None] / scale[:, None])) < 0.7
+    )
     agree &= ((scale > SCALES[0]) & (scale < SCALES[1]))[:, None]
-    inliers = agree[agree.sum(1).argmax()]
-    for _ in range(3):
-        if min(occupied(q[inliers]), occupied(m[inliers])) < AGREEING:
-            return None
-        A = fitted(q[inliers], m[inliers])
-        there = q[:, :2] @ A[:2] + A[2]
-        inliers = np.linalg.norm(there - m[:, :2], axis=1) < TOLERANCE * max(1.0, abs(np.linalg.det(A[:2])) ** 0.5)
-    points, shape = min(occupied(q[inliers]), occupied(m[inliers])), np.linalg.svd(A[:2])[1]
-    sound = points >= AGREEING and SCALES[0] < shape[1] and shape[0] < min(SCALES[1], 2 * shape[1])
-    return (A, points) if sound else None
+    refined = [refined_transform(q, m, agree[i]) for i in np.argsort(-agree.sum(1), kind="stable")[:PROPOSALS]]
+    return max(filter(None, refined), key=lambda found: found[1], default=None)
 
 
 def inverse(A: np.ndarray) -> np.ndarray:
@@ -1309,32 +1424,38 @@ def common_share(query: LocalFeatures, match: LocalFeatures, A: np.ndarray) -> t
     return agreement, agreement * float(common.mean())
 
 
-def align(query: LocalFeatures, match: LocalFeatures) -> Region | None:
-    """Where the query lies in the match; None if the two are not the same picture.
-
-    The query is also tried mirrored and as a negative.
-    """
-    for mirrored, negative in itertools.product((False, True), repeat=2):
-        tried = seen_through(query, mirrored, negative)
-        if not (len(tried.points) and len(match.points)):
-            return None
-        if (found := best_transform(*tentative_matches(tried, match))) is None:
-            continue
-        A, points = found
-        agreement, covers = common_share(tried, match, A)
-        if agreement < AGREEMENT:
-            continue
-        if mirrored:  # of the query as it is
-            A = np.vstack([A[0] * -1, A[1], A[2] + query.grey.width * A[0]])
-        return Region(carried(query, match, A), carried(match, query, inverse(A)), points, round(covers, 3))
-    return None
-
-
 def carried(one: LocalFeatures, other: LocalFeatures, A: np.ndarray) -> list[tuple[float, float]]:
     """The corners of one picture in pixels of the other, by the transform between their small versions."""
     width, height = one.grey.size
     corners = np.array([(0, 0), (width, 0), (width, height), (0, height)]) @ A[:2] + A[2]
-    return [(round(x * other.size[0] / other.grey.width, 1), round(y * other.size[1] / other.grey.height, 1)) for x, y in corners]
+    return [
+        (round(float(x) * other.size[0] / other.grey.width, 1), round(float(y) * other.size[1] / other.grey.height, 1))
+        for x, y in corners
+    ]
+
+
+def align(query: LocalFeatures, match: LocalFeatures) -> Region | None:
+    """Where the query lies in the match; None if the two are not the same picture.
+
+    The query is also tried mirrored and as a negative; the way on which most points agree counts.
+    """
+    if not (len(query.points) and len(match.points)):
+        return None
+    best: tuple[int, LocalFeatures, np.ndarray, bool] | None = None
+    for mirrored, negative in itertools.product((False, True), repeat=2):
+        seen = seen_through(query, mirrored, negative)
+        found = best_transform(*tentative_matches(seen, match))
+        if found and (best is None or found[1] > best[0]):
+            best = found[1], seen, found[0], mirrored
+    if best is None:
+        return None
+    points, seen, A, mirrored = best
+    agreement, covers = common_share(seen, match, A)
+    if agreement < AGREEMENT:
+        return None
+    if mirrored:  # of the query as it is
+        A = np.vstack([-A[0], A[1], A[2] + query.grey.width * A[0]])
+    return Region(carried(query, match, A), carried(match, query, inverse(A)), points, round(covers, 3))
 
 
 # ---- Store -----------------------------------------------------------------------------------------------------------
@@ -1997,7 +2118,7 @@ def exact_scores(store: Store, xq: np.ndarray, rows: np.ndarray) -> list[Scored]
         return []
     xb = to_float32(vectors)
     S = xb @ xq.T  # (rows, views)
-    views = (S >= S.max(1, keepdims=True) - ROUNDING).argmax(1)  # of equal views the first: the query as it is
+    views = (S.max(1, keepdims=True) - ROUNDING <= S).argmax(1)  # of equal views the first: the query as it is
     D = np.einsum("nd,nd->n", xb, xq[views]).clip(-1, 1)  # computed row by row, so that it is the same in any company
     return sorted(map(Scored, D.tolist(), digests, views.tolist()), key=lambda it: (-it.score, it.digest))
 
@@ -2102,9 +2223,15 @@ def ranked_matches(
     return [match._replace(rank=rank) for rank, match in enumerate(kept, start=1)]
 
 
+def features_of_query(query: Picture, model: Model) -> np.ndarray:
+    """The features of a query that was read, in its views, float32 (views, dim)."""
+    views, _, features = query.pixels
+    return to_float32(features_of_views(views, model) if features is None else features)
+
+
 def answer_together(group: Sequence[Picture], engine: Engine, k: int, threshold: float | str) -> Iterator[Answer]:
     """The answers to some queries that were read."""
-    features = {i: to_float32(features_of_views(p.pixels[0], engine.model)) for i, p in enumerate(group) if p.pixels}
+    features = {i: features_of_query(p, engine.model) for i, p in enumerate(group) if p.pixels}
     lists: dict[int, list[Found]] = {}
     if features:
         xq, splits = np.concatenate(list(features.values())), [len(part) for part in features.values()]
@@ -2152,14 +2279,16 @@ def search(
     names = [queries] if isinstance(queries, (str, os.PathLike)) else queries
     files = (File(os.fsencode(name), 0, 0) for name in names)
 
-    def look_at(image: Image.Image) -> tuple[list[View], LocalFeatures]:
+    def look_at(image: Image.Image) -> tuple[list[View], LocalFeatures, np.ndarray | None]:
         local = local_features(image, QUERY_AREA, QUERY_POINTS)  # first, since it needs the larger picture
-        return query_views(image, engine.model, views), local
+        seen = query_views(image, engine.model, views)
+        return seen, local, features_of_views(seen, engine.model) if in_threads else None
 
+    in_threads = engine.model.name == OFFLINE and engine.model.device == "cpu"
     read = partial(read_picture, root=b"", transform=look_at, known=lambda digest: False)
     pictures = read_ahead(read, files, QUERY_THREADS, TOGETHER)
     threshold = threshold if isinstance(threshold, str) else float(threshold)
-    with damage_reported(engine.store):
+    with damage_reported(engine.store), one_torch_thread() if in_threads else nullcontext():
         while group := list(itertools.islice(pictures, TOGETHER)):
             yield from answer_together(group, engine, k, threshold)
 
@@ -2187,7 +2316,7 @@ def pairs_by_score(engine: Engine, threshold: float) -> Iterator[tuple[bytes, by
     store, least = engine.store, threshold - 0.0005  # as it is printed
     for rows, xb in progress_bar(store.blocks(), desc="comparing", unit="block"):
         D, I = Nearest(to_float32(xb), min(NEIGHBOURS + 1, store.count("features"))).among(store.blocks())
-        one, place = np.nonzero((D >= least) & (I != rows[:, None]) & (I >= 0))
+        one, place = np.nonzero((least <= D) & (rows[:, None] != I) & (I >= 0))
         others = I[one, place]
         known, digests, _ = store.features_of({*rows.tolist(), *others.tolist()})
         digest_of = dict(zip(known.tolist(), digests))
@@ -2533,53 +2662,39 @@ def read_share(images: str | Path, index_dir: str | Path, model: Model, work: Wo
 # ---- Output ----------------------------------------------------------------------------------------------------------
 
 
-def cells(text: str) -> int:
-    """Columns that a text takes on a terminal: two for a wide character, none for one that is drawn over another."""
-    over = ("Mn", "Me")
-    return sum((unicodedata.east_asian_width(c) in "WF") + 1 for c in text if unicodedata.category(c) not in over)
-
-
-def shortened(text: str, room: int) -> str:
-    """A path with … in its middle instead of what does not fit into `room` columns: its end tells most."""
-    if cells(text) <= room:
-        return text
-    head = "".join(c for c, end in zip(text, itertools.accumulate(map(cells, text))) if end <= room // 3)
-    left = room - 1 - cells(head)
-    tail = "".join(c for c, end in zip(text[::-1], itertools.accumulate(map(cells, text[::-1]))) if end <= left)
-    return f"{head}…{tail[::-1]}"
+COLOURS = {"identical": "32", "copy": "32"}  # green: ANSI, of the labels
 
 
 def verdict(found: Answer | Group) -> str:
-    """What is to be said of it in a word, so that nobody takes the best of many for a match."""
+    """What the matches amount to, so that nobody takes the best of many for the picture itself."""
     if isinstance(found, Group):
-        return f"keep: the largest of {len(found.matches) + 1}"
+        return f"keep: the best of {len(found.matches) + 1}"
     if not found.matches:
         return "no match"
-    return "no confident match" if found.matches[0].label in ("weak", "similar") else ""
+    return "" if found.matches[0].label else "no copy found"
 
 
-def as_text(found: Answer | Group, engine: Engine, columns: int = 0, colour: bool = False) -> str:
-    """A heading line, then `rank  score  path  label, view` for each match.
+def remark_on(match: Match) -> str:
+    """What is said of a match: its label, how much of it the query shows, and the edit that was undone."""
+    covers = f"covers {match.region.covers:.0%}".replace("%", " %") if match.region else ""
+    return ", ".join(filter(None, (match.label, covers, match.view)))
 
-    columns  of the terminal: remarks are aligned, and long paths shortened, to fit; 0: it is none
-    """
+
+def as_text(found: Answer | Group, engine: Engine, colour: bool = False) -> str:
+    """A heading line, then `rank  score  path  label, view` for each match."""
     name, matches, *_ = found
-    end = f"  ({verdict(found)})"
+    about = verdict(found)
     if isinstance(found, Answer):
-        end = f"  ({engine.model.name}, {engine.summary.images:,} images): {verdict(found)}".rstrip(": ")
-    remarks = [", ".join(filter(None, (match.label, match.view))) for match in matches]
-    name, paths = escape_controls(name), [escape_controls(match.path) for match in matches]
-    rank_width = len(str(len(matches)))
-    if columns:
-        name = shortened(name, max(20, columns - cells(end)))
-        room = columns - rank_width - 14 - max(map(cells, remarks), default=0)  # of score and blanks
-        paths = [shortened(path, max(20, room)) for path in paths]
-        width = max(map(cells, paths), default=0)
-        paths = [path + " " * (width - cells(path)) for path in paths]
+        about = f"{engine.model.name}, {engine.summary.images:,} images"
+    end = f"  ({about})" + (f": {verdict(found)}" if isinstance(found, Answer) and verdict(found) else "")
+    name, width = escape_controls(name), len(str(len(matches)))
     lines = [f"\x1b[1m{name}\x1b[0m{end}" if colour else name + end]
-    for (rank, _, score, _, label, _, _), path, remark in zip(matches, paths, remarks):
-        remark = f"\x1b[{COLOURS[label]}m{remark}\x1b[0m" if colour and label else remark
-        lines.append(f"  {rank:>{rank_width}}  {score:6.3f}  {path}  {remark}".rstrip())
+    for match in matches:
+        remark = remark_on(match)
+        if colour and match.label:
+            remark = f"\x1b[{COLOURS[match.label]}m{remark}\x1b[0m"
+        path = escape_controls(match.path)
+        lines.append(f"  {match.rank:>{width}}  {match.score:6.3f}  {path}  {remark}".rstrip())
     return "\n".join(lines)
 
 
@@ -2587,7 +2702,10 @@ def as_json(found: Answer | Group, engine: Engine) -> str:
     """One object on one line, in ASCII, so that any file name makes valid JSON."""
     if found.error:
         return json.dumps({found._fields[0]: found[0], "error": found.error})
-    matches = [match._replace(score=round(match.score, 6))._asdict() for match in found.matches]
+    matches = []
+    for match in found.matches:
+        region = match.region and {key: value for key, value in match.region._asdict().items() if key != "outline"}
+        matches.append({**match._asdict(), "score": round(match.score, 6), "region": region})
     return json.dumps({found._fields[0]: found[0], "model": engine.model.name, "matches": matches})
 
 
@@ -2603,9 +2721,15 @@ def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
     else:
         terminal = sys.stdout.isatty()
         colour = terminal and os.name == "posix" and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        print(as_text(found, engine, shutil.get_terminal_size().columns if terminal else 0, colour), flush=True)
+        print(as_text(found, engine, colour), flush=True)
 
 
+# ---- Page ------------------------------------------------------------------------------------------------------------
+
+THUMBNAIL, THUMBNAIL_BYTES = 256, 6200  # pixels of the longer side; at most, so that 100 queries × 10 make 10 MB
+QUALITIES = (70, 40, 15, 0)  # of WebP: a photograph takes 5 KB with the first, nearly always
+PAGE_PICTURES = 5000  # on a page, 40 MB; the rest is left to the other outputs
+PAGE_SKIPPED = 100  # reasons listed on a page
 STYLE = """
 :root{color-scheme:light dark;--page:#fff;--card:#f3f3f6;--ink:#1a1a1f;--soft:#565662;--line:#d5d5de;--link:#0b57d0;
 --good:#0f6a2b;--fair:#8a4b00}
@@ -2665,20 +2789,20 @@ def thumbnails(paths: Iterable[str], side: int = THUMBNAIL) -> Iterator[Picture]
     return read_ahead(read, (File(os.fsencode(path), 0, 0) for path in paths), workers, 4 * workers)
 
 
-def plain(path: str) -> str:
+def decode_path(path: str) -> str:
     """A path as text, whatever it holds."""
     return escape_controls(os.fsencode(path).decode("utf-8", "replace"))
 
 
-def visible(path: str) -> str:
+def html_path(path: str) -> str:
     """A path as HTML."""
-    return html.escape(plain(path))
+    return html.escape(decode_path(path))
 
 
 def as_figure(path: str, picture: Picture, caption: str) -> str:
     """A picture with what is to be said of it, and a link to its file."""
-    name, size = visible(path), ""
-    inside = f'<span class="none">{visible(picture.reason or "not there any more")}</span>'
+    name, size = html_path(path), ""
+    inside = f'<span class="none">{html_path(picture.reason or "not there any more")}</span>'
     if picture.pixels:
         data, width, height = picture.pixels
         source = base64.b64encode(data).decode()
@@ -2687,7 +2811,7 @@ def as_figure(path: str, picture: Picture, caption: str) -> str:
     folder, file = os.path.split(path)
     return (
         f'<figure><a href="{html.escape(Path(path).absolute().as_uri())}" title="{name}">{inside}</a>'
-        f"<figcaption>{caption}{visible(file)}<small>{visible(folder)}</small><small>{size}</small></figcaption></figure>"
+        f"<figcaption>{caption}{html_path(file)}<small>{html_path(folder)}</small><small>{size}</small></figcaption></figure>"
     )
 
 
@@ -2701,9 +2825,9 @@ def as_caption(match: Match) -> str:
 def as_section(found: Answer | Group, pictures: Iterator[Picture]) -> str:
     """A query and its matches, or a file to keep and its copies. `pictures`: those of all of them, in order."""
     name, matches, *_ = found
-    heading, tag = f"<section><h2>{visible(name)}</h2>", "keep" if isinstance(found, Group) else "query"
+    heading, tag = f"<section><h2>{html_path(name)}</h2>", "keep" if isinstance(found, Group) else "query"
     if found.error:
-        return f'{heading}<p class="error">{visible(found.error)}</p></section>'
+        return f'{heading}<p class="error">{html_path(found.error)}</p></section>'
     heading += f'<p class="of">{verdict(found)}</p>'
     asked = as_figure(name, next(pictures), f'<span class="tag {tag}">{tag}</span> ')
     items = "".join(f"<li>{as_figure(match.path, next(pictures), as_caption(match))}</li>" for match in matches)
@@ -2714,8 +2838,7 @@ def page_head(found: Sequence[Answer | Group], engine: Engine, seconds: float) -
     summary, model = engine.summary, engine.model
     kind = ("group",) if found and isinstance(found[0], Group) else ("query", "queries")
     title = counted(len(found), *kind) if found else "No picture is there twice"
-    query = f"SELECT path, reason FROM {SKIPPED} ORDER BY path LIMIT {PAGE_SKIPPED}"
-    skipped = [f"{visible(os.fsdecode(path))}: {visible(why)}" for path, why in engine.store.skipped(PAGE_SKIPPED)]
+    skipped = [f"{html_path(os.fsdecode(path))}: {html_path(why)}" for path, why in engine.store.skipped(PAGE_SKIPPED)]
     if summary.skipped > PAGE_SKIPPED:
         skipped.append(f"and {summary.skipped - PAGE_SKIPPED:,} more, which -v lists")
     items = "".join(f"<li>{line}</li>" for line in skipped)
@@ -2726,7 +2849,7 @@ def page_head(found: Sequence[Answer | Group], engine: Engine, seconds: float) -
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 <meta name="referrer" content="no-referrer"><title>{title} – DeepVision</title><style>{STYLE}</style></head><body>
 <header><h1>{title}</h1>
-<p>{summary.images:,} images in {visible(str(engine.images))} · {visible(model.name)} on {model.device} ·
+<p>{summary.images:,} images in {html_path(str(engine.images))} · {html_path(model.name)} on {model.device} ·
 {time.strftime("%Y-%m-%d %H:%M")}, {seconds:.1f} s</p>{details}</header><main>
 """
 
@@ -2760,6 +2883,8 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
 
 
 # ---- UI --------------------------------------------------------------------------------------------------------------
+
+UPLOAD_BYTES = 300_000_000  # of one file given to --ui: a photograph of 100 million pixels, uncompressed
 
 
 def find_gradio() -> None:
@@ -2799,7 +2924,7 @@ class Desk:
 
     def state(self) -> str:
         summary, model = self.engine.summary, self.engine.model
-        where = f"{summary.images:,} images in {plain(str(self.engine.images))}, {summary.skipped:,} skipped"
+        where = f"{summary.images:,} images in {decode_path(str(self.engine.images))}, {summary.skipped:,} skipped"
         return f"{where}; {model.name} on {model.device}"
 
     def update(self) -> str:
@@ -2809,7 +2934,7 @@ class Desk:
             folder = old.store.folder.parent
             new = initialize_reverse_image_search(old.images, folder, model=old.model, work=self.work)
         except DeepVisionError as error:
-            raise gradio.Error(visible(str(error))) from error
+            raise gradio.Error(html_path(str(error))) from error
         with self.lock:
             self.engine = new
             old.store.close()
@@ -2824,17 +2949,17 @@ class Desk:
             with self.lock:
                 (answer,) = search(path, self.engine, k=int(k), threshold=least)
         except DeepVisionError as error:
-            raise gradio.Error(visible(str(error))) from error
+            raise gradio.Error(html_path(str(error))) from error
         if answer.error:
-            raise gradio.Error(f"{visible(os.path.basename(path))}: {visible(answer.error)}")
+            raise gradio.Error(f"{html_path(os.path.basename(path))}: {html_path(answer.error)}")
         paths, gone = [match.path for match in answer.matches], Image.new("L", (1, 1), 128)
         asked, *pictures = (
             Image.open(io.BytesIO(it.pixels[0])) if it.pixels else gone
             for it in thumbnails([path, *paths], 2 * THUMBNAIL)
         )
         words = [" · ".join(filter(None, (f"{it.score:.3f}", it.label, it.view))) for it in answer.matches]
-        captions = [f"{word} · {plain(os.path.basename(path))}" for word, path in zip(words, paths)]
-        title = f"<h2>{len(paths)} like {visible(os.path.basename(path))}</h2>Click one to search from it"
+        captions = [f"{word} · {decode_path(os.path.basename(path))}" for word, path in zip(words, paths)]
+        title = f"<h2>{len(paths)} like {html_path(os.path.basename(path))}</h2>Click one to search from it"
         found = gradio.Gallery(list(zip(pictures, captions)), selected_index=None)
         return asked, title if paths else "<h2>No match</h2>Ask for a lower score", found, paths, path
 
@@ -2934,6 +3059,8 @@ def serve(engine: Engine, work: Work, port: int, top: int) -> None:
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
+
+NO_MEMORY = re.compile("alloc|memory|start new thread|map segment")  # in the words of torch, FAISS, Python and ld.so
 
 
 def score_or_label(text: str) -> float | str:

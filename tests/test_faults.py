@@ -262,7 +262,9 @@ def test_killed_between_two_writes(name: str, scene: Callable[[str], Scene]) -> 
     kill_often(scene(name), name, times=3)
 
 
-@pytest.mark.parametrize(("kind", "name"), [("w", "index.sqlite"), ("u", "index.sqlite-journal"), ("r", "index.faiss.part")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("w", "index.sqlite"), ("u", "index.sqlite-journal"), ("r", "index.faiss.part")]
+)
 def test_killed_around_a_commit(kind: str, name: str, scene: Callable[[str], Scene]) -> None:
     """Files and features are one transaction, and the index file comes before its note: nothing is to be repaired."""
     case = scene("codes, added to")
@@ -551,7 +553,7 @@ def test_something_else_in_the_place_of_a_file(what: Callable[[Path], None], cac
 
 
 def right_or_overtaken(ended: Ended, expected: list[Any]) -> bool:
-    """A run that another one has overtaken, by a repair say, says so instead of guessing; what it said before is right."""
+    """A run that another one has overtaken says so instead of guessing; what it said before is right."""
     said = ("Start again",)
     if overtaken := any(words in ended.stderr for words in said):
         assert ended.status == 1 and "Traceback" not in ended.stderr and ended.stderr.count("error: ") == 1, ended

@@ -353,12 +353,14 @@ def kernels(model: main.Model) -> list[str]:
 def test_fast_network_gives_the_features_of_the_plain_one(name, weights, monkeypatch):
     swift = main.load_model(name, weights(name))
     monkeypatch.setattr(main, "native_bf16", lambda: False)
-    monkeypatch.setattr(main, "fuse", lambda network, device: network)
+    monkeypatch.setattr(main, "faster", lambda plain, sample: (plain, plain(sample).shape[1]))
     plain = main.load_model(name, weights(name))
     batch = pixels(plain, *map(draw, range(4)))
     ours, theirs = (main.extract_features_batch(batch, model) for model in (swift, plain))
     assert (ours * theirs).sum(1).min() >= 0.995
-    assert swift.identity == plain.identity and (ours != theirs).any()
+    assert swift.identity == plain.identity
+    if name != "vit_b_32" or swift.precision != "fp32":  # a transformer has no convolutions to fuse
+        assert (ours != theirs).any()
 
 
 def test_convolutions_take_batch_norm_sum_and_relu_into_one_kernel(weights, only_fp32):
@@ -397,7 +399,7 @@ class Fragile(torch.nn.Module):
 
 @pytest.mark.parametrize("network", [Branching(), Fragile()], ids=["cannot be traced", "needs fp32"])
 def test_network_that_cannot_be_made_fast_stays_as_it_is(network):
-    model = main.assemble_model("mine", network, "cpu", 8, [0.5, 0.4, 0.3], [0.2, 0.2, 0.2], "bilinear")
+    model = main.assemble_model("mine", network, main.Recipe(8, [0.5, 0.4, 0.3], [0.2, 0.2, 0.2], "bilinear"), "cpu")
     batch = torch.stack([torch.full((3, 8, 8), 40 * i, dtype=torch.uint8) for i in range(1, 5)])
     centre = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)
     expected = torch.nn.functional.normalize(torch.cat([network(x) for x in ((batch / 255 - centre) / 0.2).split(4)]))

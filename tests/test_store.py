@@ -592,7 +592,11 @@ def test_no_flipped_bit_changes_an_answer(name: str, original: Original, run: Ru
     ask = (*ASK, "-q", "--images", original.images, *original.queries)
     expected, places = answers_of(run(*ask)), random.Random(name)
     whole, path = contents(cache_folder()), cache_folder() / name
-    used = [place for place, byte in enumerate(whole[name]) if byte and place not in {*range(16, 24), *range(44, 48), *range(60, 64)}]
+    used = [
+        place
+        for place, byte in enumerate(whole[name])
+        if byte and place not in {*range(16, 24), *range(44, 48), *range(60, 64)}
+    ]
     for place in places.sample(used, 120):
         for other, content in whole.items():
             (path.parent / other).write_bytes(content)
@@ -660,9 +664,7 @@ def test_a_folder_in_the_place_of_a_cache_file_is_named_and_left_alone(name: str
         "PRAGMA user_version = 0",
     ],
 )
-def test_a_store_that_contradicts_itself_is_never_answered_from(
-    statement: str, original: Original, run: Run
-) -> None:
+def test_a_store_that_contradicts_itself_is_never_answered_from(statement: str, original: Original, run: Run) -> None:
     shutil.copytree(original.cache, INDEX)
     edit(cache_folder() / "index.sqlite", statement)
     ask = (*ASK, "-q", "--images", original.images, *original.queries)
@@ -748,7 +750,9 @@ def test_a_malformed_page_costs_only_what_it_held(tmp_path: Path) -> None:
     store = main.Store(tmp_path / "cache", "a-model", 512)
     store.repair()
     digests = [number.to_bytes(main.DIGEST_BYTES, "big") for number in range(1000)]
-    pictures = [main.Picture(main.File(b"%d" % i, 1, 1), d, vector=np.ones(512, np.float16)) for i, d in enumerate(digests)]
+    pictures = [
+        main.Picture(main.File(b"%d" % i, 1, 1), d, vector=np.ones(512, np.float16)) for i, d in enumerate(digests)
+    ]
     store.save(pictures)
     store.close()
     content = bytearray(store.path.read_bytes())

@@ -27,6 +27,12 @@ ENTRY = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.value  # where torchvi
 NOT_WEIGHTS = b"<html>Sign in to this network</html>"
 
 
+def publish(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Let ResNet50's default weights be at `url`, for the default run and for `--model resnet50`."""
+    monkeypatch.setattr(ENTRY, "url", url)
+    monkeypatch.setattr(main, "WEIGHTS_URL", url)
+
+
 class Host(http.server.ThreadingHTTPServer):
     """Answers with the `files` that it has, by name."""
 
@@ -116,7 +122,7 @@ def one_line(outcome: Outcome) -> str:
 def test_good_file_is_downloaded_once_and_kept(host, torch_cache, resnet50, monkeypatch, capfd):
     name = hashed(resnet50)
     host.files[name] = resnet50
-    monkeypatch.setattr(ENTRY, "url", host.url(name))
+    publish(monkeypatch, host.url(name))
     model = main.load_model()
     assert (model.name, model.dim, model.side) == ("resnet50", 2048, 224)
     assert host.requested == [name] and files_in(torch_cache) == [name]
@@ -128,7 +134,7 @@ def test_good_file_is_downloaded_once_and_kept(host, torch_cache, resnet50, monk
 
 def test_weights_in_the_cache_need_no_network(torch_cache, resnet50, monkeypatch, weights):
     name = hashed(resnet50)
-    monkeypatch.setattr(ENTRY, "url", f"http://127.0.0.1:9/{name}")
+    publish(monkeypatch, f"http://127.0.0.1:9/{name}")
     (torch_cache / "hub" / "checkpoints").mkdir(parents=True)
     (torch_cache / "hub" / "checkpoints" / name).write_bytes(resnet50)
     assert main.load_model().identity == main.load_model("resnet50", weights("resnet50")).identity
@@ -139,7 +145,7 @@ def test_weights_that_are_there_now_are_used_and_both_caches_stay(
 ):
     collection(3)
     name = hashed(resnet50)
-    monkeypatch.setattr(ENTRY, "url", host.url(name))
+    publish(monkeypatch, host.url(name))
     first = run("bulk_images/1.png")
     assert first.status == 0 and "(offline, 3 images)" in first.stdout
 
@@ -199,7 +205,7 @@ def refuses(host: Host) -> str:
 @pytest.fixture(params=[wrong_hash, not_found, breaks_off, stalls, hangs, refuses])
 def no_weights(request, host, torch_cache, monkeypatch) -> Iterator[str]:
     url = request.param(host)
-    monkeypatch.setattr(ENTRY, "url", url)
+    publish(monkeypatch, url)
     monkeypatch.setattr(main, "CONNECT_SECONDS", 0.2)
     timeout = socket.getdefaulttimeout()
     yield url
@@ -315,7 +321,7 @@ def test_corrupt_file_in_torchs_cache_is_named_and_not_replaced_in_silence(
     torch_cache, resnet50, monkeypatch, collection, run
 ):
     collection(1)
-    monkeypatch.setattr(ENTRY, "url", "http://127.0.0.1:9/resnet50-55555555.pth")
+    publish(monkeypatch, "http://127.0.0.1:9/resnet50-55555555.pth")
     file = torch_cache / "hub" / "checkpoints" / "resnet50-55555555.pth"
     file.parent.mkdir(parents=True)
     file.write_bytes(cut(resnet50))
@@ -325,7 +331,7 @@ def test_corrupt_file_in_torchs_cache_is_named_and_not_replaced_in_silence(
 
 def test_cache_that_cannot_be_written_counts_as_no_weights(host, torch_cache, resnet50, monkeypatch):
     host.files["resnet50.pth"] = resnet50
-    monkeypatch.setattr(ENTRY, "url", host.url("resnet50.pth"))
+    publish(monkeypatch, host.url("resnet50.pth"))
     torch_cache.write_text("a file in its place")
     assert main.load_model().name == "offline"
 
