@@ -1073,7 +1073,7 @@ WINDOWS = ((0.33, 7), (0.4, 6), (0.5, 4), (0.6, 3), (0.8, 2))  # side of a windo
 BANDS = (0.56, 0.75, 1.0, 1.33)  # height of a full-width band of a tall query, such as a screenshot, by its width
 TALL = 1.3  # height by width from which on a query has bands
 TURNS, INNER = (-30, -20, -10, 10, 20, 30), 0.7  # degrees; share of the side of a turned picture without its corners
-SMALLEST = 64  # pixels of a side of a query that windows are looked for in
+SMALLEST = 128  # pixels of the shorter side of a query that windows are looked for in
 VIEW_SIDE = 4  # times the model's side: the longer side of the picture that windows are cut from
 
 

@@ -72,6 +72,17 @@ def draw(seed: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
     return image
 
 
+def draw_rich(seed: int, size: tuple[int, int] = (480, 360)) -> Image.Image:
+    """A picture with enough structure that a copy of it can be verified: hundreds of shapes, with no symmetry."""
+    random, image = np.random.default_rng(seed), draw(seed, size)
+    canvas = ImageDraw.Draw(image)
+    for _ in range(250):
+        x, y, r, q = *random.uniform((0, 0), size), *random.uniform(0.01, 0.06, 2) * min(size)
+        shape = canvas.ellipse if random.random() < 0.5 else canvas.rectangle
+        shape((x - r, y - q, x + r, y + q), fill=tuple(random.integers(0, 256, 3).tolist()))
+    return image
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Iterator[Any]:
     """The two processes of a run tell each other what a test printed: only UTF-8."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Outcome, draw
+from conftest import Outcome, draw_rich
+from PIL import Image, ImageOps
 
 import main
 
@@ -29,12 +31,13 @@ def groups(run: Run, *args: object) -> list[tuple[str, list[str]]]:
 
 @pytest.fixture
 def pictures(collection: Callable[[int], Path]) -> Path:
-    """12 pictures; 3.png there twice, 5.png also smaller, in JPEG and in PNG."""
+    """12 pictures; 3.png there twice, and one, 5, also smaller, in JPEG and in PNG."""
     root = collection(12)
     shutil.copy(root / "3.png", root / "3 again.png")
-    draw(5, (960, 640)).save(root / "5 large.png")
-    draw(5, (960, 640)).resize((480, 320)).save(root / "5.png")
-    draw(5, (960, 640)).resize((240, 160)).save(root / "5 small.jpg", quality=50)
+    (root / "5.png").unlink()
+    draw_rich(5).save(root / "5 large.png")
+    draw_rich(5).resize((400, 300)).save(root / "5.png")
+    draw_rich(5).resize((320, 240)).save(root / "5 small.jpg", quality=60)
     return root
 
 
@@ -85,69 +88,68 @@ def test_it_does_not_depend_on_the_order_in_which_files_came(pictures: Path, run
     assert groups(run, 0.5, "--index-dir", "other") == expected
 
 
-def test_in_a_large_collection_a_copy_is_what_the_label_says(collection: Callable[[int], Path], run: Run) -> None:
-    root = collection(60)
-    draw(7).resize((48, 32)).save(root / "seven.png")
-    ((keep, copies),) = groups(run)
-    assert {keep, *copies} == {"7.png", "seven.png"}
-    for threshold, expected in (("copy", {"copy"}), ("-1", {"weak"})):
-        outcome = run("--model", "offline", "-q", "--json", "--duplicates", threshold)
-        labels = {m["label"] for line in outcome.stdout.splitlines() for m in json.loads(line)["matches"]}
-        assert expected <= labels <= expected | {"similar"}
+EDITS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "same picture": lambda image: image.resize((300, 225)).convert("L"),
+    "mirrored": ImageOps.mirror,
+    "turned 90°": lambda image: image.transpose(Image.Transpose.ROTATE_270),  # clockwise
+    "crop, 60 %": lambda image: image.crop((60, 40, 60 + 372, 40 + 279)),
+}
 
 
-def test_too_few_to_tell_what_is_similar(pictures: Path, run: Run) -> None:
-    outcome = run("--model", "offline", "-q", "--duplicates", "similar")
-    assert (outcome.status, outcome.stdout, outcome.stderr.count("\n")) == (1, "", 1)
-    assert "fewer than 50 images" in outcome.stderr
+def test_each_file_is_told_what_it_is_to_the_one_to_keep(collection: Callable[[int], Path], run: Run) -> None:
+    root = collection(5)
+    for seed, (name, edit) in enumerate(EDITS.items(), 100):
+        draw_rich(seed).save(root / f"{name}.png")
+        edit(draw_rich(seed)).resize((240, 180) if "turned" not in name else (180, 240)).save(root / f"{name}.jpg")
+    outcome = run("--model", "offline", "-q", "--no-report", "--json", "--duplicates")
+    found = {Path(group["keep"]).name: group["matches"] for group in map(json.loads, outcome.stdout.splitlines())}
+    assert set(found) == {f"{name}.png" for name in EDITS}
+    for name in EDITS:
+        (match,) = found[f"{name}.png"]
+        assert (Path(match["path"]).name, match["label"]) == (f"{name}.jpg", "copy")
+        assert re.fullmatch(r"crop, (5|6)\d %" if "crop" in name else name, match["view"]), match
 
 
-# ---- Exactly which pairs ---------------------------------------------------------------------------------------------
+def test_a_larger_file_of_fewer_pixels_is_not_the_one_to_keep(collection: Callable[[int], Path], run: Run) -> None:
+    root = collection(2)
+    draw_rich(7).save(root / "large.jpg", quality=30)
+    draw_rich(7).resize((400, 300)).save(root / "small.bmp")
+    assert (root / "small.bmp").stat().st_size > (root / "large.jpg").stat().st_size
+    assert groups(run) == [("large.jpg", ["small.bmp"])]
 
 
-def catalogue_of(folder: Path, xb: np.ndarray) -> main.Catalogue:
-    """A cache that holds just these features."""
-    catalogue = main.Catalogue(folder, "none", xb.shape[1])
-    catalogue.mend()
-    files = [main.File(b"%d" % i, 1, 1) for i in range(len(xb))]
-    catalogue.scan(files, False)
-    catalogue.save([main.Picture(file, os.urandom(16), None, x) for file, x in zip(files, xb)])
-    return catalogue
+@pytest.mark.parametrize("word", ["similar", "weak"])
+def test_other_words_are_refused_with_the_names_of_the_two(word: str, pictures: Path, run: Run) -> None:
+    outcome = run("--duplicates", word)
+    assert outcome.status == 2 and "copy, identical" in outcome.stderr
 
 
-def greedy(xb: np.ndarray, order: np.ndarray, least: np.ndarray) -> list[int]:
-    """Place of the first that each is a copy of, one by one."""
-    first = list(range(len(order)))
-    x = xb[order].astype(np.float64)
-    for i in range(len(order)):
-        for j in range(i):
-            if first[j] == j and first[i] == i and x[i] @ x[j] >= max(least[i], least[j]):
-                first[i] = j
-    return first
+# ---- By score alone --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_groups_are_those_of_one_by_one(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    random = np.random.default_rng(seed)
-    n = random.integers(1, 60)
-    xb = random.standard_normal((4, 16))[random.integers(0, 4, n)] + 0.5 * random.standard_normal((n, 16))
-    xb = (xb / np.linalg.norm(xb, axis=1, keepdims=True)).astype(np.float16)
-    order, least = random.permutation(n), random.uniform(0.6, 0.9, n).astype(np.float32)
-    monkeypatch.setattr(main, "BLOCK", int(random.integers(1, 9)))
-    first, scores = main.first_alike(catalogue_of(tmp_path, xb), "cpu", np.argsort(order), least)
-    assert first.tolist() == greedy(xb, order, least)
-    x = xb[order].astype(np.float32)
-    copies = first != np.arange(n)
-    assert scores[copies] == pytest.approx((x * x[first]).sum(1)[copies], abs=1e-5)
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9])
+def test_pairs_by_score_are_those_of_brute_force(threshold: float, collection: Callable[[int], Path]) -> None:
+    collection(30)
+    model = main.load_model("offline")
+    engine = main.initialize_reverse_image_search(IMAGES, model=model)
+    xb = np.concatenate([x for _, x in engine.store.blocks()]).astype(np.float32)
+    expected = {(i, j) for i, j in zip(*np.nonzero(xb @ xb.T >= threshold - 0.0005)) if i != j}
+    rows = {digest: row for row, digest in engine.store.db.execute("SELECT row - 1, digest FROM features")}
+    found = {(rows[a], rows[b]): score for a, b, score in main.pairs_by_score(engine, threshold)}
+    assert set(found) == expected
+    assert all(score == pytest.approx(float(xb[i] @ xb[j]), abs=1e-4) for (i, j), score in found.items())
 
 
-def test_look_alikes_do_not_chain(tmp_path: Path) -> None:
-    """Each is like the next by 0.97, as frames of a film are; the first and the last are not alike."""
-    angle = np.arccos(0.97) * np.arange(20)
-    xb = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float16)
-    first, scores = main.first_alike(catalogue_of(tmp_path, xb), "cpu", np.arange(20), np.full(20, 0.95, np.float32))
-    assert first.tolist() == [2 * (i // 2) for i in range(20)]
-    assert (scores >= 0.95).all()
+def test_look_alikes_do_not_chain(collection: Callable[[int], Path]) -> None:
+    """Each is like the next, as frames of a film are; the first and the last are not alike."""
+    collection(7)
+    engine = main.initialize_reverse_image_search(IMAGES, model=main.load_model("offline"))
+    digests = [digest for (digest,) in engine.store.db.execute("SELECT digest FROM files ORDER BY path")]
+    pairs: dict[bytes, dict[bytes, float]] = {}
+    for one, other in itertools.pairwise(digests):
+        pairs.setdefault(one, {})[other] = pairs.setdefault(other, {})[one] = 0.97
+    groups = list(main.grouped(engine, pairs, verified=False))
+    assert sum(1 + len(group.matches) for group in groups) <= 7 and all(len(group.matches) <= 2 for group in groups)
 
 
 # ---- What goes wrong -------------------------------------------------------------------------------------------------
@@ -156,21 +158,19 @@ def test_look_alikes_do_not_chain(tmp_path: Path) -> None:
 def test_damage_is_one_line_and_is_repaired_by_the_next_run(pictures: Path, run: Run) -> None:
     expected = groups(run)
     engine = main.initialize_reverse_image_search(IMAGES, model=main.load_model("offline"))
-    with open(engine.catalogue.features, "r+b") as stream:
-        stream.seek(1000)
-        stream.write(b"\xff" * 50)
-    with pytest.raises(main.DeepVisionError, match=r"do not match their checksum.*repaired"):
-        list(main.find_duplicates(engine))
+    with engine.store.db:
+        engine.store.db.execute("UPDATE features SET checksum = checksum + 1 WHERE row = 3")
+    with pytest.raises(main.DeepVisionError, match=r"1 feature did not match the checksum.*repaired"):
+        list(main.find_duplicates(engine, 0.9))
     assert groups(run) == expected
 
 
-def test_another_run_that_prunes_meanwhile_is_said(pictures: Path, run: Run) -> None:
+def test_a_file_that_goes_meanwhile_is_left_out(pictures: Path, run: Run) -> None:
     groups(run)
     engine = main.initialize_reverse_image_search(IMAGES, model=main.load_model("offline"))
     (IMAGES / "5 large.png").unlink()
-    run("--model", "offline", "-q", "--index-only", "--prune")
-    with pytest.raises(main.DeepVisionError, match="changed by another run"):
-        list(main.find_duplicates(engine))
+    found = [(Path(group.keep).name, len(group.matches)) for group in main.find_duplicates(engine)]
+    assert found == [("5.png", 1), ("3 again.png", 1)]
 
 
 # ---- In which form ---------------------------------------------------------------------------------------------------
@@ -179,8 +179,8 @@ def test_another_run_that_prunes_meanwhile_is_said(pictures: Path, run: Run) -> 
 def test_as_text(pictures: Path, run: Run) -> None:
     outcome = run("--model", "offline", "--duplicates")
     first, *_, fourth, fifth = lines = outcome.stdout.splitlines()
-    assert len(lines) == 5 and first == "bulk_images/5 large.png  (keep: the largest of 3)"
-    assert fourth == "bulk_images/3 again.png  (keep: the largest of 2)"
+    assert len(lines) == 5 and first == "bulk_images/5 large.png  (keep: the best of 3)"
+    assert fourth == "bulk_images/3 again.png  (keep: the best of 2)"
     assert fifth == "  1   1.000  bulk_images/3.png  identical"
     assert "2 groups, 3 files beside those to keep\nresults.html\n" in outcome.stderr
 
@@ -188,6 +188,7 @@ def test_as_text(pictures: Path, run: Run) -> None:
 def test_as_json(pictures: Path, run: Run) -> None:
     outcome = run("--model", "offline", "-q", "--json", "--duplicates", "identical")
     match = {"rank": 1, "path": "bulk_images/3.png", "score": 1, "identical": True, "label": "identical", "view": ""}
+    match["region"] = None
     assert json.loads(outcome.stdout) == {"keep": "bulk_images/3 again.png", "model": "offline", "matches": [match]}
 
 
@@ -200,5 +201,5 @@ def test_as_a_page(pictures: Path, run: Run) -> None:
     run("--model", "offline", "--duplicates")
     page = Path("results.html").read_text()
     assert page.count("<section>") == 2 and page.count("<img ") == 5
-    assert re.findall(r'<span class="tag (\w+)">\1</span>', page) == ["keep", "keep", "identical"]
-    assert "960 × 640 px" in page
+    assert re.findall(r'<span class="tag (\w+)">\1</span>', page) == ["keep", "copy", "copy", "keep", "identical"]
+    assert "480 × 360 px" in page

@@ -152,4 +152,4 @@ def test_a_run_that_is_killed_again_and_again_comes_to_the_same_end(
 
 
 def size_of_features(index_dir: Path) -> int:
-    return sum(path.stat().st_size for path in index_dir.glob("*/features.bin"))
+    return sum(path.stat().st_size for path in index_dir.glob("*/index.sqlite"))

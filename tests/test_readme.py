@@ -46,7 +46,7 @@ def test_readme_shows_the_files_that_a_run_writes(run, collection):
     collection(2)
     run("--model", "offline", "--index-only")
     written = {path.name for path in Path("image_index").glob("*/*")}
-    assert {"features.bin", "catalogue.sqlite", "index.faiss"} <= written
+    assert written == {"index.sqlite", "index.faiss", "lock"}
     for name in written - {"lock"}:
         assert f"| `{name}` |" in README
 

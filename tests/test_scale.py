@@ -5,25 +5,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import re
-import select
 import shutil
 import sqlite3
 import subprocess
-import time
 import types
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import pytest
 import torch
@@ -31,7 +27,6 @@ from conftest import Outcome, draw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from zygote import Zygote
 
 import main
 
@@ -86,8 +81,19 @@ def directions(n: int, seed: int) -> np.ndarray:
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def notes_of(engine: main.Engine) -> dict[str, Any]:
-    return engine.catalogue.read_index()[1]
+def results(engine: main.Engine, xq: np.ndarray, k: int) -> list[list[main.Scored]]:
+    """The k best of each of xq."""
+    lists = main.candidate_rows(engine, xq, [1] * len(xq), main.first_list(engine))
+    ranked = (main.ranked(engine, x[None], rows) for x, rows in zip(xq, lists))
+    return [list(itertools.islice(scored, k)) for scored in ranked]
+
+
+def rows_of(scored: list[main.Scored]) -> list[int]:
+    return [int.from_bytes(it.digest, "big") for it in scored]
+
+
+def all_vectors(engine: main.Engine) -> np.ndarray:
+    return np.concatenate([xb for _, xb in engine.store.blocks()]).astype(np.float32)
 
 
 # ---- The codes -------------------------------------------------------------------------------------------------------
@@ -107,7 +113,7 @@ def test_a_collection_that_grows_one_by_one_is_searched_like_brute_force_does(
         for seed in range(max(0, n - sizes.step), n):
             put(seed)
         engine = main.initialize_reverse_image_search("images", "index", model=tiny, work=work)
-        assert bool(engine.shortlist) == (work is CODED and n >= main.FEWEST_CODED)
+        assert bool(engine.index.shortlist) == (work is CODED and n >= main.FEWEST_CODED)
         assert ask(engine) == ranking(dict(list(scores.items())[:n]))
 
 
@@ -133,8 +139,8 @@ def many(tiny: main.Model) -> Callable[..., main.Engine]:
     """many(n): the engine of a catalogue with n random vectors and a file for each, searched by codes."""
 
     def make(n: int) -> main.Engine:
-        catalogue = main.Catalogue(Path("index", tiny.identity), tiny.identity, DIM)
-        catalogue.mend()
+        store = main.Store(Path("index", tiny.identity), tiny.identity, DIM)
+        store.repair()
         x = directions(n, seed=1).astype(np.float16)
         Path("images").mkdir()
         pictures = []
@@ -143,22 +149,19 @@ def many(tiny: main.Model) -> Callable[..., main.Engine]:
             path.touch()
             file = main.File(os.fsencode(path.name), 0, path.stat().st_mtime_ns)
             pictures.append(main.Picture(file, i.to_bytes(main.DIGEST_BYTES, "big"), vector=x[i]))
-        catalogue.scan((), everything=False)
-        with catalogue.writing():
-            catalogue.save(pictures)
-        return main.initialize_reverse_image_search("images", "index", model=tiny, work=CODED)
+        store.save(pictures)
+        return main.initialize_reverse_image_search("images", "index", model=tiny, work=replace(CODED, update=False))
 
     return make
 
 
 def test_the_codes_find_nearly_all_and_say_how_many(many: Any) -> None:
-    engine = many(6000)
-    notes, xq = notes_of(engine), directions(100, seed=2)
-    assert notes["rows"] == notes["trained"] == 6000 and main.RECALL <= notes["recall"] <= 1
-    assert engine.summary.recall == notes["recall"]
-    found = [set(I[:10].tolist()) for _, I, _ in main.nearest(engine, xq, 10)]
-    true = [set(I[:10].tolist()) for _, I, _ in main.nearest(replace(engine, exact=True), xq, 10)]
-    xb = np.concatenate(list(engine.catalogue.vectors())).astype(np.float32)
+    engine, xq = many(6000), directions(100, seed=2)
+    assert engine.index.trained == 6000 and main.RECALL <= engine.index.recall <= 1
+    assert engine.summary.recall == engine.index.recall
+    found = [set(rows_of(it)) for it in results(engine, xq, 10)]
+    true = [set(rows_of(it)) for it in results(replace(engine, exact=True), xq, 10)]
+    xb = all_vectors(engine)
     assert true == [set(np.argsort(-(xb @ q))[:10].tolist()) for q in xq]
     assert np.mean([len(f & t) / 10 for f, t in zip(found, true)]) >= 0.995
 
@@ -166,19 +169,17 @@ def test_the_codes_find_nearly_all_and_say_how_many(many: Any) -> None:
 def test_the_shortlist_grows_until_the_recall_holds(many: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "SHORTLIST", 4)
     engine = many(3000)
-    assert engine.shortlist > 16 and notes_of(engine)["recall"] >= main.RECALL
-    monkeypatch.setattr(main, "LONGEST", 10)
-    index, notes = main.coded_index(engine.catalogue, 3000)
-    assert (index.ntotal, notes["shortlist"]) == (3000, 8) and notes["recall"] < main.RECALL
+    assert engine.index.shortlist > 16 and engine.index.recall >= main.RECALL
+    monkeypatch.setattr(main, "LONGEST_SHORTLIST", 10)
+    index = main.coded_index(engine.store)
+    assert (index.faiss.ntotal, index.shortlist) == (3000, 8) and index.recall < main.RECALL
 
 
 def test_scores_are_those_of_the_features_and_never_of_the_codes(many: Any) -> None:
     engine = many(2000)
-    xb = np.concatenate(list(engine.catalogue.vectors())).astype(np.float32)
-    xq = directions(40, seed=2)
-    for q, (D, I, digests) in zip(xq, main.nearest(engine, xq, 10)):
-        np.testing.assert_allclose(D, xb[I] @ q, atol=1e-5)
-        assert [int.from_bytes(digest, "big") for digest in digests] == I.tolist() and (I >= 0).all()
+    xb, xq = all_vectors(engine), directions(40, seed=2)
+    for q, scored in zip(xq, results(engine, xq, 10)):
+        np.testing.assert_allclose([it.score for it in scored], xb[rows_of(scored)] @ q, atol=1e-5)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -214,18 +215,15 @@ def test_a_short_list_that_missed_a_match_still_begins_every_longer_one(
 ) -> None:
     """Codes are looked at in steps; a later one finds what an earlier one has missed, and that comes too late."""
     monkeypatch.setattr(main, "CLOSELY", 2)
-    engine = replace(many(3000), shortlist=12)
-    engine.dead[::7] = True
+    engine = many(3000)
+    engine = replace(engine, index=engine.index._replace(shortlist=12))
     xq = directions(30, seed=5)
-
-    def rows(k: int, engine: main.Engine = engine) -> list[list[int]]:
-        return [I[:k].tolist() for _, I, _ in main.nearest(engine, xq, k)]
-
-    longest, exact = rows(1000), rows(5, replace(engine, exact=True))
+    longest = [rows_of(it) for it in results(engine, xq, 1000)]
+    exact = [rows_of(it) for it in results(replace(engine, exact=True), xq, 5)]
     assert [row[:5] for row in longest] != exact
-    assert all(len(set(row)) == 1000 and not engine.dead[row].any() for row in longest)
-    for k in (*range(1, 30), 40, 70, 100, 300, 999):
-        assert rows(k) == [row[:k] for row in longest]
+    assert all(len(row) == len(set(row)) >= 500 for row in longest)
+    for k in (1, 2, 5, 12, 40, 100, 300):
+        assert [rows_of(it) for it in results(engine, xq, k)] == [row[:k] for row in longest]
 
 
 def test_a_query_is_answered_alike_alone_and_among_others(many: Any) -> None:
@@ -252,7 +250,7 @@ def test_what_is_gone_leaves_room_for_what_is_there(
     for path in Path("images").glob("*.away"):
         path.rename(Path("away", path.name))
     engine = main.initialize_reverse_image_search("images", "index", model=tiny, work=CODED)
-    assert ask(replace(engine, shortlist=20), 2) == ranking(scores, 2)
+    assert ask(replace(engine, index=engine.index._replace(shortlist=20)), 2) == ranking(scores, 2)
     assert ask(engine) == ranking(scores)
 
 
@@ -262,9 +260,9 @@ def test_codes_are_appended_and_only_trained_again_when_outgrown(tiny: main.Mode
         for seed in range(n):
             path = Path(f"images/{seed}.bmp")
             path.exists() or put(seed)
-        notes = notes_of(main.initialize_reverse_image_search("images", "index", model=tiny, work=CODED))
-        assert notes["rows"] == n
-        trained.append(notes["trained"])
+        index = main.initialize_reverse_image_search("images", "index", model=tiny, work=CODED).index
+        assert index.last == index.faiss.ntotal == n
+        trained.append(index.trained)
     assert trained == [80, 80, 80, 161, 161]
 
 
@@ -272,13 +270,11 @@ def test_adding_reads_no_feature_that_was_there(tiny: main.Model, monkeypatch: p
     for seed in range(100):
         put(seed)
     main.initialize_reverse_image_search("images", "index", model=tiny, work=CODED)
-    vectors, starts = main.Catalogue.vectors, list[int]()
-    monkeypatch.setattr(
-        main.Catalogue, "vectors", lambda self, start=0: [starts.append(start), vectors(self, start)][1]
-    )
+    blocks, starts = main.Store.blocks, list[int]()
+    monkeypatch.setattr(main.Store, "blocks", lambda self, *rows: [starts.append(rows[0]), blocks(self, *rows)][1])
     put(100)
     main.initialize_reverse_image_search("images", "index", model=tiny, work=CODED)
-    assert starts == [100]
+    assert starts == [101]
 
 
 def test_the_kind_of_index_follows_the_size(tiny: main.Model, ask: Any) -> None:
@@ -287,18 +283,17 @@ def test_the_kind_of_index_follows_the_size(tiny: main.Model, ask: Any) -> None:
     expected = ranking(scores_of(10_000, list(range(100)), tiny))
     for work in (main.Work(), CODED, main.Work(exact_bytes=99 * DIM * 2), main.Work(exact_bytes=100 * DIM * 2), CODED):
         engine = main.initialize_reverse_image_search("images", "index", model=tiny, work=work)
-        assert bool(engine.shortlist) == (work.exact_bytes < 100 * DIM * 2)
+        assert bool(engine.index.shortlist) == (work.exact_bytes < 100 * DIM * 2)
         assert ask(engine) == expected
 
 
 def test_exact_compares_with_all_whatever_the_codes_say(many: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "CLOSELY", 2)
     engine = many(3000)
-    by_codes, exact = replace(engine, shortlist=12), replace(engine, shortlist=12, exact=True)
+    by_codes = replace(engine, index=engine.index._replace(shortlist=12))
     xq = directions(30, seed=5)
-    one, other = ([I[:1].tolist() for _, I, _ in main.nearest(e, xq, 1)] for e in (by_codes, exact))
-    xb = np.concatenate(list(engine.catalogue.vectors())).astype(np.float32)
-    assert other == [[int((xb @ q).argmax())] for q in xq] != one
+    one, other = ([rows_of(it) for it in results(e, xq, 1)] for e in (by_codes, replace(by_codes, exact=True)))
+    assert other == [[int((all_vectors(engine) @ q).argmax())] for q in xq] != one
 
 
 @pytest.fixture
@@ -329,13 +324,12 @@ def test_a_broken_feature_is_never_answered_from_and_alone_extracted_again(
         put(seed)
     expected = ranking(scores_of(10_000, list(range(100)), tiny))
     engine = main.initialize_reverse_image_search("images", "index", model=tiny, work=CODED)
-    with open(engine.catalogue.features, "r+b") as stream:
-        stream.seek(engine.catalogue.HEADER + 40 * engine.catalogue.record.itemsize + 30)
-        stream.write(b"\xff")
-    with pytest.raises(main.DeepVisionError, match=r"1 features do not match .* search once more"):
-        ask(engine)
+    with engine.store.db:
+        engine.store.db.execute("UPDATE features SET checksum = checksum + 1 WHERE row = 40")
+    with pytest.raises(main.DeepVisionError, match=r"1 feature did not match the checksum.*Start again"):
+        ask(engine, 100)
     engine = main.initialize_reverse_image_search("images", "index", model=tiny, work=CODED)
-    assert (engine.summary.opened, engine.index.ntotal) == (1, 101)
+    assert (engine.summary.opened, engine.store.count("features")) == (1, 100)
     assert ask(engine) == expected
 
 
@@ -364,137 +358,6 @@ def test_without_an_update_what_is_new_is_not_seen_and_what_is_gone_or_changed_i
     assert paths(outcome) == [path for path in before if path[-5] not in "23"]
     assert "6 images" in outcome.stderr and "without a look at" in outcome.stderr
     assert paths(run("query.png", "--model", "offline", "--json"))[0] == "bulk_images/new.png"
-
-
-# ---- First what the index says, then what the folder does ------------------------------------------------------------
-
-
-class AtTerminal:
-    """main.py with a terminal for its stdout."""
-
-    def __init__(self, zygote: Zygote, *args: str, **options: Any) -> None:
-        self.terminal, self.its_end = os.openpty()
-        options = {"terminal": os.ttyname(self.its_end), "env": {"NO_COLOR": "1"}, **options}
-        self.run = zygote.start("--model", "offline", "--no-report", *args, **options)
-        self.seen = ""
-
-    def shows(self, text: str) -> bool:
-        """What comes next, up to this text, which it need not, is put into `seen`."""
-        self.seen, alive = "", True
-        while text not in self.seen and alive:
-            alive = self.run.alive()
-            while select.select([self.terminal], [], [], 0.02)[0]:
-                self.seen += os.read(self.terminal, 4096).decode().replace("\r\n", "\n")
-        return text in self.seen
-
-    def outcome(self) -> Outcome:
-        self.shows("\0")
-        status, _, told, *_ = self.run.wait()
-        os.close(self.its_end)
-        os.close(self.terminal)
-        return Outcome(status, self.seen, told)
-
-
-@pytest.fixture
-def terminal(zygote: Zygote) -> Callable[..., AtTerminal]:
-    """terminal(*args): with every collection taken for a large one."""
-    return partial(AtTerminal, zygote, constants={"EXACT_BYTES": 0})
-
-
-@pytest.fixture
-def indexed(coded: Any, collection: Any) -> Path:
-    """A collection of 80 images, indexed by codes, and query.png."""
-    images = collection(80)
-    draw(3).resize((48, 32)).save("query.png")
-    coded("query.png")
-    return images
-
-
-def test_at_a_terminal_the_answer_does_not_wait_for_the_folder_and_comes_again_if_that_changes_it(
-    indexed: Path, terminal: Any
-) -> None:
-    """The lock is held here until the first answer is there, so that it cannot come after the update."""
-    shutil.copy("query.png", indexed / "new.png")
-    (folder,) = Path("image_index").iterdir()
-    with filelock.FileLock(folder / "lock"):
-        running = terminal("query.png", "-k", "2")
-        assert running.shows("\n  2  ")
-        first = running.seen
-    status, rest, told = running.outcome()
-    assert status == 0
-    assert re.match(r"query.png  \(offline, 80 images\).*\n  1   0\.9.. +bulk_images/3\.png", first)
-    assert re.search(r"query.png  \(offline, 81 images\)\n  1   1\.000 +bulk_images/new\.png +identical", rest)
-    assert rest.count("query.png") == 1
-    assert re.search("bulk_images is looked through now.*81 found, 1 new", told, re.DOTALL)
-
-
-@pytest.mark.parametrize("change", ["nothing", "what does not matter"])
-def test_an_answer_that_holds_is_not_printed_again(change: str, indexed: Path, terminal: Any) -> None:
-    if change != "nothing":
-        draw(500).save(indexed / "other.png")
-    status, shown, told = terminal("query.png", "-k", "1", "--views", "none").outcome()
-    assert (status, shown.count("query.png"), shown.count("\n")) == (0, 1, 2)
-    assert f"{int(change != 'nothing')} new" in told
-
-
-def test_all_else_is_said_once(indexed: Path, terminal: Any) -> None:
-    """No match may be for want of the newest files, and what updates by another way than usual comes first."""
-    for args, printed in (
-        (("query.png", "--exact"), "bulk_images/3.png"),
-        (("query.png", "--rebuild"), "bulk_images/3.png"),
-        (("query.png", "--prune"), "bulk_images/3.png"),
-        (("query.png", "--no-update"), "bulk_images/3.png"),
-        (("query.png", "--json"), '"query"'),
-        (("query.png", "--threshold", "0.9999"), "no match"),
-        (("query.png", "missing.png"), "missing.png: No such file"),
-        (("--duplicates", "0.1"), " groups, "),
-    ):
-        status, shown, told = terminal(*args).outcome()
-        assert (status, (shown + told).count(printed)) == (int("missing.png" in args), 1), args
-        assert ("looked through now" in told) == ("missing.png" in args), args
-
-
-def test_a_folder_that_was_renamed_is_no_wrong_one(coded: Any, collection: Any, terminal: Any) -> None:
-    collection(80, "bulk_images/a")
-    draw(3).resize((48, 32)).save("query.png")
-    coded("query.png")
-    Path("bulk_images/a").rename("bulk_images/b")
-    status, shown, told = terminal("query.png", "-k", "1").outcome()
-    assert (status, shown.count("bulk_images/b/3.png")) == (0, 1) and "80 recognised" in told
-    assert "right folder" not in told
-
-
-def test_nothing_is_made_of_an_unfinished_index_before_the_folder_was_seen(indexed: Path, terminal: Any) -> None:
-    (folder,) = Path("image_index").iterdir()
-    (folder / "index.faiss").unlink()
-    indexed.rename("away")
-    status, shown, told = terminal("query.png").outcome()
-    assert (status, shown, told.count("\n")) == (1, "", 1) and "Nothing was changed" in told
-    assert not (folder / "index.faiss").exists()
-
-
-def test_where_the_index_is_no_use_the_folder_is_read_first(indexed: Path, terminal: Any) -> None:
-    """Damage is mended, and said, once; and in the wrong folder there is one error."""
-    (folder,) = Path("image_index").iterdir()
-    with open(folder / "features.bin", "r+b") as stream:
-        stream.write(b"x" * 20)
-    status, shown, told = terminal("query.png", "-k", "1").outcome()
-    assert (status, shown.count("bulk_images/3.png"), told.count("Repaired")) == (0, 1, 1)
-    Path("empty").mkdir()
-    status, shown, told = terminal("query.png", "--images", "empty").outcome()
-    assert (status, shown, told.count("error: ")) == (1, "", 1)
-
-
-def test_on_a_pipe_and_in_a_small_collection_there_is_one_answer(
-    run: Any, indexed: Path, monkeypatch: Any, terminal: Any
-) -> None:
-    shutil.copy("query.png", indexed / "new.png")
-    status, shown, _ = terminal("query.png", constants={}).outcome()
-    assert (status, shown.count("query.png"), shown.count("bulk_images/new.png")) == (0, 1, 1)
-    (indexed / "new.png").unlink()
-    monkeypatch.setattr(main, "Work", partial(main.Work, exact_bytes=0))
-    outcome = run("query.png", "--model", "offline", "--no-report")
-    assert outcome.stdout.count("query.png") == 1 and "looked through now" not in outcome.stderr
 
 
 def test_without_an_update_there_must_be_an_index(run: Callable[..., Outcome], collection: Any) -> None:
@@ -530,13 +393,13 @@ def test_without_an_update_nobody_is_waited_for(
     draw(50).save(images / "new.png")
     model = main.load_model("offline")
     (folder,) = Path("image_index").iterdir()
-    catalogue = main.Catalogue(folder, model.identity, model.dim)
-    catalogue.scan(main.find_images(images, print), everything=False)
-    (file,) = catalogue.unread()
-    with catalogue.writing():
-        catalogue.save([main.Picture(file, bytes(16), vector=np.ones(model.dim, np.float16))])
+    store = main.Store(folder, model.identity, model.dim)
+    store.scan(main.find_images(images, print), everything=False)
+    (file,) = store.unread()
+    with store.locked():
+        store.save([main.Picture(file, bytes(16), vector=np.ones(model.dim, np.float16))])
         outcome = run("bulk_images/0.png", *ASK)
-    assert sorted(paths(outcome)) == [f"bulk_images/{i}.png" for i in (1, 2, 3)] and "waiting" not in outcome.stderr
+    assert {f"bulk_images/{i}.png" for i in (1, 2, 3)} <= set(paths(outcome)) and "waiting" not in outcome.stderr
 
 
 # ---- Export ----------------------------------------------------------------------------------------------------------
@@ -580,7 +443,7 @@ def test_an_export_that_fails_leaves_no_features_beside_other_paths(
         raise OSError(28, "No space left on device")
         yield
 
-    monkeypatch.setattr(main.Catalogue, "vectors", full)
+    monkeypatch.setattr(main.Store, "blocks", full)
     outcome = run("--model", "offline", "--export", "out")
     assert outcome.status == 1 and "No space left" in outcome.stderr and "Traceback" not in outcome.stderr
     assert os.listdir("out") == ["paths.txt"]  # of the export before
@@ -632,16 +495,14 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_on_gpus_the_answers_are_the_same(many: Any, gpus: dict[str, Any]) -> None:
-    engine = many(3000)
-    xq = directions(main.GPU_QUERIES, seed=5)
-    on_gpus = [(D.tolist(), I.tolist()) for D, I, _ in main.nearest(engine, xq, 10)]
+    engine, xq = many(3000), directions(main.GPU_QUERIES, seed=5)
+    on_gpus = results(engine, xq, 10)
     assert gpus["sizes"] == [0, 1] and engine.on_gpus.ntotal == 3000
-    exact = [(D.tolist(), I.tolist()) for D, I, _ in main.nearest(replace(engine, exact=True), xq, 10)]
-    assert on_gpus == exact
+    assert on_gpus == results(replace(engine, exact=True), xq, 10)
 
 
 def test_few_queries_are_not_worth_the_loading(many: Any, gpus: dict[str, Any]) -> None:
-    list(main.nearest(many(200), np.ones((main.GPU_QUERIES - 1, DIM), np.float32), 10))
+    results(many(200), directions(main.GPU_QUERIES - 1, seed=5), 10)
     assert gpus["sizes"] == []
 
 
@@ -650,98 +511,36 @@ def test_what_does_not_fit_on_the_gpus_is_searched_by_the_processor_and_said_onc
 ) -> None:
     gpus["free"], engine = 1 << 30, many(200)
     for _ in range(2):
-        list(main.nearest(engine, np.ones((main.GPU_QUERIES, DIM), np.float32), 10))
+        results(engine, directions(main.GPU_QUERIES, seed=5), 10)
     assert gpus["sizes"] == [] and caplog.text.count("do not fit on the GPU") == 1
 
 
-def test_whether_gpus_are_used_does_not_depend_on_how_long_the_list_is(
-    many: Any, gpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nor on how many queries need a second step."""
-    monkeypatch.setattr(main, "CLOSELY", 2)
-    engine = replace(many(2000), shortlist=12)
-    engine.dead[::3] = True
-    xq = directions(main.GPU_QUERIES + 8, seed=5)
-    longest = [I.tolist() for _, I, _ in main.nearest(engine, xq, 200)]
-    for k in range(1, 40):
-        assert all(I[:k].tolist() == row[:k] for (_, I, _), row in zip(main.nearest(engine, xq, k), longest))
-
-
-# ---- While another run is at work, or was stopped --------------------------------------------------------------------
+# ---- While another run is at work ------------------------------------------------------------------------------------
 
 
 def opened(tiny: main.Model, **work: Any) -> main.Engine:
     return main.initialize_reverse_image_search("images", "index", model=tiny, work=main.Work(exact_bytes=0, **work))
 
 
-def read_some(catalogue: main.Catalogue, model: main.Model, count: int, again: bool = False) -> None:
-    """As a run that is stopped after so many files."""
-    catalogue.scan(main.find_images("images", print), again)
-    catalogue.trusted_from = catalogue.get("rows") if again else 0
-    files, summary = list(catalogue.unread())[:count], main.Summary()
-    for pictures in main.with_features(files, "images", model, main.Work(), catalogue.is_known, summary):
-        catalogue.save(pictures)
-
-
-def another(tiny: main.Model) -> main.Catalogue:
-    return main.Catalogue(Path("index", tiny.identity), tiny.identity, DIM)
-
-
 @pytest.mark.parametrize("n", [10, 80], ids=["exact", "codes"])
-def test_an_index_made_while_another_run_adds_features_has_each_once(n: int, tiny: main.Model, ask: Any) -> None:
+def test_an_open_engine_answers_rightly_whatever_other_runs_do(n: int, tiny: main.Model, ask: Any) -> None:
+    """Rows that its index lacks are compared one by one; rows that are gone name no file."""
     for seed in range(n):
         put(seed)
-    opened(tiny)
-    put(n)
-    mine, other = another(tiny), another(tiny)
-    with other.writing():
-        read_some(other, tiny, 1)
-        put(n + 1)
-        with ThreadPoolExecutor(1) as pool:
-            making = pool.submit(lambda: main.open_index(mine, CODED)[0].ntotal)  # it has to wait
-            time.sleep(0.3)
-            read_some(other, tiny, 1)
-            other.lock.release(force=True)
-            assert making.result(timeout=60) == n + 2
-    assert ask(opened(tiny)) == ranking(scores_of(10_000, list(range(n + 2)), tiny))
+    engine, there, seeds = opened(tiny), set(range(n)), itertools.count(500)
+    for act in ("add", "prune", "rebuild", "add"):
+        if act == "add":
+            for seed in itertools.islice(seeds, 2):
+                put(seed)
+                there.add(seed)
+        gone = min(there)
+        there.remove(gone)
+        Path(f"images/{gone}.bmp").unlink()
+        opened(tiny, prune=act == "prune", rebuild=act == "rebuild")
+        assert ask(engine) == ranking(scores_of(10_000, sorted(there), tiny))
 
 
-def test_features_that_another_run_is_moving_are_not_taken_for_damaged(
-    tiny: main.Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between the new file of a `--prune` and its commit."""
-    for seed in range(20):
-        put(seed)
-    engine, seen = opened(tiny), list[Any]()
-    Path("images/0.bmp").unlink()
-    whole_file = main.whole_file
-
-    @contextmanager
-    def watched(path: Path, *mark: str) -> Iterator[Any]:
-        with whole_file(path, *mark) as stream:
-            yield stream
-        if path.name == "features.bin":
-            with pytest.raises(sqlite3.DatabaseError, match="another run"):
-                list(engine.catalogue.vectors())
-            seen.append(path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(main, "whole_file", watched)
-        opened(tiny, prune=True)
-    assert seen and opened(tiny).summary.opened == 0
-
-
-def test_an_interrupted_rebuild_hides_nothing_from_a_search_without_an_update(tiny: main.Model, ask: Any) -> None:
-    for seed in range(100):
-        put(seed)
-    opened(tiny)
-    with another(tiny).writing():
-        read_some(catalogue := another(tiny), tiny, 90, again=True)
-    assert catalogue.get("rows") == 190
-    assert ask(opened(tiny, update=False)) == ranking(scores_of(10_000, list(range(100)), tiny))
-
-
-def test_rebuild_and_prune_go_together(tiny: main.Model, ask: Any) -> None:
+def test_rebuild_and_prune_go_together(tiny: main.Model) -> None:
     for seed in range(5):
         put(seed)
     opened(tiny)
@@ -749,44 +548,26 @@ def test_rebuild_and_prune_go_together(tiny: main.Model, ask: Any) -> None:
     assert opened(tiny, rebuild=True, prune=True).summary.forgotten == 1
 
 
-def test_a_prune_with_nothing_to_forget_disturbs_nobody(tiny: main.Model, ask: Any) -> None:
-    for seed in range(5):
-        put(seed)
-    engine = opened(tiny)
-    opened(tiny, prune=True)
-    assert len(ask(engine)) == 5
-
-
 def test_others_may_save_during_a_scan(tiny: main.Model) -> None:
     for seed in range(5):
         put(seed)
     opened(tiny)
-    scanning, saving = another(tiny), another(tiny)
+    scanning, saving = (main.Store(Path("index", tiny.identity), tiny.identity, DIM) for _ in range(2))
     saving.db.execute("PRAGMA busy_timeout = 100")
 
     def files() -> Iterator[main.File]:
         for file in main.find_images("images", print):
             yield file
-            with saving.writing():
+            with saving.locked():
                 saving.save([main.Picture(main.File(b"another", 1, 1))])
 
     assert scanning.scan(files(), everything=False) == 1  # it is not in the folder
 
 
-def test_what_another_run_adds_meanwhile_does_not_disturb_an_exact_search(tiny: main.Model, ask: Any) -> None:
-    for seed in range(80):
-        put(seed)
-    engine = opened(tiny, exact=True)
-    before = ask(engine)
-    put(80)
-    opened(tiny)
-    assert ask(engine) == before
-
-
 def test_without_an_update_an_index_of_nothing_is_one_line(tiny: main.Model) -> None:
-    catalogue = another(tiny)
-    catalogue.mend()
-    catalogue.close()
+    store = main.Store(Path("index", tiny.identity), tiny.identity, DIM)
+    store.repair()
+    store.close()
     with pytest.raises(main.DeepVisionError, match="no features yet: run without --no-update"):
         opened(tiny, update=False)
 
@@ -797,11 +578,8 @@ def test_an_export_of_damaged_features_is_one_line(
     monkeypatch.setattr(main, "CHECKED_BYTES", 0)
     collection(60)
     run("--model", "offline", "--index-only")
-    (features,) = Path("image_index").glob("*/features.bin")
-    with open(features, "r+b") as stream:
-        stream.seek(main.Catalogue.HEADER + 30)
-        stream.write(b"\xff\xff")
-    monkeypatch.setattr(main, "SAMPLE", 0)
+    with sqlite3.connect(next(Path("image_index").glob("*/index.sqlite"))) as db:
+        db.execute("UPDATE features SET checksum = checksum + 1 WHERE row = 7")
     outcome = run("--model", "offline", "--export", "out")
     assert outcome.status == 1 and "Traceback" not in outcome.stderr, outcome
-    assert outcome.stderr.splitlines()[-1].startswith("error: --export out: 1 features")
+    assert outcome.stderr.splitlines()[-1].startswith("error: --export out: 1 feature")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,15 @@ def torchrun() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
+def features_in(path: Path) -> int:
+    """How many features a database holds that another process is writing."""
+    try:
+        with closing(sqlite3.connect(path, timeout=60)) as db:
+            return db.execute("SELECT count(*) FROM features").fetchone()[0]
+    except sqlite3.OperationalError:  # it is being created
+        return 0
+
+
 def finish(process: subprocess.Popen[str]) -> Outcome:
     stdout, stderr = process.communicate(timeout=180)
     return Outcome(process.returncode, stdout, stderr)
@@ -86,15 +97,14 @@ def test_a_rank_that_is_killed_costs_only_what_it_had_not_saved(rank, collection
     (tmp_path / "slowly.py").write_text(SLOWLY.format(folder=str(MAIN.parent)))
     settings = ("--index-only", "--batch-size", 1, "--workers", 1, "--index-dir", "two")
     process = torchrun(*OFFLINE, *settings, script=tmp_path / "slowly.py")
-    while sum(path.stat().st_size > 40_000 for path in Path("two").glob("*/rank-1/features.bin")) == 0:
+    while not (sum(map(features_in, Path("two").glob("*/rank-1.sqlite"))) > 10):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     os.kill(int(Path(f"pid-{rank}").read_text()), signal.SIGKILL)
     stopped = finish(process)
     assert stopped.status != 0 and " found," not in stopped.stderr
 
-    size = main.Catalogue(tmp_path / "any", "any", main.load_model("offline").dim).record.itemsize
-    records = sum(path.stat().st_size // size for path in Path("two").glob("*/**/features.bin"))
+    records = sum(map(features_in, Path("two").glob("*/*.sqlite")))
     assert 10 < records < 400
     summary = run(*OFFLINE, "--index-only", "--index-dir", "two").stderr
     new = int(summary.partition("400 found, ")[2].partition(" new")[0])
@@ -108,7 +118,7 @@ def test_a_decoder_that_crashes_another_rank_costs_one_file(collection, torchrun
     if "LD_PRELOAD" not in zygote.environment:
         pytest.skip("needs a C compiler")
     root, work = collection(10), main.Work(rank=1, ranks=2)
-    name = next(f"{i}deadly.png" for i in range(99) if work.mine(main.File(b"%ddeadly.png" % i, 0, 0)))
+    name = next(f"{i}deadly.png" for i in range(99) if work.is_mine(main.File(b"%ddeadly.png" % i, 0, 0)))
     (root / name).write_bytes(b"\x89PNG\r\n\x1a\n deadly".ljust(99))
     monkeypatch.setenv("LD_PRELOAD", zygote.environment["LD_PRELOAD"])
     first, second = (finish(torchrun(*OFFLINE, "--index-only", "-v")) for _ in range(2))
