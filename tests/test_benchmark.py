@@ -9,6 +9,7 @@ from pathlib import Path
 
 import bench_million
 import numpy as np
+import pytest
 from benchmark import SECTIONS, Options, collection, drawn, process
 from conftest import draw
 from PIL import Image
@@ -37,6 +38,13 @@ def test_sections_print_a_table_and_keep_their_figures(tmp_path):
         )
         ratio = row["baseline"] and f"{row['value'] / row['baseline']:.2f} ×"
         assert f"| {ratio or ''} |" in line
+
+
+@pytest.mark.slow
+def test_start_up_and_the_offline_descriptor_are_measured():
+    outcome = benchmark("offline", "rerun", *TINY)
+    assert outcome.returncode == 0 and outcome.stdout.count("offline") >= 1, outcome.stderr
+    assert outcome.stdout.count("\n") >= 6
 
 
 def test_the_search_is_measured_in_all_its_steps(tmp_path, monkeypatch):
