@@ -532,46 +532,66 @@ FAINT = 100.0  # a part of a lesser norm is noise (a photograph's is 200 and mor
 OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # brightness, red-green, yellow-blue
 
 
-def windows(cells: int, n: int, start: int) -> torch.Tensor:
-    """Gaussian weights, (cells, n), that pixels start to start + n of the side have in each cell; 1 over all pixels."""
+@cache
+def windows(cells: int, n: int, start: int, device: torch.device) -> torch.Tensor:
+    """Gaussian weights, (cells, n), of the pixels start to start + n in each cell of a side; 1 over all pixels."""
     distance = (torch.arange(OFFLINE_SIDE) + 0.5) * cells / OFFLINE_SIDE - (torch.arange(cells)[:, None] + 0.5)
-    weights = torch.exp(-2 * distance**2)  # half a cell is sigma
-    return (weights / weights.sum(1, keepdim=True))[:, start : start + n]
+    weights = torch.exp(-2 * distance**2)  # sigma is half a cell
+    return (weights / weights.sum(1, keepdim=True))[:, start : start + n].to(device)
+
+
+@cache
+def directions(device: torch.device) -> torch.Tensor:
+    """Cosine and sine of each direction, (2, DIRECTIONS, 1, 1)."""
+    angle = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None, None]
+    return torch.stack([angle.cos(), angle.sin()]).to(device)
+
+
+@cache
+def fourier(device: torch.device) -> torch.Tensor:
+    """Real Fourier transform over the directions, (DIRECTIONS, 2 * len(ORDERS) - 1), each order weighted."""
+    phase = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None] * torch.arange(len(ORDERS))
+    even, odd = torch.tensor(ORDERS) * torch.stack([phase.cos(), phase.sin()])
+    return torch.cat([even[:, :1] / math.sqrt(2), even[:, 1:], odd[:, 1:]], 1).to(device)
+
+
+@cache
+def cosine_transform(cells: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The transform of a side, (cells, cells), and the weight of each pair of frequencies: 1 + their distance to 0."""
+    k = torch.arange(cells, dtype=torch.float32)
+    cosines = torch.cos(math.pi / cells * k[:, None] * (k + 0.5))
+    cosines[0] /= math.sqrt(2)
+    return cosines.to(device), (1 + torch.hypot(k[:, None], k)).to(device)
+
+
+@cache
+def opponent(device: torch.device) -> torch.Tensor:
+    return torch.tensor(OPPONENT, device=device)
 
 
 def pool(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """(..., n, n) to the mean in each cell, (..., cells, cells), over what is known of it."""
+    """(..., n, n) to the mean in each cell, (..., cells, cells), over the pixels that are known."""
     return rows @ planes @ columns.T / (rows.sum(1)[:, None] * columns.sum(1) + 1e-9)
 
 
-def rises(light: torch.Tensor) -> Iterator[torch.Tensor]:
-    """How steeply, (B, n, n), brightness (B, n, n) rises at each pixel in each of the directions."""
-    framed = torch.nn.functional.pad(light[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
-    dx, dy = framed[:, 1:-1, 2:] - framed[:, 1:-1, :-2], framed[:, 2:, 1:-1] - framed[:, :-2, 1:-1]
+def rises(light: torch.Tensor) -> torch.Tensor:
+    """How steeply brightness (B, 1, n, n) rises at each pixel in each direction, (B, DIRECTIONS, n, n)."""
+    framed = torch.nn.functional.pad(light, (1, 1, 1, 1), mode="replicate")
+    dx, dy = framed[..., 1:-1, 2:] - framed[..., 1:-1, :-2], framed[..., 2:, 1:-1] - framed[..., :-2, 1:-1]
     slope = torch.hypot(dx, dy) + 1e-3  # of 255: no division by 0 where it is flat
-    for k in range(DIRECTIONS):
-        angle = 2 * math.pi * k / DIRECTIONS
-        share = ((dx * math.cos(angle) + dy * math.sin(angle)) / slope).clamp_(min=0)
-        for _ in range(SHARPNESS):
-            share.square_()  # twice as fast as a power
-        yield share.mul_(slope)
+    cosine, sine = directions(light.device)
+    share = (dx / slope * cosine).addcmul_(dy / slope, sine).clamp_(min=0)
+    for _ in range(SHARPNESS):
+        share.square_()  # twice as fast as a power
+    return share.mul_(slope)
 
 
 def whiten(maps: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Maps (B, c, cells, cells) to (B, c, cells² - 1): without their mean, cosine transform, weight 1 + frequency."""
     known = rows.sum(1)[:, None] * columns.sum(1)
     maps = (maps - (maps * known).sum((2, 3), keepdim=True) / known.sum()) * known
-    k = torch.arange(len(known), dtype=torch.float32)
-    cosines = torch.cos(math.pi / len(k) * k[:, None] * (k + 0.5))
-    cosines[0] /= math.sqrt(2)
-    return (cosines @ maps @ cosines.T * (1 + torch.hypot(k[:, None], k))).flatten(2)[:, :, 1:]
-
-
-def fourier() -> torch.Tensor:
-    """Real Fourier transform over the directions, (DIRECTIONS, 2 * len(ORDERS) - 1), each order weighted."""
-    phase = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None] * torch.arange(len(ORDERS))
-    even, odd = torch.tensor(ORDERS) * torch.stack([phase.cos(), phase.sin()])
-    return torch.cat([even[:, :1] / math.sqrt(2), even[:, 1:], odd[:, 1:]], 1)
+    cosines, weight = cosine_transform(len(known), maps.device)
+    return (cosines @ maps @ cosines.T * weight).flatten(2)[:, :, 1:]
 
 
 def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
@@ -583,18 +603,19 @@ def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
 
     A smaller rectangle stands for the part at (top, left) of a picture whose rest is unknown.
     """
-    normalize, (height, width) = torch.nn.functional.normalize, pixels.shape[-2:]
-    with pixels.device:
-        planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT), pixels.float())
-        cells = EDGE_CELLS, COLOUR_CELLS
-        edge_grid, colour_grid = ((windows(c, height, top), windows(c, width, left)) for c in cells)
-        counts = torch.stack([pool(rise, *edge_grid) for rise in rises(planes[:, 0])], 1)
-        edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier()), *edge_grid)
-        colours = whiten(pool(planes, *colour_grid), *colour_grid)
-        mean = planes.mean((2, 3)) / 255  # nearly nothing, but all that a blank picture has
-        weighted = (1.0, edges), (BRIGHTNESS_WEIGHT, colours[:, :1]), (HUE_WEIGHT, colours[:, 1:])
-        parts = [weight * normalize(part.flatten(1), eps=FAINT) for weight, part in weighted]
-        return torch.cat([*parts, MEAN_WEIGHT * mean, torch.full_like(mean[:, :1], MEAN_WEIGHT)], 1)
+    normalize, (height, width), device = torch.nn.functional.normalize, pixels.shape[-2:], pixels.device
+    planes = torch.einsum("oc,bcyx->boyx", opponent(device), pixels.float())
+    edge_grid, colour_grid = (
+        (windows(cells, height, top, device), windows(cells, width, left, device))
+        for cells in (EDGE_CELLS, COLOUR_CELLS)
+    )
+    counts = pool(rises(planes[:, :1]), *edge_grid)
+    edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier(device)), *edge_grid)
+    colours = whiten(pool(planes, *colour_grid), *colour_grid)
+    mean = planes.mean((2, 3)) / 255  # nearly nothing, but all that a blank picture has
+    weighted = (1.0, edges), (BRIGHTNESS_WEIGHT, colours[:, :1]), (HUE_WEIGHT, colours[:, 1:])
+    parts = [weight * normalize(part.flatten(1), eps=FAINT) for weight, part in weighted]
+    return torch.cat([*parts, MEAN_WEIGHT * mean, torch.full_like(mean[:, :1], MEAN_WEIGHT)], 1)
 
 
 def offline_model(device: str) -> Model:
