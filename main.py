@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     import torch
     import torchvision
     import tqdm
-    from PIL import Image, ImageCms, ImageOps
+    from PIL import Image, ImageCms, ImageDraw, ImageOps
 
     fastapi: Any
     gradio: Any
@@ -94,7 +94,9 @@ else:
                 raise DeepVisionError(f"{error}: run `pip install -r requirements.txt`") from error
 
     faiss, np, torch, torchvision, tqdm = map(Lazy, ("faiss", "numpy", "torch", "torchvision", "tqdm"))
-    Image, ImageCms, ImageOps = map(Lazy, ("PIL.Image", "PIL.ImageCms", "PIL.ImageOps"))
+    Image, ImageCms, ImageDraw, ImageOps = (
+        Lazy(f"PIL.{name}") for name in ("Image", "ImageCms", "ImageDraw", "ImageOps")
+    )
     filelock = Lazy("filelock")  # torch requires it, so it is there
     gradio, fastapi, uvicorn = map(
         Lazy, ("gradio", "fastapi", "uvicorn")
@@ -1219,7 +1221,7 @@ RIVALS, NEAR = 4, 8.0  # best matches of a point that are looked at; pixels with
 TOLERANCE, DRIFT = 5.0, 0.04  # a point agrees within so many pixels, and so much of its distance from the match voting
 SCALES = (0.15, 6.0)  # of the query in the match; outside of it, everything falls on one spot
 CELL = 4.0  # pixels: points that are nearer to each other count as one
-AGREEING = 10  # points from which on a pair is looked at closely; unrelated pairs have 3
+AGREEING = 10  # points from which on a pair is looked at closely; unrelated pairs have 3, drawn ones up to 8
 GRID, GRID_CELL = 64, 8  # samples along each side of the match, and of a cell in which the two pictures are correlated
 TEXTURE = 4.0  # of 255, standard deviation of a cell that shows anything
 PROPOSALS = 5  # transforms that are fitted, of those that most matches agree on
@@ -2767,7 +2769,9 @@ ol{display:grid;gap:.9rem;grid-template-columns:repeat(auto-fill,minmax(min(10.5
 list-style:none;align-content:start}
 figure{margin:0;overflow:hidden;border-radius:.6rem;background:var(--card);height:100%}
 .asked figure{border:2px solid var(--link);height:auto}
-a{color:var(--link)}figure a{display:block;aspect-ratio:1;outline-offset:-3px}
+a{color:var(--link)}figure a{display:block;position:relative;aspect-ratio:1;outline-offset:-3px}
+figure svg{position:absolute;inset:0;width:100%;height:100%}
+polygon{fill:none;stroke:#19b35a;stroke-width:3;vector-effect:non-scaling-stroke}
 a:focus-visible,summary:focus-visible{outline:3px solid var(--link)}
 img,.none{display:flex;align-items:center;justify-content:center;width:100%;height:100%;object-fit:contain}
 .none{min-height:8rem;padding:1rem;color:var(--soft);text-align:center;overflow-wrap:anywhere}
@@ -2776,7 +2780,7 @@ figcaption b{font-variant-numeric:tabular-nums}small{display:block}
 .bar{display:block;height:.3rem;margin:.3rem 0;border-radius:1rem;background:var(--line)}
 .bar i{display:block;height:100%;border-radius:1rem;background:var(--link)}
 .tag{padding:0 .45em;border:1px solid;border-radius:1rem;color:var(--soft)}
-.identical,.copy,.keep{color:var(--good)}.similar{color:var(--fair)}.error{color:var(--fair)}
+.identical,.copy,.keep{color:var(--good)}.error{color:var(--fair)}
 @media(max-width:40rem){.found{grid-template-columns:1fr}.asked{max-width:15rem}}
 @media print{section{break-inside:avoid-page;content-visibility:visible}}
 """
@@ -2820,14 +2824,21 @@ def html_path(path: str) -> str:
     return html.escape(decode_path(path))
 
 
-def as_figure(path: str, picture: Picture, caption: str) -> str:
-    """A picture with what is to be said of it, and a link to its file."""
+def as_outline(corners: Sequence[tuple[float, float]], width: int, height: int) -> str:
+    """An outline over a picture of this size, as SVG."""
+    points = " ".join(f"{x:g},{y:g}" for x, y in corners)
+    return f'<svg viewBox="0 0 {width} {height}" aria-hidden="true"><polygon points="{points}"/></svg>'
+
+
+def as_figure(path: str, picture: Picture, caption: str, corners: Sequence[tuple[float, float]] = ()) -> str:
+    """A picture with what is to be said of it, a link to its file, and an outline with these corners."""
     name, size = html_path(path), ""
     inside = f'<span class="none">{html_path(picture.reason or "not there any more")}</span>'
     if picture.pixels:
         data, width, height = picture.pixels
         source = base64.b64encode(data).decode()
         inside = f'<img src="data:image/webp;base64,{source}" alt="{name}" loading="lazy" decoding="async">'
+        inside += as_outline(corners, width, height) if corners else ""
         size = f"{width:,} × {height:,} px, {picture.file.size / 1000:,.0f} KB"
     folder, file = os.path.split(path)
     return (
@@ -2838,7 +2849,8 @@ def as_figure(path: str, picture: Picture, caption: str) -> str:
 
 def as_caption(match: Match) -> str:
     tag = f' <span class="tag {match.label}">{match.label}</span>' if match.label else ""
-    view = f"<small>{html.escape(match.view)}</small>" if match.view else ""
+    remark = remark_on(match).removeprefix(match.label).removeprefix(", ")
+    view = f"<small>{html.escape(remark)}</small>" if remark else ""
     bar = f'<span class="bar"><i style="width:{max(0.0, match.score):.1%}"></i></span>'
     return f'<span class="of">{match.rank}</span> <b>{match.score:.3f}</b>{tag}{bar}{view}'
 
@@ -2850,8 +2862,12 @@ def as_section(found: Answer | Group, pictures: Iterator[Picture]) -> str:
     if found.error:
         return f'{heading}<p class="error">{html_path(found.error)}</p></section>'
     heading += f'<p class="of">{verdict(found)}</p>'
-    asked = as_figure(name, next(pictures), f'<span class="tag {tag}">{tag}</span> ')
-    items = "".join(f"<li>{as_figure(match.path, next(pictures), as_caption(match))}</li>" for match in matches)
+    regions = [match.region for match in matches]
+    outline = next((region.outline for region in regions if region), ())  # of the best copy
+    asked = as_figure(name, next(pictures), f'<span class="tag {tag}">{tag}</span> ', outline)
+    corners = [region.corners if region else () for region in regions]
+    figures = (as_figure(match.path, next(pictures), as_caption(match), it) for match, it in zip(matches, corners))
+    items = "".join(f"<li>{figure}</li>" for figure in figures)
     return f'{heading}<div class="found"><div class="asked">{asked}</div><ol role="list">{items}</ol></div></section>'
 
 
@@ -2937,6 +2953,16 @@ PASTE = """() => document.addEventListener("paste", event => {
 })"""
 
 
+def with_outline(thumbnail: tuple[bytes, int, int], corners: Sequence[tuple[float, float]]) -> Image.Image:
+    """The small picture, with an outline whose corners are given in pixels of the whole."""
+    data, width, _ = thumbnail
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    if corners:
+        scaled = [(x * picture.width / width, y * picture.width / width) for x, y in (*corners, corners[0])]
+        ImageDraw.Draw(picture).line(scaled, (25, 179, 90), 4)
+    return picture
+
+
 class Desk:
     """What the tabs of the UI share: the engine, and a lock, since its catalogue is for one thread at a time."""
 
@@ -2974,11 +3000,16 @@ class Desk:
         if answer.error:
             raise gradio.Error(f"{html_path(os.path.basename(path))}: {html_path(answer.error)}")
         paths, gone = [match.path for match in answer.matches], Image.new("L", (1, 1), 128)
+        regions = [match.region for match in answer.matches]
+        outlines = [
+            next((region.outline for region in regions if region), ()),
+            *(r.corners if r else () for r in regions),
+        ]
         asked, *pictures = (
-            Image.open(io.BytesIO(it.pixels[0])) if it.pixels else gone
-            for it in thumbnails([path, *paths], 2 * THUMBNAIL)
+            with_outline(it.pixels, corners) if it.pixels else gone
+            for it, corners in zip(thumbnails([path, *paths], 2 * THUMBNAIL), outlines)
         )
-        words = [" · ".join(filter(None, (f"{it.score:.3f}", it.label, it.view))) for it in answer.matches]
+        words = [" · ".join(filter(None, (f"{it.score:.3f}", remark_on(it)))) for it in answer.matches]
         captions = [f"{word} · {decode_path(os.path.basename(path))}" for word, path in zip(words, paths)]
         title = f"<h2>{len(paths)} like {html_path(os.path.basename(path))}</h2>Click one to search from it"
         found = gradio.Gallery(list(zip(pictures, captions)), selected_index=None)

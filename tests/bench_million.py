@@ -11,6 +11,7 @@ a NumPy scan of blobs from SQLite. The collection is of empty files, one a vecto
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -19,11 +20,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,6 @@ import main
 LATENT = 256  # directions in which the vectors vary, each less than the one before, as in pooled features
 CLUSTER = 50  # vectors around a centre
 BLOCK = 20_000
-TRAINED_ON = 160_000  # vectors for the alternatives: 4,096 lists want as many
 SCAN_QUERIES = 10  # for the peers that take seconds a query
 
 
@@ -84,21 +81,19 @@ def make_files(root: Path, n: int) -> None:
             os.close(os.open(folder / f"IMG_{i:08}_a_name_of_usual_length.jpg", os.O_CREAT))
 
 
-def fill(catalogue: main.Catalogue, root: Path, n: int, dim: int) -> None:
-    """The catalogue of these files, each with a vector."""
-    catalogue.mend()
-    catalogue.scan(main.find_images(root, print), everything=False)
-    files = catalogue.unread()
-    with catalogue.writing():
+def fill(store: main.Store, root: Path, n: int, dim: int) -> None:
+    """Store these files, each with a vector."""
+    store.repair()
+    store.scan(main.find_images(root, print), everything=False)
+    files = store.unread()
+    with store.locked():
         for block in made_up(n, dim, seed=1, of=n):
             pictures = (
                 main.Picture(file, os.urandom(main.DIGEST_BYTES), vector=vector)
                 for vector, file in zip(block.astype(np.float16), files)
             )
-            catalogue.save(list(pictures))
-        catalogue.settle()
-        catalogue.totals(store=True)
-        main.label_limits(catalogue, store=True)
+            store.save(list(pictures))
+        store.settle()
 
 
 def peak(reset: bool = False) -> float:
@@ -133,13 +128,13 @@ def drop_cached(folder: Path) -> None:
 
 
 def build(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
-    catalogue = main.Catalogue(cache / f"made-up-{dim}", f"made-up-{dim}", dim)
+    store = main.Store(cache / f"made-up-{dim}", f"made-up-{dim}", dim)
     base, start = peak(reset=True), time.perf_counter()
-    _, notes = main.open_index(catalogue)
+    index = main.open_index(store)
     return {
         "build s": time.perf_counter() - start,
         "build MB": peak() - base,
-        **{name: notes[name] for name in ("recall", "shortlist") if name in notes},
+        **({"recall": index.recall or 1.0, "shortlist": index.shortlist} if index.shortlist else {}),
     }
 
 
@@ -159,44 +154,22 @@ def first_answer(images: Path, cache: Path, dim: int, n: int, exact: bool = Fals
     return {"first s": spent, "first MB": memory, "again ms": 1e3 * statistics.median(times)}
 
 
-def at_a_terminal(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
-    """`python main.py query.png`, whole, but for the model: until the answer stands there, and until all is done."""
-    model, (terminal, its_end), printed = model_of(dim, n), os.openpty(), list[float]()
-    Image.new("L", (8, 8), 3).save(query := str(cache / "query.png"))
-    main.load_model = lambda *args: model
-
-    def watch() -> None:
-        seen = b""
-        with suppress(OSError):  # the other end was closed
-            while chunk := os.read(terminal, 4096):
-                seen += chunk
-                if not printed and b"\n  10  " in seen:
-                    printed.append(time.perf_counter())
-
-    (watcher := threading.Thread(target=watch)).start()
-    with open(its_end, "w") as stdout, redirect_stdout(stdout):
-        start = time.perf_counter()
-        status = main.main([query, "--images", str(images), "--index-dir", str(cache), "--no-report", "-q"])
-        done = time.perf_counter()
-    watcher.join()
-    assert status == 0
-    return {"first s": printed[0] - start, "all s": done - start}
-
-
 def batch(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     engine = main.initialize_reverse_image_search(images, cache, model=model_of(dim, n), work=main.Work(update=False))
     xq = queries_for(dim, n)
-    list(main.nearest(engine, xq[:16], main.TOP))
+
+    def found_by(engine: main.Engine, xq: np.ndarray) -> list[set[bytes]]:
+        lists = main.candidate_rows(engine, xq, [1] * len(xq), main.first_list(engine))
+        ranked = (main.ranked(engine, x[None], rows) for x, rows in zip(xq, lists))
+        return [{it.digest for it in itertools.islice(scored, main.TOP)} for scored in ranked]
+
+    found_by(engine, xq[: main.TOGETHER])
     start = time.perf_counter()
-    found = [
-        I
-        for i0 in range(0, len(xq), main.TOGETHER)
-        for _, I, _ in main.nearest(engine, xq[i0 : i0 + main.TOGETHER], main.TOP)
-    ]
+    blocks = (xq[i0 : i0 + main.TOGETHER] for i0 in range(0, len(xq), main.TOGETHER))
+    found = [digests for block in blocks for digests in found_by(engine, block)]
     spent = time.perf_counter() - start
-    true = main.candidates(replace(engine, exact=True), xq[:200], main.TOP + int(engine.dead.sum()), True)
-    true = [[row for row in rows if not engine.dead[row]][: main.TOP] for rows in true]
-    recall = np.mean([len(set(t) & set(f[: main.TOP])) / main.TOP for t, f in zip(true, found)])
+    true = found_by(replace(engine, exact=True), xq[:200])
+    recall = np.mean([len(t & f) / main.TOP for t, f in zip(true, found)])
     return {"batch ms": 1e3 * spent / len(xq), "recall": float(recall)}
 
 
@@ -243,47 +216,8 @@ def peer_sqlite(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]
     return {"first s": time.perf_counter() - start, "first MB": peak() - base}
 
 
-def alternative(images: Path, cache: Path, dim: int, n: int, factory: str, *settings: str) -> dict[str, float]:
-    """Another index in the place of the codes, and how many of the true ten are among those that it chooses."""
-    import faiss
-
-    catalogue = main.Catalogue(cache / f"made-up-{dim}", f"made-up-{dim}", dim)
-    rows, xq = catalogue.get("rows"), queries_for(dim, n)[:200]
-    chosen = np.sort(np.random.default_rng(0).permutation(rows)[:TRAINED_ON])
-    sample = np.concatenate([catalogue.records_of(part)["vector"] for part in np.array_split(chosen, 40)])
-    nearest, index = main.Nearest(xq, main.TOP), faiss.index_factory(dim, factory)
-    deque(nearest.among(catalogue.vectors()), 0)
-    start = time.perf_counter()
-    index.train(main.single(sample))
-    for block in catalogue.vectors():
-        index.add(main.single(block))
-    figures = {"build s": time.perf_counter() - start, "MB": len(faiss.serialize_index(index)) / 1e6}
-    for setting in settings or ("",):
-        faiss.ParameterSpace().set_index_parameters(index, setting)
-        start = time.perf_counter()
-        found = index.search(xq, main.SHORTLIST)[1]
-        figures[f"{setting} batch ms"] = 1e3 * (time.perf_counter() - start) / len(xq)
-        start = time.perf_counter()
-        for q in xq[:50]:
-            index.search(q[None], main.SHORTLIST)
-        figures[f"{setting} one ms"] = 1e3 * (time.perf_counter() - start) / 50
-        for count in (main.SHORTLIST, 100):
-            true = zip(nearest.heap.I, found[:, :count])
-            recall = np.mean([len(np.intersect1d(*pair)) / main.TOP for pair in true])
-            figures[f"{setting} recall of {count}"] = float(recall)
-    return figures
-
-
-ALTERNATIVES = (
-    ("PCAR256,PQ128x4fs",),  # ours
-    ("PCAR256,SQ8",),
-    ("PCAR256,IVF4096,SQ8", "nprobe=128", "nprobe=1024"),
-    ("PCAR256,IVF4096,PQ128x4fs", "nprobe=128", "nprobe=1024"),
-    ("PCAR256,HNSW32_SQ8", "efSearch=384", "efSearch=2048"),
-)
 STEPS: dict[str, Callable[..., dict[str, float]]] = {
-    step.__name__: step
-    for step in (build, first_answer, at_a_terminal, batch, add, rerun, alternative, peer_flat, peer_sqlite)
+    step.__name__: step for step in (build, first_answer, batch, add, rerun, peer_flat, peer_sqlite)
 }
 
 
@@ -295,32 +229,27 @@ def in_a_process(step: str, cold: bool, *args: Any) -> dict[str, float]:
     return json.loads(out.splitlines()[-1])
 
 
-def measure(
-    n: int, dim: int, folder: Path, peers: bool, alternatives: bool = False
-) -> Iterator[tuple[str, dict[str, float]]]:
+def measure(n: int, dim: int, folder: Path, peers: bool) -> Iterator[tuple[str, dict[str, float]]]:
     images, cache = folder / "images", folder / "cache"
-    catalogue = main.Catalogue(cache / f"made-up-{dim}", f"made-up-{dim}", dim)
+    store = main.Store(cache / f"made-up-{dim}", f"made-up-{dim}", dim)
     if not images.exists():
         make_files(images, n)
-        fill(catalogue, images, n, dim)
+        fill(store, images, n, dim)
     args = images, cache, dim, n
     yield "index made from stored features", in_a_process("build", True, *args)
     size = sum(path.stat().st_size for path in (cache / f"made-up-{dim}").iterdir())
     yield "disk", {"KB an image": size / n / 1e3}
     for kind in ("cold", "warm"):
         yield f"first answer, {kind}", in_a_process("first_answer", kind == "cold", *args)
-    yield "at a terminal, cold, and the folder then", in_a_process("at_a_terminal", True, *args)
     for kind in ("cold", "warm"):
         yield f"1,000 queries, {kind}", in_a_process("batch", kind == "cold", *args)
     yield "nothing changed", in_a_process("rerun", False, *args)
     yield "100 added, scan and all", in_a_process("add", False, *args)
-    for others in ALTERNATIVES if alternatives else ():
-        yield others[0], in_a_process("alternative", False, *args, *others)
     if peers:
         import faiss
 
         index = faiss.IndexFlatIP(dim)
-        for block in catalogue.vectors():
+        for _, block in store.blocks():
             index.add(block.astype(np.float32))
         faiss.write_index(index, str(cache / "peer.faiss"))
         del index
@@ -329,7 +258,7 @@ def measure(
         (cache / "peer.faiss").unlink()
         db = sqlite3.connect(cache / "peer.sqlite")
         db.execute("CREATE TABLE images (path TEXT, vector BLOB)")
-        for block in catalogue.vectors():
+        for _, block in store.blocks():
             db.executemany(
                 "INSERT INTO images VALUES ('image.jpg', ?)", [(v.tobytes(),) for v in block.astype(np.float32)]
             )
@@ -345,7 +274,6 @@ def run() -> None:
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--folder", type=Path, help="keep what is made here, and use it again")
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--alternatives", action="store_true", help="to the codes: 8 bits, IVF, HNSW")
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
@@ -355,7 +283,7 @@ def run() -> None:
         return
     folder = options.folder or Path(tempfile.mkdtemp())
     try:
-        for what, figures in measure(options.vectors, options.dim, folder, not options.no_peers, options.alternatives):
+        for what, figures in measure(options.vectors, options.dim, folder, not options.no_peers):
             print(f"{what:46}", *(f"{name} {value:.4g}  " for name, value in figures.items()), flush=True)
     finally:
         if not options.folder:
