@@ -60,7 +60,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache, cached_property, lru_cache, partial
@@ -82,7 +81,7 @@ if TYPE_CHECKING:
 else:
 
     class Lazy:
-        """A module imported when it is first used: torch takes seconds, `--help` and a usage error must not."""
+        """A module that is imported when it is first used: torch takes seconds, `--help` and usage errors must not."""
 
         def __init__(self, name: str) -> None:
             self._name = name
@@ -94,13 +93,9 @@ else:
                 raise DeepVisionError(f"{error}: run `pip install -r requirements.txt`") from error
 
     faiss, np, torch, torchvision, tqdm = map(Lazy, ("faiss", "numpy", "torch", "torchvision", "tqdm"))
-    Image, ImageCms, ImageDraw, ImageOps = (
-        Lazy(f"PIL.{name}") for name in ("Image", "ImageCms", "ImageDraw", "ImageOps")
-    )
-    filelock = Lazy("filelock")  # torch requires it, so it is there
-    gradio, fastapi, uvicorn = map(
-        Lazy, ("gradio", "fastapi", "uvicorn")
-    )  # after `find_gradio`; it requires the others
+    Image, ImageCms, ImageDraw = map(Lazy, ("PIL.Image", "PIL.ImageCms", "PIL.ImageDraw"))
+    ImageOps, filelock = map(Lazy, ("PIL.ImageOps", "filelock"))  # torch requires filelock
+    gradio, fastapi, uvicorn = map(Lazy, ("gradio", "fastapi", "uvicorn"))  # only after `find_gradio`
 
 # The defaults that an option changes
 IMAGES = "bulk_images"  # --images
@@ -152,10 +147,10 @@ class File(NamedTuple):
     size: int  # bytes
     mtime: int  # nanoseconds; -1: read the file again at the next update
 
-
-def as_found(path: bytes, info: os.stat_result) -> File:
-    """The file as the system describes it. SQLite holds times of 64 bits: one after the year 2262 wraps around."""
-    return File(path, info.st_size, info.st_mtime_ns % 2**63)
+    @staticmethod
+    def of(path: bytes, info: os.stat_result) -> File:
+        """The file as `os.stat` describes it. A time after the year 2262 does not fit SQLite's 64 bits: it wraps."""
+        return File(path, info.st_size, info.st_mtime_ns % 2**63)
 
 
 class Picture(NamedTuple):
@@ -226,6 +221,9 @@ class Model:
     batch: int = 32  # images at once
     resample: str = "bilinear"
     precision: str = "fp32"
+    in_threads: bool = (
+        False  # the threads that read also compute the features: small operations gain nothing from cores
+    )
 
 
 @dataclass(frozen=True)
@@ -258,8 +256,8 @@ class Summary:
     opened: int = 0  # files, in this run
     new: int = 0  # usable ones among them, new or changed
     recognised: int = 0  # of those, by content: moved, copied, or back again
-    reading: float = 0.0  # seconds that the model waited for pixels
-    computing: float = 0.0  # seconds in the model
+    reading: float = 0.0  # seconds that the model, or the run, waited for pictures
+    computing: float = 0.0  # seconds in the model; 0: the threads that read did its work
     recall: float | None = None  # share of the true nearest that the compact codes find; None: the search is exact
 
     def add(self, pictures: Sequence[Picture]) -> None:
@@ -270,15 +268,15 @@ class Summary:
 
     @property
     def balance(self) -> str:
-        """What the time went to: it tells whether more cores or a GPU would help."""
+        """What the time went to. It tells whether more cores or a GPU would help."""
         share = self.reading / (self.reading + self.computing or 1.0)
-        return f"{share:.0%} waiting for decoding, {1 - share:.0%} for the network"
+        return f"{share:.0%} waiting for decoding, {1 - share:.0%} for the network" if self.computing else ""
 
     def __str__(self) -> str:
         known = f" ({self.recognised:,} recognised by content)" if self.recognised else ""
         pruned = f", {self.forgotten:,} forgotten" if self.forgotten else ""
-        rate = self.opened / (self.reading + self.computing or 1.0)
-        spent = f"{rate:,.1f} images/s, {self.balance}" if self.opened else "no image was opened"
+        rate = f"{self.opened / (self.reading + self.computing or 1.0):,.1f} images/s"
+        spent = ", ".join(filter(None, (rate, self.balance))) if self.opened else "no image was opened"
         return (
             f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged, "
             f"{self.skipped:,} skipped, {self.gone:,} gone{pruned}; {spent}"
@@ -303,50 +301,40 @@ PREPROCESSING = 2  # version, part of a model's identity; raise it when the same
 PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
 NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS starts Ghostscript; Pillow cannot read the others
 
+OnError = Callable[[OSError], None]
 one_large_image = threading.Lock()
 
 
-def list_folder(folder: bytes, relative: bytes, onerror: Callable[[OSError], None]) -> Iterator[File]:
-    """The files and sub-folders in `folder`, with paths below `relative`. A sub-folder's path ends with a separator."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            name = entry.name
-            if name.startswith(b".") or name.lower() in PASSED_OVER:
-                continue
-            try:
-                info = entry.stat()
-            except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.ELOOP):  # a broken link, or a file that is gone by now
-                    onerror(error)
-                continue
-            if stat.S_ISDIR(info.st_mode):
-                name += os.fsencode(os.sep)
-            yield as_found(relative + name, info)
-
-
-def find_images(
-    folder: str | Path, onerror: Callable[[OSError], None], without: Sequence[str | Path] = ()
-) -> Iterator[File]:
+def find_images(folder: str | Path, onerror: OnError, without: Sequence[str | Path] = ()) -> Iterator[File]:
     """Every file below `folder` that may be an image, in the order of paths. The folders `without` are left out.
 
-    Links are followed, and each folder is listed once. `onerror` is called for a folder that cannot be listed.
+    Links are followed, and each folder is listed once. `onerror` is called for what cannot be listed.
     """
     root, separator = os.fsencode(folder), os.fsencode(os.sep)
     visited = {(info.st_dev, info.st_ino) for info in map(os.stat, without)}
-    waiting = [File(b"", 0, 0)]  # a stack: its last entry comes first in the order of paths
+    waiting = [File(separator, 0, 0)]  # a stack, its last entry first in order; a folder's path ends with a separator
     while waiting:
         file = waiting.pop()
-        if file.path and not file.path.endswith(separator):
+        if not file.path.endswith(separator):
             yield file
             continue
-        here, found = os.path.join(root, file.path.removesuffix(separator)), list[File]()
+        above, found = file.path.lstrip(separator), list[File]()
         try:
-            info = os.stat(here)
-            if (info.st_dev, info.st_ino) not in visited:
-                visited.add((info.st_dev, info.st_ino))
-                found += list_folder(here, file.path, onerror)
+            info = os.stat(here := os.path.join(root, above.removesuffix(separator)))
+            entries = () if (info.st_dev, info.st_ino) in visited else list(os.scandir(here))
         except OSError as error:
             onerror(error)
+            continue
+        visited.add((info.st_dev, info.st_ino))
+        for entry in entries:
+            if entry.name.startswith(b".") or entry.name.lower() in PASSED_OVER:
+                continue
+            try:
+                end = separator if stat.S_ISDIR((info := entry.stat()).st_mode) else b""
+                found.append(File.of(above + entry.name + end, info))
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ELOOP):  # a broken link, or a file that is gone by now
+                    onerror(error)
         waiting += sorted(found, reverse=True)
 
 
@@ -354,8 +342,7 @@ def find_images(
 def image_formats() -> tuple[list[str], set[str], str]:
     """The formats that can be decoded here, the suffixes of their file names, and the version of the decoders."""
     Image.init()
-    # Pillow refuses headers of more than twice this. The module itself is needed: setting it on `Image`, a Lazy, would
-    # not reach Pillow.
+    # Pillow refuses headers of more than twice this. Setting it on `Image`, a Lazy, would not reach Pillow's module.
     vars(sys.modules["PIL.Image"])["MAX_IMAGE_PIXELS"] = MAX_PIXELS
     version = Image.__version__
     with suppress(ImportError):
@@ -366,10 +353,14 @@ def image_formats() -> tuple[list[str], set[str], str]:
     return formats, {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
 
 
-class HeaderReader(io.BufferedReader):
-    """A file that can be read `reads_left` times."""
+class ImageFile(io.BufferedReader):
+    """A file, opened for reading. Before `reads_left` is lifted, it can be read only so many times."""
 
     reads_left: float = HEADER_READS
+
+    def __init__(self, path: bytes) -> None:
+        nonblocking = getattr(os, "O_NONBLOCK", 0)  # without it, opening a FIFO would wait for a writer forever
+        super().__init__(io.FileIO(path, opener=lambda path, flags: os.open(path, flags | nonblocking)))
 
     def read(self, size: int | None = -1) -> bytes:
         self.reads_left -= 1
@@ -404,14 +395,8 @@ def content_hash(stream: BinaryIO) -> bytes:
     return sha.digest()[:DIGEST_BYTES]
 
 
-def open_file(path: bytes) -> HeaderReader:
-    """The file, opened for reading. Without O_NONBLOCK, opening a FIFO would wait for a writer forever."""
-    nonblocking = getattr(os, "O_NONBLOCK", 0)
-    return HeaderReader(io.FileIO(path, opener=lambda path, flags: os.open(path, flags | nonblocking)))
-
-
 def read_picture(
-    file: File, root: bytes, transform: Callable[[Image.Image], Any], known: Callable[[bytes], bool]
+    file: File, root: bytes, transform: Callable[[Image.Image], Any], known: Callable[[bytes], bool] = lambda _: False
 ) -> Picture:
     """The file's hash, and as `pixels` what `transform` makes of its image; or the reason why it cannot be used.
 
@@ -419,9 +404,9 @@ def read_picture(
     """
     try:
         path = os.path.join(root, file.path)
-        with open_file(path) as stream:
+        with ImageFile(path) as stream:
             info = os.fstat(stream.fileno())
-            file = as_found(file.path, info)
+            file = File.of(file.path, info)
             if not stat.S_ISREG(info.st_mode):
                 return Picture(file, reason="not a regular file")
             if (image := open_image(stream, os.fsdecode(path))) is None:
@@ -429,7 +414,7 @@ def read_picture(
             stream.reads_left = math.inf
             digest = content_hash(stream)
             pixels = None if known(digest) else transform(image)
-            return Picture(file, digest, pixels, vanished=file != as_found(file.path, os.fstat(stream.fileno())))
+            return Picture(file, digest, pixels, vanished=file != File.of(file.path, os.fstat(stream.fileno())))
     except sqlite3.Error:
         raise  # from `known`: the database failed, not the file
     except Exception as error:  # decoders raise anything at all on a malformed file
@@ -453,10 +438,8 @@ def to_8_bits(image: Image.Image) -> Image.Image:
         values = np.asarray(image.crop(box), np.float32)
         return np.where(np.isfinite(values), values, 0)
 
-    if image.mode in ("I", "I;16"):
-        extremes: Any = image.getextrema()
-    else:  # Pillow's extremes of F may be NaN, and those of I;16B are missing
-        extremes = [float(extreme(values_in(box))) for box in bands(image) for extreme in (np.min, np.max)]
+    # Pillow's own extremes may be NaN for F, and are missing for I;16B.
+    extremes = [float(extreme(values_in(box))) for box in bands(image) for extreme in (np.min, np.max)]
     low, high = min(0.0, *extremes), max(extremes)
     scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)  # the usual values of white
     white = next((scale for scale in scales if high <= scale), high)
@@ -467,17 +450,6 @@ def to_8_bits(image: Image.Image) -> Image.Image:
         levels[values == image.info.get("transparency")] = 255
         grey.paste(Image.fromarray(levels), box)
     return grey
-
-
-def flatten(image: Image.Image) -> Image.Image:
-    """The image in 8-bit RGB, transparency over white."""
-    if image.mode == "LAB":
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def to_rgb(image: Image.Image, side: int) -> Image.Image:
@@ -497,7 +469,13 @@ def to_rgb(image: Image.Image, side: int) -> Image.Image:
             return image
         rgb = Image.new("RGB", image.size)
         for box in bands(image):
-            rgb.paste(flatten(image.crop(box)), box)
+            band = image.crop(box)
+            if band.mode == "LAB":
+                lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+                band = ImageCms.profileToProfile(band, lab, srgb, outputMode="RGB") or band
+            elif band.has_transparency_data:
+                band = Image.alpha_composite(Image.new("RGBA", band.size, "white"), band.convert("RGBA"))
+            rgb.paste(band.convert("RGB"), box)
         return rgb
 
 
@@ -566,11 +544,6 @@ def cosine_transform(cells: int, device: torch.device) -> tuple[torch.Tensor, to
     return cosines.to(device), (1 + torch.hypot(k[:, None], k)).to(device)
 
 
-@cache
-def opponent(device: torch.device) -> torch.Tensor:
-    return torch.tensor(OPPONENT, device=device)
-
-
 def pool(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """(..., n, n) to the mean in each cell, (..., cells, cells), over the pixels that are known."""
     return rows @ planes @ columns.T / (rows.sum(1)[:, None] * columns.sum(1) + 1e-9)
@@ -606,7 +579,7 @@ def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
     A smaller rectangle stands for the part at (top, left) of a picture whose rest is unknown.
     """
     normalize, (height, width), device = torch.nn.functional.normalize, pixels.shape[-2:], pixels.device
-    planes = torch.einsum("oc,bcyx->boyx", opponent(device), pixels.float())
+    planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT, device=device), pixels.float())
     edge_grid, colour_grid = (
         (windows(cells, height, top, device), windows(cells, width, left, device))
         for cells in (EDGE_CELLS, COLOUR_CELLS)
@@ -623,7 +596,8 @@ def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
 def offline_model(device: str) -> Model:
     """The built-in descriptor, a model like any other."""
     dim = (2 * len(ORDERS) - 1) * (EDGE_CELLS**2 - 1) + 3 * (COLOUR_CELLS**2 - 1) + 4
-    return Model(OFFLINE, f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", OFFLINE_SIDE, dim, device, describe)
+    identity, in_threads = f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", device == "cpu"
+    return Model(OFFLINE, identity, OFFLINE_SIDE, dim, device, describe, in_threads=in_threads)
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
@@ -639,27 +613,19 @@ CPU_BATCH_MOST = 32  # images at once on a CPU
 MIN_COSINE = 0.999  # of a fast network's features with those of the plain one in fp32; if less, the plain one stays
 AHEAD_BATCHES = 4  # batches that are decoded ahead of the model: enough to overlap, bounded in memory
 AHEAD_MOST = 1024  # files that are read ahead, at most
-RANDOM_FILLS = {"normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_uniform_"}
+
+# How a network wants its pixels: side, mean and standard deviation of each channel (white is 1), resampling
+Recipe = tuple[int, Sequence[float], Sequence[float], str]
 
 
-def without_random_weights(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """The network that `build` makes, its weights not set. Random numbers, 0.2 s for ResNet50, are not drawn."""
+def load_weights(network: torch.nn.Module, path: Path, *heads: str) -> None:
+    """Load a file's tensors into a network whose classifier, `heads`, was removed.
 
-    class SkipRandomFills(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if getattr(function, "__name__", "") in RANDOM_FILLS:
-                return args[0] if args else kwargs["tensor"]
-            return function(*args, **(kwargs or {}))
-
-    with SkipRandomFills():
-        return build()
-
-
-def read_weights(path: Path, heads: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The tensors in a file, by name: plain, wrapped as `state_dict`, or saved as `module.`. Those of the classifier,
-    `heads`, and of classifiers for training alone are left out. Raises DeepVisionError if the file holds anything else.
+    The tensors are plain, wrapped as `state_dict`, or saved as `module.` by several GPUs. Those of the classifier are
+    left out. Raises DeepVisionError if the file holds anything but tensors, or if a tensor is missing, left over or of
+    another shape: nothing is ever left untrained.
     """
-    unused = (*(f"{head}." for head in heads), "aux1.", "aux2.", "AuxLogits.")
+    unused = (*(f"{head}." for head in heads), "aux1.", "aux2.", "AuxLogits.")  # aux: classifiers for training alone
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
@@ -668,54 +634,26 @@ def read_weights(path: Path, heads: Sequence[str]) -> dict[str, torch.Tensor]:
             name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name)  # DenseNet's old names
             if not name.startswith(unused):
                 state[name] = value
-        return state
+        have = {key: tuple(value.shape) for key, value in state.items()}
     except Exception as error:  # a corrupt file raises anything at all
         advice = "expected are tensors as torch.save writes them; if it was downloaded, delete it and try again"
         reason = first_line(error).partition(". ")[0]  # torch goes on with advice to load the file unsafely
         raise DeepVisionError(f"{path} cannot be read as weights: {advice} ({reason})") from error
-
-
-def load_weights(network: torch.nn.Module, path: Path, *heads: str) -> None:
-    """Load the file's weights into a network without its classifier, `heads`.
-
-    Raises DeepVisionError if a tensor is missing, left over or of another shape: nothing is ever left untrained.
-    """
-    state = read_weights(path, heads)
+    want = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     try:
-        network.load_state_dict(state)
+        network.load_state_dict(state, assign=True)
     except (RuntimeError, ValueError) as error:
-        want, have = (
-            {key: tuple(getattr(value, "shape", ())) for key, value in d.items()} for d in (network.state_dict(), state)
-        )
         wrong = [key for key in {**want, **have} if want.get(key) != have.get(key)] or ["?"]
         first = f"{wrong[0]} should be {want.get(wrong[0], 'absent')} and is {have.get(wrong[0], 'missing')}"
         raise DeepVisionError(f"{path} does not fit the model: {len(wrong)} tensors differ; {first}") from error
+    network.float()
 
 
-def native_bf16() -> bool:
-    """Whether this processor multiplies bf16 itself. Emulated bf16 takes four times as long as fp32."""
-    return torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def calls(network: torch.fx.GraphModule, node: Any, layer: str, *functions: Any) -> bool:
+def is_call(network: torch.fx.GraphModule, node: Any, layer: str, *functions: Any) -> bool:
     """Whether this node of the network's graph calls a layer of the class `layer`, or one of the functions."""
     if getattr(node, "op", "") == "call_module":
         return type(network.get_submodule(node.target)).__name__ == layer
     return getattr(node, "target", None) in functions
-
-
-def fold_batch_norms(network: torch.fx.GraphModule) -> None:
-    """Let each convolution do the work of the batch norm after it."""
-    for norm in [node for node in network.graph.nodes if calls(network, node, "BatchNorm2d")]:
-        convolution = norm.args[0]
-        if calls(network, convolution, "Conv2d") and len(convolution.users) == 1:
-            layer: Any = network.get_submodule(convolution.target)
-            n: Any = network.get_submodule(norm.target)
-            layer.weight, layer.bias = torch.nn.utils.fuse_conv_bn_weights(
-                layer.weight, layer.bias, n.running_mean, n.running_var, n.eps, n.weight, n.bias
-            )
-            norm.replace_all_uses_with(convolution)
-            network.graph.erase_node(norm)
 
 
 def use_one_kernel(network: torch.fx.GraphModule, convolution: Any, last: Any, addends: Sequence[Any] = ()) -> None:
@@ -743,38 +681,19 @@ def use_one_kernel(network: torch.fx.GraphModule, convolution: Any, last: Any, a
 
 
 def fuse_convolutions(network: torch.fx.GraphModule) -> None:
-    """Compute each convolution, the sum after it and the ReLU after that by one kernel. It is what a compiler does, but
-    at once, and with the same bits for any number of images: torch.compile takes 17 s and gains another 5 %."""
+    """Compute each convolution, the sum after it and the ReLU after that by one kernel. A compiler does the same:
+    torch.compile takes 17 s and gains another 5 %. Here the bits are the same for any number of images."""
     graph, functional = network.graph, torch.nn.functional
-    for relu in [node for node in graph.nodes if calls(network, node, "ReLU", functional.relu, torch.relu)]:
+    for relu in [node for node in graph.nodes if is_call(network, node, "ReLU", functional.relu, torch.relu)]:
         convolution, addends = relu.args[0], list[Any]()
-        if calls(network, convolution, "", operator.add, operator.iadd, torch.add) and len(convolution.users) == 1:
-            *addends, convolution = sorted(convolution.args, key=lambda node: calls(network, node, "Conv2d"))
-        if calls(network, convolution, "Conv2d") and len(convolution.users) == 1:
+        if is_call(network, convolution, "", operator.add, operator.iadd, torch.add) and len(convolution.users) == 1:
+            *addends, convolution = sorted(convolution.args, key=lambda node: is_call(network, node, "Conv2d"))
+        if is_call(network, convolution, "Conv2d") and len(convolution.users) == 1:
             use_one_kernel(network, convolution, relu, addends)
     graph.eliminate_dead_code()
-    for convolution in [node for node in graph.nodes if calls(network, node, "Conv2d")]:
+    for convolution in [node for node in graph.nodes if is_call(network, node, "Conv2d")]:
         use_one_kernel(network, convolution, convolution)
-
-
-def fuse(traced: torch.fx.GraphModule, dtype: torch.dtype, device: str) -> torch.fx.GraphModule:
-    """A copy of the network in this precision, with several layers computed as one. May raise anything at all."""
-    network = deepcopy(traced)
-    fold_batch_norms(network)
-    network.to(dtype).to(memory_format=torch.channels_last)
-    if device == "cpu" and torch.backends.mkldnn.is_available():
-        fuse_convolutions(network)
     network.recompile()
-    return network
-
-
-class Recipe(NamedTuple):
-    """How a network wants its pixels."""
-
-    side: int
-    mean: Sequence[float]  # of each channel, white being 1
-    std: Sequence[float]
-    resample: str
 
 
 def forward(
@@ -786,8 +705,8 @@ def forward(
 
 
 def faster(plain: partial[torch.Tensor], sample: torch.Tensor) -> tuple[partial[torch.Tensor], int]:
-    """`plain`, a `forward` in fp32, with its network fused, in half precision if the device computes that itself; and
-    the dimension of the features. `plain` stays as it is if the features of the `sample` would change."""
+    """`plain`, a `forward` in fp32, with several layers computed as one, in half precision if the device computes that
+    itself; and the dimension of the features. `plain` comes back as it is if the features of `sample` would change."""
     device = sample.device.type
     try:
         traced = torch.fx.symbolic_trace(plain.keywords["network"])
@@ -795,10 +714,17 @@ def faster(plain: partial[torch.Tensor], sample: torch.Tensor) -> tuple[partial[
         expected = plain(sample, network=noting_shapes.propagate)  # the kernels depend on the shapes
     except Exception:  # a network that looks at its pixels cannot be traced, and raises anything at all
         return plain, plain(sample).shape[1]
-    half = torch.bfloat16 if device == "cpu" else torch.float16
-    for dtype in (half, torch.float32) if device != "cpu" or native_bf16() else (torch.float32,):
+    fold_batch_norms = importlib.import_module("torch.fx.experimental.optimization").fuse
+    dtypes = [torch.float16, torch.float32]
+    if device == "cpu":  # emulated bf16 takes four times as long as fp32
+        native = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        dtypes = [torch.bfloat16, torch.float32] if native else [torch.float32]
+    for dtype in dtypes:
         with suppress(Exception):  # fusing raises anything at all
-            fast = partial(plain, network=fuse(traced, dtype, device), dtype=dtype)
+            network = fold_batch_norms(traced, no_trace=True).to(dtype).to(memory_format=torch.channels_last)
+            if device == "cpu" and torch.backends.mkldnn.is_available():
+                fuse_convolutions(network)
+            fast = partial(plain, network=network, dtype=dtype)
             if torch.cosine_similarity(fast(sample), expected).min() >= MIN_COSINE:
                 return fast, expected.shape[1]
     return plain, expected.shape[1]
@@ -836,7 +762,7 @@ def timm_model(name: str, weights: str | Path | None, device: str) -> Model:
         heads = network.pretrained_cfg["classifier"]
         load_weights(network, Path(weights), *([heads] if isinstance(heads, str) else heads))
     config = timm.data.resolve_model_data_config(network)
-    recipe = Recipe(config["input_size"][1], config["mean"], config["std"], config["interpolation"])
+    recipe = config["input_size"][1], config["mean"], config["std"], config["interpolation"]
     return assemble_model(name, network, recipe, device)
 
 
@@ -878,35 +804,35 @@ def torchvision_model(name: str, weights: str | Path | None, device: str) -> Mod
         options = {"transform_input": True, "init_weights": False, "aux_logits": False}
     elif name.startswith("vit_"):
         options = {"image_size": entry.meta["min_size"][0]}
-    network = without_random_weights(lambda: models.get_model(name, weights=None, **options))
+    try:
+        with torch.device("meta"):  # drawing weights at random would take 0.2 s for ResNet50
+            network = models.get_model(name, weights=None, **options)
+    except NotImplementedError:  # RegNet computes its widths with tensors
+        network = models.get_model(name, weights=None, **options)
     layers = (torch.nn.Linear, torch.nn.Conv2d)
     *_, head = (name for name, layer in network.named_modules() if isinstance(layer, layers))  # gives the classes
     network.set_submodule(head, torch.nn.Identity())
     load_weights(network, path, head)
     preset = entry.transforms()
-    recipe = Recipe(preset.crop_size[0], preset.mean, preset.std, preset.interpolation.value)
+    recipe = preset.crop_size[0], preset.mean, preset.std, preset.interpolation.value
     return assemble_model(name, network, recipe, device)
-
-
-def gpu_trouble() -> str:
-    """Why CUDA cannot be used; empty if it can. It is tried: only use shows a driver that does not fit torch."""
-    try:
-        torch.ones(1, device="cuda").sum().item()
-        return ""
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        return first_line(error).partition(". ")[0]
 
 
 def choose_device(device: str) -> str:
     """cpu, cuda or mps; for `auto` the GPU if there is one. Raises DeepVisionError for a device that is not there."""
-    reason = "" if device in ("cpu", "mps") else gpu_trouble()
+    reason = ""
+    if device in ("auto", "cuda"):
+        try:  # only use shows a driver that does not fit torch
+            torch.ones(1, device="cuda").sum().item()
+        except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+            reason = first_line(error).partition(". ")[0]
     there = {"cuda": not reason, "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         device = next(kind for kind in there if there[kind])
         if device == "cpu" and (shutil.which("nvidia-smi") or os.path.exists("/dev/nvidia0")):
             log.warning("there is a GPU, but torch %s cannot use it: %s", torch.__version__, reason)
-    elif not there.get(device):
-        why = f": {reason}" if device == "cuda" else ""
+    elif not there[device]:
+        why = f": {reason}" if reason else ""
         raise DeepVisionError(f"--device {device}: torch {torch.__version__} finds none on this machine{why}")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
@@ -1015,74 +941,33 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
     return launch(images, model, model.batch)[0].cpu().numpy()
 
 
-def described(
-    pictures: Iterator[Picture], size: int, computing: deque[float], summary: Summary
-) -> Iterator[list[Picture]]:
-    """Pictures whose features the reading threads compute, `size` at a time. `summary` takes the time.
+def with_features(pictures: Iterator[Picture], model: Model, size: int, summary: Summary) -> Iterator[list[Picture]]:
+    """The pictures with their features, `size` at a time and in order. `summary` takes the time.
 
-    The threads append to `computing` the seconds that each picture's features took, divided by the number of threads.
-    """
-    start = time.perf_counter()
-    while batch := list(itertools.islice(pictures, size)):
-        spent = time.perf_counter() - start
-        share = min(spent, sum(computing.popleft() for _ in range(len(computing))))
-        summary.computing += share
-        summary.reading += spent - share
-        yield batch
-        start = time.perf_counter()
-
-
-def computed(pictures: Iterator[Picture], model: Model, size: int, summary: Summary) -> Iterator[list[Picture]]:
-    """Pictures with the features that the model computes, `size` at a time. `summary` takes the time.
-
-    A GPU has its next batch before the features of the last one are asked for.
+    A GPU has its next batch before the features of the last one are asked for. The features of a model `in_threads`
+    are there already, as `pixels`.
     """
     under_way: deque[tuple[list[Picture], torch.Tensor]] = deque()
     start = time.perf_counter()
     while (batch := list(itertools.islice(pictures, size))) or under_way:
         summary.reading += (middle := time.perf_counter()) - start
         if batch:
-            pixels, features = [picture.pixels for picture in batch if picture.pixels is not None], torch.empty(0)
-            if pixels:
-                features, fits = launch(torch.stack(pixels), model, size)
+            pixels = [picture.pixels for picture in batch if picture.pixels is not None]
+            found = torch.stack(pixels) if pixels else torch.empty(0)
+            if pixels and not model.in_threads:
+                found, fits = launch(found, model, size)
                 size = min(size, fits)
-            under_way.append((batch, features))
+            under_way.append((batch, found))
         done: list[Picture] = []
         if not batch or len(under_way) > (model.device != "cpu"):
-            done, features = under_way.popleft()
-            vectors = iter(features.cpu().numpy().astype(np.float16))
+            done, found = under_way.popleft()
+            vectors = iter(found.cpu().numpy().astype(np.float16))
             done = [p if p.pixels is None else p._replace(pixels=None, vector=next(vectors)) for p in done]
-        summary.computing += (spent := time.perf_counter() - middle)
+        spent = time.perf_counter() - middle
+        summary.computing += 0.0 if model.in_threads else spent
         size = max(1, size // 2) if spent > SAVE_SECONDS else size  # features under way are not saved yet
         yield done
         start = time.perf_counter()
-
-
-def with_features(
-    files: Iterable[File], root: str | Path, model: Model, work: Work, known: Callable[[bytes], bool], summary: Summary
-) -> Iterator[list[Picture]]:
-    """Files read, with their features, a batch at a time and in order. `summary` takes the time.
-
-    The offline descriptor is computed by the threads that read, unless on a GPU.
-    """
-    size, workers = work.batch_size or model.batch, work.workers or usable_cores()
-    transform = get_transform(model.side, model.resample)
-    read = partial(read_picture, root=os.fsencode(root), transform=transform, known=known)
-
-    def read_and_describe(file: File) -> Picture:
-        if (picture := read(file)).pixels is None:
-            return picture
-        start = time.perf_counter()
-        vector = extract_features_batch(picture.pixels[None], model)[0].astype(np.float16)
-        computing.append((time.perf_counter() - start) / workers)
-        return picture._replace(pixels=None, vector=vector)
-
-    in_threads, computing = model.network is describe and model.device == "cpu", deque[float]()
-    ahead = min(AHEAD_BATCHES * size + workers, AHEAD_MOST)
-    pictures = read_ahead(read_and_describe if in_threads else read, files, workers, ahead)
-    if in_threads:
-        return described(pictures, size, computing, summary)
-    return computed(pictures, model, size, summary)
 
 
 # ---- Query views -----------------------------------------------------------------------------------------------------
@@ -1505,10 +1390,28 @@ GONE = """files AS old WHERE NOT there AND digest IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM files WHERE digest = old.digest AND there)"""  # a renamed file is not gone
 ORPHANED = """files WHERE digest IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM features WHERE features.digest = files.digest)"""
-# What a scan found: files to read (`there` is NULL), files that are gone (0), files that are back unchanged (1).
-CHANGES = """DROP TABLE IF EXISTS temp.changes;
-    CREATE TEMP TABLE changes (path BLOB, size INTEGER, mtime INTEGER, there INTEGER)"""
+FOUND = """DROP TABLE IF EXISTS temp.changes; DROP TABLE IF EXISTS temp.found;
+    CREATE TEMP TABLE found (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER) WITHOUT ROWID"""
+# How what a scan found differs from what is stored: files to read (`there` is NULL), gone (0), and back unchanged (1).
+CHANGES = """CREATE TEMP TABLE changes AS SELECT path, size, mtime, back AS there FROM (
+        SELECT path, found.size, found.mtime, files.there AS known,
+            CASE WHEN files.size = found.size AND files.mtime = found.mtime
+                AND NOT :everything AND NOT (:retry AND files.digest IS NULL) THEN 1 END AS back
+        FROM found LEFT JOIN files USING (path)) WHERE back IS NULL OR NOT known
+    UNION ALL SELECT path, size, mtime, 0 FROM files
+    WHERE files.there AND NOT EXISTS (SELECT 1 FROM found WHERE found.path = files.path)"""
 UNREAD = "changes WHERE there IS NULL"
+
+
+@contextmanager
+def damage_noticed() -> Iterator[None]:
+    """Turn what SQLite says of a damaged database into a DamageError. No room, or no right, is no damage."""
+    try:
+        yield
+    except sqlite3.OperationalError:
+        raise
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter quotes a damaged schema
+        raise DamageError(first_line(error)) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -1538,8 +1441,7 @@ def whole_file(path: Path, mark: object = "") -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-# UnicodeDecodeError comes from a message that quotes a damaged schema.
-DATABASE_DAMAGE = (DamageError, sqlite3.DatabaseError, UnicodeDecodeError)
+Blocks = Iterator[tuple["np.ndarray", "np.ndarray"]]  # rows, int64 (n,), and features (n, dim)
 
 
 class Store:
@@ -1566,7 +1468,7 @@ class Store:
         connect = partial(sqlite3.connect, self.path, timeout=WAIT_SECONDS, check_same_thread=False)
         self.db, self.lookup = connect(), connect()
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
-        with suppress(*DATABASE_DAMAGE):  # `check` says what is wrong
+        with suppress(DamageError), damage_noticed():  # `check` says what is wrong
             self.db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
 
     def close(self) -> None:
@@ -1595,10 +1497,10 @@ class Store:
         """The first value that the query gives, or None."""
         return (self.db.execute(query, arguments).fetchone() or [None])[0]
 
-    def get(self, key: str) -> Any:
+    def note(self, key: str) -> Any:
         return self.value("SELECT value FROM meta WHERE key = ?", key)
 
-    def put(self, key: str, value: Any) -> None:
+    def put_note(self, key: str, value: Any) -> None:
         with self.db:
             self.db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
@@ -1618,54 +1520,44 @@ class Store:
         """CRC-32 of model identity, digest and vector."""
         return zlib.crc32(vector, zlib.crc32(digest, self.salt))
 
-    def holds(self, row: tuple[Any, ...]) -> bool:
+    def holds(self, row: Sequence[Any]) -> bool:
         """Whether (row, digest, vector, checksum), as it was read, is what was written."""
         _, digest, vector, checksum = row
         is_whole = isinstance(digest, bytes) and isinstance(vector, bytes) and len(vector) == 2 * self.dim
         return is_whole and self.checksum(digest, vector) == checksum
 
-    def discard(self, rows: Sequence[int]) -> None:
-        """Delete damaged rows. The next update reads their files again."""
-        one = [(row,) for row in rows]
-        with self.db:
-            which = "digest = (SELECT digest FROM features WHERE row = ?)"
-            self.db.executemany(f"UPDATE files SET mtime = -1 WHERE {which}", one)
-            self.db.executemany("DELETE FROM features WHERE row = ?", one)
-        damaged = counted(len(rows), "feature is", "features are")
-        log.warning("%s: %s damaged, to be extracted again", self.path, damaged)
+    def features(self, condition: str, *arguments: Any) -> tuple[np.ndarray, list[bytes], np.ndarray]:
+        """Rows, int64 (n,), content hashes, and features, fp16 (n, dim), for which the SQL condition holds, by row.
 
-    def checked(self, found: Sequence[tuple[Any, ...]]) -> tuple[np.ndarray, list[bytes], np.ndarray]:
-        """Rows, int64 (n,), their digests, and features, fp16 (n, dim), of rows that were read from the database.
-
-        Raises DamageError if one of them is not what was written.
+        Raises DamageError if one of them is not what was written. It is deleted then: the next update reads its files.
         """
-        if broken := [row[0] for row in found if not self.holds(row)]:
-            self.discard(broken)
-            raise DamageError(f"{counted(len(broken), 'feature')} did not match the checksum")
+        query = f"SELECT row, digest, vector, checksum FROM features WHERE {condition}"
+        found = self.db.execute(query, arguments).fetchall()
+        if broken := [(row[0],) for row in found if not self.holds(row)]:
+            with self.db:
+                which = "digest = (SELECT digest FROM features WHERE row = ?)"
+                self.db.executemany(f"UPDATE files SET mtime = -1 WHERE {which}", broken)
+                self.db.executemany("DELETE FROM features WHERE row = ?", broken)
+            damaged = counted(len(broken), "feature is", "features are")
+            log.warning("%s: %s damaged, to be extracted again", self.path, damaged)
+            raise DamageError(f"{damaged} damaged")
         vectors = np.frombuffer(bytearray().join(row[2] for row in found), np.float16).reshape(-1, self.dim)
         return np.array([row[0] for row in found], np.int64), [row[1] for row in found], vectors
 
-    def raw_blocks(self, first: int, last: int) -> Iterator[list[tuple[Any, ...]]]:
-        """All (row, digest, vector, checksum) with first ≤ row ≤ last. No cursor stays open between blocks."""
-        query = "SELECT row, digest, vector, checksum FROM features WHERE row BETWEEN ? AND ? ORDER BY row LIMIT ?"
-        while found := self.db.execute(query, (first, last, BLOCK)).fetchall():
-            yield found
-            first = found[-1][0] + 1
-
-    def blocks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Rows, int64 (n,), and features, fp16 (n, dim), with first ≤ row ≤ last, in blocks.
-
-        Raises DamageError if one of them is not what was written.
-        """
-        for found in self.raw_blocks(first, self.last_row() if last is None else last):
-            rows, _, vectors = self.checked(found)
-            yield rows, vectors
-
     def features_of(self, rows: Iterable[int]) -> tuple[np.ndarray, list[bytes], np.ndarray]:
-        """Rows, digests and features, as `checked` gives them, of those of `rows` that are still there."""
-        among = "SELECT value FROM json_each(?)"
-        query = f"SELECT row, digest, vector, checksum FROM features WHERE row IN ({among}) ORDER BY row"
-        return self.checked(self.db.execute(query, (json.dumps(sorted(map(int, rows))),)).fetchall())
+        """Those of `rows` that are still there, as `features` gives them."""
+        among = json.dumps(sorted(map(int, rows)))
+        return self.features("row IN (SELECT value FROM json_each(?)) ORDER BY row", among)
+
+    def blocks(self, first: int = 0, last: int | None = None) -> Blocks:
+        """Rows, int64 (n,), and features, fp16 (n, dim), with first ≤ row ≤ last, in blocks. Raises DamageError."""
+        last = self.last_row() if last is None else last
+        while first <= last:  # no cursor stays open between blocks
+            rows, _, vectors = self.features("row BETWEEN ? AND ? ORDER BY row LIMIT ?", first, last, BLOCK)
+            if not len(rows):
+                return
+            yield rows, vectors
+            first = int(rows[-1]) + 1
 
     def is_known(self, digest: bytes, after: int = 0) -> bool:
         """Whether a row above `after` holds features of this content. The threads that read files ask it."""
@@ -1688,46 +1580,19 @@ class Store:
             vanished = [(picture.file.path,) for picture in pictures if picture.vanished]
             self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", vanished)
 
-    def take_in(self, share: Path, replace: bool) -> None:
-        """Add the files and features of a rank's database."""
-        verb = "REPLACE" if replace else "IGNORE"
+    def take_in(self, share: Path) -> None:
+        """Add the files and features of a rank's database. They take the place of stored ones."""
         self.db.execute("ATTACH ? AS share", (os.fsencode(share),))
         try:
             with self.db:
                 columns = "digest, vector, checksum"
                 new = f"SELECT {columns} FROM share.features ORDER BY row"
-                self.db.execute(f"INSERT OR {verb} INTO main.features ({columns}) {new}")
+                self.db.execute(f"INSERT OR REPLACE INTO main.features ({columns}) {new}")
                 self.db.execute("INSERT OR REPLACE INTO main.files SELECT * FROM share.files")
         finally:
             self.db.execute("DETACH share")
 
     # Files
-
-    def known_files(self) -> Iterator[tuple[Any, ...]]:
-        """(path, size, mtime, there, is unusable) by path. No lock is held in between, so that other runs can save."""
-        query = "SELECT path, size, mtime, there, digest IS NULL FROM files WHERE path > ? ORDER BY path LIMIT ?"
-        block = [(b"",)]
-        while block := self.db.execute(query, (block[-1][0], BLOCK)).fetchall():
-            yield from block
-
-    def differences(self, files: Iterable[File], retry: bool, everything: bool) -> Iterator[tuple[Any, ...]]:
-        """The rows of `changes`: how a scan, `files` by path, differs from what is stored."""
-        stored, end = self.known_files(), (b"", 0, 0, 0, 0)
-        known = next(stored, end)
-        for file in files:
-            while known is not end and known[0] < file.path:
-                if known[3]:
-                    yield *known[:3], 0
-                known = next(stored, end)
-            if known[:3] != file or everything or (retry and known[4]):
-                yield *file, None
-            elif not known[3]:
-                yield *file, 1
-            if known[0] == file.path:
-                known = next(stored, end)
-        for left in itertools.chain([known], stored):
-            if left[3]:
-                yield *left[:3], 0
 
     def scan(self, files: Iterable[File], everything: bool) -> int:
         """Compare `files`, in the order of their paths, with what is stored; how many differ.
@@ -1738,16 +1603,16 @@ class Store:
         if self.is_small() and self.any(ORPHANED):  # their digest is damaged
             with self.db:
                 self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
-        retry = self.get("decoders") not in (None, image_formats()[2])  # None: no update has come to its end yet
-        found = self.differences(files, retry, everything)
-        self.db.executescript(CHANGES)
+        retry = self.note("decoders") not in (None, image_formats()[2])  # None: no update has come to its end yet
+        self.db.executescript(FOUND)
         with self.db:
-            while block := list(itertools.islice(found, BLOCK)):
-                self.db.executemany("INSERT INTO temp.changes VALUES (?, ?, ?, ?)", block)
+            self.db.executemany("INSERT INTO found VALUES (?, ?, ?)", files)
+            self.db.execute(CHANGES, {"everything": everything, "retry": retry})
+            self.db.execute("DROP TABLE found")
         return self.count("changes")
 
-    def unread(self) -> Iterator[File]:
-        return map(File._make, self.db.execute(f"SELECT path, size, mtime FROM {UNREAD}").fetchall())
+    def unread(self) -> list[File]:
+        return [File(*found) for found in self.db.execute(f"SELECT path, size, mtime FROM {UNREAD}")]
 
     def settle(self) -> bool:
         """Mark files as gone or back, as the scan found them. Returns False, and changes nothing, if no usable image
@@ -1779,18 +1644,12 @@ class Store:
         """The path of each skipped file, with its reason."""
         return self.db.execute(f"SELECT path, reason FROM {SKIPPED} ORDER BY path LIMIT ?", (limit,)).fetchall()
 
-    def paths_of(self, rows: np.ndarray) -> list[tuple[int, bytes]]:
-        """The place in `rows`, which are in order, and the path, of each file with these features."""
-        place = {row: i for i, row in enumerate(rows.tolist())}
-        query = f"SELECT row, path FROM features JOIN {USABLE.replace('WHERE', 'USING (digest) WHERE')}"
-        found = self.db.execute(f"{query} AND row BETWEEN ? AND ? ORDER BY row, path", (int(rows[0]), int(rows[-1])))
-        return [(place[row], path) for row, path in found if row in place]
-
     # Damage
 
     def is_small(self) -> bool:
         return self.path.stat().st_size <= CHECKED_BYTES
 
+    @damage_noticed()
     def check(self, whole: bool) -> None:
         """Raise DamageError if this is not a sound database of this format. Damaged rows alone are discarded.
 
@@ -1802,70 +1661,68 @@ class Store:
                 f"{self.folder} was written by a newer DeepVision (format {version}, this one knows {FORMAT}): update "
                 "DeepVision, or choose another --index-dir"
             )
-        schema = self.db.execute(
-            "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%' ORDER BY rowid"
-        ).fetchall()
-        if version < FORMAT or [sql for (sql,) in schema] != SCHEMA:
+        tables = "sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%' ORDER BY rowid"
+        schema = [sql for (sql,) in self.db.execute(f"SELECT sql FROM {tables}").fetchall()]
+        if version < FORMAT or schema != SCHEMA:
             raise DamageError("it is not a database of this format")
-        if self.get("identity") != self.identity:
+        if self.note("identity") != self.identity:
             raise DamageError("it belongs to another model")
         if whole and self.is_small():
             if (verdict := self.value("PRAGMA integrity_check(1)")) != "ok":  # quick_check does not compare indexes
                 raise DamageError(str(verdict).splitlines()[0])
-            blocks = self.raw_blocks(0, self.last_row())
-            if broken := [row[0] for block in blocks for row in block if not self.holds(row)]:
-                self.discard(broken)
-
-    def readable(self, columns: str, table: str, key: str) -> Iterator[tuple[Any, ...]]:
-        """The rows of a damaged table that can be read: from its beginning and from its end, each up to the damage."""
-        for order in ("ASC", "DESC"):
-            try:
-                yield from self.db.execute(f"SELECT {columns} FROM {table} ORDER BY {key} {order}")
-                return
-            except sqlite3.OperationalError as error:
-                if "no such" not in str(error):
-                    raise  # no room, no right: the database itself may be sound
-            except DATABASE_DAMAGE:
-                pass
-
-    def create(self) -> None:
-        self.db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
-        self.db.executescript(f"BEGIN; {';'.join(SCHEMA)}; PRAGMA user_version = {FORMAT}; COMMIT")
-        self.put("identity", self.identity)
+            is_checked = False
+            while not is_checked:
+                with suppress(DamageError):  # the damaged features of one block, which are deleted now
+                    deque(self.blocks(), 0)
+                    is_checked = True
 
     def salvage(self) -> None:
-        """Copy what holds of a damaged database into a new one, which takes its place. Call it with the lock held."""
-        part, old = self.path.with_name(f"{self.path.name}.part"), self.path.with_name(f"{self.path.name}-journal")
-        part.unlink(missing_ok=True)
-        part.with_name(f"{part.name}-journal").unlink(missing_ok=True)
+        """Put what holds of a damaged database into a new one, which takes its place. Call it with the lock held."""
+
+        def readable(columns: str, table: str, key: str) -> Iterator[tuple[Any, ...]]:
+            for order in ("ASC", "DESC"):  # from its beginning and from its end, each up to the damage
+                try:
+                    with damage_noticed():
+                        yield from self.db.execute(f"SELECT {columns} FROM {table} ORDER BY {key} {order}")
+                    return
+                except (DamageError, sqlite3.OperationalError) as error:
+                    if isinstance(error, sqlite3.OperationalError) and "no such" not in str(error):
+                        raise
+
+        part = self.path.with_name(f"{self.path.name}.part")
+        for left in (part, part.with_name(f"{part.name}-journal")):
+            left.unlink(missing_ok=True)
         new = Store(self.folder, self.identity, self.dim, part.name)
-        new.create()
+        new.db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+        new.db.executescript(f"BEGIN; {';'.join(SCHEMA)}; PRAGMA user_version = {FORMAT}; COMMIT")
+        new.put_note("identity", self.identity)
         with new.db:
-            rows = (row for row in self.readable("row, digest, vector, checksum", "features", "row") if self.holds(row))
+            rows = (row for row in readable("row, digest, vector, checksum", "features", "row") if self.holds(row))
             new.db.executemany("INSERT OR IGNORE INTO features VALUES (?, ?, ?, ?)", rows)
-            files = self.readable("path, size, mtime, digest, reason, there", "files", "path")
+            files = readable("path, size, mtime, digest, reason, there", "files", "path")
             new.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
             new.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
         new.close()
         self.close()
-        old.unlink(missing_ok=True)  # SQLite would play it into the new database
+        self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)  # SQLite would replay it
         os.replace(part, self.path)
         sync_folder(self.folder)
         self.connect()
 
+    def make_sound(self) -> None:
+        """Make what is no sound database into one: of what holds, or a new one. Call it with the lock held."""
+        try:
+            self.check(whole=True)
+        except DamageError as error:
+            is_new = not self.path.stat().st_size
+            self.salvage()
+            if not is_new:
+                rows = counted(self.count("features"), "feature holds", "features hold")
+                log.warning("%s: %s. Repaired: %s", self.path, error, rows)
+
     def repair(self) -> None:
-        """Make the database sound: a new one where there is none, what holds of a damaged one."""
-        with self.locked():
-            try:
-                return self.check(whole=True)  # another run has repaired it meanwhile
-            except sqlite3.OperationalError:
-                raise  # no room, no right: nothing is wrong with what is there
-            except DATABASE_DAMAGE as error:
-                is_new = not self.path.stat().st_size
-                self.salvage()
-                if not is_new:
-                    rows = counted(self.count("features"), "feature holds", "features hold")
-                    log.warning("%s: %s. Repaired: %s", self.path, first_line(error), rows)
+        with self.locked():  # another run may repair it meanwhile
+            self.make_sound()
 
 
 # ---- Index -----------------------------------------------------------------------------------------------------------
@@ -1876,7 +1733,6 @@ TRAINED_ON, HELD_OUT = 30_000, 500  # vectors; more gain nothing, fewer measure 
 OUTGROWN = 2  # the codes are trained again once the collection has grown this many times
 SHORTLIST, LONGEST_SHORTLIST = 384, 32_768  # codes whose exact scores are computed: at first, at most
 RECALL = 0.998  # share of the true ten nearest that the shortlist must hold
-GPU_QUERIES, GPU_RESULTS = 32, 2048  # views at once that are worth the loading; results that FAISS gives there at most
 GPU_RESERVE = 3 << 30  # bytes left to the model and to FAISS's own work
 
 
@@ -1888,15 +1744,7 @@ class Index(NamedTuple):
     shortlist: int = 0  # codes whose exact scores are computed; 0: the index holds the features themselves
     recall: float | None = None  # share of the true ten nearest in the shortlist, measured
     trained: int = 0  # vectors in the collection when the codes were trained
-
-
-def file_checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    checksum = 0
-    with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 22):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum
+    file: Any = None  # the index file in memory, which `faiss` looks into
 
 
 def to_float32(block: np.ndarray) -> np.ndarray:
@@ -1931,27 +1779,20 @@ def progress_bar(steps: Iterable[Any] | None = None, **options: Any) -> tqdm.tqd
     return tqdm.tqdm(steps, disable=None if log.isEnabledFor(logging.INFO) else True, **options)
 
 
-def with_progress(blocks: Iterable[Any], rows: int, what: str) -> Iterator[Any]:
-    with progress_bar(total=rows, desc=what, unit="img") as bar:
-        for block in blocks:
-            yield block
-            bar.update(len(block[0]))
-
-
 class Nearest:
     """The k rows nearest to each of `xq`, float32 (nq, dim), among all blocks that pass through `watch`."""
 
     def __init__(self, xq: np.ndarray, k: int) -> None:
         self.xq, self.k, self.heap = xq, k, faiss.ResultHeap(len(xq), k, keep_max=True)
 
-    def watch(self, blocks: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def watch(self, blocks: Blocks) -> Blocks:
         for rows, xb in blocks:
             D, I = faiss.knn(self.xq, to_float32(xb), min(self.k, len(xb)), metric=faiss.METRIC_INNER_PRODUCT)
             self.heap.add_result(D, rows[I])
             yield rows, xb
         self.heap.finalize()
 
-    def among(self, blocks: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    def among(self, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
         """D and I, (nq, k), best first; I is -1 where there are fewer."""
         deque(self.watch(blocks), 0)
         return self.heap.D, self.heap.I
@@ -1974,7 +1815,7 @@ def coded_index(store: Store) -> Index:
     faiss.downcast_index(codes.index).pq.cp.min_points_per_centroid = 1  # no warning about a small collection
     codes.train(to_float32(sample[~held]))
     nearest, index = Nearest(to_float32(sample[held]), min(TOP + 1, len(every))), faiss.IndexIDMap(codes)
-    build_index(nearest.watch(with_progress(store.blocks(last=every[-1]), len(every), "compact codes")), index)
+    build_index(nearest.watch(progress_bar(store.blocks(last=every[-1]), desc="compact codes", unit="block")), index)
     true, shortlist = [set(I) - {own} for I, own in zip(nearest.heap.I.tolist(), chosen[held].tolist())], SHORTLIST
     while True:
         found = index.search(nearest.xq, min(shortlist, index.ntotal))[1].tolist()
@@ -1984,58 +1825,56 @@ def coded_index(store: Store) -> Index:
         shortlist *= 2
 
 
-def read_index(store: Store, mapped: bool = True) -> Index | None:
-    """The stored index; None if there is none, or if it does not match the checksum that the store noted."""
-    size, checksum, *notes = json.loads(store.get("index") or "[0, 0]")
+def read_index(store: Store, to_add: bool = False) -> Index | None:
+    """The stored index; None if there is none, or if it does not match the checksum that the store noted.
+
+    `to_add`: vectors can be added to it, at the price of a copy in memory.
+    """
+    size, checksum, *notes = json.loads(store.note("index") or "[0, 0]")
     if not (notes and store.index.is_file()):
         return None
-    if store.index.stat().st_size != size or file_checksum(store.index) != checksum:
+    data: Any = np.memmap(store.index, np.uint8, "r") if store.index.stat().st_size == size else b""
+    if zlib.crc32(data) != checksum:
         log.warning("%s does not match the store: it is made again", store.index)
         return None
-    with open(store.index, "rb") as stream:
-        path = f"/dev/fd/{stream.fileno()}" if os.name == "posix" else str(store.index)  # FAISS takes only UTF-8 names
-        # Codes would be mapped and then copied.
-        flags = faiss.IO_FLAG_MMAP_IFC if mapped and os.name == "posix" and not notes[1] else 0
-        return Index(faiss.read_index(path, flags), *notes)
+    if to_add:
+        return Index(faiss.read_index(faiss.PyCallbackIOReader(io.BytesIO(data).read)), *notes)
+    return Index(faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size)), *notes)._replace(file=data)
 
 
 def write_index(store: Store, index: Index) -> None:
     """Write the index file, then note its size, checksum and contents in the store."""
+    data = faiss.serialize_index(index.faiss)
     with whole_file(store.index) as stream:
-        faiss.write_index(index.faiss, faiss.PyCallbackIOWriter(stream.write))
-    store.put("index", json.dumps([store.index.stat().st_size, file_checksum(store.index), *index[1:]]))
-
-
-def wants_codes(store: Store, work: Work) -> bool:
-    rows = store.count("features")
-    return rows >= FEWEST_CODED and rows * store.dim * 2 > work.exact_bytes
+        stream.write(data)
+    store.put_note("index", json.dumps([len(data), zlib.crc32(data), *index[1:-1]]))
 
 
 def updated_index(store: Store, index: Index | None, coded: bool) -> Index:
     """The index with all rows of the store in it: added to, or made anew where that serves better."""
     rows, last = store.count("features"), store.last_row()
     if index and bool(index.shortlist) == coded and rows <= OUTGROWN * (index.trained or rows):
-        fresh = with_progress(store.blocks(index.last + 1, last), last - index.last, "index")
-        build_index(fresh, index.faiss)
+        build_index(store.blocks(index.last + 1, last), index.faiss)
         if index.faiss.ntotal <= 2 * rows:  # else most of it belongs to rows that are gone
             return index._replace(last=last)
     if coded:
         return coded_index(store)
-    return Index(build_index(with_progress(store.blocks(last=last), rows, "index")), last)
+    return Index(build_index(progress_bar(store.blocks(last=last), desc="index", unit="block")), last)
 
 
 def open_index(store: Store, work: Work = Work()) -> Index:
     """The FAISS index of the store, brought up to date. Without `work.update` a stored one is taken as it is."""
-    index, last = read_index(store), store.last_row()
+    rows, last = store.count("features"), store.last_row()
     if not last:
         raise DeepVisionError(f"{store.folder} holds no features yet: run without --no-update")
-    if index and not work.update:
-        return index
-    if index and index.last == last and bool(index.shortlist) == wants_codes(store, work):
+    coded = rows >= FEWEST_CODED and rows * store.dim * 2 > work.exact_bytes
+    index = read_index(store)
+    if index and (not work.update or (index.last == last and bool(index.shortlist) == coded)):
         return index
     with store.locked():
-        write_index(store, updated_index(store, read_index(store, mapped=False), wants_codes(store, work)))
-    return read_index(store) or open_index(store, work)
+        index = updated_index(store, read_index(store, to_add=True), coded)
+        write_index(store, index)
+    return index
 
 
 def index_on_gpus(store: Store, last: int) -> faiss.Index | None:
@@ -2058,6 +1897,7 @@ def index_on_gpus(store: Store, last: int) -> faiss.Index | None:
 
 # ---- Search ----------------------------------------------------------------------------------------------------------
 
+GPU_QUERIES, GPU_RESULTS = 32, 2048  # views at once that are worth the loading; results that FAISS gives there at most
 QUERY_THREADS = 2  # that read queries; each query has many views
 TOGETHER = 16  # queries searched with at once: each costs a third of what it costs alone
 SCAN_QUERIES = 20  # views from which on FAISS multiplies matrices: comparing blocks is quicker than a scan by the index
@@ -2081,11 +1921,6 @@ class Engine:
     @cached_property
     def on_gpus(self) -> faiss.Index | None:
         return index_on_gpus(self.store, self.index.last)
-
-    def is_of_folder(self) -> bool:
-        """Whether the folder has any of the first images that the store knows."""
-        first = self.store.db.execute(f"SELECT path FROM {USABLE} LIMIT {BLOCK}").fetchall()
-        return any(os.path.exists(self.images / os.fsdecode(path)) for (path,) in first)
 
 
 class Scored(NamedTuple):
@@ -2181,7 +2016,7 @@ def location(path: str) -> str:
 def is_as_read(path: str, file: File) -> bool:
     """Whether the file is there as it was when its features were extracted."""
     with suppress(OSError):
-        return as_found(file.path, os.stat(path)) == file
+        return File.of(file.path, os.stat(path)) == file
     return False
 
 
@@ -2273,11 +2108,10 @@ def answer_together(group: Sequence[Picture], engine: Engine, k: int, threshold:
 def damage_reported(store: Store) -> Iterator[None]:
     """Turn damage of the store into a DeepVisionError that says what to do."""
     try:
-        yield
-    except sqlite3.OperationalError:
-        raise  # no room, no right: nothing is wrong with what is there
-    except DATABASE_DAMAGE as error:
-        raise DeepVisionError(f"{store.path}: {first_line(error)}. Start again, and it is repaired") from error
+        with damage_noticed():
+            yield
+    except DamageError as error:
+        raise DeepVisionError(f"{store.path}: {error}. Start again, and it is repaired") from error
 
 
 def search(
@@ -2444,143 +2278,104 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator
 
 SAVE_SECONDS = 10  # work at risk when the process is killed; 30 are promised
 RANKS_WAIT = 30  # days that a rank of torchrun waits for the slowest one
-CRASH = b"Fatal Python error"  # with this, faulthandler begins what it writes when a decoder crashes the process
-DECODE_ALL = """import os, sys, main
+CRASH = b"Fatal Python error"  # faulthandler begins with this what it writes when a decoder crashes the process
+READ_EACH = """import os, sys, main
 for path in sys.stdin.buffer.read().split(b"\\0"):
     os.write(1, b".")
-    main.read_picture(main.File(path, 0, 0), b"", lambda image: main.to_rgb(image, 224), lambda digest: False)"""
-
-
-def crashing_file(paths: Sequence[bytes]) -> bytes | None:
-    """The first of the files whose decoder crashes a process that reads one after the other; None: none does."""
-    here = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(__file__))}
-    command = [sys.executable, "-c", DECODE_ALL]
-    done = subprocess.run(command, input=b"\0".join(paths), capture_output=True, env=here)
-    return paths[len(done.stdout) - 1] if done.stdout and done.returncode not in (0, 1) else None
-
-
-@contextmanager
-def crash_noted(store: Store) -> Iterator[None]:
-    """While files are read: a crash of a decoder ends the run, but leaves its last words in the lock file."""
-    with open(store.lock_file.lock_file, "ab") as stream:
-        faulthandler.enable(stream)
-        try:
-            yield
-        finally:
-            faulthandler.disable()
+    main.read_picture(main.File(path, 0, 0), b"", lambda image: main.to_rgb(image, 224))"""
 
 
 def skip_crashing_file(store: Store, images: Path, work: Work) -> None:
-    """If the run before has crashed in a decoder, find the file and note it as skipped."""
+    """If a decoder has crashed the run before, find the file in a process of its own and note it as skipped."""
     if CRASH not in store.last_words:
         return
     files = {os.path.join(os.fsencode(images), it.path): it for it in store.unread()}
     at_risk = list(itertools.islice(files, 2 * BLOCK * work.ranks))  # more were never read since the last save
-    if (bad := crashing_file(at_risk)) is not None:
-        store.save([Picture(files[bad], reason="its decoder crashes")])
-        store.db.execute("DELETE FROM changes WHERE path = ?", (files[bad].path,))
-        store.db.commit()
+    here = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(__file__))}
+    command = [sys.executable, "-c", READ_EACH]
+    done = subprocess.run(command, input=b"\0".join(at_risk), capture_output=True, env=here)
+    if done.stdout and done.returncode not in (0, 1):
+        bad = files[at_risk[len(done.stdout) - 1]]
+        store.save([Picture(bad, reason="its decoder crashes")])
+        with store.db:
+            store.db.execute("DELETE FROM changes WHERE path = ?", (bad.path,))
 
 
-def read_new(store: Store, images: Path, model: Model, work: Work, summary: Summary, into: Store) -> None:
-    """Store the features of the files that the scan chose: every few seconds, and whatever ends the run."""
+def read_new(store: Store, into: Store, images: Path, model: Model, work: Work) -> Summary:
+    """Read the files that the last scan of `store` chose, and save their features: every few seconds, and whatever ends
+    the run. A crash of a decoder leaves its last words in the lock file."""
     known = partial(store.is_known, after=store.last_row() if work.rebuild else 0)
-    files, label = filter(work.is_mine, store.unread()), f"{model.name} on {model.device}, {model.precision}"
+    to_pixels = get_transform(model.side, model.resample)
+    transform = (lambda image: launch(to_pixels(image)[None], model, 1)[0][0]) if model.in_threads else to_pixels
+    read = partial(read_picture, root=os.fsencode(images), transform=transform, known=known)
+    size, workers = work.batch_size or model.batch, work.workers or usable_cores()
+    files, summary = filter(work.is_mine, store.unread()), Summary()
+    pictures = read_ahead(read, files, workers, min(AHEAD_BATCHES * size + workers, AHEAD_MOST))
     unsaved, saved = list[Picture](), time.monotonic()
+    label = f"{model.name} on {model.device}, {model.precision}"
     bar = progress_bar(total=store.count(UNREAD) // work.ranks, desc=label, unit="img")
-    with crash_noted(store), bar:
+    with open(store.lock_file.lock_file, "ab") as last_words, bar:
+        faulthandler.enable(last_words)
         try:
-            for pictures in with_features(files, images, model, work, known, summary):
-                unsaved += pictures
-                summary.add(pictures)
+            for batch in with_features(pictures, model, size, summary):
+                unsaved += batch
+                summary.add(batch)
                 bar.set_postfix_str(summary.balance, refresh=False)
-                bar.update(len(pictures))
+                bar.update(len(batch))
                 if time.monotonic() - saved > SAVE_SECONDS or len(unsaved) > BLOCK:
-                    batch, unsaved = unsaved, []  # if it fails, it is not tried again below
-                    into.save(batch, work.rebuild)
+                    whole, unsaved = unsaved, []  # if saving fails, it is not tried again below
+                    into.save(whole, work.rebuild)
                     saved = time.monotonic()
         finally:
+            faulthandler.disable()
             if unsaved:
                 into.save(unsaved, work.rebuild)
-
-
-def wait_for_ranks(work: Work) -> None:
-    """Wait until all ranks of torchrun have come here, if there are several."""
-    try:
-        if work.ranks > 1:
-            torch.distributed.barrier()
-    except RuntimeError as error:
-        raise DeepVisionError("another rank has stopped: run it again, what was done is saved") from error
-
-
-def take_in_shares(store: Store, work: Work, summary: Summary) -> bool:
-    """Store what the other ranks have read, also those that were stopped, and delete their databases; True if any."""
-    paths = sorted(store.folder.glob("rank-*.sqlite"))
-    for path in paths:
-        share = Store(store.folder, store.identity, store.dim, path.name)
-        try:
-            share.check(whole=True)
-        except DATABASE_DAMAGE:  # its rank was stopped
-            share.salvage()
-        read = share.db.execute("SELECT digest, EXISTS (SELECT 1 FROM features WHERE digest = files.digest) FROM files")
-        for digest, extracted in read.fetchall():
-            summary.opened, summary.new = summary.opened + 1, summary.new + bool(digest)
-            summary.recognised += bool(digest) and not extracted
-        share.close()
-        store.take_in(path, work.rebuild)
-        path.unlink()
-    return bool(paths)
-
-
-def unlisted(error: OSError, prune: bool = False) -> None:
-    """Warn of a folder that cannot be listed. With `prune` it is an error, or what lies in it would be forgotten."""
-    what = f"{escape_controls(os.fsdecode(error.filename))} cannot be listed ({error.strerror})"
-    if prune:
-        raise DeepVisionError(f"{what}: nothing was pruned")
-    log.warning("%s", what)
+    return summary
 
 
 def scan(store: Store, images: Path, work: Work) -> int:
-    """Compare the folder `images`, which may be missing, with the store; how many differences there are."""
-    files = find_images(images, partial(unlisted, prune=work.prune), [store.folder.parent])
-    return store.scan(files if images.is_dir() else (), work.rebuild)
+    """Compare the folder `images`, which may be missing, with the store; how many files differ."""
+
+    def unlisted(error: OSError) -> None:
+        what = f"{escape_controls(os.fsdecode(error.filename))} cannot be listed ({error.strerror})"
+        if work.prune:  # what lies in it would be forgotten
+            raise DeepVisionError(f"{what}: nothing was pruned")
+        log.warning("%s", what)
+
+    files = find_images(images, unlisted, [store.folder.parent]) if images.is_dir() else ()
+    return store.scan(files, work.rebuild)
 
 
-def why_none(store: Store, images: Path, skipped: int) -> str:
-    """Why there is no usable image, and what to do about it."""
-    there = "has no usable image" if images.is_dir() else "is not a folder" if images.exists() else "is missing"
-    if known := store.count("files WHERE digest IS NOT NULL"):
-        return (
-            f"{images} {there}, but the index knows {known:,}: is a drive not connected, or is --images "
-            f"another folder? Nothing was changed; to start afresh, delete {store.folder}"
-        )
-    if skipped:
-        query = f"SELECT count(*), reason FROM {SKIPPED} GROUP BY reason ORDER BY 1 DESC, 2 LIMIT 3"
-        reasons = "; ".join(f"{n:,} × {reason}" for n, reason in store.db.execute(query))
-        return f"{images} {there}, all {skipped:,} were skipped: {reasons}"
-    return f"{images} {there}: put images to search in there, or name another folder with --images"
+def take_in_shares(store: Store) -> Summary:
+    """Store what the ranks of torchrun have read, also those that were stopped, and delete their databases."""
+    summary = Summary()
+    for path in sorted(store.folder.glob("rank-*.sqlite")):
+        share = Store(store.folder, store.identity, store.dim, path.name)
+        share.make_sound()  # its rank may have been stopped
+        summary.opened += share.count("files")
+        summary.new += share.count(USABLE)
+        share.close()
+        store.take_in(path)
+        path.unlink()
+    return summary
 
 
-def is_another_collection(store: Store, before: int) -> bool:
-    """Whether no image in the collection was known up to row `before`, and images that were known are gone."""
-    known = f"features WHERE row <= {before} AND EXISTS (SELECT 1 FROM files WHERE there AND digest = features.digest)"
-    return not store.any(known) and store.any(GONE)
-
-
-def store_changes(store: Store, images: Path, model: Model, work: Work, summary: Summary) -> bool:
-    """Read what is new, note what is gone. False, and nothing is noted as gone, if no usable image would remain."""
-    with store.locked() as waited:
-        if take_in_shares(store, work, Summary()) or waited:
-            scan(store, images, work)
+def store_changes(store: Store, images: Path, model: Model, work: Work) -> Summary | None:
+    """Read what is new, note what is gone. None, and nothing is noted as gone, if no usable image would remain."""
+    with store.locked():
+        shares = take_in_shares(store)
+        scan(store, images, work)
         skip_crashing_file(store, images, work)
-        wait_for_ranks(work)
         before = store.last_row()
-        read_new(store, images, model, work, summary, store)
-        wait_for_ranks(work)
-        take_in_shares(store, work, summary)
+        summary = read_new(store, store, images, model, work)
+        if work.ranks > 1:  # else they are what a stopped run has left
+            summary.opened, summary.new = summary.opened + shares.opened, summary.new + shares.new
         if not store.settle():
-            return False
-        if not work.rebuild and is_another_collection(store, before):
+            return None
+        known = (
+            f"features WHERE row <= {before} AND EXISTS (SELECT 1 FROM files WHERE there AND digest = features.digest)"
+        )
+        if not work.rebuild and store.any(GONE) and not store.any(known):
             strange = f"of the images that {store.folder} knows, none is in {images}"
             if work.prune:
                 raise DeepVisionError(f"{strange}: nothing was pruned")
@@ -2588,7 +2383,7 @@ def store_changes(store: Store, images: Path, model: Model, work: Work, summary:
         if work.prune:
             summary.forgotten = store.count(GONE)
             store.prune()
-    return True
+    return summary
 
 
 def update(store: Store, images: Path, model: Model, work: Work) -> Summary:
@@ -2596,13 +2391,23 @@ def update(store: Store, images: Path, model: Model, work: Work) -> Summary:
 
     Raises DeepVisionError if no usable image is there. What is known is kept for the day the drive is back.
     """
-    summary, remains = Summary(), True
-    if scan(store, images, work) or work.prune or work.ranks > 1 or store.get("decoders") is None:
-        remains = store_changes(store, images, model, work, summary)
-    summary.images, summary.skipped, summary.gone = (store.count(table) for table in (USABLE, SKIPPED, GONE))
-    if not (remains and summary.images):
-        raise DeepVisionError(why_none(store, images, summary.skipped))
-    return summary
+    summary: Summary | None = Summary()
+    if scan(store, images, work) or work.prune or store.note("decoders") is None or any(store.folder.glob("rank-*")):
+        summary = store_changes(store, images, model, work)
+    skipped = store.count(SKIPPED)
+    if summary and store.any(USABLE):
+        return replace(summary, images=store.count(USABLE), skipped=skipped, gone=store.count(GONE))
+    there = "has no usable image" if images.is_dir() else "is not a folder" if images.exists() else "is missing"
+    advice = "put images to search in there, or name another folder with --images"
+    if known := store.count("files WHERE digest IS NOT NULL"):
+        there += f", but the index knows {known:,}"
+        advice = "is a drive not connected, or is --images another folder? Nothing was changed; to start afresh, "
+        advice += f"delete {store.folder}"
+    elif skipped:
+        query = f"SELECT count(*), reason FROM {SKIPPED} GROUP BY reason ORDER BY 1 DESC, 2 LIMIT 3"
+        there += f", all {skipped:,} were skipped"
+        advice = "; ".join(f"{n:,} × {reason}" for n, reason in store.db.execute(query))
+    raise DeepVisionError(f"{images} {there}: {advice}")
 
 
 @contextmanager
@@ -2617,20 +2422,27 @@ def store_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def ready(store: Store, images: Path, model: Model, work: Work) -> Engine:
-    """Check the store, update it, open its index: the engine of a search."""
-    store.check(whole=work.update)
-    summary = update(store, images, model, work) if work.update else Summary(store.count(USABLE), store.count(SKIPPED))
-    index = open_index(store, work)
-    summary.recall = None if work.exact else index.recall
-    return Engine(images, model, store, index, work.exact, summary)
-
-
-def open_store(folder: Path, model: Model) -> Store:
-    """The store in the folder, which may hold an index of an older format."""
+def open_store(folder: Path, model: Model, whole: bool) -> Store:
+    """The store in the folder, made or repaired if need be. `whole`: it is checked whole, unless it is large."""
     if any((folder / name).exists() for name in OLD_FILES):
         log.warning("%s holds an index of an older format: all images are indexed anew", folder)
-    return Store(folder, model.identity, model.dim)
+    store = Store(folder, model.identity, model.dim)
+    try:
+        store.check(whole)
+    except DamageError:  # or it is new
+        store.repair()
+    return store
+
+
+def prepare(store: Store, images: Path, model: Model, work: Work) -> Engine:
+    """Update the store, open its index: the engine of a search."""
+    with damage_noticed():
+        known = Summary(store.count(USABLE), store.count(SKIPPED))
+        summary = update(store, images, model, work) if work.update else known
+        index = open_index(store, work)
+    return Engine(
+        images, model, store, index, work.exact, replace(summary, recall=None if work.exact else index.recall)
+    )
 
 
 def initialize_reverse_image_search(
@@ -2654,32 +2466,43 @@ def initialize_reverse_image_search(
     if model.name == MODEL and not folder.exists() and any(Path(index_dir).glob(f"{OFFLINE}-*")):
         log.warning("the weights of %s are here now: all images are indexed with it; the offline index is kept", MODEL)
     with store_errors(folder):
-        store = open_store(folder, model)
+        store = open_store(folder, model, whole=work.update)
         try:
-            engine = ready(store, images, model, work)
-        except sqlite3.OperationalError:
-            raise  # no room, no right: nothing is wrong with what is there
-        except DATABASE_DAMAGE:  # or the database is new
+            engine = prepare(store, images, model, work)
+        except DamageError:
             store.repair()
-            engine = ready(store, images, model, work)
+            engine = prepare(store, images, model, work)
         for name in OLD_FILES:
             (folder / name).unlink(missing_ok=True)
     return engine
 
 
-def read_share(images: str | Path, index_dir: str | Path, model: Model, work: Work) -> None:
-    """As a rank that does not commit: read a share of the files into a database of its own, which rank 0 takes in."""
-    images, folder = Path(images), Path(index_dir, model.identity)
-    wait_for_ranks(work)  # the store is sound now, and what an earlier run left has been taken in
+def wait_for_ranks() -> None:
+    """Wait until all ranks of torchrun have come here."""
+    try:
+        torch.distributed.barrier()
+    except RuntimeError as error:
+        raise DeepVisionError("another rank has stopped: run it again, what was done is saved") from error
+
+
+def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
+    """As a rank of torchrun: read a share of the new files into a database that the next update takes in."""
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=RANKS_WAIT))
     with store_errors(folder):
-        store = Store(folder, model.identity, model.dim)
-        share = Store(folder, model.identity, model.dim, f"rank-{work.rank}.sqlite")
-        share.create()
-        scan(store, images, work)
-        read_new(store, images, model, work, Summary(), share)
-        share.close()
+        store = open_store(folder, model, whole=True)
+        with store.locked() if work.rank == 0 else nullcontext():  # no other run takes in shares meanwhile
+            if work.rank == 0:
+                take_in_shares(store)
+                scan(store, images, work)
+                skip_crashing_file(store, images, work)
+            wait_for_ranks()
+            share = Store(folder, model.identity, model.dim, f"rank-{work.rank}.sqlite")
+            share.make_sound()  # it is new
+            scan(store, images, work)
+            read_new(store, share, images, model, work)
+            share.close()
+            wait_for_ranks()
         store.close()
-    wait_for_ranks(work)
 
 
 # ---- Output ----------------------------------------------------------------------------------------------------------
@@ -3190,7 +3013,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def find_queries(names: Iterable[str], onerror: Callable[[OSError], None]) -> Iterator[str]:
+def find_queries(names: Iterable[str], onerror: OnError) -> Iterator[str]:
     """The files named, and those in the folders named."""
     for name in names:
         if os.path.isdir(name):
@@ -3206,10 +3029,17 @@ def rank_of_ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)) % ranks, ranks
 
 
-def answers(options: argparse.Namespace, engine: Engine, locked: list[OSError]) -> Iterator[Answer]:
-    """An Answer for each query. `locked` gets the folders of queries that cannot be listed."""
-    answered = False
-    queries = find_queries(options.queries or filter(os.path.isdir, [QUERIES]), locked.append)
+def answers(options: argparse.Namespace, engine: Engine) -> Iterator[Answer | Group]:
+    """An Answer for each query, or the groups of --duplicates. Raises DeepVisionError at the end if a folder of queries
+    cannot be listed, or if there was no query."""
+    if options.duplicates is not None:
+        count = copies = 0
+        for group in find_duplicates(engine, options.duplicates):
+            count, copies = count + 1, copies + len(group.matches)
+            yield group
+        return log.info("%s, %s beside those to keep", counted(count, "group"), counted(copies, "file"))
+    answered, unlisted = False, list[OSError]()
+    queries = find_queries(options.queries or filter(os.path.isdir, [QUERIES]), unlisted.append)
     for answer in search(queries, engine, k=options.top, threshold=options.threshold, views=options.views):
         if answer.error == NOT_AN_IMAGE and answer.query not in options.queries:
             continue  # some other file in a folder of queries
@@ -3217,18 +3047,13 @@ def answers(options: argparse.Namespace, engine: Engine, locked: list[OSError]) 
         if answer.error:
             log.error("%s: %s", escape_controls(answer.query), answer.error)
         yield answer
-    if not answered and not locked:
+    for error in unlisted:
+        name = os.fsdecode(error.filename)
+        log.error("%s cannot be listed (%s)", escape_controls(name), error.strerror)
+        yield Answer(name, [], f"cannot be listed ({error.strerror})")
+    if not answered and not unlisted:
         where = ", ".join(options.queries) or f"{QUERIES}/"
         raise DeepVisionError(f"no image to search with in {where}: put one there, or name it: main.py photo.jpg")
-
-
-def groups(options: argparse.Namespace, engine: Engine) -> Iterator[Group]:
-    """The groups of --duplicates, and at their end a word of how many there are."""
-    count = copies = 0
-    for group in find_duplicates(engine, options.duplicates):
-        count, copies = count + 1, copies + len(group.matches)
-        yield group
-    log.info("%s, %s beside those to keep", counted(count, "group"), counted(copies, "file"))
 
 
 def write_export(engine: Engine, folder: Path) -> None:
@@ -3236,47 +3061,51 @@ def write_export(engine: Engine, folder: Path) -> None:
     store = engine.store
     try:
         with store.locked():  # nobody else changes the store meanwhile
-            n, header = store.count(USABLE), {"descr": "<f2", "fortran_order": False}
+            joined = (
+                "features CROSS JOIN files USING (digest) WHERE there"  # CROSS: in the order of rows, without a sort
+            )
+            n, header = store.count(joined), {"descr": "<f2", "fortran_order": False}
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "features.npy").unlink(missing_ok=True)
             with whole_file(folder / "features.npy") as features, whole_file(folder / "paths.txt") as paths:
                 np.lib.format.write_array_header_1_0(features, {**header, "shape": (n, store.dim)})
-                for rows, vectors in store.blocks():
-                    for i, path in store.paths_of(rows):
-                        features.write(vectors[i].tobytes())
-                        paths.write(path.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r") + b"\n")
+                columns = "path, row, digest, vector, checksum"
+                for path, *row in store.db.execute(f"SELECT {columns} FROM {joined} ORDER BY row, path"):
+                    if not store.holds(row):
+                        raise DamageError("a feature is damaged: search once, and it is extracted again")
+                    features.write(row[2])
+                    paths.write(path.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r") + b"\n")
     except (OSError, sqlite3.Error, DamageError) as error:
         raise DeepVisionError(f"--export {folder}: {first_line(error)}") from error
     log.info("%s: %d × %d features and their paths", escape_controls(str(folder)), n, store.dim)
+
+
+def report_update(engine: Engine, options: argparse.Namespace) -> None:
+    """Say on stderr what the update found and did."""
+    summary, model, images = engine.summary, engine.model, options.images
+    done = f"{summary.images:,} images, searched without a look at what has changed" if options.no_update else summary
+    log.info("%s: %s (%s on %s, %s)", images, done, model.name, model.device, model.precision)
+    if summary.recall is not None:
+        how = "compact codes choose what is compared, recall@%d %.3f; --exact compares all"
+        log.info(how, TOP, summary.recall)
+    for path, reason in engine.store.skipped() if log.isEnabledFor(logging.DEBUG) else ():
+        log.debug("skipped %s: %s", escape_controls(os.path.join(images, os.fsdecode(path))), reason)
 
 
 def run(options: argparse.Namespace) -> int:
     """The main job; its exit status."""
     if options.ui:
         find_gradio()  # or it would be missed when all is done
-    model = load_model(options.model, options.weights, options.device)
-    rank, ranks = rank_of_ranks()
-    work = Work(
-        options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update, options.exact,
-        rank=rank, ranks=ranks,
-    )  # fmt: skip
-    if ranks > 1:  # of torchrun
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=RANKS_WAIT))
+    model, (rank, ranks) = load_model(options.model, options.weights, options.device), rank_of_ranks()
+    of_update = options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update
+    work = Work(*of_update, options.exact, rank=rank, ranks=ranks)
+    if ranks > 1 and work.update:  # torchrun
+        read_share(Path(options.images), Path(options.index_dir, model.identity), model, work)
+        work = replace(work, rebuild=False)
     if rank:
-        if work.update:
-            read_share(options.images, options.index_dir, model, work)
         return 0
     engine = initialize_reverse_image_search(options.images, options.index_dir, model=model, work=work)
-    if not (work.update or engine.is_of_folder()):
-        log.warning("%s has none of the first images that its index knows: is it the right folder?", options.images)
-    done = f"{engine.summary.images:,} images, searched without a look at what has changed"
-    done = str(engine.summary) if work.update else done
-    log.info("%s: %s (%s on %s, %s)", options.images, done, model.name, model.device, model.precision)
-    if engine.summary.recall is not None:
-        how = "compact codes choose what is compared, recall@%d %.3f; --exact compares all"
-        log.info(how, TOP, engine.summary.recall)
-    for path, reason in engine.store.skipped() if log.isEnabledFor(logging.DEBUG) else ():
-        log.debug("skipped %s: %s", escape_controls(os.path.join(options.images, os.fsdecode(path))), reason)
+    report_update(engine, options)
     if options.export:
         write_export(engine, Path(options.export))
     if options.ui:
@@ -3284,16 +3113,13 @@ def run(options: argparse.Namespace) -> int:
     if options.index_only or options.export or options.ui:
         return 0
     found, start = list[Answer | Group](), time.perf_counter()
-    locked: list[OSError] = []
-    for item in groups(options, engine) if options.duplicates is not None else answers(options, engine, locked):
+    for item in answers(options, engine):
         found.append(item)
         print_found(item, engine, options.form)
-    for error in locked:
-        log.error("%s cannot be listed (%s)", escape_controls(os.fsdecode(error.filename)), error.strerror)
     if options.report:
         write_page(options.report, found, engine, time.perf_counter() - start)
         log.info("%s", escape_controls(options.report))
-    return 1 if locked or any(item.error for item in found) else 0
+    return 1 if any(item.error for item in found) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
