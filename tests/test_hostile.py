@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import signal
 import sqlite3
 import struct
@@ -16,12 +17,15 @@ import sys
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import mutants
+import numpy as np
 import pytest
-from conftest import HOSTILE_NAMES, Outcome, draw
+import torch
+from conftest import HOSTILE_NAMES, cache_folder, contents, counts, draw
 from PIL import Image
 from zygote import Ended, Zygote
 
@@ -29,16 +33,11 @@ SEED = int(os.environ.get("SEED", 20))
 GIGABYTE = 1 << 30
 HERE = Path(__file__).parent
 OFFLINE = ("--model", "offline", "--views", "none", "--no-report")
-Run = Callable[..., Outcome]
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="needs Linux"),
     pytest.mark.filterwarnings("ignore::Warning:PIL"),
 ]
-
-
-def lines(text: str) -> list[str]:
-    return [line for line in text.split("\n") if line]
 
 
 def seldom(cases: Iterable[str], *often: str) -> list[Any]:
@@ -58,45 +57,20 @@ mutants.fuzz(read, {seed!r}, {begin}, {end}, ".")
 """
 
 
-def fuzz(zygote: Zygote, count: int) -> dict[str, float]:
-    """What became of `count` mutants; a process that dies of one is a failure that names it."""
-    total, begin, step = {"read": 0, "refused": 0, "slowest": 0.0, "memory": 0}, 0, 500
+@pytest.mark.parametrize("count", [400, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_fuzzed_images_are_read_or_refused(count: int, zygote: Zygote) -> None:
+    """A process that dies of a mutant is a failure that names it."""
+    total, slowest, step = {"read": 0, "refused": 0}, 0.0, 500
     print(f"SEED={SEED}, {len(mutants.samples())} samples")
-    while begin < count:
-        end = min(count, begin + step)
-        code = FUZZ.format(here=str(HERE), seed=SEED, begin=begin, end=end)
+    for begin in range(0, count, step):
+        code = FUZZ.format(here=str(HERE), seed=SEED, begin=begin, end=min(count, begin + step))
         ended = zygote(code=code, room=GIGABYTE, timeout=600)
         assert ended.status == 0, f"mutant {Path('progress').read_text()} of seed {SEED}: {ended}"
         found = json.loads(ended.stdout.splitlines()[-1])
-        for word in ("read", "refused"):
-            total[word] += found.get(word, 0)
-        total["slowest"] = max(total["slowest"], found["slowest"])
-        total["memory"] = max(total["memory"], ended.memory)
-        begin = end
-    assert total["read"] + total["refused"] == count
-    print(total)
-    return total
-
-
-def test_the_samples_are_read_before_they_are_mutated() -> None:
-    import main
-
-    assert len(mutants.samples()) > 60
-    for name, content in mutants.samples().items():
-        Path("sample.jpg").write_bytes(content)
-        picture = main.read_picture(main.File(b"sample.jpg", 0, 0), b"", main.get_transform(96), lambda digest: False)
-        assert picture.pixels is not None, (name, picture)
-
-
-def test_fuzzed_images_are_read_or_refused(zygote: Zygote) -> None:
-    found = fuzz(zygote, 400)
-    assert found["read"] > 50 and found["refused"] > 50
-
-
-@pytest.mark.slow
-def test_fuzzed_images_by_the_thousand(zygote: Zygote) -> None:
-    found = fuzz(zygote, 20_000)
-    assert found["read"] > 2000 and found["refused"] > 2000
+        total = {word: total[word] + found.get(word, 0) for word in total}
+        slowest = max(slowest, found["slowest"])
+    print(total, slowest)
+    assert sum(total.values()) == count and min(total.values()) > count // 10
 
 
 # ---- Images that are larger than they look ---------------------------------------------------------------------------
@@ -196,6 +170,7 @@ LARGEST: dict[str, Callable[[], bytes]] = {  # all are read
     "JPEG2000": lambda: saved(Image.new("RGB", (7_000, 7_000)), "JPEG2000"),
     "AVIF": lambda: saved(Image.new("RGB", (W, H)), "AVIF", speed=10),
     "JPEG": lambda: saved(Image.new("CMYK", (W, H)), "JPEG"),
+    "JPEG, 200 megapixels": lambda: saved(Image.new("L", (16_320, 12_240), 99), "JPEG"),  # decoded at an eighth
     "ICO": lambda: ico_of(saved(Image.new("RGBA", (W, H)), "PNG")),
 }
 BOMBS: dict[str, Callable[[], bytes]] = {
@@ -261,7 +236,7 @@ def test_a_bomb_is_read_or_refused_in_ten_seconds_and_a_gigabyte(bomb: str, zygo
     print(read, reason, ended.memory >> 20, "MB")
 
 
-@pytest.mark.parametrize("kind", seldom(LARGEST, "PNG, RGBA"))
+@pytest.mark.parametrize("kind", seldom(LARGEST, "PNG, RGBA", "JPEG, 200 megapixels"))
 def test_the_largest_pictures_take_a_gigabyte(kind: str, zygote: Zygote) -> None:
     Path("bomb.jpg").write_bytes(LARGEST[kind]())
     read, reason, ended = look_at(zygote)
@@ -300,34 +275,24 @@ def test_a_link_to_a_device(device: str, zygote: Zygote) -> None:
     assert not read and reason
 
 
-def test_a_decoder_that_crashes_costs_one_file(zygote: Zygote, collection: Callable[[int], Path]) -> None:
+DEADLY = b"\x89PNG\r\n\x1a\n deadly".ljust(99)  # faults.c lets whoever reads it crash
+
+
+@pytest.mark.parametrize("names", [("1deadly.png", "25deadly.png"), ("deadly.png",)], ids=["two", "the last file"])
+def test_a_decoder_that_crashes_costs_one_file(
+    names: tuple[str, ...], zygote: Zygote, collection: Callable[[int], Path]
+) -> None:
     """The run that it ends, too, but not the next one; and it is remembered."""
     if "LD_PRELOAD" not in zygote.environment:
         pytest.skip("needs a C compiler")
-    images, ask = collection(40), (*OFFLINE, "--index-only", "-v", "--batch-size", 4)
-    for name in ("1deadly.png", "25deadly.png"):
-        (images / name).write_bytes(b"\x89PNG\r\n\x1a\n deadly".ljust(99))
-    assert zygote(*ask).status == -signal.SIGSEGV
-    for _ in range(3):
-        if (ended := zygote(*ask)).status == 0:
-            break
-    assert ended.status == 0 and "42 found" in ended.stderr and "2 skipped" in ended.stderr, ended
-    assert ended.stderr.count("deadly.png: its decoder crashes") == 2
-    again = zygote(*ask)
-    assert "no image was opened" in again.stderr and "40 unchanged, 2 skipped" in again.stderr
-    assert {path.name for path in Path("image_index").glob("*/*")} == {"index.sqlite", "index.faiss", "lock"}
-
-
-def test_a_decoder_that_crashes_on_the_last_file(zygote: Zygote, collection: Callable[[int], Path]) -> None:
-    """All others have long been handed to the threads that read."""
-    if "LD_PRELOAD" not in zygote.environment:
-        pytest.skip("needs a C compiler")
-    images, ask = collection(10), (*OFFLINE, "--index-only", "-v", "--workers", 1)
-    (images / "deadly.png").write_bytes(b"\x89PNG\r\n\x1a\n deadly".ljust(99))
-    assert zygote(*ask).status == -signal.SIGSEGV
-    ended = zygote(*ask)
-    assert ended.status == 0 and "deadly.png: its decoder crashes" in ended.stderr, ended
-    assert {path.name for path in Path("image_index").glob("*/*")} == {"index.sqlite", "index.faiss", "lock"}
+    images, ask = collection(30), (*OFFLINE, "--index-only", "-v", "--batch-size", 4, "--workers", 3 - len(names))
+    for name in names:
+        (images / name).write_bytes(DEADLY)
+    runs = [zygote(*ask) for _ in range(len(names) + 1)]
+    assert runs[0].status == -signal.SIGSEGV and runs[-1].status == 0, runs
+    assert runs[-1].stderr.count("deadly.png: its decoder crashes") == len(names)
+    assert counts(zygote(*ask)) == {"found": 30 + len(names), "unchanged": 30, "skipped": len(names)}
+    assert sorted(contents(cache_folder())) == ["index.faiss", "index.sqlite", "lock"]
 
 
 def test_a_collection_of_bombs_costs_no_picture(zygote: Zygote, collection: Callable[[int], Path]) -> None:
@@ -395,7 +360,7 @@ def test_every_name_is_answered_with_in_json(named: dict[bytes, int], zygote: Zy
 
 def test_every_name_is_a_line_of_text_that_steers_nothing(named: dict[bytes, int], zygote: Zygote) -> None:
     ended = zygote(*OFFLINE, "-v", "queries", "-k", 1)
-    assert ended.status == 0 and len(lines(ended.stdout)) == ended.stdout.count("\n") == 2 * len(named)
+    assert ended.status == 0 and ended.stdout.count("\n") == 2 * len(named)
     harmful = {c for c in ended.stdout + ended.stderr if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp")} - {"\n"}
     assert not harmful
     for name in named:
@@ -403,7 +368,7 @@ def test_every_name_is_a_line_of_text_that_steers_nothing(named: dict[bytes, int
             assert f"bulk_images/{os.fsdecode(name)}" in ended.stdout
 
 
-@pytest.mark.parametrize("length", [3900, 4060, 4083, 4084, 4090, 4094])
+@pytest.mark.parametrize("length", [3900, 4083, 4084, 4094])
 def test_a_path_of_four_thousand_bytes(length: int, zygote: Zygote, collection: Callable[[int], Path]) -> None:
     """Beyond 4,095 bytes the system itself names no file: it is said, and costs no other."""
     make_deep(collection(2), "far.png", length)
@@ -416,7 +381,7 @@ def test_a_path_of_four_thousand_bytes(length: int, zygote: Zygote, collection: 
     assert reached or "far.png" in first.stderr or "listed" in first.stderr or "skipped" in first.stderr
 
 
-@pytest.mark.parametrize("name", HOSTILE_NAMES)
+@pytest.mark.parametrize("name", seldom(HOSTILE_NAMES, "newline", "not UTF-8", "a pattern", "255 bytes, not UTF-8"))
 def test_folders_may_have_such_names_too(name: str, zygote: Zygote) -> None:
     """The collection, the cache and the folder of queries."""
     folders = [prefix + os.fsdecode(HOSTILE_NAMES[name])[-200:] for prefix in ("i", "c", "q")]
@@ -439,41 +404,18 @@ class Bomb:
         return os.mkdir, (os.path.abspath("exploded"),)
 
 
-def in_numpy() -> bytes:
-    import numpy as np
-
-    np.save(stream := io.BytesIO(), np.array([Bomb()], dtype=object), allow_pickle=True)
-    return stream.getvalue()
-
-
-def in_torch(legacy: bool) -> bytes:
-    import torch
-
-    torch.save(Bomb(), stream := io.BytesIO(), _use_new_zipfile_serialization=not legacy)
+def written(save: Callable[..., Any], content: Any, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    save(*((content, stream) if save is torch.save else (stream, content)), **options)
     return stream.getvalue()
 
 
 PICKLES: dict[str, Callable[[], bytes]] = {
     **{f"protocol {protocol}": lambda protocol=protocol: pickle.dumps(Bomb(), protocol) for protocol in (0, 2, 5)},
-    "numpy": in_numpy,
-    "torch": lambda: in_torch(legacy=False),
-    "torch, old": lambda: in_torch(legacy=True),
+    "numpy": lambda: written(np.save, np.array([Bomb()], dtype=object)),
+    "torch": lambda: written(torch.save, Bomb()),
+    "torch, old": lambda: written(torch.save, Bomb(), _use_new_zipfile_serialization=False),
 }
-
-
-@pytest.mark.parametrize("kind", PICKLES)
-def test_the_pickles_do_explode(kind: str) -> None:
-    """Else the tests below would show nothing."""
-    import numpy as np
-    import torch
-
-    content, load = PICKLES[kind](), pickle.loads
-    if kind == "numpy":
-        load = lambda data: np.load(io.BytesIO(data), allow_pickle=True)  # noqa: E731
-    elif "torch" in kind:
-        load = lambda data: torch.load(io.BytesIO(data), weights_only=False)  # noqa: E731
-    load(content)
-    assert Path("exploded").is_dir()
 
 
 @pytest.mark.parametrize("kind", seldom(PICKLES, "protocol 2", "torch"))
@@ -481,16 +423,16 @@ def test_a_pickle_never_runs_wherever_it_is_planted(kind: str, zygote: Zygote, c
     images, content = collection(4), PICKLES[kind]()
     ask = (*OFFLINE, "--json", "bulk_images/0.png", "bulk_images/bomb.png", "--images")
     before = zygote(*ask, images)
-    names = {path.name for path in Path("image_index").glob("*/*")} | {f"{name}.part" for name in ("index.sqlite",)}
+    parts = ("index.sqlite.part", "index.faiss.part", "index.sqlite-journal", "rank-1.sqlite")
     (images / "bomb.png").write_bytes(content)
-    for name in sorted(names):
-        next(Path("image_index").iterdir()).joinpath(name).write_bytes(content)
+    for name in (*contents(cache_folder()), *parts):
+        (cache_folder() / name).write_bytes(content)
         ended = zygote(*ask, images)
         assert "Traceback" not in ended.stderr and ended.stdout.splitlines()[0] == before.stdout.splitlines()[0], ended
     Path("weights.pth").write_bytes(content)
     for model in ("resnet50", "squeezenet1_1", "timm:resnet18"):
         ended = zygote("--model", model, "--weights", "weights.pth", "--index-only")
-        assert ended.status == 1 and lines(ended.stderr)[-1].startswith("error: "), ended
+        assert ended.status == 1 and ended.stderr.splitlines()[-1].startswith("error: "), ended
         assert "Traceback" not in ended.stderr
     assert not Path("exploded").exists()
 
@@ -528,9 +470,8 @@ def test_a_link_in_the_cache_harms_no_file_elsewhere(
     mine.write_text("do not touch")
     ask = (*OFFLINE, "--json", "bulk_images/0.png")
     assert zygote(*ask).status == 0
-    (cache,) = Path("image_index").iterdir()
-    names = [*sorted(path.name for path in cache.iterdir()), "reading", "index.sqlite-journal"]
-    for number, name in enumerate(names):
+    cache = cache_folder()
+    for number, name in enumerate([*sorted(contents(cache)), "index.sqlite-journal"]):
         (cache / f"{name}{suffix}").unlink(missing_ok=True)
         (cache / f"{name}{suffix}").symlink_to(mine.absolute())
         draw(50 + number).save(images / f"{name}.png")
@@ -540,51 +481,43 @@ def test_a_link_in_the_cache_harms_no_file_elsewhere(
         (cache / f"{name}{suffix}").unlink(missing_ok=True)
 
 
-def test_sql_in_names_and_in_the_catalogue_is_text(zygote: Zygote, collection: Callable[..., Path]) -> None:
-    """A stranger's catalogue may hold triggers and views; it is known by its schema, and made again without them."""
-    import main
-
-    images = collection(4)
+def test_sql_in_names_and_in_the_database_is_text(zygote: Zygote, collection: Callable[..., Path]) -> None:
+    """A stranger's database may hold triggers and views; it is known by its schema, and made again without them."""
+    images, query = collection(4), "SELECT sql FROM sqlite_master ORDER BY sql"
     (images / "x'; DELETE FROM files; --.png").write_bytes(saved(draw(9), "PNG"))
     ask = (*OFFLINE, "--json", "bulk_images/0.png")
-    before = zygote(*ask)
-    (path,) = Path("image_index").glob("*/index.sqlite")
-    db = sqlite3.connect(path)
-    db.executescript(
-        "CREATE TRIGGER evil AFTER INSERT ON files BEGIN DELETE FROM features; END;CREATE VIEW evil_too AS SELECT 1;"
-    )
-    db.close()
+    assert len(json.loads(zygote(*ask).stdout)["matches"]) == 4
+    with closing(sqlite3.connect(cache_folder() / "index.sqlite")) as db:
+        schema = db.execute(query).fetchall()
+        db.execute("CREATE TRIGGER evil AFTER INSERT ON files BEGIN DELETE FROM features; END")
+        db.execute("CREATE VIEW evil_too AS SELECT 1")
     draw(10).save(images / "10.png")
     ended = zygote(*ask)
     assert ended.status == 0 and len(json.loads(ended.stdout)["matches"]) == 5, ended
-    assert len(json.loads(before.stdout)["matches"]) == 4
-    schema = sqlite3.connect(path).execute(
-        "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%' ORDER BY rowid"
-    )
-    assert [sql for (sql,) in schema] == main.SCHEMA
+    with closing(sqlite3.connect(cache_folder() / "index.sqlite")) as db:
+        assert db.execute(query).fetchall() == schema
 
 
 # ---- Little memory, few files, many files ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("megabytes", [0, 2, 5, 10, 20, 30, 50, 80, 150])
-def test_little_memory_is_one_line(megabytes: int, zygote: Zygote, collection: Callable[[int], Path]) -> None:
+@pytest.mark.parametrize("megabytes", seldom(map(str, (0, 2, 5, 10, 20, 30, 50, 80, 150)), "2", "20", "80"))
+def test_little_memory_is_one_line(megabytes: str, zygote: Zygote, collection: Callable[[int], Path]) -> None:
+    """Of error, that is: the summary may have come before."""
     collection(30)
+    ask = (*OFFLINE, "--json", "bulk_images/0.png")
     for workers in (1, 4):
-        ended = zygote(
-            *OFFLINE, "--json", "--no-report", "bulk_images/0.png", "--workers", workers, room=megabytes << 20
-        )
-        assert "Traceback" not in ended.stderr and ended.stderr.count("\n") == 1, ended
-        assert (ended.status == 0) == ("found" in ended.stderr) and ended.status in (0, 1)
-    assert zygote(*OFFLINE, "--json", "bulk_images/0.png").status == 0
+        ended = zygote(*ask, "--workers", workers, room=int(megabytes) << 20)
+        *said, last = ended.stderr.splitlines()
+        assert all(" found, " in line for line in said) and len(said) <= 1, ended
+        assert (ended.status, last.partition(": ")[0]) in ((0, "bulk_images"), (1, "error")), ended
+    assert zygote(*ask).status == 0
 
 
 @pytest.mark.parametrize("kilobytes", [400_000, 1_500_000])
 def test_too_little_memory_to_start_is_one_line(
     kilobytes: int, program: Callable[..., Any], collection: Callable[[int], Path]
 ) -> None:
-    import resource
-
     collection(3)
     limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (kilobytes << 10,) * 2)  # noqa: E731
     stdout, stderr = (process := program(*OFFLINE, preexec_fn=limit)).communicate(timeout=60)
@@ -593,12 +526,12 @@ def test_too_little_memory_to_start_is_one_line(
 
 
 def test_few_open_files_suffice(zygote: Zygote, collection: Callable[[int], Path]) -> None:
-    images = collection(30)
-    for seed in range(100):
+    images = collection(10)
+    for seed in range(50):
         (folder := images / "deep" / "/".join("abcdefgh"[: seed % 8]) / str(seed)).mkdir(parents=True)
         draw(seed).save(folder / "x.png")
     ended = zygote(*OFFLINE, "--json", "bulk_images", "-k", 3, "--workers", 8, limits={"RLIMIT_NOFILE": 40})
-    assert ended.status == 0 and "0 skipped" in ended.stderr and len(lines(ended.stdout)) == 130, ended
+    assert ended.status == 0 and "0 skipped" in ended.stderr and ended.stdout.count("\n") == 60, ended
 
 
 MANY = 200_000
