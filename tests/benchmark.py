@@ -180,11 +180,7 @@ def usual(folder: Path, options: Options, environment: Mapping[str, str]) -> Spe
 
 
 def against_the_usual_script(
-    count: int,
-    width: int,
-    height: int,
-    promised: str,
-    environment: Mapping[str, str] = {},
+    count: int, width: int, height: int, promised: str, environment: Mapping[str, str] = {}
 ) -> Callable[[Options], Iterator[Row]]:
     """A section: the rate of extraction, from files to features in the cache."""
 

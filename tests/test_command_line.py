@@ -61,7 +61,7 @@ OPTIONS = """--images --index-dir -k --top --threshold --views --model --weights
     --verbose"""
 
 
-def test_help_needs_no_package_and_names_every_option() -> None:
+def test_help_needs_no_package_and_names_every_option():
     outcome = bare("--help")
     assert (outcome.returncode, outcome.stderr) == (0, "")
     for option in OPTIONS.split():
@@ -102,13 +102,13 @@ def test_help_needs_no_package_and_names_every_option() -> None:
         ("--ui --port 65536", "--port.*65536"),
     ],
 )
-def test_a_usage_error_needs_no_package(line: str, complaint: str) -> None:
+def test_a_usage_error_needs_no_package(line, complaint):
     outcome = bare(*line.split())
     assert (outcome.returncode, outcome.stdout) == (2, "")
     assert re.search(rf"usage: main.py(.|\n)*\nmain.py: error: .*{complaint}", outcome.stderr)
 
 
-def test_a_missing_package_is_one_line_that_tells_what_to_do() -> None:
+def test_a_missing_package_is_one_line_that_tells_what_to_do():
     outcome = bare("--model", "offline")
     assert (outcome.returncode, outcome.stdout, outcome.stderr.count("\n")) == (1, "", 1)
     assert "No module named" in outcome.stderr and "pip install -r requirements.txt" in outcome.stderr
@@ -117,7 +117,7 @@ def test_a_missing_package_is_one_line_that_tells_what_to_do() -> None:
 # ---- Output ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_text_form(search: Run) -> None:
+def test_the_text_form(search):
     shutil.copy(QUERIES / "query.png", IMAGES / "copy.png")
     heading, *lines = search("--views", "none").stdout.splitlines()
     assert re.match(r"that_one_image/query\.png  \(offline, 13 images\)", heading)
@@ -128,7 +128,7 @@ def test_the_text_form(search: Run) -> None:
     assert "bulk_images/3.png" in lines[1] and not any("identical" in line for line in lines[1:])
 
 
-def test_the_json_form(search: Run) -> None:
+def test_the_json_form(search):
     shutil.copy(QUERIES / "query.png", IMAGES / "copy.png")
     Path("broken.png").touch()
     outcome = search("--json", "-k", 2, QUERIES, "broken.png")
@@ -146,7 +146,7 @@ def test_the_json_form(search: Run) -> None:
     assert outcome.status == 1
 
 
-def test_text_and_json_tell_the_same_and_the_text_of_no_match(search: Run) -> None:
+def test_text_and_json_tell_the_same_and_the_text_of_no_match(search):
     matches = objects(search("--json"))[0]["matches"]
     lines = search().stdout.splitlines()[1:]
     assert [line.split()[:3] for line in lines] == [[str(m["rank"]), f"{m['score']:.3f}", m["path"]] for m in matches]
@@ -154,7 +154,7 @@ def test_text_and_json_tell_the_same_and_the_text_of_no_match(search: Run) -> No
     assert re.fullmatch(r"that_one_image/query\.png  \(offline, 12 images\).*no.* match", heading)
 
 
-def test_names_come_out_byte_for_byte_and_with_null_each_has_a_nul_at_its_end(search: Run, zygote: Zygote) -> None:
+def test_names_come_out_byte_for_byte_and_with_null_each_has_a_nul_at_its_end(search, zygote):
     names = [b"caf\xe9.png", b"a\nb.png", "写真.png".encode()]
     for number, name in enumerate(names):
         (IMAGES / f"{number}.png").rename(IMAGES / os.fsdecode(name))
@@ -173,7 +173,7 @@ def test_names_come_out_byte_for_byte_and_with_null_each_has_a_nul_at_its_end(se
     assert search("-0", "--threshold", 1).stdout == ""
 
 
-def test_results_alone_go_to_stdout_and_how_much_is_said_depends_on_q_and_v(search: Run) -> None:
+def test_results_alone_go_to_stdout_and_how_much_is_said_depends_on_q_and_v(search):
     (IMAGES / "bad.png").touch()
     said = {option: search("missing.png", QUERIES, *option.split()) for option in ("", "-q", "-v", "--verbose")}
     skipped, missing = "bulk_images/bad.png: an empty file", "missing.png: No such file or directory\n"
@@ -184,7 +184,7 @@ def test_results_alone_go_to_stdout_and_how_much_is_said_depends_on_q_and_v(sear
     assert said["-q"].stderr == missing and search("-q").stderr == ""
 
 
-def test_the_summary_names_model_and_device(search: Run) -> None:
+def test_the_summary_names_model_and_device(search):
     (summary,) = search("--device", "cpu", "--no-report").stderr.splitlines()
     figures = r"bulk_images: 12 found, 12 new, 0 unchanged, 0 skipped, 0 gone; [\d.,]+ images/s"
     assert re.fullmatch(rf"{figures}(, .*)? \(offline on cpu, fp32\)", summary)
@@ -209,7 +209,7 @@ def on_terminal(zygote: Zygote, **environment: str) -> str:
     return seen.decode().replace("\r\n", "\n")
 
 
-def test_colour_on_a_terminal_alone_and_not_if_it_is_not_wanted(search: Run, zygote: Zygote) -> None:
+def test_colour_on_a_terminal_alone_and_not_if_it_is_not_wanted(search, zygote):
     shutil.copy(QUERIES / "query.png", IMAGES / "same.png")
     coloured, piped = on_terminal(zygote), search().stdout
     assert coloured.startswith("\x1b[1mthat_one_image/query.png\x1b[0m") and "\x1b[32midentical" in coloured
@@ -218,7 +218,7 @@ def test_colour_on_a_terminal_alone_and_not_if_it_is_not_wanted(search: Run, zyg
 
 
 @pytest.mark.parametrize("lines", [0, 1])
-def test_a_reader_that_has_seen_enough_ends_the_run_quietly(lines: int, search: Run, program: Any) -> None:
+def test_a_reader_that_has_seen_enough_ends_the_run_quietly(lines, search, program):
     """As `| head` does."""
     for number in range(100):
         shutil.copy(IMAGES / "0.png", IMAGES / f"{number:0100}.png")
@@ -233,26 +233,26 @@ def test_a_reader_that_has_seen_enough_ends_the_run_quietly(lines: int, search: 
 # ---- Options ---------------------------------------------------------------------------------------------------------
 
 
-def test_queries_may_stand_on_both_sides_of_an_option(search: Run) -> None:
+def test_queries_may_stand_on_both_sides_of_an_option(search):
     first, second = IMAGES / "1.png", IMAGES / "2.png"
     found = objects(search(first, "--json", "-k", 1, second))
     assert [answer["query"] for answer in found] == [str(first), str(second)]
 
 
 @pytest.mark.parametrize("option", ["-k", "--top"])
-def test_top(option: str, search: Run) -> None:
+def test_top(option, search):
     for k, matches in ((3, 3), (999, 12)):
         assert len(search(option, k).stdout.splitlines()) == 1 + matches
 
 
-def test_threshold(search: Run) -> None:
+def test_threshold(search):
     scores = [match["score"] for match in objects(search("--json", "-k", 12))[0]["matches"]]
     for least in (0.9, 0, -0.5, -1):
         found = objects(search("--json", "-k", 12, "--threshold", least))[0]["matches"]
         assert [match["score"] for match in found] == [score for score in scores if score >= least]
 
 
-def test_views(search: Run) -> None:
+def test_views(search):
     ImageOps.mirror(draw(5)).save("mirrored.png")
     ask = partial(search, "--json", "mirrored.png", "--views")
     none, auto, every = (objects(ask(views))[0]["matches"][0] for views in ("none", "auto", "all"))
@@ -261,7 +261,7 @@ def test_views(search: Run) -> None:
     assert (none["view"], every["view"]) == ("", "mirrored")
 
 
-def test_images_and_index_dir(search: Run, collection: Callable[..., Path]) -> None:
+def test_images_and_index_dir(search, collection):
     collection(4, "others")
     where = ("--json", "--index-dir", "deep/in/another", "--images")
     paths = [match["path"] for match in objects(search(*where, "others"))[0]["matches"]]
@@ -271,7 +271,7 @@ def test_images_and_index_dir(search: Run, collection: Callable[..., Path]) -> N
     assert not INDEX.exists() and list(Path("deep/in/another").rglob("index.sqlite"))
 
 
-def test_queries_are_files_and_folders(search: Run) -> None:
+def test_queries_are_files_and_folders(search):
     (QUERIES / "deep").mkdir()
     draw(5).save(QUERIES / "deep" / "b.jpg")
     draw(6).save("alone.webp")
@@ -285,7 +285,7 @@ def test_queries_are_files_and_folders(search: Run) -> None:
     ]
 
 
-def test_a_folder_of_queries_may_hold_other_files(search: Run) -> None:
+def test_a_folder_of_queries_may_hold_other_files(search):
     (QUERIES / "notes.txt").write_text("not meant to be an image")
     (QUERIES / ".hidden.png").touch()
     outcome = search("--json")
@@ -296,7 +296,7 @@ def test_a_folder_of_queries_may_hold_other_files(search: Run) -> None:
     assert objects(outcome)[0] == {"query": "that_one_image/broken.png", "error": "an empty file"}
 
 
-def test_device(search: Run) -> None:
+def test_device(search):
     assert "(offline on cpu, fp32)" in search("--device", "cpu").stderr
     for device, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
         outcome = search("--device", device)
@@ -304,7 +304,7 @@ def test_device(search: Run) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (5, 3), (100, 100)], ids=str)
-def test_batch_size_and_workers_change_no_answer(sizes: tuple[int, int], search: Run) -> None:
+def test_batch_size_and_workers_change_no_answer(sizes, search):
     expected = search("--index-dir", "default").stdout
     outcome = search("--index-only", "--batch-size", sizes[0], "--workers", sizes[1])
     assert (outcome.status, outcome.stdout) == (0, "")
@@ -316,7 +316,7 @@ def test_batch_size_and_workers_change_no_answer(sizes: tuple[int, int], search:
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["missing", "empty"])
-def test_no_collection(there: bool, search: Run) -> None:
+def test_no_collection(there, search):
     shutil.rmtree(IMAGES)
     if there:
         IMAGES.mkdir()
@@ -325,7 +325,7 @@ def test_no_collection(there: bool, search: Run) -> None:
 
 @pytest.mark.parametrize("named", [(), ("albums",)], ids=["by default", "named"])
 @pytest.mark.parametrize("there", [False, True], ids=["missing", "empty"])
-def test_no_query(there: bool, named: tuple[str, ...], search: Run) -> None:
+def test_no_query(there, named, search):
     shutil.rmtree(QUERIES)
     if there:
         (QUERIES if not named else Path(*named)).mkdir()
@@ -364,7 +364,7 @@ def bomb(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
-def test_a_bad_file_is_a_line_of_error_as_a_query_and_skipped_in_the_collection(kind: str, search: Run) -> None:
+def test_a_bad_file_is_a_line_of_error_as_a_query_and_skipped_in_the_collection(kind, search):
     name, make, reason = BAD_FILES[kind]
     make(Path(name))
     outcome = search("-q", IMAGES / "1.png", name, QUERIES)
@@ -380,7 +380,7 @@ def test_a_bad_file_is_a_line_of_error_as_a_query_and_skipped_in_the_collection(
         assert re.search(rf"bulk_images/{name}: .*{reason}", outcome.stderr)
 
 
-def test_a_collection_of_bad_files_alone_is_an_error_with_the_commonest_reasons(search: Run) -> None:
+def test_a_collection_of_bad_files_alone_is_an_error_with_the_commonest_reasons(search):
     shutil.rmtree(IMAGES)
     IMAGES.mkdir()
     for number in range(5):
@@ -409,7 +409,7 @@ def test_a_collection_of_bad_files_alone_is_an_error_with_the_commonest_reasons(
     ],
     ids=" ".join,
 )
-def test_a_model_that_cannot_be_had_is_one_line(options: list[str], words: list[str], search: Run, run: Run) -> None:
+def test_a_model_that_cannot_be_had_is_one_line(options, words, search, run):
     Path("corrupt.pt").write_bytes(b"PK\3\4 no weights")
     torch.save(main.torchvision.models.shufflenet_v2_x0_5(weights=None).state_dict(), "other.pt")
     one_line(run(*options), *words)
@@ -420,7 +420,7 @@ def test_a_model_that_cannot_be_had_is_one_line(options: list[str], words: list[
 
 
 @pytest.mark.parametrize("moment", ["load_model", "launch", "build_index", "search"])
-def test_an_interruption_is_one_line_and_status_130(moment: str, search: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_is_one_line_and_status_130(moment, search, monkeypatch):
     def interrupt(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 

@@ -38,7 +38,7 @@ def samples() -> None:
         shutil.copy(MAIN.parent / ASKED / name, ASKED)
 
 
-def test_the_main_job_finds_the_sample_that_each_query_was_made_from(samples: None, program: Program) -> None:
+def test_the_main_job_finds_the_sample_that_each_query_was_made_from(samples, program):
     """With no options, and no weights to be had."""
     first = finish(program())
     assert first.status == 0
@@ -51,7 +51,7 @@ def test_the_main_job_finds_the_sample_that_each_query_was_made_from(samples: No
     assert "0 new" in second.stderr and "no image was opened" in second.stderr
 
 
-def test_the_functions_work_from_python(samples: None) -> None:
+def test_the_functions_work_from_python(samples):
     """As README.md shows it."""
     script = """
 from main import initialize_reverse_image_search, search
@@ -73,9 +73,7 @@ print(same.matches[0].path)
     assert lines[4:] == ["bulk_images/samples/lighthouse.jpg"]
 
 
-def test_progress_is_seen_on_a_terminal_and_a_polite_stop_saves_the_work(
-    program: Program, collection: Callable[[int], Path], run: Callable[..., Outcome]
-) -> None:
+def test_progress_is_seen_on_a_terminal_and_a_polite_stop_saves_the_work(program, collection, run):
     collection(200)
     index = ("--model", "offline", "--index-only", "--batch-size", 1, "--workers", 1)
     terminal, its_end = os.openpty()

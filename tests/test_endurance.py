@@ -173,7 +173,7 @@ def machine(zygote: Zygote, folder: Path) -> type[stateful.RuleBasedStateMachine
     return Endurance
 
 
-def test_any_sequence_of_acts_leaves_the_answers_of_a_fresh_index(with_faults: Zygote, tmp_path: Path) -> None:
+def test_any_sequence_of_acts_leaves_the_answers_of_a_fresh_index(with_faults, tmp_path):
     health = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
     settings = hypothesis.settings(
         max_examples=2, stateful_step_count=6, deadline=None, suppress_health_check=health, database=None,
@@ -184,7 +184,7 @@ def test_any_sequence_of_acts_leaves_the_answers_of_a_fresh_index(with_faults: Z
 
 @pytest.mark.slow
 @pytest.mark.parametrize("walk", range(4))
-def test_three_hundred_steps_and_more(walk: int, with_faults: Zygote, tmp_path: Path) -> None:
+def test_three_hundred_steps_and_more(walk, with_faults, tmp_path):
     chance, world, done = random.Random(f"{SEED} {walk}"), World(tmp_path / "world", with_faults), list[Any]()
     print(f"SEED={SEED}")
     for _ in range(80):

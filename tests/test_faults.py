@@ -255,14 +255,14 @@ def kill_at(scene: Scene, number: int, how: int) -> Ended:
 
 
 @each_case(2, 25)
-def test_killed_between_two_writes(name: str, times: int, scene: Callable[[str], Scene]) -> None:
+def test_killed_between_two_writes(name, times, scene):
     chance, case = seeded(name, times), scene(name)
     for number in sorted(chance.sample(range(1, len(case.calls) + 1), min(times, len(case.calls)))):
         kill_at(case, number, chance.choice((KILL, TEAR)))
 
 
 @pytest.mark.parametrize(("kind", "name"), [("w", "index.sqlite"), JOURNAL, ("r", "index.faiss.part")])
-def test_killed_around_a_commit(kind: str, name: str, scene: Callable[[str], Scene]) -> None:
+def test_killed_around_a_commit(kind, name, scene):
     """Files and features are one transaction, and the index file comes before its note: nothing is to be repaired."""
     case = scene("codes, added to")
     there = case.places(kind, name)
@@ -272,9 +272,7 @@ def test_killed_around_a_commit(kind: str, name: str, scene: Callable[[str], Sce
 
 
 @pytest.mark.parametrize("name", ["first", "change", "prune"])
-def test_every_commit_holds_files_together_with_their_features(
-    name: str, scene: Callable[[str], Scene], tmp_path: Path
-) -> None:
+def test_every_commit_holds_files_together_with_their_features(name, scene, tmp_path):
     case = scene(name)
     disk, commits, known = Disk(case.box.index), case.places(*JOURNAL), 0
     for number, call in enumerate(case.calls, 1):
@@ -295,7 +293,7 @@ def test_every_commit_holds_files_together_with_their_features(
 
 
 @each_case(2, 30)
-def test_power_cut(name: str, times: int, scene: Callable[[str], Scene]) -> None:
+def test_power_cut(name, times, scene):
     """Of what was not synced, nothing, anything or all is on disk, in sectors."""
     chance, case = seeded(name, times), scene(name)
     disk, done = Disk(case.box.index), 0
@@ -312,7 +310,7 @@ EVERY = {"first, saved once", "prune", "codes"}  # each of their calls fails; of
 
 
 @each_case(2, 40)
-def test_a_failing_write(name: str, times: int, scene: Callable[[str], Scene]) -> None:
+def test_a_failing_write(name, times, scene):
     chance, case, noticed = seeded(name, times), scene(name), 0
     places = range(1, len(case.calls) + 1)
     chosen = sorted(chance.sample(places, len(places) if times > 2 and name in EVERY else min(times, len(places))))
@@ -338,7 +336,7 @@ def begun(box: Box, run: Any, wait: float) -> None:
 
 
 @each_case(3, 5, cases=("first", "prune"))
-def test_killed_again_and_again(name: str, times: int, scene: Callable[[str], Scene]) -> None:
+def test_killed_again_and_again(name, times, scene):
     """Each time on what the last one has left."""
     chance, case = seeded(name, times), scene(name)
     for _ in range(1 if times == 3 else 2):
@@ -357,9 +355,7 @@ SLOW_STOPS = [pytest.param(name, 5, marks=pytest.mark.slow) for name in ("first"
 
 @pytest.mark.parametrize("stops", STOPS, ids=lambda stops: " ".join(number.name for number in stops))
 @pytest.mark.parametrize(("name", "times"), [("first", 1), *SLOW_STOPS])
-def test_stopped_politely(
-    name: str, times: int, stops: tuple[signal.Signals, ...], scene: Callable[[str], Scene]
-) -> None:
+def test_stopped_politely(name, times, stops, scene):
     chance, case, stopped, latest = seeded(name, stops, times), scene(name), 0, 0.2
     for _ in range(4 * times):
         box = case.copy()
@@ -450,7 +446,7 @@ SLOW_DAMAGE = [pytest.param(kind, times, marks=pytest.mark.slow) for kind, times
 
 
 @pytest.mark.parametrize(("kind", "times"), [*((kind, 3) for kind in KINDS), *SLOW_DAMAGE])
-def test_damage(kind: Callable[[bytes, random.Random], bytes], times: int, caches: Caches) -> None:
+def test_damage(kind, times, caches):
     chance, said = seeded(kind.__name__, times), 0
     for number in range(times):
         name = chance.choice(sorted(caches.good))
@@ -474,7 +470,7 @@ def mixtures(caches: Caches) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 @pytest.mark.parametrize("number", [4, pytest.param(99, marks=pytest.mark.slow)])
-def test_files_that_do_not_belong_together(number: int, caches: Caches) -> None:
+def test_files_that_do_not_belong_together(number, caches):
     every = [*mixtures(caches)]
     assert len(every) >= 15
     for why, files in seeded("mixtures").sample(every, min(number, len(every))):
@@ -482,7 +478,7 @@ def test_files_that_do_not_belong_together(number: int, caches: Caches) -> None:
 
 
 @pytest.mark.parametrize("what", [os.mkdir, partial(os.symlink, "nowhere")], ids=["folder", "link to nowhere"])
-def test_something_else_in_the_place_of_a_file(what: Callable[[Path], None], caches: Caches) -> None:
+def test_something_else_in_the_place_of_a_file(what, caches):
     for name in caches.good:
         path = caches.cache / name
         rest = {key: content for key, content in caches.good.items() if key != name}
@@ -523,7 +519,7 @@ def at_once(scene: Scene, options: list[tuple[str, ...]]) -> list[Ended]:
 @pytest.mark.parametrize(
     ("name", "many"), [("first", 20), ("repair", 6), pytest.param("repair", 20, marks=pytest.mark.slow)]
 )
-def test_many_at_once(name: str, many: int, scene: Callable[[str], Scene]) -> None:
+def test_many_at_once(name, many, scene):
     """None takes a growing database for a damaged one, and a damage is repaired once."""
     ended = at_once(scene(name), [()] * many)
     assert sum(extracted(each) for each in ended) <= scene(name).work + 1
@@ -532,13 +528,13 @@ def test_many_at_once(name: str, many: int, scene: Callable[[str], Scene]) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("round", range(8))
-def test_twenty_of_all_kinds_at_once(round: int, scene: Callable[[str], Scene]) -> None:
+def test_twenty_of_all_kinds_at_once(round, scene):
     chance = seeded("kinds", round)
     name = chance.choice(("first", "add", "change", "repair", "index"))
     at_once(scene(name), chance.choices([(), (), ("--rebuild",), ("--prune",)], k=20))
 
 
-def test_one_that_waits_goes_on_when_the_writer_is_killed(scene: Callable[[str], Scene]) -> None:
+def test_one_that_waits_goes_on_when_the_writer_is_killed(scene):
     case, box = scene("first"), scene("first").copy()
     writer = box.start(*case.case.options, constants=case.case.constants)
     begun(box, writer, 0.1)
@@ -554,7 +550,7 @@ YEARS = {"1901": -2_177_452_800, "1970": 0, "2400": 13_569_465_600}
 
 
 @pytest.mark.parametrize("year", YEARS)
-def test_a_clock_that_is_wrong(year: str, scene: Callable[[str], Scene], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_is_wrong(year, scene, monkeypatch):
     """What was changed carries a time before, or long after, the one that is known; the cache, too."""
     case = scene("change")
     box, then = case.copy(), YEARS[year]
@@ -582,7 +578,7 @@ def disturb(box: Box, chance: random.Random, until: threading.Event) -> None:
 
 
 @pytest.mark.parametrize("times", [2, pytest.param(30, marks=pytest.mark.slow)])
-def test_the_collection_changes_while_it_is_scanned(times: int, scene: Callable[[str], Scene]) -> None:
+def test_the_collection_changes_while_it_is_scanned(times, scene):
     box, until = scene("first").copy(), threading.Event()
     disturber = threading.Thread(target=disturb, args=(box, seeded("changes", times), until))
     disturber.start()

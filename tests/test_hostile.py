@@ -58,7 +58,7 @@ mutants.fuzz(read, {seed!r}, {begin}, {end}, ".")
 
 
 @pytest.mark.parametrize("count", [400, pytest.param(20_000, marks=pytest.mark.slow)])
-def test_fuzzed_images_are_read_or_refused(count: int, zygote: Zygote) -> None:
+def test_fuzzed_images_are_read_or_refused(count, zygote):
     """A process that dies of a mutant is a failure that names it."""
     total, slowest, step = {"read": 0, "refused": 0}, 0.0, 500
     print(f"SEED={SEED}, {len(mutants.samples())} samples")
@@ -230,21 +230,21 @@ def look_at(zygote: Zygote) -> tuple[bool, str, Ended]:
 
 
 @pytest.mark.parametrize("bomb", seldom(BOMBS, *LIGHT))
-def test_a_bomb_is_read_or_refused_in_ten_seconds_and_a_gigabyte(bomb: str, zygote: Zygote) -> None:
+def test_a_bomb_is_read_or_refused_in_ten_seconds_and_a_gigabyte(bomb, zygote):
     Path("bomb.jpg").write_bytes(BOMBS[bomb]())
     read, reason, ended = look_at(zygote)
     print(read, reason, ended.memory >> 20, "MB")
 
 
 @pytest.mark.parametrize("kind", seldom(LARGEST, "PNG, RGBA", "JPEG, 200 megapixels"))
-def test_the_largest_pictures_take_a_gigabyte(kind: str, zygote: Zygote) -> None:
+def test_the_largest_pictures_take_a_gigabyte(kind, zygote):
     Path("bomb.jpg").write_bytes(LARGEST[kind]())
     read, reason, ended = look_at(zygote)
     assert read, (reason, ended)
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_what_is_no_picture_is_refused_whatever_its_name(kind: str, zygote: Zygote) -> None:
+def test_what_is_no_picture_is_refused_whatever_its_name(kind, zygote):
     Path("bomb.jpg").write_bytes(OTHERS[kind])
     read, reason, _ = look_at(zygote)
     assert not read and reason and not Path("exploded").exists()
@@ -262,14 +262,14 @@ STARTS = {
 
 
 @pytest.mark.parametrize("start", seldom(STARTS, "nothing", "JPEG"))
-def test_a_sparse_file_of_two_gigabytes(start: str, zygote: Zygote) -> None:
+def test_a_sparse_file_of_two_gigabytes(start, zygote):
     Path("bomb.jpg").write_bytes(STARTS[start])
     os.truncate("bomb.jpg", 2 << 30)
     look_at(zygote)
 
 
 @pytest.mark.parametrize("device", ["/dev/zero", "/dev/full", "/dev/random", "/proc/self/mem", "/dev/stdin"])
-def test_a_link_to_a_device(device: str, zygote: Zygote) -> None:
+def test_a_link_to_a_device(device, zygote):
     os.symlink(device, "bomb.jpg")
     read, reason, _ = look_at(zygote)
     assert not read and reason
@@ -279,9 +279,7 @@ DEADLY = b"\x89PNG\r\n\x1a\n deadly".ljust(99)  # faults.c lets whoever reads it
 
 
 @pytest.mark.parametrize("names", [("1deadly.png", "25deadly.png"), ("deadly.png",)], ids=["two", "the last file"])
-def test_a_decoder_that_crashes_costs_one_file(
-    names: tuple[str, ...], zygote: Zygote, collection: Callable[[int], Path]
-) -> None:
+def test_a_decoder_that_crashes_costs_one_file(names, zygote, collection):
     """The run that it ends, too, but not the next one; and it is remembered."""
     if "LD_PRELOAD" not in zygote.environment:
         pytest.skip("needs a C compiler")
@@ -295,7 +293,7 @@ def test_a_decoder_that_crashes_costs_one_file(
     assert sorted(contents(cache_folder())) == ["index.faiss", "index.sqlite", "lock"]
 
 
-def test_a_collection_of_bombs_costs_no_picture(zygote: Zygote, collection: Callable[[int], Path]) -> None:
+def test_a_collection_of_bombs_costs_no_picture(zygote, collection):
     images = collection(5)
     for number, name in enumerate(LIGHT[::2]):
         (images / f"bomb {number}.jpg").write_bytes(BOMBS[name]())
@@ -347,7 +345,7 @@ def make_deep(root: Path, name: str, length: int) -> None:
     os.close(file), os.close(here)
 
 
-def test_every_name_is_answered_with_in_json(named: dict[bytes, int], zygote: Zygote) -> None:
+def test_every_name_is_answered_with_in_json(named, zygote):
     make_deep(Path("bulk_images"), "far.png", 4000)
     ended = zygote(*OFFLINE, "--json", "queries", "-k", 1)
     assert ended.status == 0 and ended.stdout.isascii() and "Traceback" not in ended.stderr, ended
@@ -358,7 +356,7 @@ def test_every_name_is_answered_with_in_json(named: dict[bytes, int], zygote: Zy
     assert not Path("exploded").exists()
 
 
-def test_every_name_is_a_line_of_text_that_steers_nothing(named: dict[bytes, int], zygote: Zygote) -> None:
+def test_every_name_is_a_line_of_text_that_steers_nothing(named, zygote):
     ended = zygote(*OFFLINE, "-v", "queries", "-k", 1)
     assert ended.status == 0 and ended.stdout.count("\n") == 2 * len(named)
     harmful = {c for c in ended.stdout + ended.stderr if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp")} - {"\n"}
@@ -369,7 +367,7 @@ def test_every_name_is_a_line_of_text_that_steers_nothing(named: dict[bytes, int
 
 
 @pytest.mark.parametrize("length", [3900, 4083, 4084, 4094])
-def test_a_path_of_four_thousand_bytes(length: int, zygote: Zygote, collection: Callable[[int], Path]) -> None:
+def test_a_path_of_four_thousand_bytes(length, zygote, collection):
     """Beyond 4,095 bytes the system itself names no file: it is said, and costs no other."""
     make_deep(collection(2), "far.png", length)
     first, second = (zygote(*OFFLINE, "--json", "bulk_images/0.png") for _ in range(2))
@@ -382,7 +380,7 @@ def test_a_path_of_four_thousand_bytes(length: int, zygote: Zygote, collection: 
 
 
 @pytest.mark.parametrize("name", seldom(HOSTILE_NAMES, "newline", "not UTF-8", "a pattern", "255 bytes, not UTF-8"))
-def test_folders_may_have_such_names_too(name: str, zygote: Zygote) -> None:
+def test_folders_may_have_such_names_too(name, zygote):
     """The collection, the cache and the folder of queries."""
     folders = [prefix + os.fsdecode(HOSTILE_NAMES[name])[-200:] for prefix in ("i", "c", "q")]
     for folder in folders[::2]:
@@ -419,7 +417,7 @@ PICKLES: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", seldom(PICKLES, "protocol 2", "torch"))
-def test_a_pickle_never_runs_wherever_it_is_planted(kind: str, zygote: Zygote, collection: Callable[..., Path]) -> None:
+def test_a_pickle_never_runs_wherever_it_is_planted(kind, zygote, collection):
     images, content = collection(4), PICKLES[kind]()
     ask = (*OFFLINE, "--json", "bulk_images/0.png", "bulk_images/bomb.png", "--images")
     before = zygote(*ask, images)
@@ -450,9 +448,7 @@ def hostile_index(kind: str, good: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["claims 2^60 vectors", "of another dimension", "another kind", "noise"])
-def test_an_index_is_read_only_when_its_checksum_holds(
-    kind: str, zygote: Zygote, collection: Callable[..., Path]
-) -> None:
+def test_an_index_is_read_only_when_its_checksum_holds(kind, zygote, collection):
     collection(8)
     ask = (*OFFLINE, "--json", "bulk_images/0.png")
     before = zygote(*ask)
@@ -463,9 +459,7 @@ def test_an_index_is_read_only_when_its_checksum_holds(
 
 
 @pytest.mark.parametrize("suffix", ["", ".part"])
-def test_a_link_in_the_cache_harms_no_file_elsewhere(
-    suffix: str, zygote: Zygote, collection: Callable[..., Path]
-) -> None:
+def test_a_link_in_the_cache_harms_no_file_elsewhere(suffix, zygote, collection):
     images, mine = collection(4), Path("mine.txt")
     mine.write_text("do not touch")
     ask = (*OFFLINE, "--json", "bulk_images/0.png")
@@ -481,7 +475,7 @@ def test_a_link_in_the_cache_harms_no_file_elsewhere(
         (cache / f"{name}{suffix}").unlink(missing_ok=True)
 
 
-def test_sql_in_names_and_in_the_database_is_text(zygote: Zygote, collection: Callable[..., Path]) -> None:
+def test_sql_in_names_and_in_the_database_is_text(zygote, collection):
     """A stranger's database may hold triggers and views; it is known by its schema, and made again without them."""
     images, query = collection(4), "SELECT sql FROM sqlite_master ORDER BY sql"
     (images / "x'; DELETE FROM files; --.png").write_bytes(saved(draw(9), "PNG"))
@@ -502,7 +496,7 @@ def test_sql_in_names_and_in_the_database_is_text(zygote: Zygote, collection: Ca
 
 
 @pytest.mark.parametrize("megabytes", seldom(map(str, (0, 2, 5, 10, 20, 30, 50, 80, 150)), "2", "20", "80"))
-def test_little_memory_is_one_line(megabytes: str, zygote: Zygote, collection: Callable[[int], Path]) -> None:
+def test_little_memory_is_one_line(megabytes, zygote, collection):
     """Of error, that is: the summary may have come before."""
     collection(30)
     ask = (*OFFLINE, "--json", "bulk_images/0.png")
@@ -515,9 +509,7 @@ def test_little_memory_is_one_line(megabytes: str, zygote: Zygote, collection: C
 
 
 @pytest.mark.parametrize("kilobytes", [400_000, 1_500_000])
-def test_too_little_memory_to_start_is_one_line(
-    kilobytes: int, program: Callable[..., Any], collection: Callable[[int], Path]
-) -> None:
+def test_too_little_memory_to_start_is_one_line(kilobytes, program, collection):
     collection(3)
     limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (kilobytes << 10,) * 2)  # noqa: E731
     stdout, stderr = (process := program(*OFFLINE, preexec_fn=limit)).communicate(timeout=60)
@@ -525,7 +517,7 @@ def test_too_little_memory_to_start_is_one_line(
     assert stderr.count("\n") == 1 and stderr.startswith("error: "), stderr
 
 
-def test_few_open_files_suffice(zygote: Zygote, collection: Callable[[int], Path]) -> None:
+def test_few_open_files_suffice(zygote, collection):
     images = collection(10)
     for seed in range(50):
         (folder := images / "deep" / "/".join("abcdefgh"[: seed % 8]) / str(seed)).mkdir(parents=True)
@@ -554,7 +546,7 @@ def fill(images: Path, files: int, folders: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folders", [1, 20_000])
-def test_two_hundred_thousand_files(folders: int, zygote: Zygote) -> None:
+def test_two_hundred_thousand_files(folders, zygote):
     """Twenty times as many files as in a first run take hardly more memory, and no more open files."""
     ask = (*OFFLINE, "--index-only")
     limits = {"RLIMIT_NOFILE": 256}

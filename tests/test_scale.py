@@ -120,9 +120,7 @@ def queries(n: int) -> list[Path]:
 @pytest.mark.parametrize(
     ("work", "sizes"), [(CODED, [1, 40, *range(61, 69), *range(90, 301, 30)]), (main.Work(), [1, 24, 300])]
 )
-def test_a_collection_that_grows_is_searched_like_brute_force_does(
-    work: main.Work, sizes: list[int], tiny: main.Model, ask: Any
-) -> None:
+def test_a_collection_that_grows_is_searched_like_brute_force_does(work, sizes, tiny, ask):
     """Over the first size that the codes are trained on and several times of outgrowing it."""
     with pytest.raises(main.DeepVisionError):
         main.initialize_reverse_image_search("images", "index", model=tiny, work=work)
@@ -135,7 +133,7 @@ def test_a_collection_that_grows_is_searched_like_brute_force_does(
 
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(steps=st.lists(st.lists(st.tuples(st.booleans(), st.integers(0, 150)), max_size=60), min_size=2, max_size=5))
-def test_adding_and_removing_in_any_order_is_as_good_as_a_fresh_build(steps: list[Any], tiny: main.Model) -> None:
+def test_adding_and_removing_in_any_order_is_as_good_as_a_fresh_build(steps, tiny):
     for folder in ("images", "index"):
         shutil.rmtree(folder, ignore_errors=True)
     query, there = put(10_000, folder="queries"), set(range(70))
@@ -150,7 +148,7 @@ def test_adding_and_removing_in_any_order_is_as_good_as_a_fresh_build(steps: lis
         assert answer == next(main.search(query, fresh))
 
 
-def test_the_codes_find_nearly_all_and_say_how_many_and_scores_are_exact(many: Opened, tiny: main.Model) -> None:
+def test_the_codes_find_nearly_all_and_say_how_many_and_scores_are_exact(many, tiny):
     engine, asked = many(5000), queries(100)
     assert engine.index.trained == 5000 and main.RECALL <= engine.index.recall <= 1
     assert engine.summary.recall == engine.index.recall
@@ -167,7 +165,7 @@ def test_the_codes_find_nearly_all_and_say_how_many_and_scores_are_exact(many: O
         )
 
 
-def test_the_shortlist_grows_until_the_recall_holds(many: Opened, opened: Opened, monkeypatch: Any) -> None:
+def test_the_shortlist_grows_until_the_recall_holds(many, opened, monkeypatch):
     monkeypatch.setattr(main, "SHORTLIST", 4)
     engine = many(3000)
     assert engine.index.shortlist > 16 and engine.index.recall >= main.RECALL
@@ -178,7 +176,7 @@ def test_the_shortlist_grows_until_the_recall_holds(many: Opened, opened: Opened
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_top_k_begins_top_k_plus_n(exact: bool, many: Opened, ask: Any) -> None:
+def test_top_k_begins_top_k_plus_n(exact, many, ask):
     engine = replace(many(1500), exact=exact)
     longest = ask(engine, 600)  # more than the codes are asked for
     assert len(longest) == 600
@@ -187,9 +185,7 @@ def test_top_k_begins_top_k_plus_n(exact: bool, many: Opened, ask: Any) -> None:
 
 
 @pytest.mark.parametrize("work", [main.Work(), CODED], ids=["exact", "codes"])
-def test_top_k_begins_top_k_plus_n_among_copies_that_all_score_1(
-    work: main.Work, tiny: main.Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_top_k_begins_top_k_plus_n_among_copies_that_all_score_1(work, tiny, monkeypatch):
     """fp16 makes a vector as long as 1.0001: of products beyond 1 the larger one is no better."""
     monkeypatch.setattr(main, "SHORTLIST", 16)
     monkeypatch.setattr(main, "RECALL", 0.0)
@@ -205,7 +201,7 @@ def test_top_k_begins_top_k_plus_n_among_copies_that_all_score_1(
         assert found(engine, [path], k) == [longest[:k]]
 
 
-def test_a_short_list_that_missed_a_match_still_begins_every_longer_one(many: Opened, monkeypatch: Any) -> None:
+def test_a_short_list_that_missed_a_match_still_begins_every_longer_one(many, monkeypatch):
     """Codes are looked at in steps; a later one finds what an earlier one has missed, and that comes too late. An exact
     search misses none."""
     monkeypatch.setattr(main, "CLOSELY", 2)
@@ -218,15 +214,13 @@ def test_a_short_list_that_missed_a_match_still_begins_every_longer_one(many: Op
         assert paths_in(found(engine, asked, k)) == [row[:k] for row in longest]
 
 
-def test_a_query_is_answered_alike_alone_and_among_others(many: Opened) -> None:
+def test_a_query_is_answered_alike_alone_and_among_others(many):
     engine, asked = many(1500), queries(40)
     together = found(engine, asked, 10, "auto")
     assert [found(engine, [query], 10, "auto")[0] for query in asked] == together
 
 
-def test_what_is_gone_leaves_room_for_what_is_there(
-    tiny: main.Model, opened: Opened, ask: Any, monkeypatch: Any
-) -> None:
+def test_what_is_gone_leaves_room_for_what_is_there(tiny, opened, ask, monkeypatch):
     """Also where all that the codes hold nearest is gone."""
     monkeypatch.setattr(main, "CLOSELY", 2)
     put(*range(200))
@@ -239,7 +233,7 @@ def test_what_is_gone_leaves_room_for_what_is_there(
     assert ask(engine) == brute_force(left, tiny)
 
 
-def test_codes_are_appended_and_only_trained_again_when_outgrown(opened: Opened, monkeypatch: Any) -> None:
+def test_codes_are_appended_and_only_trained_again_when_outgrown(opened, monkeypatch):
     """What was there is not read again for what is added."""
     trained, starts, blocks = [], list[int](), main.Store.blocks
     for before, n in itertools.pairwise([0, 80, 100, 160, 161, 200]):
@@ -254,7 +248,7 @@ def test_codes_are_appended_and_only_trained_again_when_outgrown(opened: Opened,
     assert starts == [201]
 
 
-def test_the_kind_of_index_follows_the_size(tiny: main.Model, opened: Opened, ask: Any) -> None:
+def test_the_kind_of_index_follows_the_size(tiny, opened, ask):
     put(*range(100))
     for size in (1 << 28, 0, 99 * DIM * 2, 100 * DIM * 2, 0):
         engine = opened(exact_bytes=size)
@@ -262,7 +256,7 @@ def test_the_kind_of_index_follows_the_size(tiny: main.Model, opened: Opened, as
         assert ask(engine) == brute_force(list(range(100)), tiny)
 
 
-def test_the_summary_tells_how_the_index_was_searched(run: Run, collection: Any, monkeypatch: Any) -> None:
+def test_the_summary_tells_how_the_index_was_searched(run, collection, monkeypatch):
     monkeypatch.setattr(main, "Work", partial(main.Work, exact_bytes=0))
     collection(80)
     draw(3).resize((48, 32)).save("query.png")
@@ -276,9 +270,7 @@ def test_the_summary_tells_how_the_index_was_searched(run: Run, collection: Any,
 
 
 @pytest.mark.parametrize("n", [10, 80], ids=["exact", "codes"])
-def test_an_open_engine_answers_rightly_whatever_other_runs_do(
-    n: int, tiny: main.Model, opened: Opened, ask: Any
-) -> None:
+def test_an_open_engine_answers_rightly_whatever_other_runs_do(n, tiny, opened, ask):
     """Rows that its index lacks are compared one by one; rows that are gone name no file."""
     put(*range(n))
     engine, there, seeds = opened(), set(range(n)), itertools.count(500)
@@ -295,7 +287,7 @@ def test_an_open_engine_answers_rightly_whatever_other_runs_do(
         assert ask(engine) == brute_force(sorted(there), tiny)
 
 
-def test_others_may_save_during_a_scan(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_others_may_save_during_a_scan(opened, monkeypatch):
     put(*range(5))
     opened()
     find, statement = (
@@ -313,9 +305,7 @@ def test_others_may_save_during_a_scan(opened: Opened, monkeypatch: pytest.Monke
     assert opened().summary.images == 5
 
 
-def test_a_broken_feature_is_never_answered_from_and_alone_extracted_again(
-    tiny: main.Model, opened: Opened, ask: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_feature_is_never_answered_from_and_alone_extracted_again(tiny, opened, ask, monkeypatch):
     """In a collection too large to check all on opening."""
     monkeypatch.setattr(main, "CHECKED_BYTES", 0)
     put(*range(100))
@@ -338,9 +328,7 @@ def paths(outcome: Outcome) -> list[str]:
     return [match["path"] for line in outcome.stdout.splitlines() for match in json.loads(line)["matches"]]
 
 
-def test_without_an_update_what_is_new_is_not_seen_and_what_is_gone_or_changed_is_left_out(
-    run: Run, collection: Any
-) -> None:
+def test_without_an_update_what_is_new_is_not_seen_and_what_is_gone_or_changed_is_left_out(run, collection):
     images = collection(6)
     draw(0).resize((48, 32)).save("query.png")
     run(*OFFLINE, "--index-only")
@@ -355,7 +343,7 @@ def test_without_an_update_what_is_new_is_not_seen_and_what_is_gone_or_changed_i
     assert paths(run("query.png", *OFFLINE, "--json"))[0] == "bulk_images/new.png"
 
 
-def test_without_an_update_there_must_be_an_index_of_something(run: Run, collection: Any) -> None:
+def test_without_an_update_there_must_be_an_index_of_something(run, collection):
     collection(2)
     outcome = run("query.png", *ASK)
     assert (outcome.status, outcome.stdout, outcome.stderr.count("\n")) == (1, "", 1)
@@ -366,7 +354,7 @@ def test_without_an_update_there_must_be_an_index_of_something(run: Run, collect
     assert outcome.status == 1 and "no features yet: run without --no-update" in outcome.stderr
 
 
-def test_no_update_in_another_folder_than_the_indexed_one_is_said(run: Run, collection: Any) -> None:
+def test_no_update_in_another_folder_than_the_indexed_one_is_said(run, collection):
     images = collection(4)
     run(*OFFLINE, "--index-only")
     Path("other").mkdir()
@@ -375,7 +363,7 @@ def test_no_update_in_another_folder_than_the_indexed_one_is_said(run: Run, coll
     assert said not in run(*ASK, images / "1.png").stderr
 
 
-def test_without_an_update_nobody_is_waited_for(run: Run, collection: Any) -> None:
+def test_without_an_update_nobody_is_waited_for(run, collection):
     """Even while another run adds features that the index does not have yet."""
     images = collection(4)
     run(*OFFLINE, "--index-only")
@@ -399,7 +387,7 @@ def unescaped(line: bytes) -> bytes:
     return re.sub(rb"\\(.)", lambda m: {b"n": b"\n", b"r": b"\r"}.get(m[1], m[1]), line)
 
 
-def test_export_writes_a_vector_and_a_path_for_every_image(run: Run, collection: Any) -> None:
+def test_export_writes_a_vector_and_a_path_for_every_image(run, collection):
     images = collection(20)
     shutil.copy(images / "3.png", images / "copy.png")
     for name in (b"new\nline.png", b"back\\slash.png", b"caf\xe9.png", b"return\r.png"):
@@ -416,9 +404,7 @@ def test_export_writes_a_vector_and_a_path_for_every_image(run: Run, collection:
     np.testing.assert_allclose(features, again, atol=1e-3)
 
 
-def test_an_export_that_fails_is_one_line_and_leaves_no_features_beside_other_paths(
-    run: Run, collection: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_that_fails_is_one_line_and_leaves_no_features_beside_other_paths(run, collection, monkeypatch):
     collection(3)
     assert run(*OFFLINE, "--export", "out").status == 0
 
@@ -470,16 +456,14 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return state
 
 
-def test_on_gpus_many_queries_get_the_same_answers(many: Opened, gpus: dict[str, Any]) -> None:
+def test_on_gpus_many_queries_get_the_same_answers(many, gpus):
     engine, asked = many(3000), queries(32)
     exact = found(replace(engine, exact=True), asked, 10, "auto")
     assert found(engine, asked[:1], 10, "auto") == exact[:1] and gpus["used"] == []  # not worth the loading
     assert found(engine, asked, 10, "auto") == exact and gpus["used"] == [0, 1]
 
 
-def test_what_does_not_fit_on_the_gpus_is_searched_by_the_processor_and_said_once(
-    many: Opened, gpus: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_does_not_fit_on_the_gpus_is_searched_by_the_processor_and_said_once(many, gpus, caplog):
     gpus["free"], engine = 1 << 30, many(200)
     for _ in range(2):
         found(engine, queries(32), 10, "auto")

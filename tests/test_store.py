@@ -9,7 +9,6 @@ import re
 import resource
 import shutil
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import threading
@@ -74,7 +73,7 @@ def extracted(monkeypatch: pytest.MonkeyPatch) -> Extracted:
 # ---- What a run costs after another ----------------------------------------------------------------------------------
 
 
-def test_a_second_run_opens_no_image(index: Index, extracted: Extracted, answers: Answers) -> None:
+def test_a_second_run_opens_no_image(index, extracted, answers):
     """It would not even see other bytes of the same size and time."""
     assert (index(), extracted()) == ({"found": N, "new": N, "opened": 1}, N)
     before = answers()
@@ -87,7 +86,7 @@ def test_a_second_run_opens_no_image(index: Index, extracted: Extracted, answers
     assert (index(), extracted()) == ({"found": N, "unchanged": N}, 0)
 
 
-def test_the_same_folder_under_another_name_is_not_doubled(index: Index, extracted: Extracted) -> None:
+def test_the_same_folder_under_another_name_is_not_doubled(index, extracted):
     index()
     Path("link").symlink_to(IMAGES)
     for same in (IMAGES.absolute(), "./bulk_images/", "link", "bulk_images/../bulk_images"):
@@ -149,9 +148,7 @@ ALTERED: dict[str, tuple[Callable[[], Any], dict[str, int], int]] = {  # what is
 
 
 @pytest.mark.parametrize("what", ALTERED)
-def test_only_what_is_new_is_extracted(
-    what: str, index: Index, extracted: Extracted, answers: Answers, fresh: Answers
-) -> None:
+def test_only_what_is_new_is_extracted(what, index, extracted, answers, fresh):
     act, figures, extractions = ALTERED[what]
     index()
     extracted()
@@ -162,7 +159,7 @@ def test_only_what_is_new_is_extracted(
     assert answers() == fresh()
 
 
-def test_a_hidden_folder_that_returns_costs_nothing(index: Index, extracted: Extracted, answers: Answers) -> None:
+def test_a_hidden_folder_that_returns_costs_nothing(index, extracted, answers):
     move()
     index()
     before = answers()
@@ -176,7 +173,7 @@ def test_a_hidden_folder_that_returns_costs_nothing(index: Index, extracted: Ext
     assert answers() == before
 
 
-def test_a_collection_can_move_together_with_its_cache(index: Index) -> None:
+def test_a_collection_can_move_together_with_its_cache(index):
     move()
     index()
     Path("elsewhere").mkdir()
@@ -194,7 +191,7 @@ def rows() -> set[int]:
         return {row for (row,) in db.execute("SELECT row FROM features")}
 
 
-def test_prune_forgets_what_is_gone_and_says_how_many(index: Index, run: Run, answers: Answers, fresh: Answers) -> None:
+def test_prune_forgets_what_is_gone_and_says_how_many(index, run, answers, fresh):
     index()
     (IMAGES / "0.png").rename("away.png")
     assert index()["gone"] == 1
@@ -205,9 +202,7 @@ def test_prune_forgets_what_is_gone_and_says_how_many(index: Index, run: Run, an
     assert index() == {"found": N, "new": 1, "unchanged": N - 1, "opened": 1}
 
 
-def test_features_are_kept_without_prune_and_those_of_a_copy_that_is_left_with_it(
-    index: Index, extracted: Extracted
-) -> None:
+def test_features_are_kept_without_prune_and_those_of_a_copy_that_is_left_with_it(index, extracted):
     index()
     (IMAGES / "0.png").rename("away.png")
     index()
@@ -226,9 +221,7 @@ def test_features_are_kept_without_prune_and_those_of_a_copy_that_is_left_with_i
 @pytest.mark.parametrize(
     "left", [None, (), ("Thumbs.db", ".DS_Store", "notes.txt")], ids=["no folder", "empty", "junk"]
 )
-def test_an_unplugged_drive_costs_nothing(
-    left: tuple[str, ...] | None, option: str, index: Index, run: Run, answers: Answers
-) -> None:
+def test_an_unplugged_drive_costs_nothing(left, option, index, run, answers):
     index()
     before, stored = answers(), rows()
     IMAGES.rename("away")
@@ -246,7 +239,7 @@ def test_an_unplugged_drive_costs_nothing(
     assert answers() == before
 
 
-def test_another_collection_is_said_once_and_never_pruned(index: Index, run: Run) -> None:
+def test_another_collection_is_said_once_and_never_pruned(index, run):
     """One cache holds one collection: by a slip of --images, --prune would forget all of it."""
     index()
     (other := Path("other")).mkdir()
@@ -262,7 +255,7 @@ def test_another_collection_is_said_once_and_never_pruned(index: Index, run: Run
         assert "no image was opened" in outcome.stderr and "--index-dir" not in outcome.stderr
 
 
-def test_a_folder_that_cannot_be_listed_is_not_pruned(index: Index, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_is_not_pruned(index, run, monkeypatch):
     move()
     index()
     scandir = os.scandir
@@ -280,7 +273,7 @@ def test_a_folder_that_cannot_be_listed_is_not_pruned(index: Index, run: Run, mo
     assert index() == {"found": N, "unchanged": N}
 
 
-def test_the_collection_cannot_be_the_cache(run: Run, collection: Callable[[int], Path]) -> None:
+def test_the_collection_cannot_be_the_cache(run, collection):
     outcome = run("--images", collection(2), "--index-dir", "bulk_images", *OFFLINE)
     assert outcome.status == 1 and "choose another folder for the cache" in outcome.stderr
 
@@ -288,7 +281,7 @@ def test_the_collection_cannot_be_the_cache(run: Run, collection: Callable[[int]
 # ---- Files that cannot be used ---------------------------------------------------------------------------------------
 
 
-def test_a_bad_file_is_remembered_until_it_or_the_decoders_change(index: Index, run: Run) -> None:
+def test_a_bad_file_is_remembered_until_it_or_the_decoders_change(index, run):
     bad = IMAGES / "bad.png"
     bad.write_bytes((IMAGES / "5.png").read_bytes()[:200])
     (IMAGES / "notes.txt").write_text("buy milk")
@@ -302,7 +295,7 @@ def test_a_bad_file_is_remembered_until_it_or_the_decoders_change(index: Index, 
     assert index() == {"found": N + 1, "new": 1, "unchanged": N, "opened": 1}
 
 
-def test_an_unreadable_file_is_tried_again(index: Index, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_is_tried_again(index, run, monkeypatch):
     real, bad = os.open, "3.png"
 
     def refusing(name: Any, *args: Any, **options: Any) -> int:
@@ -333,7 +326,7 @@ def at_extraction(number: int, act: Callable[[], None], monkeypatch: pytest.Monk
 ONE_BY_ONE = ("--batch-size", 1, "--workers", 1)
 
 
-def test_a_file_that_vanishes_meanwhile_is_only_missing(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_vanishes_meanwhile_is_only_missing(index, monkeypatch):
     last = IMAGES / "z.png"
     draw(50).save(last)
     at_extraction(1, last.unlink, monkeypatch)
@@ -345,7 +338,7 @@ def test_a_file_that_vanishes_meanwhile_is_only_missing(index: Index, monkeypatc
 # ---- Models never mix ------------------------------------------------------------------------------------------------
 
 
-def test_models_of_equal_dimension_never_mix(collection: Any, run: Run) -> None:
+def test_models_of_equal_dimension_never_mix(collection, run):
     """Not even where the folder of one is a copy of the other's."""
     collection(3)
     draw(100).save("query.png")
@@ -395,7 +388,7 @@ def damaged(cache: Path, run: Run) -> Callable[[], Outcome]:
 
 
 @pytest.mark.parametrize(("name", "times"), [("index.sqlite", 40), ("index.faiss", 12)])
-def test_no_flipped_bit_changes_an_answer(name: str, times: int, damaged: Callable[[], Outcome]) -> None:
+def test_no_flipped_bit_changes_an_answer(name, times, damaged):
     """Nor does it stop a run: wherever it is, but in the bytes that tell the version of the format, or of SQLite's."""
     expected, places = answers_of(damaged()), random.Random(name)
     whole, path = contents(cache_folder()), cache_folder() / name
@@ -420,7 +413,7 @@ GARBLED = {  # in the schema; Python's sqlite3 raises more kinds of errors of it
 
 
 @pytest.mark.parametrize("garbled", GARBLED)
-def test_a_garbled_schema_is_made_again(garbled: str, damaged: Callable[[], Outcome]) -> None:
+def test_a_garbled_schema_is_made_again(garbled, damaged):
     path, expected = cache_folder() / "index.sqlite", answers_of(damaged())
     assert GARBLED[garbled][0] in path.read_bytes()
     path.write_bytes(path.read_bytes().replace(*GARBLED[garbled]))
@@ -449,19 +442,19 @@ def test_a_garbled_schema_is_made_again(garbled: str, damaged: Callable[[], Outc
         "PRAGMA user_version = 0",
     ],
 )
-def test_a_store_that_contradicts_itself_is_never_answered_from(statement: str, damaged: Any) -> None:
+def test_a_store_that_contradicts_itself_is_never_answered_from(statement, damaged):
     expected = answers_of(damaged())
     edit(cache_folder() / "index.sqlite", statement)
     assert answers_of(damaged()) == expected
 
 
-def test_a_damaged_feature_alone_is_extracted_again(damaged: Any, run: Run) -> None:
+def test_a_damaged_feature_alone_is_extracted_again(damaged, run):
     edit(cache_folder() / "index.sqlite", "UPDATE features SET checksum = checksum + 1 WHERE row = 3")
     outcome = run(*OFFLINE, "--index-only")
     assert "1 feature is damaged" in outcome.stderr and counts(outcome)["new"] == 1
 
 
-def test_a_malformed_page_costs_only_what_it_held(index: Index, run: Run, collection: Callable[[int], Path]) -> None:
+def test_a_malformed_page_costs_only_what_it_held(index, run, collection):
     collection(90)
     index()
     path = cache_folder() / "index.sqlite"
@@ -477,7 +470,7 @@ def test_a_malformed_page_costs_only_what_it_held(index: Index, run: Run, collec
     assert index() == {"found": 90, "unchanged": 90}
 
 
-def test_the_cache_of_a_newer_version_is_refused_and_left_as_it_is(index: Index, run: Run) -> None:
+def test_the_cache_of_a_newer_version_is_refused_and_left_as_it_is(index, run):
     index()
     edit(cache_folder() / "index.sqlite", "PRAGMA user_version = 99")
     before = contents(INDEX)
@@ -490,9 +483,7 @@ def test_the_cache_of_a_newer_version_is_refused_and_left_as_it_is(index: Index,
 
 
 @pytest.mark.parametrize("name", ["index.sqlite.part", "index.faiss.part", "lock", "rank-1.sqlite"])
-def test_what_a_stopped_run_leaves_behind_is_harmless(
-    name: str, index: Index, answers: Answers, fresh: Answers
-) -> None:
+def test_what_a_stopped_run_leaves_behind_is_harmless(name, index, answers, fresh):
     index()
     before = answers()
     (cache_folder() / name).write_bytes(b"4194304" if name == "lock" else b"")
@@ -502,14 +493,14 @@ def test_what_a_stopped_run_leaves_behind_is_harmless(
     assert answers() == fresh()
 
 
-def test_an_ended_run_leaves_three_files(index: Index) -> None:
+def test_an_ended_run_leaves_three_files(index):
     for number, option in enumerate(("--index-only", "--prune", "--rebuild")):
         draw_as(f"added {number}.png")()
         index(option)
         assert sorted(contents(cache_folder())) == ["index.faiss", "index.sqlite", "lock"]
 
 
-def test_an_index_of_an_older_format_is_made_anew_and_its_files_go(index: Index, run: Run, answers: Answers) -> None:
+def test_an_index_of_an_older_format_is_made_anew_and_its_files_go(index, run, answers):
     index()
     before = answers()
     for path in cache_folder().iterdir():
@@ -522,7 +513,7 @@ def test_an_index_of_an_older_format_is_made_anew_and_its_files_go(index: Index,
     assert answers() == before
 
 
-def test_no_row_is_used_twice(index: Index) -> None:
+def test_no_row_is_used_twice(index):
     """A stale FAISS index, of another process say, can miss a file then, but never name a wrong one."""
     index()
     used = before = rows()
@@ -544,9 +535,7 @@ def interrupt() -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("--prune",)], ids=["plain", "--prune"])
-def test_an_interrupted_run_keeps_what_it_has_done(
-    options: tuple[str, ...], index: Index, run: Run, answers: Answers, fresh: Answers, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_keeps_what_it_has_done(options, index, run, answers, fresh, monkeypatch):
     at_extraction(4, interrupt, monkeypatch)
     outcome = run(*OFFLINE, "--index-only", *ONE_BY_ONE, *options)
     assert (outcome.status, outcome.stdout) == (130, "") and outcome.stderr.count("\n") == 1
@@ -554,9 +543,7 @@ def test_an_interrupted_run_keeps_what_it_has_done(
     assert answers() == fresh()
 
 
-def test_an_interrupted_rebuild_keeps_the_features_that_were_there(
-    index: Index, run: Run, answers: Answers, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_rebuild_keeps_the_features_that_were_there(index, run, answers, monkeypatch):
     index()
     before = answers()
     with monkeypatch.context() as patch:
@@ -569,9 +556,7 @@ def test_an_interrupted_rebuild_keeps_the_features_that_were_there(
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0, 1.2], ids=["less room", "no more room", "little room"])
-def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(
-    share: float, index: Index, run: Run, answers: Answers, fresh: Answers
-) -> None:
+def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(share, index, run, answers, fresh):
     """As full as when no file can grow beyond this share of what the store takes now."""
     index()
     for seed in range(50, 90):
@@ -588,7 +573,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(
 
 
 @pytest.mark.parametrize("made_before", [False, True], ids=["no cache", "a cache"])
-def test_a_cache_that_may_only_be_read_still_answers_and_what_is_new_is_one_line(made_before: bool, run: Run) -> None:
+def test_a_cache_that_may_only_be_read_still_answers_and_what_is_new_is_one_line(made_before, run):
     with as_nobody() as root:
         where = ("--images", root / "i", "--index-dir", root / "c", root / "0.png")
         ask = (*OFFLINE, "--json", "--no-report", "-q", *where)
@@ -609,7 +594,7 @@ def test_a_cache_that_may_only_be_read_still_answers_and_what_is_new_is_one_line
 
 
 @pytest.mark.parametrize("place", ["/dev/null/cache", "a file", "/proc/cache", "x" * 300], ids=lambda place: place[:9])
-def test_a_place_where_no_cache_can_be_is_one_line(place: str, index: Index, run: Run) -> None:
+def test_a_place_where_no_cache_can_be_is_one_line(place, index, run):
     Path("a file").write_text("mine")
     outcome = run(*OFFLINE, "-q", "--index-only", "--index-dir", place)
     assert (outcome.status, outcome.stdout, outcome.stderr.count("\n")) == (1, "", 1)
@@ -619,9 +604,7 @@ def test_a_place_where_no_cache_can_be_is_one_line(place: str, index: Index, run
 # ---- Runs at the same time (and more of them in test_faults.py) ------------------------------------------------------
 
 
-def test_a_second_writer_waits_and_says_so_but_no_reader(
-    index: Index, answers: Answers, program: Callable[..., subprocess.Popen[str]]
-) -> None:
+def test_a_second_writer_waits_and_says_so_but_no_reader(index, answers, program):
     index()
     before = answers()
     with filelock.FileLock(cache_folder() / "lock"):
@@ -644,9 +627,7 @@ def hasty_threads() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
-def test_threads_ask_what_is_known_while_the_store_is_written(
-    hasty_threads: None, index: Index, collection: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_ask_what_is_known_while_the_store_is_written(hasty_threads, index, collection, monkeypatch):
     """On Python 3.13, a connection that threads share unguarded fails now and then: "other API misuse"."""
     monkeypatch.setattr(main, "SAVE_SECONDS", 0)
     collection(100)
