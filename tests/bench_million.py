@@ -4,8 +4,8 @@
     python tests/bench_million.py --vectors 1000000     a million: 20 minutes, 14 GB
 
 A process of its own for each measurement; what it takes beyond start-up (imports), and its memory beyond that. Cold:
-the files of the cache were dropped from the page cache before. The peers' ways are FAISS flat, fp32, loaded whole, and
-a NumPy scan of blobs from SQLite. The collection is of empty files, one a vector.
+the files of the cache were dropped from the page cache before. The peer's way is FAISS flat, fp32, loaded whole.
+The collection is of empty files, one a vector.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import shutil
-import sqlite3
 import statistics
 import subprocess
 import sys
@@ -208,18 +207,8 @@ def peer_flat(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     return {"first s": spent, "first MB": memory, "again ms": 1e3 * (time.perf_counter() - start) / SCAN_QUERIES}
 
 
-def peer_sqlite(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
-    """Vectors as blobs in a table, fetched and compared in NumPy."""
-    xq = queries_for(dim, n)
-    base, start = peak(reset=True), time.perf_counter()
-    rows = sqlite3.connect(cache / "peer.sqlite").execute("SELECT path, vector FROM images").fetchall()
-    xb = np.stack([np.frombuffer(vector, np.float32) for _, vector in rows])
-    np.argsort(xb @ xq[0])[: -main.TOP : -1]
-    return {"first s": time.perf_counter() - start, "first MB": peak() - base}
-
-
 STEPS: dict[str, Callable[..., dict[str, float]]] = {
-    step.__name__: step for step in (build, first_answer, batch, add, rerun, duplicates, peer_flat, peer_sqlite)
+    step.__name__: step for step in (build, first_answer, batch, add, rerun, duplicates, peer_flat)
 }
 
 
@@ -258,16 +247,6 @@ def measure(n: int, dim: int, folder: Path, peers: bool) -> Iterator[tuple[str, 
         for kind in ("cold", "warm"):
             yield f"peers: FAISS flat, {kind}", in_a_process("peer_flat", kind == "cold", *args)
         (cache / "peer.faiss").unlink()
-        db = sqlite3.connect(cache / "peer.sqlite")
-        db.execute("CREATE TABLE images (path TEXT, vector BLOB)")
-        for _, block in store.blocks():
-            db.executemany(
-                "INSERT INTO images VALUES ('image.jpg', ?)", [(v.tobytes(),) for v in block.astype(np.float32)]
-            )
-        db.commit()
-        db.close()
-        yield "peers: SQLite blobs and NumPy, warm", in_a_process("peer_sqlite", False, *args)
-        (cache / "peer.sqlite").unlink()
 
 
 def run() -> None:

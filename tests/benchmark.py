@@ -44,13 +44,13 @@ print("", usage.ru_maxrss)
 sys.exit(status != 0)
 """
 NO_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-USUAL_SCRIPT = """
+NETWORK = """
 import sys
 from pathlib import Path
 import numpy as np, torch, torchvision
 from PIL import Image
 
-folder, name, weights = sys.argv[1:]
+where, name, weights, *index = sys.argv[1:]
 network = torchvision.models.get_model(name, weights=None)
 network.load_state_dict(torch.load(weights, weights_only=True))
 network.fc = torch.nn.Identity()
@@ -60,31 +60,21 @@ mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.2
 def load(path):
     image = Image.open(path).convert("RGB").resize((224, 224))
     return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
-
-paths, features = sorted(Path(folder).iterdir()), []
+"""
+USUAL_SCRIPT = f"""{NETWORK}
+paths, features = sorted(Path(where).iterdir()), []
 with torch.no_grad():
     for i in range(0, len(paths), 32):
         features.append(network(torch.stack([load(path) for path in paths[i : i + 32]])).numpy())
-np.save(Path(folder).parent / "usual.npy", np.concatenate(features))
+np.save(Path(where).parent / "usual.npy", np.concatenate(features))
 """
+PLAIN_SEARCH = f"""{NETWORK}
+import faiss
 
-
-PLAIN_SEARCH = """
-import sys
-import faiss, numpy as np, torch, torchvision
-from PIL import Image
-
-query, name, weights, index = sys.argv[1:]
-network = torchvision.models.get_model(name, weights=None)
-network.load_state_dict(torch.load(weights, weights_only=True))
-network.fc = torch.nn.Identity()
-network.eval()
-mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-image = Image.open(query).convert("RGB").resize((224, 224))
 with torch.no_grad():
-    features = network(((torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std)[None]).numpy()
+    features = network(load(where)[None]).numpy()
 faiss.normalize_L2(features)
-print(faiss.read_index(index).search(features, 10))
+print(faiss.read_index(*index).search(features, 10))
 """
 BEFORE = "8bd96fe"  # the commit that offline extraction is compared with
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 from conftest import contents
 from faults import KILL, write_all
-from hypothesis import stateful
-from hypothesis import strategies as st
 from test_faults import OFTEN, OTHER, SEED, Box, answers, extracted, one_line, picture
 from zygote import Zygote
 
 START = 12  # images
+NONE = (b"", b"\x89PNG", b"text")
 
 
 class World:
@@ -43,7 +40,7 @@ class World:
             picture(seed := next(self.seeds), folder / f"{seed}.png")
 
     def add_what_is_none(self, number: int) -> None:
-        (self.box.images / f"bad {number}.png").write_bytes((b"", b"\x89PNG", b"text")[number % 3])
+        (self.box.images / f"bad {number}.png").write_bytes(NONE[number % 3])
 
     def change(self, number: int) -> None:
         for path in self.some(number):
@@ -52,7 +49,7 @@ class World:
     def spoil(self, number: int) -> None:
         """A picture is none any more."""
         for path in self.some(number):
-            path.write_bytes((b"", b"\x89PNG", b"text")[number % 3])
+            path.write_bytes(NONE[number % 3])
 
     def copy(self, number: int) -> None:
         for path in self.some(number):
@@ -109,18 +106,21 @@ class World:
     def back_up(self, number: int) -> None:
         self.older = contents(self.box.index)
 
+    def file_of_the_cache(self, number: int) -> list[Path]:
+        """One, or none if there is no cache."""
+        paths = sorted(path for path in self.box.index.rglob("*") if path.is_file())
+        return paths[number % len(paths) :][:1] if paths else []
+
     def damage(self, number: int) -> None:
-        chance, paths = random.Random(number), sorted(path for path in self.box.index.rglob("*") if path.is_file())
-        for path in paths[number % len(paths) :][:1] if paths else ():
+        chance = random.Random(number)
+        for path in self.file_of_the_cache(number):
             content = bytearray(path.read_bytes())
-            for _ in range(number % 3 + 1):
-                if content:
-                    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+            for _ in range(number % 3 + 1 if content else 0):
+                content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
             path.write_bytes(content)
 
     def lose(self, number: int) -> None:
-        paths = sorted(path for path in self.box.index.rglob("*") if path.is_file())
-        for path in paths[number % len(paths) :][:1] if paths else ():
+        for path in self.file_of_the_cache(number):
             path.unlink()
 
     def check(self) -> None:
@@ -150,46 +150,14 @@ def with_faults(zygote: Zygote) -> Zygote:
     return zygote
 
 
-def machine(zygote: Zygote, folder: Path) -> type[stateful.RuleBasedStateMachine]:
-    class Endurance(stateful.RuleBasedStateMachine):
-        def __init__(self) -> None:
-            super().__init__()
-            self.world = World(Path(tempfile.mkdtemp(dir=folder)), zygote)
-
-        @stateful.rule(
-            acts=st.lists(st.tuples(st.sampled_from(sorted(ACTS)), st.integers(0, 999)), min_size=1, max_size=3)
-        )
-        def do(self, acts: list[tuple[str, int]]) -> None:
-            for name, number in acts:
-                ACTS[name](self.world, number)
-
-        @stateful.invariant()
-        def is_as_good_as_fresh(self) -> None:
-            self.world.check()
-
-        def teardown(self) -> None:
-            shutil.rmtree(self.world.box.folder)
-
-    return Endurance
-
-
-def test_any_sequence_of_acts_leaves_the_answers_of_a_fresh_index(with_faults, tmp_path):
-    health = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
-    settings = hypothesis.settings(
-        max_examples=2, stateful_step_count=6, deadline=None, suppress_health_check=health, database=None,
-        derandomize="SEED" not in os.environ, phases=[hypothesis.Phase.generate], print_blob=True,
-    )  # fmt: skip
-    stateful.run_state_machine_as_test(lambda: machine(with_faults, tmp_path)(), settings=settings)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("walk", range(4))
-def test_three_hundred_steps_and_more(walk, with_faults, tmp_path):
-    chance, world, done = random.Random(f"{SEED} {walk}"), World(tmp_path / "world", with_faults), list[Any]()
+@pytest.mark.parametrize(
+    ("walk", "steps"), [("a short one", 6), *(pytest.param(walk, 80, marks=pytest.mark.slow) for walk in range(4))]
+)
+def test_any_sequence_of_acts_leaves_the_answers_of_a_fresh_index(walk, steps, with_faults, tmp_path):
+    chance, world = random.Random(f"{SEED} {walk}"), World(tmp_path / "world", with_faults)
     print(f"SEED={SEED}")
-    for _ in range(80):
+    for _ in range(steps):
         name, number = chance.choice(sorted(ACTS)), chance.randrange(1000)
-        done.append((name, number))
         print(name, number)
         ACTS[name](world, number)
         world.check()

@@ -546,20 +546,6 @@ def test_one_that_waits_goes_on_when_the_writer_is_killed(scene):
     case.comes_to_the_same_end(box)
 
 
-YEARS = {"1901": -2_177_452_800, "1970": 0, "2400": 13_569_465_600}
-
-
-@pytest.mark.parametrize("year", YEARS)
-def test_a_clock_that_is_wrong(year, scene, monkeypatch):
-    """What was changed carries a time before, or long after, the one that is known; the cache, too."""
-    case = scene("change")
-    box, then = case.copy(), YEARS[year]
-    for path in (*box.images.iterdir(), *box.index.rglob("*")):
-        os.utime(path, (then, then))
-    monkeypatch.setattr(case, "work", N)
-    case.comes_to_the_same_end(box)
-
-
 def disturb(box: Box, chance: random.Random, until: threading.Event) -> None:
     """Add, change, rename and remove images, as fast as can be, all but one: a collection without any is refused."""
     while not until.is_set():

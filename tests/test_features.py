@@ -389,35 +389,6 @@ def test_gpu_that_cannot_be_used_is_said_with_the_reason_and_none_is_not(tmp_pat
     assert re.search(r"there is a GPU, but torch \S+ cannot use it: \w+", caplog.text)
 
 
-# ---- Refused, in one line that says what to do -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        pytest.param({"name": "resnet5"}, ["resnet5", "resnet50"], id="model misspelt"),
-        pytest.param({"name": "ofline"}, ["ofline", "offline"], id="offline misspelt"),
-        pytest.param({"name": "zzz"}, ["zzz", "no such model"], id="model unlike any"),
-        pytest.param({"name": "ResNet50_Weights"}, ["ResNet50_Weights"], id="not a model"),
-        pytest.param({"name": "fcn_resnet50"}, ["fcn_resnet50", "no such model"], id="no model for classes"),
-        pytest.param(
-            {"weights": "nowhere.pth"}, ["nowhere.pth", "no such file", "IMAGENET1K_V1"], id="weights missing"
-        ),
-        pytest.param(
-            {"name": "resnet18", "weights": "IMAGENET1K_V2"}, ["IMAGENET1K_V2", "IMAGENET1K_V1"], id="unknown"
-        ),
-        pytest.param({"weights": "."}, ["--weights"], id="weights are a folder"),
-        pytest.param({"device": "tpu"}, ["tpu"], id="unknown device"),
-        *([] if torch.cuda.is_available() else [pytest.param({"device": "cuda"}, ["--device cuda"], id="no GPU")]),
-    ],
-)
-def test_says_what_is_wrong(arguments, said):
-    with pytest.raises(main.DeepVisionError) as caught:
-        main.load_model(**arguments)
-    assert "\n" not in str(caught.value)
-    assert all(word in str(caught.value) for word in said)
-
-
 # ---- timm ------------------------------------------------------------------------------------------------------------
 
 
@@ -438,20 +409,3 @@ def test_timm_model_from_a_file(name, tmp_path, only_fp32):
         pooled = network.forward_head(network.forward_features((batch / 255 - mean) / std), pre_logits=True)
     expected = torch.nn.functional.normalize(pooled).numpy()
     assert np.abs(main.extract_features_batch(batch, model) - expected).max() < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("name", "weights"),
-    [
-        pytest.param("timm:test_vit", None, id="no network"),
-        pytest.param("timm:test_vit", "nowhere.pth", id="weights missing"),
-        pytest.param("timm:resnet5", None, id="model misspelt"),
-        pytest.param("timm:", None, id="no name"),
-        pytest.param("timm:timm/resnet18", None, id="name on the Hub"),
-    ],
-)
-def test_timm_says_what_is_wrong(name, weights):
-    pytest.importorskip("timm")
-    with pytest.raises(main.DeepVisionError) as caught:
-        main.load_model(name, weights)
-    assert "\n" not in str(caught.value) and (weights or name) in str(caught.value)

@@ -312,13 +312,6 @@ def test_a_collection_of_bombs_costs_no_picture(zygote, collection):
 # ---- Hostile names ---------------------------------------------------------------------------------------------------
 
 
-def deep(name: bytes, length: int) -> list[bytes]:
-    """The folders and the name of a path of `length` bytes."""
-    rest = length - len(name)
-    folders = [b"d" * 200] * (rest // 201)
-    return [*folders, b"e" * (rest % 201 - 1), name] if rest % 201 > 1 else [*folders, b"f" + name]
-
-
 @pytest.fixture
 def named(collection: Callable[[int], Path]) -> dict[bytes, int]:
     """A collection, and queries, of all the names at once, each with a picture of its own: name and seed."""
@@ -331,22 +324,20 @@ def named(collection: Callable[[int], Path]) -> dict[bytes, int]:
     return {name: seed for seed, name in enumerate(names, 100)}
 
 
-def make_deep(root: Path, name: str, length: int) -> None:
-    """As a relative path: an absolute one would be too long for one call."""
-    here = os.open(root, os.O_RDONLY)
-    *folders, last = deep(os.fsencode(name), length)
-    for folder in folders:
-        os.mkdir(folder, dir_fd=here)
-        inner = os.open(folder, os.O_RDONLY, dir_fd=here)
-        os.close(here)
-        here = inner
-    file = os.open(last, os.O_WRONLY | os.O_CREAT, dir_fd=here)
+def make_deep(root: Path, length: int) -> None:
+    """far.png, by a path of `length` bytes: relative, as an absolute one would be too long for one call."""
+    here, rest = os.open(root, os.O_RDONLY), length - len("far.png")
+    while rest:
+        side = min(200, rest - 1 if rest != 202 else 100)
+        os.mkdir("d" * side, dir_fd=here)
+        here, rest = os.open("d" * side, os.O_RDONLY, dir_fd=here), rest - side - 1
+    file = os.open("far.png", os.O_WRONLY | os.O_CREAT, dir_fd=here)
     os.write(file, saved(draw(7), "PNG"))
-    os.close(file), os.close(here)
+    os.close(file)
 
 
 def test_every_name_is_answered_with_in_json(named, zygote):
-    make_deep(Path("bulk_images"), "far.png", 4000)
+    make_deep(Path("bulk_images"), 4000)
     ended = zygote(*OFFLINE, "--json", "queries", "-k", 1)
     assert ended.status == 0 and ended.stdout.isascii() and "Traceback" not in ended.stderr, ended
     objects = [json.loads(line) for line in ended.stdout.splitlines()]
@@ -369,7 +360,7 @@ def test_every_name_is_a_line_of_text_that_steers_nothing(named, zygote):
 @pytest.mark.parametrize("length", [3900, 4083, 4084, 4094])
 def test_a_path_of_four_thousand_bytes(length, zygote, collection):
     """Beyond 4,095 bytes the system itself names no file: it is said, and costs no other."""
-    make_deep(collection(2), "far.png", length)
+    make_deep(collection(2), length)
     first, second = (zygote(*OFFLINE, "--json", "bulk_images/0.png") for _ in range(2))
     assert first.status == second.status == 0 and first.stdout == second.stdout, first
     assert "Traceback" not in first.stderr

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import PIL
 import pytest
-from conftest import as_nobody, draw
+from conftest import draw
 from PIL import EpsImagePlugin, Image, ImageCms
 
 import main
@@ -149,18 +149,6 @@ def test_links_are_followed_and_each_folder_is_visited_once(links, found):
     for link, target in links.items():
         os.symlink(target, f"images/{link}")
     assert sorted(map(os.fsdecode, listed("images"))) == found
-
-
-@posix
-def test_folder_that_cannot_be_listed_is_reported_and_the_others_are_found():
-    with as_nobody() as root:
-        for name in ("a/1.png", "b/2.png", "c/3.png"):
-            touch(root / name)
-        (root / "b").chmod(0)
-        errors: list[OSError] = []
-        found = [file.path for file in main.find_images(root, errors.append)]
-    assert found == [b"a/1.png", b"c/3.png"]
-    assert [os.fsdecode(error.filename) for error in errors] == [str(root / "b")]
 
 
 @posix
@@ -501,14 +489,6 @@ def written_to(path: str) -> None:
 def test_what_is_no_regular_file_is_refused_and_never_waited_for(soon, make):
     make("a.jpg")
     assert refused("a.jpg") != "it hangs"
-
-
-@posix
-def test_file_that_may_not_be_read_has_a_reason(picture):
-    with as_nobody() as root:
-        touch(root / "a.png", encoded(picture(1), "PNG"))
-        (root / "a.png").chmod(0)
-        assert "ermission" in refused(root / "a.png")
 
 
 def test_file_that_vanished_is_left_out_this_time():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 import re
 import shutil
 import sqlite3
@@ -25,8 +24,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import Outcome, cache_folder, counts, draw, edit
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 import main
@@ -129,23 +126,6 @@ def test_a_collection_that_grows_is_searched_like_brute_force_does(work, sizes, 
         engine = main.initialize_reverse_image_search("images", "index", model=tiny, work=work)
         assert bool(engine.index.shortlist) == (work is CODED and n >= main.FEWEST_CODED)
         assert ask(engine) == brute_force(list(range(n)), tiny)
-
-
-@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(steps=st.lists(st.lists(st.tuples(st.booleans(), st.integers(0, 150)), max_size=60), min_size=2, max_size=5))
-def test_adding_and_removing_in_any_order_is_as_good_as_a_fresh_build(steps, tiny):
-    for folder in ("images", "index"):
-        shutil.rmtree(folder, ignore_errors=True)
-    query, there = put(10_000, folder="queries"), set(range(70))
-    for changes in ([(True, seed) for seed in there], *steps):
-        for add, seed in changes:
-            (there.add if add else there.discard)(seed)
-            put(seed) if add else Path(f"images/{seed}.bmp").unlink(missing_ok=True)
-        there.add(0)
-        put(0)
-        (answer,) = main.search(query, main.initialize_reverse_image_search("images", "index", model=tiny, work=CODED))
-        fresh = main.initialize_reverse_image_search("images", f"fresh {random.random()}", model=tiny)
-        assert answer == next(main.search(query, fresh))
 
 
 def test_the_codes_find_nearly_all_and_say_how_many_and_scores_are_exact(many, tiny):
