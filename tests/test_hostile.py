@@ -483,7 +483,7 @@ def test_sql_in_names_and_in_the_database_is_text(zygote, collection):
         assert db.execute(query).fetchall() == schema
 
 
-# ---- Little memory, few files, many files ----------------------------------------------------------------------------
+# ---- Little memory, few open files ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("megabytes", seldom(map(str, (0, 2, 5, 10, 20, 30, 50, 80, 150)), "2", "20", "80"))
@@ -515,37 +515,3 @@ def test_few_open_files_suffice(zygote, collection):
         draw(seed).save(folder / "x.png")
     ended = zygote(*OFFLINE, "--json", "bulk_images", "-k", 3, "--workers", 8, limits={"RLIMIT_NOFILE": 40})
     assert ended.status == 0 and "0 skipped" in ended.stderr and ended.stdout.count("\n") == 60, ended
-
-
-MANY = 200_000
-SMALL = b"BM" + struct.pack("<IIIIiiHHIIiiII", 58, 0, 54, 40, 1, 1, 1, 24, *[0] * 6)
-
-
-def fill(images: Path, files: int, folders: int) -> None:
-    """A hundredth are pictures, of 500 kinds; the rest bears false names, or is nothing at all."""
-    for number in range(files):
-        if number < folders:
-            (images / str(number)).mkdir(parents=True)
-        path = images / str(number % folders) / f"{number}"
-        if number % 100 == 0:
-            path.with_suffix(".bmp").write_bytes(SMALL + struct.pack("<I", number // 100 % 500))
-        elif number % 2:
-            path.with_suffix(".jpg").write_bytes(b"%d" % number)
-        else:
-            path.with_suffix(".txt").write_bytes(b"text")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("folders", [1, 20_000])
-def test_two_hundred_thousand_files(folders, zygote):
-    """Twenty times as many files as in a first run take hardly more memory, and no more open files."""
-    ask = (*OFFLINE, "--index-only")
-    limits = {"RLIMIT_NOFILE": 256}
-    fill(Path("few"), MANY // 20, max(1, folders // 20))
-    few = zygote(*ask, "--images", "few", "--index-dir", "few index", limits=limits)
-    fill(Path("many"), MANY, folders)
-    many, again = (zygote(*ask, "--images", "many", limits=limits, timeout=900) for _ in range(2))
-    assert few.status == many.status == again.status == 0, (few, many, again)
-    print(few.seconds, many.seconds, again.seconds, few.memory >> 20, many.memory >> 20, again.memory >> 20)
-    assert f"{MANY // 100 + MANY // 2:,} found" in many.stderr and "no image was opened" in again.stderr
-    assert max(many.memory, again.memory) < few.memory + (150 << 20)
