@@ -483,7 +483,7 @@ def test_sql_in_names_and_in_the_database_is_text(zygote, collection):
         assert db.execute(query).fetchall() == schema
 
 
-# ---- Little memory, few open files ------------------------------------------------------------------------------------
+# ---- Little memory, few open files -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("megabytes", seldom(map(str, (0, 2, 5, 10, 20, 30, 50, 80, 150)), "2", "20", "80"))
