@@ -4,8 +4,8 @@
     python tests/bench_million.py --vectors 1000000     a million: 20 minutes, 14 GB
 
 A process of its own for each measurement; what it takes beyond start-up (imports), and its memory beyond that. Cold:
-the files of the cache were dropped from the page cache before. The peers' ways are FAISS flat, fp32, loaded whole, and
-a NumPy scan of blobs from SQLite. The collection is of empty files, one a vector.
+the files of the cache were dropped from the page cache before. The peer's way is FAISS flat, fp32, loaded whole.
+The collection is of empty files, one a vector.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import itertools
 import json
 import os
 import shutil
-import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,19 +80,14 @@ def make_files(root: Path, n: int) -> None:
             os.close(os.open(folder / f"IMG_{i:08}_a_name_of_usual_length.jpg", os.O_CREAT))
 
 
-def fill(store: main.Store, root: Path, n: int, dim: int) -> None:
-    """Store these files, each with a vector."""
+def fill(store: main.Store, root: Path, blocks: Iterable[np.ndarray]) -> None:
+    """Store the files below `root`, each with a vector of the blocks."""
     store.repair()
-    store.scan(main.find_images(root, print), everything=False)
-    files = store.unread()
+    files = main.find_images(root, print)
     with store.locked():
-        for block in made_up(n, dim, seed=1, of=n):
-            pictures = (
-                main.Picture(file, os.urandom(main.DIGEST_BYTES), vector=vector)
-                for vector, file in zip(block.astype(np.float16), files)
-            )
-            store.save(list(pictures))
-        store.settle()
+        for block in blocks:
+            pairs = zip(block.astype(np.float16), files)
+            store.save([main.Picture(file, os.urandom(main.DIGEST_BYTES), vector=vector) for vector, file in pairs])
 
 
 def peak(reset: bool = False) -> float:
@@ -192,6 +186,13 @@ def rerun(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     return {"rerun s": time.perf_counter() - start, "rerun MB": peak() - base}
 
 
+def duplicates(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
+    engine = main.initialize_reverse_image_search(images, cache, model=model_of(dim, n), work=main.Work(update=False))
+    base, start = peak(reset=True), time.perf_counter()
+    groups = sum(1 for _ in main.find_duplicates(engine, 0.999))
+    return {"duplicates s": time.perf_counter() - start, "duplicates MB": peak() - base, "groups": groups}
+
+
 def peer_flat(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     """What the usual script does: the index in fp32, read whole, one query."""
     import faiss
@@ -206,18 +207,8 @@ def peer_flat(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     return {"first s": spent, "first MB": memory, "again ms": 1e3 * (time.perf_counter() - start) / SCAN_QUERIES}
 
 
-def peer_sqlite(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
-    """Vectors as blobs in a table, fetched and compared in NumPy."""
-    xq = queries_for(dim, n)
-    base, start = peak(reset=True), time.perf_counter()
-    rows = sqlite3.connect(cache / "peer.sqlite").execute("SELECT path, vector FROM images").fetchall()
-    xb = np.stack([np.frombuffer(vector, np.float32) for _, vector in rows])
-    np.argsort(xb @ xq[0])[: -main.TOP : -1]
-    return {"first s": time.perf_counter() - start, "first MB": peak() - base}
-
-
 STEPS: dict[str, Callable[..., dict[str, float]]] = {
-    step.__name__: step for step in (build, first_answer, batch, add, rerun, peer_flat, peer_sqlite)
+    step.__name__: step for step in (build, first_answer, batch, add, rerun, duplicates, peer_flat)
 }
 
 
@@ -234,7 +225,7 @@ def measure(n: int, dim: int, folder: Path, peers: bool) -> Iterator[tuple[str, 
     store = main.Store(cache / f"made-up-{dim}", f"made-up-{dim}", dim)
     if not images.exists():
         make_files(images, n)
-        fill(store, images, n, dim)
+        fill(store, images, made_up(n, dim, seed=1, of=n))
     args = images, cache, dim, n
     yield "index made from stored features", in_a_process("build", True, *args)
     size = sum(path.stat().st_size for path in (cache / f"made-up-{dim}").iterdir())
@@ -243,8 +234,8 @@ def measure(n: int, dim: int, folder: Path, peers: bool) -> Iterator[tuple[str, 
         yield f"first answer, {kind}", in_a_process("first_answer", kind == "cold", *args)
     for kind in ("cold", "warm"):
         yield f"1,000 queries, {kind}", in_a_process("batch", kind == "cold", *args)
-    yield "nothing changed", in_a_process("rerun", False, *args)
     yield "100 added, scan and all", in_a_process("add", False, *args)
+    yield "nothing changed", in_a_process("rerun", False, *args)
     if peers:
         import faiss
 
@@ -256,16 +247,6 @@ def measure(n: int, dim: int, folder: Path, peers: bool) -> Iterator[tuple[str, 
         for kind in ("cold", "warm"):
             yield f"peers: FAISS flat, {kind}", in_a_process("peer_flat", kind == "cold", *args)
         (cache / "peer.faiss").unlink()
-        db = sqlite3.connect(cache / "peer.sqlite")
-        db.execute("CREATE TABLE images (path TEXT, vector BLOB)")
-        for _, block in store.blocks():
-            db.executemany(
-                "INSERT INTO images VALUES ('image.jpg', ?)", [(v.tobytes(),) for v in block.astype(np.float32)]
-            )
-        db.commit()
-        db.close()
-        yield "peers: SQLite blobs and NumPy, warm", in_a_process("peer_sqlite", False, *args)
-        (cache / "peer.sqlite").unlink()
 
 
 def run() -> None:

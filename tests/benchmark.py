@@ -31,7 +31,6 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import bench_duplicates  # noqa: E402
 import bench_million  # noqa: E402
 
 import main  # noqa: E402
@@ -45,13 +44,13 @@ print("", usage.ru_maxrss)
 sys.exit(status != 0)
 """
 NO_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-USUAL_SCRIPT = """
+NETWORK = """
 import sys
 from pathlib import Path
 import numpy as np, torch, torchvision
 from PIL import Image
 
-folder, name, weights = sys.argv[1:]
+where, name, weights, *index = sys.argv[1:]
 network = torchvision.models.get_model(name, weights=None)
 network.load_state_dict(torch.load(weights, weights_only=True))
 network.fc = torch.nn.Identity()
@@ -61,31 +60,21 @@ mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.2
 def load(path):
     image = Image.open(path).convert("RGB").resize((224, 224))
     return (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
-
-paths, features = sorted(Path(folder).iterdir()), []
+"""
+USUAL_SCRIPT = f"""{NETWORK}
+paths, features = sorted(Path(where).iterdir()), []
 with torch.no_grad():
     for i in range(0, len(paths), 32):
         features.append(network(torch.stack([load(path) for path in paths[i : i + 32]])).numpy())
-np.save(Path(folder).parent / "usual.npy", np.concatenate(features))
+np.save(Path(where).parent / "usual.npy", np.concatenate(features))
 """
+PLAIN_SEARCH = f"""{NETWORK}
+import faiss
 
-
-PLAIN_SEARCH = """
-import sys
-import faiss, numpy as np, torch, torchvision
-from PIL import Image
-
-query, name, weights, index = sys.argv[1:]
-network = torchvision.models.get_model(name, weights=None)
-network.load_state_dict(torch.load(weights, weights_only=True))
-network.fc = torch.nn.Identity()
-network.eval()
-mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-image = Image.open(query).convert("RGB").resize((224, 224))
 with torch.no_grad():
-    features = network(((torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std)[None]).numpy()
+    features = network(load(where)[None]).numpy()
 faiss.normalize_L2(features)
-print(faiss.read_index(index).search(features, 10))
+print(faiss.read_index(*index).search(features, 10))
 """
 BEFORE = "8bd96fe"  # the commit that offline extraction is compared with
 
@@ -181,11 +170,7 @@ def usual(folder: Path, options: Options, environment: Mapping[str, str]) -> Spe
 
 
 def against_the_usual_script(
-    count: int,
-    width: int,
-    height: int,
-    promised: str,
-    environment: Mapping[str, str] = {},
+    count: int, width: int, height: int, promised: str, environment: Mapping[str, str] = {}
 ) -> Callable[[Options], Iterator[Row]]:
     """A section: the rate of extraction, from files to features in the cache."""
 
@@ -269,11 +254,18 @@ def search(vectors: int) -> Callable[[Options], Iterator[Row]]:
 
 
 def duplicates(options: Options) -> Iterator[Row]:
-    """The copies among made-up vectors, of which a hundredth are copies."""
-    n = max(300, round(100_000 * options.share))
-    found = bench_duplicates.duplicates(n, str(options.folder))
-    yield Row(f"copies among {n:,}", found["seconds"], "s", promised="≤ 600 s at 100,000")
-    yield Row(f"copies among {n:,}, memory beyond start-up", found["MB"], "MB")
+    """The copies, by their score, among made-up vectors, of which a hundredth are copies."""
+    n, dim, folder = max(300, round(100_000 * options.share)), 2048, options.folder / "duplicates"
+    images, cache = folder / "images", folder / "cache"
+    bench_million.make_files(images, n)
+    blocks = bench_million.made_up(n, dim, seed=1, of=n)
+    with_copies = (np.where(np.arange(len(block))[:, None] % 100 == 1, np.roll(block, 1, 0), block) for block in blocks)
+    bench_million.fill(main.Store(cache / f"made-up-{dim}", f"made-up-{dim}", dim), images, with_copies)
+    found = bench_million.in_a_process("duplicates", False, images, cache, dim, n)
+    yield Row(
+        f"{found['groups']} groups of copies among {n:,}", found["duplicates s"], "s", promised="≤ 600 s at 100,000"
+    )
+    yield Row(f"copies among {n:,}, memory beyond start-up", found["duplicates MB"], "MB")
 
 
 def medians(repeat: int, programs: Mapping[str, Callable[[], float]]) -> dict[str, float]:

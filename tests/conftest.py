@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import sqlite3
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +61,63 @@ class Outcome(NamedTuple):
     status: int
     stdout: str
     stderr: str
+
+
+SUMMARY = re.compile(
+    r"(?P<found>[\d,]+) found, (?P<new>[\d,]+) new(?: \((?P<recognised>[\d,]+) recognised by content\))?, "
+    r"(?P<unchanged>[\d,]+) unchanged, (?P<skipped>[\d,]+) skipped, (?P<gone>[\d,]+) gone(?:, [\d,]+ forgotten)?; "
+    r"(?P<opened>no image was opened)?"
+)
+
+
+def counts(outcome: Any) -> dict[str, int]:
+    """The figures of the summary that are not 0; `opened` is 1 if any file was opened."""
+    found = SUMMARY.search(outcome.stderr)
+    assert found, outcome
+    figures = {
+        name: int((value or "0").replace(",", "")) for name, value in found.groupdict().items() if name != "opened"
+    }
+    return {name: value for name, value in {**figures, "opened": int(not found["opened"])}.items() if value}
+
+
+def answers_of(outcome: Any) -> list[dict[str, Any]]:
+    """What was printed as JSON, with scores that allow for other rounding in another batch."""
+    assert outcome.status == 0, outcome
+    answers = [json.loads(line) for line in outcome.stdout.splitlines()]
+    for match in (match for answer in answers for match in answer["matches"]):
+        match["score"] = pytest.approx(match["score"], abs=2e-3)
+    return answers
+
+
+def cache_folder(index_dir: str | Path = "image_index") -> Path:
+    (folder,) = Path(index_dir).iterdir()
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def edit(database: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(database)) as db, db:
+        for statement in statements:
+            assert db.execute(statement).rowcount, statement
+
+
+@contextmanager
+def as_nobody() -> Iterator[Path]:
+    """An empty folder, and no right to read or write what the permissions forbid, not even as root."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    root = Path(tempfile.mkdtemp())  # pytest's own are root's alone
+    try:
+        yield root
+    finally:
+        os.seteuid(user)
+        for path in (root, *root.rglob("*")):
+            path.chmod(0o700)
+        shutil.rmtree(root)
 
 
 def draw(seed: int, size: tuple[int, int] = (96, 64)) -> Image.Image:

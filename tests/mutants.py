@@ -89,53 +89,12 @@ WRITTEN: dict[str, Callable[[], bytes]] = {  # one or more of each format that P
 }
 
 
-def card(text: str) -> bytes:
-    return text.encode().ljust(80)
-
-
-def iptc(record: int, dataset: int, data: bytes) -> bytes:
-    return struct.pack(">BBBH", 0x1C, record, dataset, len(data)) + data
-
-
-def mcidas() -> bytes:
-    words = [0] * 64
-    words[1], words[8], words[9], words[10], words[13], words[33] = 4, H, W, 1, 1, 256
-    return struct.pack(">64i", *words) + bytes(W * H)
-
-
-def photo_cd() -> bytes:
-    return bytes(2048) + b"PCD_" + bytes(96 * 2048 - 2052 + 768 * 512 * 3 // 2)
-
-
 GREY = bytes(range(256)) * 2
 PIXELS = GREY[: W * H]
 BY_HAND: dict[str, Callable[[], bytes]] = {  # the formats that Pillow only reads
     "CUR": lambda: saved("ICO", bitmap_format="bmp").replace(b"\0\0\1\0", b"\0\0\2\0", 1),
     "DCX": lambda: struct.pack("<III", 0x3ADE68B1, 12, 0) + saved("PCX"),
-    "FITS": lambda: (
-        b"".join(
-            card(f"{key:8}= {value:>20}")
-            for key, value in [("SIMPLE", "T"), ("BITPIX", 8), ("NAXIS", 2), ("NAXIS1", W), ("NAXIS2", H)]
-        ).ljust(400)
-        + card("END").ljust(2480)
-        + PIXELS
-    ),
-    "FLI": lambda: (
-        struct.pack("<IHHHHHHI", 0, 0xAF11, 1, W, H, 8, 3, 5).ljust(128, b"\0")
-        + struct.pack("<IHH8x", 16 + 6 + W * H, 0xF1FA, 1)
-        + struct.pack("<IH", 6 + W * H, 16)
-        + PIXELS
-    ),
     "GBR": lambda: struct.pack(">5I4sI", 32, 2, W, H, 1, b"GIMP", 10) + b"name" + PIXELS,
-    "IPTC": lambda: (
-        iptc(3, 60, b"\1\0")
-        + iptc(3, 20, bytes([0, W]))
-        + iptc(3, 30, bytes([0, H]))
-        + iptc(3, 120, b"\1")
-        + iptc(8, 10, b"\0" * 5 + PIXELS)
-    ),
-    "MCIDAS": mcidas,
-    "PCD": photo_cd,
     "PIXAR": lambda: (
         b"\200\350\0\0".ljust(416, b"\0") + struct.pack("<HH4xHH", H, W, 14, 2).ljust(608, b"\0") + 3 * PIXELS
     ),

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
-from faults import KILL
-from hypothesis import stateful
-from hypothesis import strategies as st
-from test_faults import OFTEN, OTHER, SEED, Box, answers, extracted, one_line, picture, read_all, write_all
-from zygote import Zygote
+from conftest import contents
+from faults import KILL, write_all
+from test_faults import OFTEN, OTHER, SEED, Box, answers, extracted, flipped, one_line, picture
+from zygote import Ended, Zygote
 
-START = 52  # images, so that labels are given now and then
+START = 12  # images
+NONE = (b"", b"\x89PNG", b"text")
 
 
 class World:
@@ -28,30 +26,35 @@ class World:
         self.constants: dict[str, Any] = {}
         self.older: dict[str, bytes] = {}
         self.box.put(*range(START))
+        self.hidden.mkdir()
 
-    def some(self, number: int, least: int = 2) -> list[Path]:
+    def some(self, number: int) -> list[Path]:
         """A few of the images, by no means all of them."""
         found = sorted(path for path in self.box.images.rglob("*") if path.is_file())
-        chance = random.Random(number)
-        return chance.sample(found, min(number % 4 + 1, max(0, len(found) - least)))
+        return random.Random(number).sample(found, min(number % 4 + 1, max(0, len(found) - 2)))
+
+    def one_of_the_cache(self, number: int) -> list[Path]:
+        """A file, or none if there is no cache."""
+        paths = sorted(path for path in self.box.index.rglob("*") if path.is_file())
+        return paths[number % len(paths) :][:1] if paths else []
+
+    def run(self, *options: str, **how: Any) -> Ended:
+        return self.box.run(*options, **{"constants": self.constants, **how})
 
     def add(self, number: int) -> None:
         folder = self.box.images / ("", "sub", "sub/sub")[number % 3]
         folder.mkdir(parents=True, exist_ok=True)
-        for _ in range(number % 5 + 1):
+        (self.box.images / f"bad {number}.png").write_bytes(NONE[number % 3])
+        for _ in range(number % 5):
             picture(seed := next(self.seeds), folder / f"{seed}.png")
-
-    def add_what_is_none(self, number: int) -> None:
-        (self.box.images / f"bad {number}.png").write_bytes((b"", b"\x89PNG", b"text")[number % 3])
 
     def change(self, number: int) -> None:
         for path in self.some(number):
             picture(next(self.seeds), path)
 
     def spoil(self, number: int) -> None:
-        """A picture is none any more."""
         for path in self.some(number):
-            path.write_bytes((b"", b"\x89PNG", b"text")[number % 3])
+            path.write_bytes(NONE[number % 3])
 
     def copy(self, number: int) -> None:
         for path in self.some(number):
@@ -69,26 +72,14 @@ class World:
 
     def remove(self, number: int) -> None:
         for path in self.some(number):
-            path.unlink()
-
-    def hide(self, number: int) -> None:
-        self.hidden.mkdir(exist_ok=True)
-        for path in self.some(number):
-            path.rename(self.hidden / f"{number} {path.name}"[-100:])
+            path.unlink() if number % 2 else path.rename(self.hidden / f"{number} {path.name}"[-100:])
 
     def restore(self, number: int) -> None:
-        if self.hidden.exists():
-            for path in self.hidden.iterdir():
-                path.rename(self.box.images / path.name)
+        for path in self.hidden.iterdir():
+            path.rename(self.box.images / path.name)
 
-    def run(self, number: int, *options: str, **how: Any) -> Any:
-        return self.box.run(*options, constants=self.constants, **how)
-
-    def prune(self, number: int) -> None:
-        assert self.run(number, "--index-only", "--prune").status == 0
-
-    def rebuild(self, number: int) -> None:
-        assert self.run(number, "--index-only", "--rebuild").status == 0
+    def work(self, number: int) -> None:
+        assert self.run("--index-only", ("--prune", "--rebuild")[number % 2]).status == 0
 
     def switch_model(self, number: int) -> None:
         self.constants = {} if self.constants else OTHER
@@ -97,49 +88,40 @@ class World:
         """At some call that changes the cache; it may be over before it comes to it."""
         options = (("--index-only",), ("--prune",), ("--rebuild",), ())[number % 4]
         faults = (self.box.index, 1 + number % 400, KILL, 0)
-        box = self.box.start(*options, constants={**self.constants, **OFTEN}, faults=faults)
-        assert box.wait().status in (0, -9)
+        assert self.run(*options, constants={**self.constants, **OFTEN}, faults=faults).status in (0, -9)
+
+    def back_up(self, number: int) -> None:
+        self.older = contents(self.box.index)
 
     def go_back(self, number: int) -> None:
         """The cache is replaced by its own backup."""
         if self.older:
             write_all(self.box.index, self.older)
 
-    def back_up(self, number: int) -> None:
-        self.older = read_all(self.box.index)
-
     def damage(self, number: int) -> None:
-        chance, paths = random.Random(number), sorted(path for path in self.box.index.rglob("*") if path.is_file())
-        for path in paths[number % len(paths) :][:1] if paths else ():
-            content = bytearray(path.read_bytes())
-            for _ in range(number % 3 + 1):
-                if content:
-                    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
-            path.write_bytes(content)
+        for path in self.one_of_the_cache(number):
+            path.write_bytes(flipped(path.read_bytes(), random.Random(number)))
 
     def lose(self, number: int) -> None:
-        paths = sorted(path for path in self.box.index.rglob("*") if path.is_file())
-        for path in paths[number % len(paths) :][:1] if paths else ():
+        for path in self.one_of_the_cache(number):
             path.unlink()
 
     def check(self) -> None:
         """Twice: the second run has nothing to do."""
-        before = self.run(0)
+        before = self.run()
         if one_line(before) and "newer" in before.stderr:  # damage hit the number of the format: refused, by design
             shutil.rmtree(self.box.index)
-            before = self.run(0)
-        after, name = self.run(0), tempfile.mkdtemp(dir=self.box.folder)
-        fresh = self.run(0, "--index-dir", name)
+            before = self.run()
+        after, name = self.run(), tempfile.mkdtemp(dir=self.box.folder)
+        fresh = self.run("--index-dir", name)
         shutil.rmtree(name)
         assert answers(before) == answers(after) == answers(fresh), (before, fresh)
         assert extracted(after) == 0
 
 
-GROWING = (World.add, World.add_what_is_none, World.copy, World.spoil)
-MOVING = (World.change, World.rename, World.swap, World.remove, World.hide, World.restore)
-WORKING = (World.prune, World.rebuild, World.switch_model, World.kill)
-LOSING = (World.back_up, World.go_back, World.damage, World.lose)
-ACTS = {act.__name__: act for act in (*GROWING, *MOVING, *WORKING, *LOSING)}
+FILES = (World.add, World.copy, World.spoil, World.change, World.rename, World.swap, World.remove, World.restore)
+CACHE = (World.work, World.switch_model, World.kill, World.back_up, World.go_back, World.damage, World.lose)
+ACTS = {act.__name__: act for act in (*FILES, *CACHE)}
 
 
 @pytest.fixture
@@ -149,46 +131,14 @@ def with_faults(zygote: Zygote) -> Zygote:
     return zygote
 
 
-def machine(zygote: Zygote, folder: Path) -> type[stateful.RuleBasedStateMachine]:
-    class Endurance(stateful.RuleBasedStateMachine):
-        def __init__(self) -> None:
-            super().__init__()
-            self.world = World(Path(tempfile.mkdtemp(dir=folder)), zygote)
-
-        @stateful.rule(
-            acts=st.lists(st.tuples(st.sampled_from(sorted(ACTS)), st.integers(0, 999)), min_size=1, max_size=3)
-        )
-        def do(self, acts: list[tuple[str, int]]) -> None:
-            for name, number in acts:
-                ACTS[name](self.world, number)
-
-        @stateful.invariant()
-        def is_as_good_as_fresh(self) -> None:
-            self.world.check()
-
-        def teardown(self) -> None:
-            shutil.rmtree(self.world.box.folder)
-
-    return Endurance
-
-
-def test_any_sequence_of_acts_leaves_the_answers_of_a_fresh_index(with_faults: Zygote, tmp_path: Path) -> None:
-    health = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
-    settings = hypothesis.settings(
-        max_examples=2, stateful_step_count=6, deadline=None, suppress_health_check=health, database=None,
-        derandomize="SEED" not in os.environ, phases=[hypothesis.Phase.generate], print_blob=True,
-    )  # fmt: skip
-    stateful.run_state_machine_as_test(lambda: machine(with_faults, tmp_path)(), settings=settings)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("walk", range(4))
-def test_three_hundred_steps_and_more(walk: int, with_faults: Zygote, tmp_path: Path) -> None:
-    chance, world, done = random.Random(f"{SEED} {walk}"), World(tmp_path / "world", with_faults), list[Any]()
+@pytest.mark.parametrize(
+    ("walk", "steps"), [("a short one", 6), *(pytest.param(walk, 80, marks=pytest.mark.slow) for walk in range(4))]
+)
+def test_any_sequence_of_acts_leaves_the_answers_of_a_fresh_index(walk, steps, with_faults, tmp_path):
+    chance, world = random.Random(f"{SEED} {walk}"), World(tmp_path / "world", with_faults)
     print(f"SEED={SEED}")
-    for _ in range(80):
+    for _ in range(steps):
         name, number = chance.choice(sorted(ACTS)), chance.randrange(1000)
-        done.append((name, number))
         print(name, number)
         ACTS[name](world, number)
         world.check()

@@ -11,11 +11,7 @@ import shutil
 import signal
 import socket
 import struct
-import tempfile
-import threading
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,23 +85,6 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     return stream.getvalue()
 
 
-@contextmanager
-def as_nobody() -> Iterator[Path]:
-    """An empty folder, and no right to read what the permissions forbid, not even as root."""
-    root = Path(tempfile.mkdtemp())  # pytest's own are root's alone
-    root.chmod(0o777)
-    user = os.geteuid()
-    try:
-        if user == 0:
-            os.seteuid(65534)
-        yield root
-    finally:
-        os.seteuid(user)
-        for path in root.rglob("*"):
-            path.chmod(0o700)
-        shutil.rmtree(root)
-
-
 @pytest.fixture
 def soon() -> Iterator[None]:
     """What takes longer than ten seconds is stopped."""
@@ -120,9 +99,7 @@ def soon() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Found
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Found -----------------------------------------------------------------------------------------------------------
 
 
 def test_order_depends_on_names_alone(tmp_path):
@@ -138,13 +115,6 @@ def test_order_depends_on_names_alone(tmp_path):
         assert inside == sorted(inside) and len(inside) == 4
 
 
-def test_records_size_and_time(tmp_path):
-    touch("sub/a.jpg", b"12345")
-    os.utime("sub/a.jpg", ns=(1, 1_234_567_890_123_456_789))
-    files = list(main.find_images(tmp_path, pytest.fail))
-    assert files == [(os.path.join(b"sub", b"a.jpg"), 5, os.stat("sub/a.jpg").st_mtime_ns)]
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -156,22 +126,6 @@ def test_passes_over(name):
     touch(f"images/{name}")
     touch("images/kept.jpg")
     assert listed("images") == [b"kept.jpg"]
-
-
-@posix
-@pytest.mark.parametrize(
-    "name",
-    [
-        b"new\nline.png", b"not utf-8 \xff\xfe.png", b"'quotes\" and \\.png", b"-dash.png", b"--model", b" ", b"\t.png",
-        b"%s {0} *?.png", "漢字 e\u0301 🙂 \u202e.png".encode(), b"x" * 251 + b".png",
-    ],
-    ids=ascii,
-)  # fmt: skip
-def test_any_name_is_found_and_read(tmp_path, picture, name):
-    folder = os.path.join(os.fsencode(tmp_path), name)
-    touch(os.path.join(folder, name), encoded(picture(1), "PNG"))
-    assert listed(tmp_path) == [os.path.join(name, name)]
-    assert read(os.fsdecode(os.path.join(folder, name))).pixels is not None
 
 
 @posix
@@ -198,30 +152,6 @@ def test_links_are_followed_and_each_folder_is_visited_once(links, found):
 
 
 @posix
-def test_folder_that_cannot_be_listed_is_reported_and_the_others_are_found():
-    with as_nobody() as root:
-        for name in ("a/1.png", "b/2.png", "c/3.png"):
-            touch(root / name)
-        (root / "b").chmod(0)
-        errors: list[OSError] = []
-        found = [file.path for file in main.find_images(root, errors.append)]
-    assert found == [b"a/1.png", b"c/3.png"]
-    assert [os.fsdecode(error.filename) for error in errors] == [str(root / "b")]
-
-
-def test_every_folder_that_is_gone_since_its_parent_was_listed_is_reported(tmp_path):
-    for name in "abc":
-        touch(tmp_path / name / "1.png")
-    errors: list[OSError] = []
-    files = main.find_images(tmp_path, errors.append)
-    assert next(files).path == os.path.join(b"a", b"1.png")
-    shutil.rmtree(tmp_path / "b")
-    shutil.rmtree(tmp_path / "c")
-    assert list(files) == []
-    assert [os.fsdecode(error.filename) for error in errors] == [str(tmp_path / "b"), str(tmp_path / "c")]
-
-
-@posix
 def test_what_links_lead_back_to_is_not_listed_again(tmp_path, monkeypatch):
     for i in range(20):
         touch(tmp_path / f"{i}.png")
@@ -233,19 +163,23 @@ def test_what_links_lead_back_to_is_not_listed_again(tmp_path, monkeypatch):
     assert len(listings) == 2
 
 
-def test_missing_folder_is_reported():
+def test_the_folder_and_what_is_gone_since_its_parent_was_listed_are_reported(tmp_path):
+    for name in "abc":
+        touch(tmp_path / name / "1.png")
     errors: list[OSError] = []
-    assert list(main.find_images("nowhere", errors.append)) == []
-    assert len(errors) == 1
+    files = main.find_images(tmp_path, errors.append)
+    assert next(files).path == os.path.join(b"a", b"1.png")
+    shutil.rmtree(tmp_path / "b")
+    shutil.rmtree(tmp_path / "c")
+    assert list(files) == list(main.find_images("nowhere", errors.append)) == []
+    assert [os.path.normpath(os.fsdecode(error.filename)) for error in errors] == [
+        str(tmp_path / "b"),
+        str(tmp_path / "c"),
+        "nowhere",
+    ]
 
 
-def test_empty_folder_has_none(tmp_path):
-    assert listed(tmp_path) == []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Read, whatever the format and the name
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Read, whatever the format and the name --------------------------------------------------------------------------
 
 
 def in_some_mode(image: Image.Image, kind: str) -> tuple[bytes, Image.Image]:
@@ -259,43 +193,26 @@ def in_some_mode(image: Image.Image, kind: str) -> tuple[bytes, Image.Image]:
     raise AssertionError(f"Pillow cannot write {kind}")
 
 
-def test_the_common_formats_are_among_those_tried_here():
-    assert COMMON - set(WRITABLE) <= {"AVIF", "HEIF", "JPEG2000"}  # for which a library may be missing
-
-
-@pytest.mark.parametrize("name", ["picture", "picture.jpg", "picture.xyz"])
 @pytest.mark.parametrize("kind", WRITABLE)
-def test_every_format_gives_the_same_picture_by_whatever_name(picture, kind, name):
+def test_every_format_gives_the_same_picture_by_any_name(picture, kind):
     content, shown = in_some_mode(picture(3, (128, 128)), kind)
-    touch(name, content)
-    assert difference(pixels(name), squeezed(shown)) < 3
+    touch("picture.xyz", content)
+    assert difference(pixels("picture.xyz"), squeezed(shown)) < 3
 
 
-@pytest.mark.parametrize("name", ["a.JPG", "a.jpeg", "a.JPEG", "a.jfif", "a.jpe", "a.png", "a.txt", "a.pdf", "a", "a."])
-def test_jpeg_of_any_name_gives_the_same_pixels(picture, name):
-    touch("a.jpg", encoded(picture(1), "JPEG"))
-    os.rename("a.jpg", "copy.jpg")
-    shutil.copy("copy.jpg", name)
-    assert (pixels(name) == pixels("copy.jpg")).all()
+def test_a_name_says_nothing_of_the_pixels_and_the_same_bytes_have_the_same_digest(picture):
+    touch("copy.jpg", encoded(picture(1), "JPEG"))
+    first = read("copy.jpg")
+    for name in ("a.JPG", "a.jpeg", "a.jfif", "a.png", "a.txt", "a.pdf", "a", "a."):
+        shutil.copy("copy.jpg", name)
+        assert read(name).digest == first.digest and (pixels(name) == pixels("copy.jpg")).all()
+    touch("other.jpg", encoded(picture(2), "JPEG"))
+    assert read("other.jpg").digest != first.digest
+    again = main.read_picture(main.File(b"copy.jpg", 0, 0), b"", pytest.fail, {first.digest}.__contains__)
+    assert again.digest == first.digest and again.pixels is None and again.reason is None  # known, so not decoded
 
 
-def test_same_bytes_have_the_same_digest_and_others_another(picture):
-    for name, seed in {"a.png": 1, "b.jpg": 1, "c.png": 2}.items():
-        touch(name, encoded(picture(seed), "PNG"))
-    a, b, c = map(read, ("a.png", "b.jpg", "c.png"))
-    assert a.digest == b.digest != c.digest
-
-
-def test_known_content_is_not_decoded(picture):
-    touch("a.png", encoded(picture(1), "PNG"))
-    digest = read("a.png").digest
-    again = main.read_picture(main.File(b"a.png", 0, 0), b"", pytest.fail, {digest}.__contains__)
-    assert again.digest == digest and again.pixels is None and again.reason is None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Upright
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Upright ---------------------------------------------------------------------------------------------------------
 
 ROTATED = {
     "JPEG": {"quality": 95, "subsampling": 0},
@@ -327,14 +244,6 @@ def test_exif_orientation_is_applied_once(picture, kind, orientation):
     assert difference(pixels("twin"), squeezed(image)) < 3
 
 
-def test_eight_exif_rotated_twins_have_the_same_features(picture):
-    image, model = picture(5, (96, 64)), main.load_model("offline")
-    for orientation in UNDO:
-        twin(image, orientation).save(f"{orientation}.png", exif=exif(orientation))
-    features = main.extract_features_batch([f"{orientation}.png" for orientation in UNDO], model)
-    assert np.abs(features - features[0]).max() < 0.0005
-
-
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_large_photograph_that_is_decoded_at_a_smaller_scale_is_upright(picture, orientation):
     image = picture(6, (1600, 1000))
@@ -363,9 +272,7 @@ def test_malformed_exif_is_ignored(picture, kind, data):
     assert (pixels("bad exif") == pixels("no exif")).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Colours and frames
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Colours and frames ----------------------------------------------------------------------------------------------
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -464,12 +371,6 @@ def test_every_mode_shows_the_picture(picture, convert, kind, options, colour):
     assert difference(pixels("picture")[4:], expected[4:]) < 6
 
 
-def test_hsv_shows_the_picture(picture):
-    image = picture(9, (128, 128))
-    shown = main.get_transform(SIDE)(image.convert("HSV")).permute(1, 2, 0).numpy().astype(int)
-    assert difference(shown, squeezed(image)) < 3
-
-
 @pytest.mark.parametrize("values", [np.nan, np.inf, -np.inf, 0.0, -5.0, 1e30], ids=str)
 def test_floating_point_picture_of_one_value_is_plain(values):
     Image.fromarray(np.full((8, 8), values, np.float32)).save("plain.tif")
@@ -491,30 +392,7 @@ def test_odd_sizes(size, kind):
     assert difference(pixels("odd"), np.array((250, 120, 10))) < 4
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Refused, with a reason
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def png_header(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
-
-
-def bmp_header(width: int, height: int) -> bytes:
-    return struct.pack("<2sIII", b"BM", 1000, 0, 54) + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, *[0] * 6)
-
-
-def gif_header(width: int, height: int) -> bytes:
-    frame = struct.pack("<cHHHHBB", b",", 0, 0, width, height, 0, 8)
-    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0, 0, 0) + frame + b"\2\0\1\0;"
-
-
-def ico_of(png: bytes) -> bytes:
-    return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 0, 0, 0, 0, 1, 32, len(png), 22) + png
+# ---- Refused, with a reason ------------------------------------------------------------------------------------------
 
 
 def refused(path: str | Path) -> str:
@@ -550,13 +428,8 @@ def test_truncated(picture, kind, part):
 def test_named_like_an_image_but_none(name, content):
     touch(name, content)
     refused(name)
-
-
-@pytest.mark.parametrize("content", [b"", b"a text", png_header(20_000, 15_000)], ids=["empty", "text", "bomb"])
-def test_bad_file_is_recorded_with_size_and_time_so_that_it_is_not_tried_again(content):
-    touch("bad.png", content)
-    info = os.stat("bad.png")
-    assert refused("bad.png") and read("bad.png").file == (os.fsencode("bad.png"), len(content), info.st_mtime_ns)
+    info = os.stat(name)  # so that it is not tried again until it changes
+    assert read(name).file == (os.fsencode(name), len(content), info.st_mtime_ns)
 
 
 @pytest.mark.parametrize(
@@ -582,7 +455,7 @@ def test_never_meant_to_be_an_image(name, content):
 
 
 @posix
-@pytest.mark.parametrize("name", ["a.eps", "a.ps", "a.jpg", "a"])
+@pytest.mark.parametrize("name", ["a.eps", "a.jpg"])
 def test_eps_never_starts_ghostscript(tmp_path, picture, monkeypatch, name):
     touch("bin/gs", b"#!/bin/sh\necho >> '%b/started'\n" % os.fsencode(tmp_path))
     os.chmod("bin/gs", 0o755)
@@ -593,84 +466,29 @@ def test_eps_never_starts_ghostscript(tmp_path, picture, monkeypatch, name):
     assert not os.path.exists("started")
 
 
-@contextmanager
-def little_memory(extra: int = 300_000_000) -> Iterator[None]:
-    """Room for `extra` bytes more than this process has now."""
-    resource = pytest.importorskip("resource")
-    if not os.path.exists("/proc/self/statm"):
-        pytest.skip("needs Linux")
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + extra, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+# ---- Files that are none, and files that change ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        pytest.param(png_header(20_000, 15_000), id="PNG of 300 megapixels"),
-        pytest.param(png_header(20_000, 10_000), id="PNG of 200 megapixels"),
-        pytest.param(png_header(15_000, 10_000), id="PNG of 150 megapixels"),
-        pytest.param(png_header(2**31 - 1, 2**31 - 1), id="PNG of 4 exapixels"),
-        pytest.param(bmp_header(20_000, 15_000), id="BMP of 300 megapixels"),
-        pytest.param(gif_header(65_535, 65_535), id="GIF of 4 gigapixels"),
-        pytest.param(b"P6 20000 15000 255\n" + bytes(50), id="PPM of 300 megapixels"),
-        pytest.param(ico_of(png_header(20_000, 15_000)), id="ICO around 300 megapixels"),
-    ],
-)
-def test_pixel_bomb_is_refused_by_its_header(content):
-    touch("bomb.png", content)
-    with little_memory():
-        reason = refused("bomb.png")
-    assert "pixels" in reason
-
-
-def test_photograph_of_200_megapixels_is_read_all_the_same():
-    """A JPEG can be decoded at an eighth of its size."""
-    touch("phone.jpg", encoded(Image.new("L", (16_320, 12_240), 99), "JPEG"))
-    with little_memory():
-        assert difference(pixels("phone.jpg"), np.array(99)) < 2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files that are none, and files that change
-# ---------------------------------------------------------------------------------------------------------------------
+def written_to(path: str) -> None:
+    """A FIFO whose other end is open."""
+    os.mkfifo(path)
+    os.write(os.open(path, os.O_RDWR), b"\xff\xd8\xff\xe0")
 
 
 @posix
-@pytest.mark.parametrize("name", ["a.jpg", "a"])
 @pytest.mark.parametrize(
     "make",
     [
         pytest.param(os.mkfifo, id="FIFO"),
+        pytest.param(written_to, id="FIFO that is written to"),
         pytest.param(lambda path: socket.socket(socket.AF_UNIX).bind(path), id="socket"),
         pytest.param(lambda path: os.symlink("/dev/zero", path), id="device that never ends"),
         pytest.param(os.mkdir, id="folder"),
     ],
 )
-def test_what_is_no_regular_file_is_refused_and_never_waited_for(soon, make, name):
-    make(name)
-    assert refused(name) != "it hangs"
-
-
-@posix
-def test_fifo_that_is_being_written_to_is_never_waited_for(soon):
-    os.mkfifo("a.jpg")
-    both_ends = os.open("a.jpg", os.O_RDWR)
-    os.write(both_ends, b"\xff\xd8\xff\xe0")
+def test_what_is_no_regular_file_is_refused_and_never_waited_for(soon, make):
+    make("a.jpg")
     assert refused("a.jpg") != "it hangs"
-    os.close(both_ends)
-
-
-@posix
-def test_file_that_may_not_be_read_has_a_reason(picture):
-    with as_nobody() as root:
-        touch(root / "a.png", encoded(picture(1), "PNG"))
-        (root / "a.png").chmod(0)
-        assert "ermission" in refused(root / "a.png")
 
 
 def test_file_that_vanished_is_left_out_this_time():
@@ -697,9 +515,7 @@ def test_file_that_changes_while_it_is_read_is_left_out_this_time(picture, chang
     assert main.read_picture(main.File(b"a.png", 0, 0), b"", slow, lambda digest: False).vanished
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Many, in order
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Many, in order --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [1, 3, 20], ids="{} workers".format)
@@ -719,24 +535,10 @@ def test_bad_file_costs_no_other_its_place(picture, bad, workers):
         assert difference(pictures[i].pixels.permute(1, 2, 0).numpy().astype(int), squeezed(draw(i))) == 0
 
 
-def test_results_keep_their_order_when_the_first_is_the_last_to_finish():
-    done = [threading.Event() for _ in range(6)]
-
-    def read_one(task: int) -> int:
-        assert task == 5 or done[task + 1].wait(10)  # each finishes after the next
-        done[task].set()
-        return task
-
-    assert list(main.read_ahead(read_one, range(6), 20, 20)) == [0, 1, 2, 3, 4, 5]
-
-
 @pytest.mark.parametrize("workers", [1, 8])
 def test_reads_ahead_no_further_than_told(workers):
     tasks = iter(range(1000))
     results = main.read_ahead(abs, tasks, workers, 5)
     used = list(itertools.islice(results, 20))
     assert used == list(range(20)) and len(list(tasks)) >= 1000 - 20 - 5
-
-
-def test_of_nothing_comes_nothing():
-    assert list(main.read_ahead(abs, [], 4, 4)) == []
+    assert list(main.read_ahead(abs, [], workers, 4)) == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import itertools
 import json
 import os
 import resource
@@ -24,18 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MAIN = Path(__file__).parent.parent / "main.py"
-PILLOW = ["PIL.Image", "PIL.ImageCms", "PIL.ImageOps"]
-IMPORTED = [
-    "torch",
-    "torchvision",
-    "faiss",
-    "filelock",
-    "numpy",
-    "tqdm",
-    "sqlite3",
-    "concurrent.futures.thread",
-    *PILLOW,
-]
+SUBMODULES = ["concurrent.futures.thread", "PIL.Image", "PIL.ImageCms", "PIL.ImageOps"]
+IMPORTED = ["torch", "torchvision", "faiss", "filelock", "jinja2", "numpy", "sqlite3", "tqdm", *SUBMODULES]
 
 
 class Ended(NamedTuple):
@@ -75,28 +66,38 @@ class Run:
 
 
 class Zygote:
-    """The other end of this file, run as a program. `faults`: a library for LD_PRELOAD, or none."""
+    """The other end of this file, run as a program. `faults`: a library for LD_PRELOAD, or none.
+
+    A request that fails there is an error here, and one that ends the process is, too; the next run gets a new one.
+    """
 
     def __init__(self, faults: Path | None) -> None:
         one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         preload = {"LD_PRELOAD": str(faults)} if faults else {}
         self.environment = {**os.environ, **one_thread, **preload}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__], env=self.environment,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-        )  # fmt: skip
+        self.process: subprocess.Popen[str] | None = None
 
     def ask(self, **request: Any) -> Any:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(request, default=str) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        if "start" in request and (self.process is None or self.process.poll() is not None):
+            command, pipe = [sys.executable, __file__], subprocess.PIPE
+            self.process = subprocess.Popen(command, env=self.environment, stdin=pipe, stdout=pipe, text=True)
+        assert self.process and self.process.stdin and self.process.stdout
+        try:
+            self.process.stdin.write(json.dumps(request, default=str) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # as when it ends before it answers
+        if not (line := self.process.stdout.readline()):
+            raise RuntimeError(f"the zygote has ended with {self.process.wait(30)} at {request}")
+        answer, error = json.loads(line)
+        assert not error, error
+        return answer
 
     def start(self, *args: object, **options: Any) -> Run:
         """Options:
         cwd        a folder
         env        what is added to the environment
-        constants  of main.py, with other values: {"SAVE_SECONDS": 0}
+        constants  of main.py, and defaults of fields, with other values: {"SAVE_SECONDS": 0}
         room       bytes of address space beyond what the imports take
         limits     {"RLIMIT_NOFILE": 256}
         faults     (folder, number, action, error) as `faults_arm` in faults.c takes them
@@ -113,9 +114,9 @@ class Zygote:
         return self.start(*args, **options).wait(timeout)
 
     def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait(30)
+        if self.process and self.process.stdin:
+            self.process.stdin.close()
+            self.process.wait(30)
 
 
 def address_space() -> int:
@@ -144,9 +145,12 @@ def compiled(constants: str) -> tuple[types.CodeType, types.CodeType]:
     values = json.loads(constants)
     *definitions, last = ast.parse(MAIN.read_text(encoding="utf-8")).body
     assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'", "main.py ends otherwise"
-    for statement in definitions:
-        if isinstance(statement, ast.Assign) and (name := ast.unparse(statement.targets[0])) in values:
-            statement.value = ast.copy_location(ast.Constant(values.pop(name)), statement.value)
+    classes = [statement.body for statement in definitions if isinstance(statement, ast.ClassDef)]
+    for statement in itertools.chain(definitions, *classes):
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            name = ast.unparse(statement.targets[0] if isinstance(statement, ast.Assign) else statement.target)
+            if name in values and statement.value:
+                statement.value = ast.copy_location(ast.Constant(values.pop(name)), statement.value)
     assert not values, f"no such constants: {values}"
     first, second = (ast.Module(part, []) for part in (definitions, [last]))
     return compile(first, str(MAIN), "exec"), compile(second, str(MAIN), "exec")
@@ -165,9 +169,6 @@ def be_main(request: dict[str, Any]) -> None:
 def child(request: dict[str, Any]) -> int:
     """Its exit status, as Python would have it."""
     os.setpgid(0, 0)
-    os.chdir(request["cwd"])
-    os.environ.update(request.get("env", {}))
-    Path(request["folder"], "0").write_text(str(resident()))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number in (1, 2):
         os.dup2(os.open(os.path.join(request["folder"], str(number)), os.O_WRONLY | os.O_CREAT), number)
@@ -176,20 +177,22 @@ def child(request: dict[str, Any]) -> int:
     sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115
     sys.stdout = open(1, "w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-    status = 1
     try:
+        os.chdir(request["cwd"])
+        os.environ.update(request.get("env", {}))
+        Path(request["folder"], "0").write_text(str(resident()))
         be_main(request)
-        status = 0
+        return 0
     except SystemExit as leaving:
-        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         if isinstance(leaving.code, str):
             print(leaving.code, file=sys.stderr)
+        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException:
         traceback.print_exc()
+        return 1
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-    return status
 
 
 def serve() -> None:
@@ -209,29 +212,35 @@ def serve() -> None:
                 ended[pid] = os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
         return pid in ended
 
-    for line in sys.stdin:
-        request = json.loads(line)
+    def answer_to(request: dict[str, Any]) -> Any:
         if "start" in request:
             compiled(json.dumps(request.get("constants") or {}))  # once, for all that follow
             if (pid := os.fork()) == 0:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-                os._exit(child(request))
+                try:
+                    os._exit(child(request))
+                finally:
+                    os._exit(1)  # it must not go on as a second zygote
             began[pid] = time.perf_counter()
-            answer: Any = pid
-        elif "alive" in request:
-            answer = os.waitid(os.P_PID, request["alive"], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-        else:
-            pid, deadline = request["wait"], time.perf_counter() + request["timeout"]
-            while not reap(pid) and time.perf_counter() < deadline:
-                time.sleep(0.002)
-            answer = None
-            if pid in ended:
-                status, memory = ended.pop(pid)
-                answer = {"status": status, "memory": memory, "seconds": time.perf_counter() - began.pop(pid)}
-            else:
+            return pid
+        if "alive" in request:
+            return os.waitid(os.P_PID, request["alive"], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        pid, deadline = request["wait"], time.perf_counter() + request["timeout"]
+        while not reap(pid):
+            if time.perf_counter() > deadline:
                 os.killpg(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-        print(json.dumps(answer), flush=True)
+                return None
+            time.sleep(0.002)
+        status, memory = ended.pop(pid)
+        return {"status": status, "memory": memory, "seconds": time.perf_counter() - began.pop(pid)}
+
+    for line in sys.stdin:
+        try:
+            reply = answer_to(json.loads(line)), ""
+        except Exception:
+            reply = None, traceback.format_exc()
+        print(json.dumps(reply), flush=True)
 
 
 if __name__ == "__main__":
