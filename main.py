@@ -32,7 +32,6 @@ import difflib
 import errno
 import faulthandler
 import hashlib
-import html
 import http.client
 import importlib
 import io
@@ -69,11 +68,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 if TYPE_CHECKING:
     import faiss
     import filelock
+    import jinja2
     import numpy as np
     import torch
     import torchvision
     import tqdm
-    from PIL import Image, ImageCms, ImageDraw, ImageOps
+    from PIL import Image, ImageCms, ImageOps
 
     fastapi: Any
     gradio: Any
@@ -93,8 +93,8 @@ else:
                 raise DeepVisionError(f"{error}: run `pip install -r requirements.txt`") from error
 
     faiss, np, torch, torchvision, tqdm = map(Lazy, ("faiss", "numpy", "torch", "torchvision", "tqdm"))
-    Image, ImageCms, ImageDraw = map(Lazy, ("PIL.Image", "PIL.ImageCms", "PIL.ImageDraw"))
-    ImageOps, filelock = map(Lazy, ("PIL.ImageOps", "filelock"))  # torch requires filelock
+    Image, ImageCms, ImageOps = map(Lazy, ("PIL.Image", "PIL.ImageCms", "PIL.ImageOps"))
+    filelock, jinja2 = map(Lazy, ("filelock", "jinja2"))  # torch requires them, so they are there
     gradio, fastapi, uvicorn = map(Lazy, ("gradio", "fastapi", "uvicorn"))  # only after `find_gradio`
 
 # The defaults that an option changes
@@ -1459,6 +1459,7 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         self.lock_file, self.one_lookup = filelock.FileLock(folder / "lock"), threading.Lock()
         self.last_words = b""  # what a run that crashed has left in the lock file
+        self.scanned = (0, 0)  # the version that the last scan was compared with
         self.connect()
 
     def connect(self) -> None:
@@ -1476,20 +1477,24 @@ class Store:
         self.lookup.close()
 
     @contextmanager
-    def locked(self) -> Iterator[bool]:
-        """Hold the lock of the one run that writes. Yields True if another run had to be waited for."""
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of the one run that writes."""
         with suppress(OSError):  # there is none yet
             self.last_words = Path(self.lock_file.lock_file).read_bytes()
         try:
-            held, waited = self.lock_file.acquire(timeout=0), False
+            held = self.lock_file.acquire(timeout=0)
         except filelock.Timeout:
             log.warning("another run is writing %s: waiting for it", self.folder)
-            held, waited = self.lock_file.acquire(), True
+            held = self.lock_file.acquire()
         with held:
             if not self.path.exists() or self.path.stat().st_ino != self.inode:  # another run has repaired it
                 self.close()
                 self.connect()
-            yield waited
+            yield
+
+    def version(self) -> tuple[int, int]:
+        """It changes whenever another run writes."""
+        return self.inode, self.value("PRAGMA data_version")
 
     # Values
 
@@ -1600,6 +1605,7 @@ class Store:
         To be read are new and changed files, and with other decoders than before those that could not be used.
         `everything`: all files are to be read. In a small database, files that have lost their features are, too.
         """
+        self.scanned = self.version()
         if self.is_small() and self.any(ORPHANED):  # their digest is damaged
             with self.db:
                 self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
@@ -2364,7 +2370,8 @@ def store_changes(store: Store, images: Path, model: Model, work: Work) -> Summa
     """Read what is new, note what is gone. None, and nothing is noted as gone, if no usable image would remain."""
     with store.locked():
         shares = take_in_shares(store)
-        scan(store, images, work)
+        if shares.opened or store.scanned != store.version():
+            scan(store, images, work)
         skip_crashing_file(store, images, work)
         before = store.last_row()
         summary = read_new(store, store, images, model, work)
@@ -2508,16 +2515,11 @@ def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
 # ---- Output ----------------------------------------------------------------------------------------------------------
 
 
-COLOURS = {"identical": "32", "copy": "32"}  # green: ANSI, of the labels
-
-
 def verdict(found: Answer | Group) -> str:
     """What the matches amount to, so that nobody takes the best of many for the picture itself."""
     if isinstance(found, Group):
         return f"keep: the best of {len(found.matches) + 1}"
-    if not found.matches:
-        return "no match"
-    return "" if found.matches[0].label else "no copy found"
+    return ("" if found.matches[0].label else "no copy found") if found.matches else "no match"
 
 
 def remark_on(match: Match) -> str:
@@ -2528,19 +2530,15 @@ def remark_on(match: Match) -> str:
 
 def as_text(found: Answer | Group, engine: Engine, colour: bool = False) -> str:
     """A heading line, then `rank  score  path  label, view` for each match."""
-    name, matches, *_ = found
-    about = verdict(found)
-    if isinstance(found, Answer):
-        about = f"{engine.model.name}, {engine.summary.images:,} images"
-    end = f"  ({about})" + (f": {verdict(found)}" if isinstance(found, Answer) and verdict(found) else "")
-    name, width = escape_controls(name), len(str(len(matches)))
-    lines = [f"\x1b[1m{name}\x1b[0m{end}" if colour else name + end]
-    for match in matches:
-        remark = remark_on(match)
-        if colour and match.label:
-            remark = f"\x1b[{COLOURS[match.label]}m{remark}\x1b[0m"
-        path = escape_controls(match.path)
-        lines.append(f"  {match.rank:>{width}}  {match.score:6.3f}  {path}  {remark}".rstrip())
+    bold, green, plain = ("\x1b[1m", "\x1b[32m", "\x1b[0m") if colour else ("", "", "")
+    about = [f"({engine.model.name}, {engine.summary.images:,} images)", verdict(found)]
+    if isinstance(found, Group):
+        about = [f"({verdict(found)})"]
+    lines = [f"{bold}{escape_controls(found[0])}{plain}  {': '.join(filter(None, about))}"]
+    for match in found.matches:
+        remark = f"{green}{remark_on(match)}{plain}" if match.label else remark_on(match)
+        rank = str(match.rank).rjust(len(str(len(found.matches))))
+        lines.append(f"  {rank}  {match.score:6.3f}  {escape_controls(match.path)}  {remark}".rstrip())
     return "\n".join(lines)
 
 
@@ -2556,186 +2554,147 @@ def as_json(found: Answer | Group, engine: Engine) -> str:
 
 
 def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
-    """On stdout, at once. `form`: text, json, or null: paths alone, byte for byte, each with a NUL at its end."""
+    """Print on stdout, at once. `form`: text, json, or null: the paths byte for byte, each with a NUL at its end."""
     if form == "json":
         print(as_json(found, engine), flush=True)
-    elif found.error:
-        return
     elif form == "null":
         sys.stdout.buffer.write(b"".join(os.fsencode(match.path) + b"\0" for match in found.matches))
         sys.stdout.buffer.flush()
-    else:
-        terminal = sys.stdout.isatty()
-        colour = terminal and os.name == "posix" and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        print(as_text(found, engine, colour), flush=True)
+    elif not found.error:
+        terminal = sys.stdout.isatty() and os.name == "posix" and os.environ.get("TERM") != "dumb"
+        print(as_text(found, engine, colour=terminal and not os.environ.get("NO_COLOR")), flush=True)
 
 
 # ---- Page ------------------------------------------------------------------------------------------------------------
 
 THUMBNAIL, THUMBNAIL_BYTES = 256, 6200  # pixels of the longer side; at most, so that 100 queries × 10 make 10 MB
 QUALITIES = (70, 40, 15, 0)  # of WebP: a photograph takes 5 KB with the first, nearly always
+PROFILE_BYTES = 1000  # the largest colour profile kept: Display P3 and Adobe RGB take 560, the usual sRGB 3144
 PAGE_PICTURES = 5000  # on a page, 40 MB; the rest is left to the other outputs
 PAGE_SKIPPED = 100  # reasons listed on a page
 STYLE = """
-:root{color-scheme:light dark;--page:#fff;--card:#f3f3f6;--ink:#1a1a1f;--soft:#565662;--line:#d5d5de;--link:#0b57d0;
---good:#0f6a2b;--fair:#8a4b00}
-@media(prefers-color-scheme:dark){:root{--page:#121215;--card:#1e1e23;--ink:#e8e8ee;--soft:#a9a9b6;--line:#3b3b45;
---link:#a8c7fa;--good:#7fdc98;--fair:#f2bd70}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:90rem;padding:1.5rem clamp(.8rem,3vw,2.5rem);background:var(--page);color:var(--ink);
-font:1rem/1.45 system-ui,sans-serif}
-h1{margin:0;font-size:1.5rem}h2{margin:0;font-size:1.05rem;overflow-wrap:anywhere}p{margin:.2rem 0}
-header{margin-bottom:1.5rem}header p,footer,small,.of{color:var(--soft)}
-section{padding:1.2rem 0;border-top:1px solid var(--line);content-visibility:auto;contain-intrinsic-size:auto 40rem}
-.found{display:grid;gap:1.2rem;grid-template-columns:minmax(0,15rem) minmax(0,1fr);margin-top:.8rem}
-ol{display:grid;gap:.9rem;grid-template-columns:repeat(auto-fill,minmax(min(10.5rem,46%),1fr));margin:0;padding:0;
-list-style:none;align-content:start}
-figure{margin:0;overflow:hidden;border-radius:.6rem;background:var(--card);height:100%}
-.asked figure{border:2px solid var(--link);height:auto}
-a{color:var(--link)}figure a{display:block;position:relative;aspect-ratio:1;outline-offset:-3px}
-figure svg{position:absolute;inset:0;width:100%;height:100%}
+*{box-sizing:border-box;--soft:light-dark(#565662,#a9a9b6);--good:light-dark(#0f6a2b,#7fdc98);
+--bad:light-dark(#8a4b00,#f2bd70);--card:light-dark(#f3f3f6,#1e1e23)}
+h1,h2{font-size:1.4rem;margin:0;font-weight:600}h2{font-size:1.1rem;margin-bottom:.7rem}
+section{margin-top:1rem;padding-top:1rem;border-top:1px solid var(--soft);overflow-wrap:anywhere}
+b.good,b.bad{padding:.1em .6em;border:2px solid;border-radius:1em}.good{color:var(--good)}.bad{color:var(--bad)}
+ol{display:grid;gap:.9rem;list-style:none;margin:0;padding:0}
+ol.large{grid-template-columns:repeat(auto-fill,minmax(min(15rem,46%),1fr))}
+ol.small{margin-top:.9rem;grid-template-columns:repeat(auto-fill,minmax(min(8rem,29%),1fr));font-size:.85em}
+figure{margin:0;height:100%;border-radius:.5rem;overflow:hidden;background:var(--card)}
+.identical figure,.copy figure{outline:3px solid var(--good)}figcaption{padding:.5rem .6rem;font-size:.9em}
+figure>:first-child{display:block;position:relative;width:100%;aspect-ratio:1}
+:focus-visible{outline:3px solid var(--bad);outline-offset:-3px}small{display:block;color:var(--soft)}
+figure img,svg,.none{position:absolute;inset:0;width:100%;height:100%;object-fit:contain}.none{padding:1rem}
 polygon{fill:none;stroke:#19b35a;stroke-width:3;vector-effect:non-scaling-stroke}
-a:focus-visible,summary:focus-visible{outline:3px solid var(--link)}
-img,.none{display:flex;align-items:center;justify-content:center;width:100%;height:100%;object-fit:contain}
-.none{min-height:8rem;padding:1rem;color:var(--soft);text-align:center;overflow-wrap:anywhere}
-figcaption{padding:.5rem .7rem .7rem;font-size:.875rem;overflow-wrap:anywhere}
-figcaption b{font-variant-numeric:tabular-nums}small{display:block}
-.bar{display:block;height:.3rem;margin:.3rem 0;border-radius:1rem;background:var(--line)}
-.bar i{display:block;height:100%;border-radius:1rem;background:var(--link)}
-.tag{padding:0 .45em;border:1px solid;border-radius:1rem;color:var(--soft)}
-.identical,.copy,.keep{color:var(--good)}.error{color:var(--fair)}
-@media(max-width:40rem){.found{grid-template-columns:1fr}.asked{max-width:15rem}}
-@media print{section{break-inside:avoid-page;content-visibility:visible}}
+"""
+SECTIONS = """
+{% for number, item, rows in found %}<section><h2>
+{% if item.error %}<b class="bad">✗ {{ item.error|text }}</b>{% elif item.keep %}{{ verdict(item) }}
+{% elif verdict(item) %}<b class="bad">✗ {{ verdict(item) }}</b>{% else %}<b class="good">✓ found</b>{% endif %}
+ {{ item[0]|name }}</h2>
+{% for kind, row in rows.items() if row %}<ol class="{{ kind }}" role="list">
+{% for match, corners, picture in row %}<li class="{{ match.label }}"><figure>{% if in_ui %}
+<button data-item="{{ number }}" data-rank="{{ match.rank }}">{% else %}
+<a href="{{ match.path|address }}" title="{{ match.path|name }}">{% endif %}{% if picture.pixels %}
+<img src="data:image/webp;base64,{{ picture.pixels[0]|base64 }}" alt="{{ match.path|name }}" loading="lazy">
+{% if corners %}<svg viewBox="0 0 {{ picture.pixels[1] }} {{ picture.pixels[2] }}" aria-hidden="true"><polygon points="
+{%- for x, y in corners %}{{ x }},{{ y }} {% endfor %}"/></svg>{% endif %}{% else %}
+<span class="none">{{ (picture.reason or "not there any more")|text }}</span>{% endif %}
+</{{ "button" if in_ui else "a" }}><figcaption>
+{% if match.rank %}{{ match.rank }} · <b>{{ "%.3f" % match.score }}</b> <span class="{{ 'good' if match.label }}">
+{{ remark_on(match) }}</span>{% else %}<b>{{ "keep" if item.keep else "query" }}</b>{% endif %}
+<br>{{ match.path|name }}{% if picture.pixels %}<small>
+{{ "{1:,} × {2:,} px, {0:,.0f} KB".format(picture.file.size / 1000, *picture.pixels[1:]) }}</small>{% endif %}
+</figcaption></figure></li>{% endfor %}</ol>{% endfor %}</section>
+{% endfor %}"""
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{{ title }} – DeepVision</title><style>
+:root{color-scheme:light dark;background:light-dark(#fff,#121215);color:light-dark(#1a1a1f,#e8e8ee)}
+body{margin:auto;max-width:90rem;padding:1rem;font:1rem/1.45 system-ui,sans-serif}{{ style|safe }}
+</style></head><body><header><h1>{{ title }}</h1>
+{{ "{:,}".format(engine.summary.images) }} images in {{ engine.images|text }} ·
+{{ engine.model.name }} on {{ engine.model.device }} · {{ about }}
+{% if skipped %}<details><summary>{{ "{:,}".format(engine.summary.skipped) }} skipped</summary><ul>
+{% for path, reason in skipped %}<li>{{ path|text }}: {{ reason|text }}</li>{% endfor %}
+{% if engine.summary.skipped > skipped|length %}<li>and more, which -v lists</li>{% endif %}</ul></details>{% endif %}
+</header><main>{% include "sections" %}</main>
+{% if left_out %}<footer>{{ "{:,}".format(left_out) }} more pictures have no room here: see --json</footer>{% endif %}
+</body></html>
 """
 
 
-def thumbnail(image: Image.Image, side: int = THUMBNAIL) -> tuple[bytes, int, int]:
-    """A small picture, WebP, and the width and height of the whole: upright, in the colours of its profile."""
+def thumbnail(image: Image.Image) -> tuple[bytes, int, int]:
+    """A small upright picture, WebP, and the width and height of the whole picture."""
     width, height = image.size
-    picture = to_rgb(image, side)
+    profile = (image.mode == "RGB" and image.info.get("icc_profile")) or b""
+    picture = to_rgb(image, THUMBNAIL)
     if (picture.width - picture.height) * (width - height) < 0:  # turned by EXIF
         width, height = height, width
-    if profile := image.info.get("icc_profile"):
-        with suppress(Exception):  # a malformed profile, or one of another kind of pixels: without it, then
-            source = ImageOps.exif_transpose(image) if image.mode == "CMYK" else picture
-            source.thumbnail((side, side))
-            srgb = ImageCms.createProfile("sRGB")
-            picture = ImageCms.profileToProfile(source, io.BytesIO(profile), srgb, outputMode="RGB") or picture
-    picture.thumbnail((side, side))
-    picture = Image.fromarray(np.asarray(picture))  # without what the file says of itself
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
     for quality in QUALITIES:
-        picture.save(stream := io.BytesIO(), "WEBP", quality=quality)
-        if stream.tell() <= THUMBNAIL_BYTES * (side / THUMBNAIL) ** 2:
+        kept = profile if len(profile) <= PROFILE_BYTES else b""
+        picture.save(stream := io.BytesIO(), "WEBP", quality=quality, icc_profile=kept, exif=b"", xmp=b"")
+        if stream.tell() <= THUMBNAIL_BYTES:
             break
     return stream.getvalue(), width, height
 
 
-def thumbnails(paths: Iterable[str], side: int = THUMBNAIL) -> Iterator[Picture]:
-    """Each file in turn, with `thumbnail` as its pixels, or a reason why it has none."""
-    read = partial(read_picture, root=b"", transform=partial(thumbnail, side=side), known=lambda digest: False)
-    workers = usable_cores()
-    return read_ahead(read, (File(os.fsencode(path), 0, 0) for path in paths), workers, 4 * workers)
+def with_thumbnails(found: Sequence[Answer | Group]) -> Iterator[tuple[int, Answer | Group, dict[str, list[Any]]]]:
+    """Each item with its number and its rows of pictures: "large", the query and its copies, and "small", the rest.
+
+    A picture is a Match, rank 0 for the query, with the corners of an outline, and the file with its thumbnail.
+    """
+    read, workers = partial(read_picture, root=b"", transform=thumbnail, known=lambda digest: False), usable_cores()
+    paths = (path for item in found if not item.error for path in (item[0], *(match.path for match in item.matches)))
+    pictures = read_ahead(read, (File(os.fsencode(path), 0, 0) for path in paths), workers, 4 * workers)
+    for number, item in enumerate(found):
+        regions, rows = [match.region for match in item.matches], {"large": list[Any](), "small": list[Any]()}
+        corners = [next((it.outline for it in regions if it), []), *(it.corners if it else [] for it in regions)]
+        for match in () if item.error else (Match(0, item[0], 1.0, False), *item.matches):
+            is_large = match.label or not match.rank
+            rows["large" if is_large else "small"].append((match, corners[match.rank], next(pictures)))
+        yield number, item, rows
 
 
-def decode_path(path: str) -> str:
+def decode_path(path: str | Path | bytes) -> str:
     """A path as text, whatever it holds."""
     return escape_controls(os.fsencode(path).decode("utf-8", "replace"))
 
 
-def html_path(path: str) -> str:
-    """A path as HTML."""
-    return html.escape(decode_path(path))
-
-
-def as_outline(corners: Sequence[tuple[float, float]], width: int, height: int) -> str:
-    """An outline over a picture of this size, as SVG."""
-    points = " ".join(f"{x:g},{y:g}" for x, y in corners)
-    return f'<svg viewBox="0 0 {width} {height}" aria-hidden="true"><polygon points="{points}"/></svg>'
-
-
-def as_figure(path: str, picture: Picture, caption: str, corners: Sequence[tuple[float, float]] = ()) -> str:
-    """A picture with what is to be said of it, a link to its file, and an outline with these corners."""
-    name, size = html_path(path), ""
-    inside = f'<span class="none">{html_path(picture.reason or "not there any more")}</span>'
-    if picture.pixels:
-        data, width, height = picture.pixels
-        source = base64.b64encode(data).decode()
-        inside = f'<img src="data:image/webp;base64,{source}" alt="{name}" loading="lazy" decoding="async">'
-        inside += as_outline(corners, width, height) if corners else ""
-        size = f"{width:,} × {height:,} px, {picture.file.size / 1000:,.0f} KB"
-    folder, file = os.path.split(path)
-    return (
-        f'<figure><a href="{html.escape(Path(path).absolute().as_uri())}" title="{name}">{inside}</a>'
-        f"<figcaption>{caption}{html_path(file)}<small>{html_path(folder)}</small><small>{size}</small></figcaption></figure>"
-    )
-
-
-def as_caption(match: Match) -> str:
-    tag = f' <span class="tag {match.label}">{match.label}</span>' if match.label else ""
-    remark = remark_on(match).removeprefix(match.label).removeprefix(", ")
-    view = f"<small>{html.escape(remark)}</small>" if remark else ""
-    bar = f'<span class="bar"><i style="width:{max(0.0, match.score):.1%}"></i></span>'
-    return f'<span class="of">{match.rank}</span> <b>{match.score:.3f}</b>{tag}{bar}{view}'
-
-
-def as_section(found: Answer | Group, pictures: Iterator[Picture]) -> str:
-    """A query and its matches, or a file to keep and its copies. `pictures`: those of all of them, in order."""
-    name, matches, *_ = found
-    heading, tag = f"<section><h2>{html_path(name)}</h2>", "keep" if isinstance(found, Group) else "query"
-    if found.error:
-        return f'{heading}<p class="error">{html_path(found.error)}</p></section>'
-    heading += f'<p class="of">{verdict(found)}</p>'
-    regions = [match.region for match in matches]
-    outline = next((region.outline for region in regions if region), ())  # of the best copy
-    asked = as_figure(name, next(pictures), f'<span class="tag {tag}">{tag}</span> ', outline)
-    corners = [region.corners if region else () for region in regions]
-    figures = (as_figure(match.path, next(pictures), as_caption(match), it) for match, it in zip(matches, corners))
-    items = "".join(f"<li>{figure}</li>" for figure in figures)
-    return f'{heading}<div class="found"><div class="asked">{asked}</div><ol role="list">{items}</ol></div></section>'
-
-
-def page_head(found: Sequence[Answer | Group], engine: Engine, seconds: float) -> str:
-    summary, model = engine.summary, engine.model
-    kind = ("group",) if found and isinstance(found[0], Group) else ("query", "queries")
-    title = counted(len(found), *kind) if found else "No picture is there twice"
-    skipped = [f"{html_path(os.fsdecode(path))}: {html_path(why)}" for path, why in engine.store.skipped(PAGE_SKIPPED)]
-    if summary.skipped > PAGE_SKIPPED:
-        skipped.append(f"and {summary.skipped - PAGE_SKIPPED:,} more, which -v lists")
-    items = "".join(f"<li>{line}</li>" for line in skipped)
-    details = f"<details><summary>{summary.skipped:,} skipped</summary><ul>{items}</ul></details>" if skipped else ""
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
-<meta name="referrer" content="no-referrer"><title>{title} – DeepVision</title><style>{STYLE}</style></head><body>
-<header><h1>{title}</h1>
-<p>{summary.images:,} images in {html_path(str(engine.images))} · {html_path(model.name)} on {model.device} ·
-{time.strftime("%Y-%m-%d %H:%M")}, {seconds:.1f} s</p>{details}</header><main>
-"""
+def template(name: str, path_name: Callable[[str], str] = decode_path) -> jinja2.Template:
+    """The template `page` or `sections`. `path_name`: how a path is shown."""
+    loader = jinja2.DictLoader({"page": PAGE, "sections": SECTIONS})
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
+    environment.filters.update(text=decode_path, name=path_name, address=lambda path: Path(path).absolute().as_uri())
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    return environment.get_template(name, globals={"verdict": verdict, "remark_on": remark_on, "style": STYLE})
 
 
 def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine, seconds: float) -> None:
-    """All that was found, to look at: one file that needs no other, no script and no network.
+    """Write all that was found, to look at: one file that needs no other, no script and no network.
 
-    Raises DeepVisionError if it cannot be written; what was there is untouched then.
+    Pictures are read while it is written: memory holds those of one item. Raises DeepVisionError if it cannot be
+    written; what was there is untouched then.
     """
-    room, kept = PAGE_PICTURES, list[Answer | Group]()
+    room, kept, target = PAGE_PICTURES, list[Answer | Group](), Path(os.path.realpath(path))
     for item in found:
         if room > 0:
             kept.append(item._replace(matches=item.matches[: room - 1]))
         room -= 1 + len(item.matches)
-    pictured = (item for item in kept if not item.error)
-    pictures = thumbnails(path for item in pictured for path in (item[0], *(match.path for match in item.matches)))
-    target = Path(os.path.realpath(path))
+    title = f"{counted(len(found), 'query', 'queries')}, {sum(not verdict(item) for item in found):,} found"
+    if not found or isinstance(found[0], Group):
+        title = counted(len(found), "group") if found else "No picture is there twice"
     try:
         if target.exists() and not target.is_file():
             raise FileExistsError(errno.EEXIST, "something else has that name")
         with whole_file(target, f".{os.getpid()}") as stream:
-            stream.write(page_head(found, engine, seconds).encode())
-            for item in kept:
-                stream.write(as_section(item, pictures).encode() + b"\n")
-            footer = f"<footer>{-room:,} more pictures have no room here: see --json</footer>" if room < 0 else ""
-            stream.write(f"</main>{footer}</body></html>\n".encode())
+            template("page").stream(
+                found=with_thumbnails(kept), left_out=max(0, -room), title=title, engine=engine,
+                about=f"{time.strftime('%Y-%m-%d %H:%M')}, {seconds:.1f} s", skipped=engine.store.skipped(PAGE_SKIPPED),
+            ).dump(stream, "utf-8")  # fmt: skip
     except OSError as error:
         why = error.strerror or first_line(error)
         advice = "choose another place with --report FILE, or --no-report"
@@ -2745,6 +2704,19 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
 # ---- UI --------------------------------------------------------------------------------------------------------------
 
 UPLOAD_BYTES = 300_000_000  # of one file given to --ui: a photograph of 100 million pixels, uncompressed
+UI_STYLE = ".dark{color-scheme:dark}footer{display:none!important}"
+WELCOME = "<h2>What are you looking for?</h2>Give a picture, and see what looks like it"
+# A click on a picture sends its place, so that no path leaves this side. What is pasted is given like a chosen file.
+SCRIPT = """element.addEventListener("click", event => {
+    const button = event.target.closest("button")
+    if (button) trigger("click", {...button.dataset})
+})
+document.addEventListener("paste", event => {
+    const input = document.querySelector("#given input[type=file]")
+    if (!event.clipboardData.files.length) return
+    input.files = event.clipboardData.files
+    input.dispatchEvent(new Event("change", {bubbles: true}))
+})"""
 
 
 def find_gradio() -> None:
@@ -2756,135 +2728,76 @@ def find_gradio() -> None:
         raise DeepVisionError(f"--ui needs Gradio ({error}): run `pip install gradio`") from error
 
 
-UI_STYLE = """
-#found .grid-wrap{height:auto;max-height:none;overflow:visible}#given .grid-wrap{padding-top:2.2rem}
-#given .grid-container{grid-template-columns:repeat(3,minmax(0,1fr))}
-#found .grid-container{grid-template-columns:repeat(auto-fill,minmax(min(11rem,45%),1fr))}
-#found .caption-label{left:0;right:0;bottom:0;max-width:none;white-space:normal;overflow-wrap:anywhere;opacity:.93}
-#found .selected,#found .thumbnail-item:focus:not(:focus-visible){border-color:inherit;box-shadow:none}
-#found .thumbnail-item img{padding-bottom:2rem}
-#title h2{margin:0;overflow-wrap:anywhere}footer{display:none!important}
-"""
-
-
-PASTE = """() => document.addEventListener("paste", event => {
-    const input = document.querySelector("#given input[type=file]")
-    if (input && event.clipboardData.files.length) {
-        input.files = event.clipboardData.files
-        input.dispatchEvent(new Event("change", {bubbles: true}))
-    }
-})"""
-
-
-def with_outline(thumbnail: tuple[bytes, int, int], corners: Sequence[tuple[float, float]]) -> Image.Image:
-    """The small picture, with an outline whose corners are given in pixels of the whole."""
-    data, width, _ = thumbnail
-    picture = Image.open(io.BytesIO(data)).convert("RGB")
-    if corners:
-        scaled = [(x * picture.width / width, y * picture.width / width) for x, y in (*corners, corners[0])]
-        ImageDraw.Draw(picture).line(scaled, (25, 179, 90), 4)
-    return picture
-
-
 class Desk:
-    """What the tabs of the UI share: the engine, and a lock, since its catalogue is for one thread at a time."""
+    """What all tabs of the UI share: the engine, and a lock, since its store is for one thread at a time."""
 
     def __init__(self, engine: Engine, work: Work) -> None:
-        self.engine, self.work, self.lock = engine, work, threading.Lock()
+        self.engine, self.lock = engine, threading.Lock()
+        self.work = replace(work, update=True, rebuild=False, prune=False)
 
     def state(self) -> str:
+        """The collection and the model, in words."""
         summary, model = self.engine.summary, self.engine.model
-        where = f"{summary.images:,} images in {decode_path(str(self.engine.images))}, {summary.skipped:,} skipped"
+        where = f"{summary.images:,} images in {decode_path(self.engine.images)}, {summary.skipped:,} skipped"
         return f"{where}; {model.name} on {model.device}"
 
-    def update(self) -> str:
-        """Bring the index up to date, while the one there is goes on answering."""
-        old = self.engine
+    def update(self, progress: Any) -> str:
+        """Bring the index up to date, while the old one goes on answering. Gradio shows the `progress`."""
+        old, folder = self.engine, self.engine.store.folder.parent
         try:
-            folder = old.store.folder.parent
             new = initialize_reverse_image_search(old.images, folder, model=old.model, work=self.work)
         except DeepVisionError as error:
-            raise gradio.Error(html_path(str(error))) from error
+            return decode_path(str(error))
         with self.lock:
             self.engine = new
             old.store.close()
         return self.state()
 
-    def search(self, path: str, k: int, least: float) -> Sequence[Any]:
-        """The query's picture, a title, the pictures of its matches with captions, their paths, and the query; without
-        a query all stays as it is."""
-        if not path:
-            return [gradio.skip()] * 5
+    def search(self, queries: Sequence[str] | None, k: int, least: float) -> tuple[Any, Any]:
+        """The results as HTML, and the Answers. Without a query all stays as it is."""
+        if not queries:
+            return gradio.skip(), gradio.skip()
         try:
             with self.lock:
-                (answer,) = search(path, self.engine, k=int(k), threshold=least)
+                found = list(search(queries, self.engine, k=int(k), threshold=float(least)))
         except DeepVisionError as error:
-            raise gradio.Error(html_path(str(error))) from error
-        if answer.error:
-            raise gradio.Error(f"{html_path(os.path.basename(path))}: {html_path(answer.error)}")
-        paths, gone = [match.path for match in answer.matches], Image.new("L", (1, 1), 128)
-        regions = [match.region for match in answer.matches]
-        outlines = [
-            next((region.outline for region in regions if region), ()),
-            *(r.corners if r else () for r in regions),
-        ]
-        asked, *pictures = (
-            with_outline(it.pixels, corners) if it.pixels else gone
-            for it, corners in zip(thumbnails([path, *paths], 2 * THUMBNAIL), outlines)
-        )
-        words = [" · ".join(filter(None, (f"{it.score:.3f}", remark_on(it)))) for it in answer.matches]
-        captions = [f"{word} · {decode_path(os.path.basename(path))}" for word, path in zip(words, paths)]
-        title = f"<h2>{len(paths)} like {html_path(os.path.basename(path))}</h2>Click one to search from it"
-        found = gradio.Gallery(list(zip(pictures, captions)), selected_index=None)
-        return asked, title if paths else "<h2>No match</h2>Ask for a lower score", found, paths, path
+            found = [Answer(queries[0], [], str(error))]
+        sections = template("sections", lambda path: decode_path(os.path.basename(path)))
+        return sections.render(found=with_thumbnails(found), in_ui=True), found
 
 
 def user_interface(desk: Desk, top: int) -> Any:
-    """The page in the browser, as Gradio Blocks. Paths of the collection stay on this side: a click sends a number."""
+    """The page in the browser, as Gradio Blocks."""
     with gradio.Blocks(title="DeepVision", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        paths, query, seen = gradio.State([]), gradio.State(""), gradio.State(0)
-        progress = gradio.Progress(track_tqdm=True)
+        found = gradio.State([])  # the Answers that are shown; they stay on this side
         with gradio.Row():
             with gradio.Column(scale=1, min_width=260):
-                given = gradio.Gallery(
-                    label="Drop, paste or choose", sources=["upload"], file_types=["image"], height=230,
-                    interactive=True, allow_preview=False, object_fit="cover", elem_id="given",
-                )  # fmt: skip
-                asked = gradio.Image(label="Searched for", interactive=False, buttons=[], height=230, elem_id="asked")
+                label = "Drop, paste or choose pictures"
+                given = gradio.File(label=label, file_count="multiple", height=170, elem_id="given")
                 k = gradio.Slider(1, 100, min(top, 100), step=1, label="How many", elem_id="top")
                 least = gradio.Slider(0, 1, 0, step=0.01, label="From which score", elem_id="least")
                 state = gradio.Textbox(label="Collection", interactive=False, elem_id="state")
                 renew = gradio.Button("Update the index", elem_id="update")
             with gradio.Column(scale=3):
-                welcome = "<h2>What are you looking for?</h2>Give a picture, and see what looks like it"
-                title = gradio.HTML(welcome, elem_id="title")
-                found = gradio.Gallery(
-                    label="Matches", show_label=False, height="auto", object_fit="contain", columns=4,
-                    interactive=False, allow_preview=False, buttons=[], elem_id="found",
-                )  # fmt: skip
+                html = partial(gradio.HTML, css_template=STYLE, js_on_load=SCRIPT, apply_default_css=False)
+                shown = html(WELCOME, elem_id="found")
 
-        def newest(given: list[tuple[str, str]] | None, seen: int) -> Any:
-            """How many pictures are given now, and, as the query, the first that was not there before."""
-            given = given or []
-            return len(given), given[seen][0] if len(given) > seen else gradio.skip()
+        def from_given(given: list[str] | None, k: int, least: float) -> Any:
+            return None, *desk.search(given, k, least)
 
-        def from_given(given: list[tuple[str, str]], k: int, least: float, event: gradio.SelectData) -> Any:
-            return desk.search(given[event.index][0], k, least)
+        def from_found(found: list[Answer], k: int, least: float, event: gradio.EventData) -> Any:
+            answer, rank = found[int(event.item)], int(event.rank)
+            return desk.search([answer.matches[rank - 1].path if rank else answer.query], k, least)
 
-        def from_found(paths: list[str], k: int, least: float, event: gradio.SelectData) -> Any:
-            return desk.search(paths[event.index], k, least)
+        def again(found: list[Answer], k: int, least: float) -> Any:
+            return desk.search([answer.query for answer in found], k, least)
 
-        def update(progress: Any = progress) -> str:
-            return desk.update()
-
-        shown, private = [asked, title, found, paths, query], {"api_visibility": "private"}
-        added = given.change(newest, [given, seen], [seen, query], **private)
-        added.then(desk.search, [query, k, least], shown, **private)
-        given.select(from_given, [given, k, least], shown, **private)
-        found.select(from_found, [paths, k, least], shown, **private)
-        gradio.on([k.release, least.release], desk.search, [query, k, least], shown, **private)
-        renew.click(update, None, state, **private)
-        page.load(desk.state, None, state, js=PASTE, **private)
+        answered, private, settings = [shown, found], {"api_visibility": "private"}, [k, least]
+        given.upload(from_given, [given, *settings], [given, *answered], **private)
+        shown.click(from_found, [found, *settings], answered, **private)
+        gradio.on([k.release, least.release], again, [found, *settings], answered, **private)
+        renew.click(partial(desk.update, gradio.Progress(track_tqdm=True)), None, state, **private)
+        page.load(desk.state, None, state, **private)
     return page
 
 
@@ -2910,18 +2823,15 @@ def guarded(app: Any, port: int) -> Any:
 
 def serve(engine: Engine, work: Work, port: int, top: int) -> None:
     """The UI, on this machine alone, until it is interrupted."""
-    desk, listening = Desk(engine, replace(work, update=True, rebuild=False, prune=False)), socket.socket()
-
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name == "posix"))
-        listening.bind(("127.0.0.1", port))
-        listening.listen()  # who calls before it is ready, waits
-    except OSError as error:
-        raise DeepVisionError(f"port {port} cannot be had ({error.strerror}): choose another with --port") from error
-    port = listening.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:  # of what is uploaded and shown
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        page = user_interface(desk, top)
+    with socket.socket() as listening, tempfile.TemporaryDirectory() as folder:  # of what is uploaded
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name == "posix"))
+            listening.bind(("127.0.0.1", port))
+            listening.listen()  # who calls before it is ready, waits
+        except OSError as error:
+            raise DeepVisionError(f"port {port} is taken ({error.strerror}): choose another with --port") from error
+        port, os.environ["GRADIO_TEMP_DIR"] = listening.getsockname()[1], folder
+        page = user_interface(Desk(engine, work), top)
         app = gradio.mount_gradio_app(
             fastapi.FastAPI(openapi_url=None), page, "/", "127.0.0.1", port, footer_links=[], run_history=False,
             max_file_size=UPLOAD_BYTES, ssr_mode=False, enable_monitoring=False, show_error=True, css=UI_STYLE,
