@@ -31,6 +31,7 @@ import base64
 import difflib
 import errno
 import faulthandler
+import fnmatch
 import hashlib
 import http.client
 import importlib
@@ -53,6 +54,7 @@ import tempfile
 import threading
 import time
 import unicodedata
+import urllib.request
 import warnings
 import zlib
 from collections import deque
@@ -195,9 +197,10 @@ class Match(NamedTuple):
 class Answer(NamedTuple):
     """What was found for a query."""
 
-    query: str
+    query: str  # as it was given
     matches: list[Match]
     error: str | None = None
+    file: str = ""  # where its picture lies; empty: `query` is a path
 
 
 class Group(NamedTuple):
@@ -237,6 +240,7 @@ class Work:
     update: bool = True  # look for what is new, changed or gone in the collection
     exact: bool = False  # compare with every vector, however many there are
     exact_bytes: int = 1 << 28  # of vectors; more are searched by compact codes, or the first answer takes over 0.5 s
+    exclude: tuple[str, ...] = ()  # patterns of paths, relative to the collection, that are passed over
     rank: int = 0  # of this process, among `ranks` that torchrun started; rank 0 commits
     ranks: int = 1
 
@@ -305,11 +309,18 @@ OnError = Callable[[OSError], None]
 one_large_image = threading.Lock()
 
 
-def find_images(folder: str | Path, onerror: OnError, without: Sequence[str | Path] = ()) -> Iterator[File]:
-    """Every file below `folder` that may be an image, in the order of paths. The folders `without` are left out.
+def find_images(
+    folder: str | Path, onerror: OnError, without: Sequence[str | Path] = (), exclude: Sequence[str] = ()
+) -> Iterator[File]:
+    """Every file below `folder` that may be an image, in the order of paths.
 
-    Links are followed, and each folder is listed once. `onerror` is called for what cannot be listed.
+    onerror  is called for what cannot be listed
+    without  folders that are left out
+    exclude  patterns, as of a shell, of relative paths that are left out
+
+    Links are followed, and each folder is listed once.
     """
+    is_excluded = re.compile("|".join(map(fnmatch.translate, exclude))).match
     root, separator = os.fsencode(folder), os.fsencode(os.sep)
     visited = {(info.st_dev, info.st_ino) for info in map(os.stat, without)}
     waiting = [File(separator, 0, 0)]  # a stack, its last entry first in order; a folder's path ends with a separator
@@ -318,7 +329,7 @@ def find_images(folder: str | Path, onerror: OnError, without: Sequence[str | Pa
         if not file.path.endswith(separator):
             yield file
             continue
-        above, found = file.path.lstrip(separator), list[File]()
+        above, found = file.path.removeprefix(separator), list[File]()
         try:
             info = os.stat(here := os.path.join(root, above.removesuffix(separator)))
             entries = () if (info.st_dev, info.st_ino) in visited else list(os.scandir(here))
@@ -328,6 +339,8 @@ def find_images(folder: str | Path, onerror: OnError, without: Sequence[str | Pa
         visited.add((info.st_dev, info.st_ino))
         for entry in entries:
             if entry.name.startswith(b".") or entry.name.lower() in PASSED_OVER:
+                continue
+            if exclude and is_excluded(os.fsdecode(above + entry.name)):
                 continue
             try:
                 end = separator if stat.S_ISDIR((info := entry.stat()).st_mode) else b""
@@ -634,7 +647,7 @@ def load_weights(network: torch.nn.Module, path: Path, *heads: str) -> None:
             name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name)  # DenseNet's old names
             if not name.startswith(unused):
                 state[name] = value
-        have = {key: tuple(value.shape) for key, value in state.items()}
+        have = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
     except Exception as error:  # a corrupt file raises anything at all
         advice = "expected are tensors as torch.save writes them; if it was downloaded, delete it and try again"
         reason = first_line(error).partition(". ")[0]  # torch goes on with advice to load the file unsafely
@@ -983,6 +996,19 @@ TALL = 1.3  # height by width from which on a query has bands
 TURNS, INNER = (-30, -20, -10, 10, 20, 30), 0.7  # degrees; share of the side of a turned picture without its corners
 SMALLEST = 128  # pixels of the shorter side of a query that windows are looked for in
 VIEW_SIDE = 4  # times the model's side: the longer side of the picture that windows are cut from
+
+
+def cut_out(image: Image.Image, part: Sequence[float]) -> Image.Image:
+    """A part of the upright picture: left, top, right, bottom in pixels, or as shares of its sides if none is over 1.
+
+    Raises ValueError if the part is empty or does not lie within the picture.
+    """
+    picture = to_rgb(image, max(image.size))
+    scale = (*picture.size, *picture.size) if max(part) <= 1 else (1, 1, 1, 1)
+    left, top, right, bottom = box = [round(value * full) for value, full in zip(part, scale)]
+    if not (0 <= left < right <= picture.width and 0 <= top < bottom <= picture.height):
+        raise ValueError(f"the part {box} does not lie within its {picture.width} × {picture.height} pixels")
+    return picture.crop((left, top, right, bottom))
 
 
 def bar_depth(lines: np.ndarray) -> int:
@@ -2123,12 +2149,14 @@ def damage_reported(store: Store) -> Iterator[None]:
 def search(
     queries: str | Path | Iterable[str | Path], engine: Engine | None = None, *,
     k: int = TOP, threshold: float | str = -1.0, views: str = "auto",
+    crop: Sequence[float] | None = None,
 ) -> Iterator[Answer]:  # fmt: skip
     """What looks like each of the image files `queries`: an Answer for each, in their order.
 
     engine     by default `initialize_reverse_image_search()`
     k          matches at most; a picture that is there under several names gives several
     threshold  cosine similarity, -1 to 1, that a match has at least, or label: copy, identical
+    crop       the part of each query to search with: left, top, right, bottom, see `cut_out`
     views      none, auto or all: the edits that a query is searched with, see `query_views`
 
     Identical files and verified copies come first, then the others by score, equal scores by path. The query's own file
@@ -2143,6 +2171,7 @@ def search(
     files = (File(os.fsencode(name), 0, 0) for name in names)
 
     def look_at(image: Image.Image) -> tuple[list[View], LocalFeatures, np.ndarray | None]:
+        image = cut_out(image, crop) if crop else image
         local = local_features(image, QUERY_AREA, QUERY_POINTS)  # first, since it needs the larger picture
         seen = query_views(image, engine.model, views)
         return seen, local, features_of_views(seen, engine.model) if in_threads else None
@@ -2348,7 +2377,7 @@ def scan(store: Store, images: Path, work: Work) -> int:
             raise DeepVisionError(f"{what}: nothing was pruned")
         log.warning("%s", what)
 
-    files = find_images(images, unlisted, [store.folder.parent]) if images.is_dir() else ()
+    files = find_images(images, unlisted, [store.folder.parent], work.exclude) if images.is_dir() else ()
     return store.scan(files, work.rebuild)
 
 
@@ -2845,6 +2874,7 @@ def serve(engine: Engine, work: Work, port: int, top: int) -> None:
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
+FETCHED_BYTES = 300_000_000  # of one query that comes from an address or from stdin
 NO_MEMORY = re.compile("alloc|memory|start new thread|map segment")  # in the words of torch, FAISS, Python and ld.so
 
 
@@ -2855,6 +2885,14 @@ def score_or_label(text: str) -> float | str:
         if -1 <= float(text) <= 1:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is neither a cosine similarity, -1 to 1, nor {', '.join(LABELS)}")
+
+
+def rectangle(text: str) -> tuple[float, ...]:
+    with suppress(ValueError):
+        sides = tuple(map(float, text.split(",")))
+        if len(sides) == 4 and 0 <= sides[0] < sides[2] and 0 <= sides[1] < sides[3] < math.inf:
+            return sides
+    raise argparse.ArgumentTypeError(f"{text!r} is not LEFT,TOP,RIGHT,BOTTOM, in pixels or as shares of the picture")
 
 
 def check_combination(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -2870,18 +2908,28 @@ def check_combination(options: argparse.Namespace, parser: argparse.ArgumentPars
         parser.error("--port is for --ui")
     if options.duplicates is not None and (options.threshold, options.top, options.views) != (-1.0, TOP, "auto"):
         parser.error("--duplicates goes without --threshold, --top and --views; a score is --duplicates S")
+    if options.crop and mode:
+        parser.error(f"--crop is for a QUERY: {mode} takes none")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("queries", nargs="*", metavar="QUERY", help=f"image files or folders to search with (default: {QUERIES}/)")
+    add(
+        "queries",
+        nargs="*",
+        metavar="QUERY",
+        help=f"image files, folders, addresses, or - for stdin (default: {QUERIES}/)",
+    )
     add("--images", default=IMAGES, metavar="DIR", help="the collection (default: %(default)s/)")
+    add("--exclude", action="append", default=[], metavar="PATTERN", help="pass over such paths in it; may be repeated")
     add("--index-dir", default=INDEX_DIR, metavar="DIR", help="the cache (default: %(default)s/)")
     add("-k", "--top", type=int, default=TOP, metavar="N", help="matches per query (default: %(default)s)")
     below = "leave out matches below S: a cosine, -1 to 1, or copy, identical"
     add("--threshold", type=score_or_label, default=-1.0, metavar="S", help=below)
     add("--views", choices=VIEWS, default="auto", help="edits of the query to see through (default: those that pay)")
+    part = "search with a part of the query: LEFT,TOP,RIGHT,BOTTOM, in pixels, or as shares of the picture up to 1"
+    add("--crop", type=rectangle, metavar="L,T,R,B", help=part)
     add("--model", metavar="NAME", help=f"{MODEL} (default), any torchvision classification model, timm:NAME, offline")
     add("--weights", metavar="NAME|FILE", help=f"torchvision weights (default: {WEIGHTS}) or a local file")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
@@ -2939,28 +2987,57 @@ def rank_of_ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)) % ranks, ranks
 
 
-def answers(options: argparse.Namespace, engine: Engine) -> Iterator[Answer | Group]:
-    """An Answer for each query, or the groups of --duplicates. Raises DeepVisionError at the end if a folder of queries
-    cannot be listed, or if there was no query."""
+def fetch(name: str, path: str) -> str | None:
+    """Write the query `name`, an address or - for stdin, to the file `path`; why that cannot be done, or None."""
+    opener = urllib.request.OpenerDirector()  # it knows no other scheme than http and https, after a redirect neither
+    for handler in ("Proxy", "HTTP", "HTTPS", "HTTPDefaultError", "HTTPRedirect", "Unknown"):
+        opener.add_handler(getattr(urllib.request, f"{handler}Handler")())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
+    try:
+        source: Any = sys.stdin.buffer if name == "-" else opener.open(name, timeout=CONNECT_SECONDS)
+        with source, open(path, "wb") as target:
+            while (chunk := source.read(1 << 20)) and target.tell() <= FETCHED_BYTES:
+                target.write(chunk)
+            size = target.tell()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return first_line(error)
+    return "nothing came" if not size else f"more than {FETCHED_BYTES:,} bytes" if size > FETCHED_BYTES else None
+
+
+def answers(options: argparse.Namespace, engine: Engine, folder: str) -> Iterator[Answer | Group]:
+    """An Answer for each query, or the groups of --duplicates. Queries that are not on disk are put into `folder`.
+
+    Raises DeepVisionError if there was no query.
+    """
     if options.duplicates is not None:
         count = copies = 0
         for group in find_duplicates(engine, options.duplicates):
             count, copies = count + 1, copies + len(group.matches)
             yield group
         return log.info("%s, %s beside those to keep", counted(count, "group"), counted(copies, "file"))
-    answered, unlisted = False, list[OSError]()
-    queries = find_queries(options.queries or filter(os.path.isdir, [QUERIES]), unlisted.append)
-    for answer in search(queries, engine, k=options.top, threshold=options.threshold, views=options.views):
-        if answer.error == NOT_AN_IMAGE and answer.query not in options.queries:
+    fetched, unlisted, answered = dict[str, tuple[str, str | None]](), list[OSError](), False
+
+    def on_disk(name: str) -> str:
+        if not re.match("-$|https?://", name):
+            return name
+        path = os.path.join(folder, str(len(fetched)))
+        fetched[path] = name, fetch(name, path)
+        return path
+
+    names = find_queries(options.queries or filter(os.path.isdir, [QUERIES]), unlisted.append)
+    choices = {"k": options.top, "threshold": options.threshold, "views": options.views, "crop": options.crop}
+    for answer in search(map(on_disk, names), engine, **choices):
+        if answer.error == NOT_AN_IMAGE and answer.query not in (*options.queries, *fetched):
             continue  # some other file in a folder of queries
-        answered = True
+        name, error = fetched.get(answer.query, (answer.query, None))
+        answered, answer = True, answer._replace(query=name, error=error or answer.error, file=answer.query)
         if answer.error:
-            log.error("%s: %s", escape_controls(answer.query), answer.error)
+            log.error("%s: %s", escape_controls(name), answer.error)
         yield answer
-    for error in unlisted:
-        name = os.fsdecode(error.filename)
-        log.error("%s cannot be listed (%s)", escape_controls(name), error.strerror)
-        yield Answer(name, [], f"cannot be listed ({error.strerror})")
+    for failure in unlisted:
+        name, error = os.fsdecode(failure.filename), f"cannot be listed ({failure.strerror})"
+        log.error("%s %s", escape_controls(name), error)
+        yield Answer(name, [], error)
     if not answered and not unlisted:
         where = ", ".join(options.queries) or f"{QUERIES}/"
         raise DeepVisionError(f"no image to search with in {where}: put one there, or name it: main.py photo.jpg")
@@ -3008,7 +3085,7 @@ def run(options: argparse.Namespace) -> int:
         find_gradio()  # or it would be missed when all is done
     model, (rank, ranks) = load_model(options.model, options.weights, options.device), rank_of_ranks()
     of_update = options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update
-    work = Work(*of_update, options.exact, rank=rank, ranks=ranks)
+    work = Work(*of_update, options.exact, exclude=tuple(options.exclude), rank=rank, ranks=ranks)
     if ranks > 1 and work.update:  # torchrun
         read_share(Path(options.images), Path(options.index_dir, model.identity), model, work)
         work = replace(work, rebuild=False)
@@ -3023,12 +3100,13 @@ def run(options: argparse.Namespace) -> int:
     if options.index_only or options.export or options.ui:
         return 0
     found, start = list[Answer | Group](), time.perf_counter()
-    for item in answers(options, engine):
-        found.append(item)
-        print_found(item, engine, options.form)
-    if options.report:
-        write_page(options.report, found, engine, time.perf_counter() - start)
-        log.info("%s", escape_controls(options.report))
+    with tempfile.TemporaryDirectory() as folder:
+        for item in answers(options, engine, folder):
+            found.append(item)
+            print_found(item, engine, options.form)
+        if options.report:
+            write_page(options.report, found, engine, time.perf_counter() - start)
+            log.info("%s", escape_controls(options.report))
     return 1 if any(item.error for item in found) else 0
 
 

@@ -320,7 +320,7 @@ def test_convolutions_take_batch_norm_sum_and_relu_into_one_kernel(weights, only
     assert not [name for name in called if "relu" in name or "add" in name or "bn" in name]
 
 
-@pytest.mark.skipif(not main.native_bf16(), reason="this processor has no bf16")
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor has no bf16")
 def test_bf16_is_taken_where_the_processor_has_it(small):
     assert small.precision == "bf16"
 
@@ -349,7 +349,7 @@ class Fragile(torch.nn.Module):
 
 @pytest.mark.parametrize("network", [Branching(), Fragile()], ids=["cannot be traced", "needs fp32"])
 def test_network_that_cannot_be_made_fast_stays_as_it_is(network):
-    model = main.assemble_model("mine", network, main.Recipe(8, [0.5, 0.4, 0.3], [0.2, 0.2, 0.2], "bilinear"), "cpu")
+    model = main.assemble_model("mine", network, (8, [0.5, 0.4, 0.3], [0.2, 0.2, 0.2], "bilinear"), "cpu")
     batch = torch.stack([torch.full((3, 8, 8), 40 * i, dtype=torch.uint8) for i in range(1, 5)])
     centre = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)
     expected = torch.nn.functional.normalize(torch.cat([network(x) for x in ((batch / 255 - centre) / 0.2).split(4)]))
@@ -363,7 +363,7 @@ def test_batch_is_halved_where_memory_is_short_and_that_is_said_once(offline, co
         return offline.network(pixels, *where)
 
     collection(30)
-    short, work = dataclasses.replace(offline, network=narrow), main.Work(batch_size=8)
+    short, work = dataclasses.replace(offline, network=narrow, in_threads=False), main.Work(batch_size=8)
     engines = [main.initialize_reverse_image_search(index_dir=m.precision + str(m is short), model=m, work=work)
                for m in (short, offline)]  # fmt: skip
     (ours,), (theirs,) = ([xb for _, xb in engine.store.blocks()] for engine in engines)
