@@ -1571,7 +1571,7 @@ class Store:
                 self.db.executemany("DELETE FROM features WHERE row = ?", broken)
             damaged = counted(len(broken), "feature is", "features are")
             log.warning("%s: %s damaged, to be extracted again", self.path, damaged)
-            raise DamageError(f"{damaged} damaged")
+            raise DamageError(f"{counted(len(broken), 'feature')} did not match the checksum")
         vectors = np.frombuffer(bytearray().join(row[2] for row in found), np.float16).reshape(-1, self.dim)
         return np.array([row[0] for row in found], np.int64), [row[1] for row in found], vectors
 
@@ -3048,20 +3048,18 @@ def write_export(engine: Engine, folder: Path) -> None:
     store = engine.store
     try:
         with store.locked():  # nobody else changes the store meanwhile
-            joined = (
-                "features CROSS JOIN files USING (digest) WHERE there"  # CROSS: in the order of rows, without a sort
-            )
-            n, header = store.count(joined), {"descr": "<f2", "fortran_order": False}
+            n = store.count("files JOIN features USING (digest) WHERE there")
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "features.npy").unlink(missing_ok=True)
             with whole_file(folder / "features.npy") as features, whole_file(folder / "paths.txt") as paths:
-                np.lib.format.write_array_header_1_0(features, {**header, "shape": (n, store.dim)})
-                columns = "path, row, digest, vector, checksum"
-                for path, *row in store.db.execute(f"SELECT {columns} FROM {joined} ORDER BY row, path"):
-                    if not store.holds(row):
-                        raise DamageError("a feature is damaged: search once, and it is extracted again")
-                    features.write(row[2])
-                    paths.write(path.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r") + b"\n")
+                header = {"descr": "<f2", "fortran_order": False, "shape": (n, store.dim)}
+                np.lib.format.write_array_header_1_0(features, header)
+                for rows, _ in store.blocks():
+                    for digest, vector in zip(*store.features_of(rows)[1:]):
+                        for file in store.files_with(digest):
+                            features.write(vector.tobytes())
+                            name = file.path.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
+                            paths.write(name + b"\n")
     except (OSError, sqlite3.Error, DamageError) as error:
         raise DeepVisionError(f"--export {folder}: {first_line(error)}") from error
     log.info("%s: %d × %d features and their paths", escape_controls(str(folder)), n, store.dim)
@@ -3075,6 +3073,9 @@ def report_update(engine: Engine, options: argparse.Namespace) -> None:
     if summary.recall is not None:
         how = "compact codes choose what is compared, recall@%d %.3f; --exact compares all"
         log.info(how, TOP, summary.recall)
+    first = engine.store.db.execute(f"SELECT path FROM {USABLE} LIMIT {BLOCK}").fetchall() if options.no_update else ()
+    if first and not any(os.path.exists(os.path.join(images, os.fsdecode(path))) for (path,) in first):
+        log.warning("%s has none of the first images that its index knows: is it the right folder?", images)
     for path, reason in engine.store.skipped() if log.isEnabledFor(logging.DEBUG) else ():
         log.debug("skipped %s: %s", escape_controls(os.path.join(images, os.fsdecode(path))), reason)
 

@@ -222,7 +222,7 @@ def test_codes_are_appended_and_only_trained_again_when_outgrown(opened, monkeyp
         assert index.last == index.faiss.ntotal == n
         trained.append(index.trained)
     assert trained == [80, 80, 80, 161, 161]
-    monkeypatch.setattr(main.Store, "blocks", lambda self, *rows: [starts.append(rows[0]), blocks(self, *rows)][1])
+    monkeypatch.setattr(main.Store, "blocks", lambda self, *rows: [starts.extend(rows[:1]), blocks(self, *rows)][1])
     put(200)
     opened()
     assert starts == [201]
@@ -388,12 +388,11 @@ def test_an_export_that_fails_is_one_line_and_leaves_no_features_beside_other_pa
     collection(3)
     assert run(*OFFLINE, "--export", "out").status == 0
 
-    def full(*_: Any) -> Iterator[Any]:
+    def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
-        yield
 
     with monkeypatch.context() as patch:
-        patch.setattr(main.Store, "blocks", full)
+        patch.setattr(main.Store, "files_with", full)
         outcome = run(*OFFLINE, "--export", "out")
     assert outcome.status == 1 and "No space left" in outcome.stderr and "Traceback" not in outcome.stderr
     assert os.listdir("out") == ["paths.txt"]  # of the export before
