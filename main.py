@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     import torch
     import torchvision
     import tqdm
-    from PIL import Image, ImageCms, ImageOps
+    from PIL import Image, ImageCms, ImageDraw, ImageOps
 
     fastapi: Any
     gradio: Any
@@ -95,7 +95,8 @@ else:
                 raise DeepVisionError(f"{error}: run `pip install -r requirements.txt`") from error
 
     faiss, np, torch, torchvision, tqdm = map(Lazy, ("faiss", "numpy", "torch", "torchvision", "tqdm"))
-    Image, ImageCms, ImageOps = map(Lazy, ("PIL.Image", "PIL.ImageCms", "PIL.ImageOps"))
+    Image, ImageCms = map(Lazy, ("PIL.Image", "PIL.ImageCms"))
+    ImageDraw, ImageOps = map(Lazy, ("PIL.ImageDraw", "PIL.ImageOps"))
     filelock, jinja2 = map(Lazy, ("filelock", "jinja2"))  # torch requires them, so they are there
     gradio, fastapi, uvicorn = map(Lazy, ("gradio", "fastapi", "uvicorn"))  # only after `find_gradio`
 
@@ -985,17 +986,15 @@ def with_features(pictures: Iterator[Picture], model: Model, size: int, summary:
 
 # ---- Query views -----------------------------------------------------------------------------------------------------
 
-PLAIN, WRITTEN = 0.97, 0.5  # share of a line that has a bar's colour: plain, or under text; with less it is the picture
-BAR_TOLERANCE = 20  # of 255, from the bar's colour
-BAR_END = 4  # lines within which a bar gives way to the picture; a page's margin or a backdrop fades out
-BAR_DEEPEST = 0.45  # share of a side
-PARTS = ((0.80, 2), (0.67, 3), (0.52, 5))  # side of a query in the larger picture it may be a part of, places an axis
-WINDOWS = ((0.33, 7), (0.4, 6), (0.5, 4), (0.6, 3), (0.8, 2))  # side of a window in the query, places along each axis
-BANDS = (0.56, 0.75, 1.0, 1.33)  # height of a full-width band of a tall query, such as a screenshot, by its width
-TALL = 1.3  # height by width from which on a query has bands
-TURNS, INNER = (-30, -20, -10, 10, 20, 30), 0.7  # degrees; share of the side of a turned picture without its corners
-SMALLEST = 128  # pixels of the shorter side of a query that windows are looked for in
-VIEW_SIDE = 4  # times the model's side: the longer side of the picture that windows are cut from
+# The parts of a query that are searched for: their shape, width by height, and their size, 1 being the largest that
+# fits. Pictures in a screenshot, a collage or a page have these shapes
+SHAPES, SIZES = (0.75, 1.33, 1.78), (1.0, 0.7, 0.5, 0.4)
+SMALLEST_PART = 0.08  # of the query's area; there are too many smaller ones in a long query
+PLACES = 3  # steps of a part within its own width or height; with 2 a fifth of the small pictures are missed
+LARGER = ((0.80, 2), (0.67, 3), (0.52, 5))  # side of a query that is a part of a larger picture, places along an axis
+TURNS = (-30, -20, -10, 10, 20, 30)  # degrees
+SMALLEST = 128  # pixels of the shorter side of a query that is searched by its parts
+VIEW_SIDE = 4  # times the model's side: the longer side of the picture that views are cut from
 
 
 def cut_out(image: Image.Image, part: Sequence[float]) -> Image.Image:
@@ -1011,361 +1010,271 @@ def cut_out(image: Image.Image, part: Sequence[float]) -> Image.Image:
     return picture.crop((left, top, right, bottom))
 
 
-def bar_depth(lines: np.ndarray) -> int:
-    """How many of the first lines, (n, length, 3), are a bar of one colour, with or without text on it: it begins and
-    ends plain, and the picture begins at once behind it."""
-    lines = lines[: int(len(lines) * BAR_DEEPEST)]
-    if not len(lines):
-        return 0
-    share = (np.abs(lines - np.median(lines[0], axis=0)) <= BAR_TOLERANCE).all(-1).mean(1)
-    end = int((share < WRITTEN).argmax())  # 0: there is no picture behind it
-    return end if share[0] >= PLAIN and (share[max(0, end - BAR_END) : end] >= PLAIN).any() else 0
-
-
-def content_box(image: Image.Image) -> tuple[int, int, int, int] | None:
-    """Left, top, right and bottom of the picture within plain borders and caption bars; None if there are none."""
-    pixels, whole = np.asarray(image, np.int16), (0, 0, image.width, image.height)
-    box = whole
-    for _ in range(2):  # a border may lie around a bar
-        left, top, right, bottom = box
-        rows = pixels[top:bottom, left:right]
-        columns = rows.transpose(1, 0, 2)
-        right, bottom = right - bar_depth(columns[::-1]), bottom - bar_depth(rows[::-1])
-        box = left + bar_depth(columns), top + bar_depth(rows), right, bottom
-    return None if box == whole else box
-
-
-def window_boxes(width: int, height: int) -> Iterator[tuple[float, float, float, float]]:
-    """Left, top, right, bottom of the parts of a query that may be a picture of their own: windows, halves, bands."""
-    for share, places in WINDOWS:
-        w, h = share * width, share * height
-        for i, j in itertools.product(range(places), repeat=2):
-            left, top = (width - w) * j / (places - 1), (height - h) * i / (places - 1)
-            yield left, top, left + w, top + h
-    yield from ((0, 0, width / 2, height), (width / 2, 0, width, height))
-    yield from ((0, 0, width, height / 2), (0, height / 2, width, height))
-    for ratio in BANDS if height > TALL * width else ():
-        band = min(ratio * width, 0.9 * height)
-        places = math.ceil(3 * (height - band) / band) + 1
-        for i in range(places):
-            top = (height - band) * i / (places - 1)
-            yield 0, top, width, top + band
-
-
-def part_views(picture: Image.Image, side: int, resample: str) -> list[View]:
-    """The query as a picture that holds another one, that is turned by a few degrees, or that is a negative."""
-    small = picture.copy()
-    small.thumbnail((VIEW_SIDE * side, VIEW_SIDE * side), reducing_gap=2.0)
-    found = [View("inverted", 255 - squeeze(picture, side, side, resample))]
-    for angle in TURNS:
-        turned = small.rotate(angle, Image.Resampling.BILINEAR)
-        edges = (1 - INNER) / 2 * np.array([*small.size, *small.size])
-        inner = turned.crop(tuple((np.array([0, 0, *small.size]) + edges * (1, 1, -1, -1)).round().astype(int)))
-        found += [View(f"turned {angle % 360}°", squeeze(it, side, side, resample)) for it in (turned, inner)]
-    if min(picture.size) >= SMALLEST:
-        method = Image.Resampling[resample.upper()]
-        for box in window_boxes(*small.size):
-            window = small.resize((side, side), method, box=box)
-            found.append(View("part of the query", torch.from_numpy(np.array(window)).permute(2, 0, 1)))
+def parts_of(picture: Image.Image, model: Model, sizes: Sequence[float]) -> list[torch.Tensor]:
+    """The pixels of the parts of a query that may be a picture of their own: windows, halves and bands."""
+    found, side, (width, height) = list[torch.Tensor](), model.side, picture.size
+    for shape, size in itertools.product(SHAPES, sizes):
+        across, down = size * min(1.0, shape * height / width), size * min(1.0, width / shape / height)  # of the query
+        if across * down < SMALLEST_PART:
+            continue
+        whole = squeeze(picture, round(side / across), round(side / down), model.resample)
+        lefts, tops = (
+            np.linspace(0, room, 1 + math.ceil(PLACES * room / side)).round().astype(int)
+            for room in (whole.shape[2] - side, whole.shape[1] - side)
+        )
+        found += [whole[:, top : top + side, left : left + side] for top in tops for left in lefts]
     return found
+
+
+def larger_views(picture: Image.Image, model: Model) -> Iterator[View]:
+    """The query as a part of a larger picture."""
+    for share, places in LARGER:
+        small = round(share * model.side)
+        pixels = squeeze(picture, small, small, model.resample)
+        starts = [round((2 * i + 1) / (2 * places) * (model.side - small)) for i in range(places)]
+        yield from (View("part", pixels, top, left) for top in starts for left in starts)
 
 
 def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
     """A query as it is, and as it would be before an edit.
 
-    views  none: as it is; all: mirrored, turned, as a negative, without a plain border or a caption bar, its windows,
-           halves and bands, and with the offline descriptor as a part of a larger picture; auto: those that help most
-           for their cost; copies: those that --duplicates looks for copies with
+    views  none: as it is
+           all: also mirrored, turned, as a negative, its parts, and with the offline descriptor as a part of a larger
+           picture
+           auto: all with the offline descriptor; with a network, at most 20 views: mirrored and its largest parts
+           copies: those that --duplicates looks for copies with
     """
-    picture, side, resample = to_rgb(image, model.side), model.side, model.resample
-    found = [View("", squeeze(picture, side, side, resample))]
+    offline, whole = model.name == OFFLINE, to_rgb(image, model.side)
+    everything = views == "all" or (offline and views == "auto")
+    found = [View("", squeeze(whole, model.side, model.side, model.resample))]
     if views == "none":
         return found
-    if box := content_box(picture):
-        found.append(View("trimmed", squeeze(picture.crop(box), side, side, resample)))
-    found += [View(f"{view.name}, mirrored".lstrip(", "), view.pixels.flip(2)) for view in found]
-    if views == "all" or model.name == OFFLINE:
-        found += [
-            View(f"{view.name}, turned {90 * quarters}°".lstrip(", "), view.pixels.rot90(quarters, (1, 2)))
-            for quarters in (1, 2, 3)
-            for view in found
-        ]
-    if views == "all" or (model.name == OFFLINE and views == "auto"):
-        found += part_views(picture, side, resample)
-    return found + (larger_views(picture, box, side, resample) if model.name == OFFLINE else [])
-
-
-def larger_views(picture: Image.Image, box: tuple[int, int, int, int] | None, side: int, resample: str) -> list[View]:
-    """The query as a part of a larger picture; with a `box`, what lies in it."""
-    if box:  # a bar may hide a part instead of standing beside the whole
-        left, top, right, bottom = (round(x * side / full) for x, full in zip(box, 2 * picture.size))
-        return [View("trimmed", squeeze(picture.crop(box), right - left, bottom - top, resample), top, left)]
-    found = []
-    for share, places in PARTS:
-        small = round(share * side)
-        part = squeeze(picture, small, small, resample)
-        starts = [round((2 * i + 1) / (2 * places) * (side - small)) for i in range(places)]
-        found += [View("part", part, top, left) for top in starts for left in starts]
-    return found
+    picture = whole.copy()
+    picture.thumbnail((VIEW_SIDE * model.side, VIEW_SIDE * model.side), reducing_gap=2.0)
+    found.append(View("mirrored", found[0].pixels.flip(2)))
+    if everything or offline:
+        for quarters, view in itertools.product((1, 2, 3), found[:2]):
+            name = f"{view.name}, turned {90 * quarters}°".lstrip(", ")
+            found.append(View(name, view.pixels.rot90(quarters, (1, 2))))
+    if everything:
+        found.append(View("inverted", 255 - found[0].pixels))
+        for angle in TURNS:
+            turned = picture.rotate(angle, Image.Resampling.BILINEAR)
+            found.append(View(f"turned {angle % 360}°", squeeze(turned, model.side, model.side, model.resample)))
+    if views != COPIES and min(picture.size) >= SMALLEST:
+        sizes = SIZES if everything else SIZES[:1]
+        found += [View("part of the query", pixels) for pixels in parts_of(picture, model, sizes)]
+    return found + (list(larger_views(picture, model)) if offline else [])
 
 
 def features_of_views(views: Sequence[View], model: Model) -> np.ndarray:
-    """Features of a query in its views, fp16 as in the cache, (views, dim)."""
+    """Features of a query in its views, float32 (views, dim), rounded to fp16 as they are in the store."""
     whole = [view.pixels for view in views if view.pixels.shape[1:] == (model.side, model.side)]  # the first ones
     features = [launch(torch.stack(whole), model, model.batch)[0]]
     features += [launch(view.pixels[None], model, 1, view.top, view.left)[0] for view in views[len(whole) :]]
-    return torch.cat(features).cpu().numpy().astype(np.float16)
+    return to_float32(torch.cat(features).cpu().numpy().astype(np.float16))
 
 
 # ---- Verification ----------------------------------------------------------------------------------------------------
 
 AREA, POINTS = 90_000, 300  # pixels of a picture on which local features are computed; how many it gets
 QUERY_AREA, QUERY_POINTS = 250_000, 700  # of a query: the picture looked for may be a small part of it
-SPREAD = 6  # cells a side among which the points are spread, so that a caption does not take them all
 LEVELS = 8  # of the pyramid; each is smaller than the last by the square root of 2
 CONTRAST = 1.5  # of 255, of a blob against its surroundings: fainter ones are noise
-EDGE_RATIO = 10.0  # of the two curvatures of a blob: longer ones are edges, and slide (Lowe, IJCV 2004)
-WINDOW = 8  # pixels of its level, on each side of a point, that its descriptor sees
-SAMPLES = 12  # of the gradient along each side of the window; 16 gain nothing
-RATIO = 0.75  # of squared distances, of the best match of a point to the best of its rivals
+SPREAD = 4  # cells a side among which the points are spread, so that a caption does not take them all
+WINDOW, SAMPLES = 8, 12  # pixels of its level on each side of a point that its descriptor sees; samples along a side
+RATIO = 0.75  # of squared distances, of the best match of a point to its best rival
 RIVALS, NEAR = 4, 8.0  # best matches of a point that are looked at; pixels within which two are the same spot
 TOLERANCE, DRIFT = 5.0, 0.04  # a point agrees within so many pixels, and so much of its distance from the match voting
 SCALES = (0.15, 6.0)  # of the query in the match; outside of it, everything falls on one spot
+PROPOSALS = 5  # transforms that are fitted, of those that most points agree on
 CELL = 4.0  # pixels: points that are nearer to each other count as one
-AGREEING = 10  # points from which on a pair is looked at closely; unrelated pairs have 3, drawn ones up to 8
-GRID, GRID_CELL = 64, 8  # samples along each side of the match, and of a cell in which the two pictures are correlated
-TEXTURE = 4.0  # of 255, standard deviation of a cell that shows anything
-PROPOSALS = 5  # transforms that are fitted, of those that most matches agree on
-CORRELATION = 0.5  # of a cell that agrees
-AGREEMENT = 0.6  # share of the common cells that agree in a copy: two screenshots of one app share less
+AGREEING = 10  # points that agree on a transform; unrelated pairs have 3, drawn ones up to 8
+GRID, GRID_CELL = 48, 4  # samples along each side of the match, and of a cell in which the two pictures are correlated
+TEXTURE, CORRELATION = 4.0, 0.8  # of 255, standard deviation of a cell that shows anything; of a cell that agrees
+# Share of the common cells that agree in a copy. A caption, stickers or a curved screen leave 0.65. Two products before
+# one backdrop reach 0.58, two screenshots of one app 0.3
+AGREEMENT = 0.6
 
 
 class LocalFeatures(NamedTuple):
-    """Distinctive points of a picture, and what it looks like around them."""
+    """Distinctive points of a picture, and what it looks like around them. Complex numbers stand for the plane."""
 
     size: tuple[int, int]  # pixels of the upright picture
-    grey: Image.Image  # made smaller
-    points: np.ndarray  # x, y and size of a level's pixel, in pixels of `grey`, and angle; float32 (n, 4)
-    descriptors: np.ndarray  # float32 (n, 128), of length 1
+    grey: Image.Image  # the picture made smaller
+    places: np.ndarray  # of the points, x + iy in pixels of `grey`; complex64 (n,)
+    frames: np.ndarray  # size × e^(i angle) of each point; complex64 (n,)
+    descriptors: np.ndarray  # float32 (n, 128), each of length 1
 
 
-def blob_points(light: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, y, int64 (n, 2), and strength (n,) of the blobs of one level, light (h, w): extremes of a difference of
-    Gaussians (Lowe, IJCV 2004) that are no edges."""
-    fine = blurred(light, 1.2)
-    D = blurred(fine, 1.5) - fine
-    inner = slice(WINDOW, -WINDOW)
+def smooth(light: torch.Tensor, step: int = 1) -> torch.Tensor:
+    """The picture, (h, w), averaged with weights 1, 2, 1 along both axes, over pixels `step` apart."""
+    framed = torch.nn.functional.pad(light[None, None], (step,) * 4, mode="replicate")[0, 0]
+    rows = framed[: -2 * step] + 2 * framed[step:-step] + framed[2 * step :]
+    return (rows[:, : -2 * step] + 2 * rows[:, step:-step] + rows[:, 2 * step :]) / 16
+
+
+def blob_points(light: torch.Tensor, count: int) -> torch.Tensor:
+    """x and y, int64 (n, 2), of the `count` strongest blobs of a level, light (h, w), taken from all its parts in turn.
+
+    A blob is an extreme of a difference of Gaussians, but not on an edge, where it would slide (Lowe, IJCV 2004).
+    """
+    fine = smooth(smooth(smooth(light)))
+    D = smooth(fine, 2) - fine
     strength = D.abs()[WINDOW - 1 : 1 - WINDOW, WINDOW - 1 : 1 - WINDOW]
     rows = torch.maximum(torch.maximum(strength[:-2], strength[1:-1]), strength[2:])  # max_pool2d takes 5 times as long
     around = torch.maximum(torch.maximum(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
-    y, x = ((D[inner, inner].abs() == around) & (around > CONTRAST)).nonzero().T + WINDOW
+    y, x = ((strength[1:-1, 1:-1] == around) & (around > CONTRAST)).nonzero().T + WINDOW
     xx = D[y, x + 1] + D[y, x - 1] - 2 * D[y, x]
     yy = D[y + 1, x] + D[y - 1, x] - 2 * D[y, x]
     xy = (D[y + 1, x + 1] + D[y - 1, x - 1] - D[y + 1, x - 1] - D[y - 1, x + 1]) / 4
-    is_blob = (xx + yy) ** 2 * EDGE_RATIO < (EDGE_RATIO + 1) ** 2 * (xx * yy - xy**2)
+    is_blob = (xx + yy) ** 2 * 10 < 11**2 * (xx * yy - xy**2)  # one curvature is at most 10 times the other
     x, y = x[is_blob], y[is_blob]
-    return torch.stack([x, y], 1), D[y, x].abs()
+    rank, cell = -D[y, x].abs().numpy(), (SPREAD * y // len(light) * SPREAD + SPREAD * x // light.shape[1]).numpy()
+    order = np.lexsort((rank, cell))
+    turn = np.arange(len(order)) - np.searchsorted(cell[order], cell[order])  # the rank of each blob in its cell
+    return torch.stack([x, y], 1)[order[np.lexsort((rank[order], turn))[:count]]]
 
 
-def blurred(light: torch.Tensor, sigma: float) -> torch.Tensor:
-    """The picture, (h, w), under a Gaussian."""
-    reach = round(2.5 * sigma)
-    kernel = torch.exp(-(torch.arange(-reach, reach + 1.0) ** 2) / (2 * sigma**2))
-    kernel /= kernel.sum()
-    padded = torch.nn.functional.pad(light[None, None], (reach,) * 4, mode="replicate")
-    rows = torch.nn.functional.conv2d(padded, kernel.view(1, 1, 1, -1))
-    return torch.nn.functional.conv2d(rows, kernel.view(1, 1, -1, 1))[0, 0]
+def describe_points(light: torch.Tensor, xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Angles (n,) and descriptors (n, 128) of points, xy (n, 2), on a level, light (h, w).
 
-
-def dominant_angle(dx: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-    """The direction, (n,) in radians, of most of the gradient in each window, dx and dy (n, samples)."""
-    bins = 36
-    place = (torch.atan2(dy, dx) * (bins / (2 * math.pi))).floor().long() % bins
-    counts = torch.zeros(len(dx), bins).scatter_add_(1, place, torch.hypot(dx, dy))
-    for _ in range(2):
-        counts = (counts + counts.roll(1, 1) + counts.roll(-1, 1)) / 3
-    top = counts.argmax(1, keepdim=True)
-    before, here, after = (counts.gather(1, (top + step) % bins) for step in (-1, 0, 1))
-    shift = 0.5 * (before - after) / (before - 2 * here + after).clamp(max=-1e-9)
-    return ((top + 0.5 + shift) * (2 * math.pi / bins))[:, 0]
-
-
-def describe_points(dx: torch.Tensor, dy: torch.Tensor, xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Angles (n,) and descriptors (n, 128) of points, xy (n, 2), on a level with these gradients, (h, w).
-
-    4 × 4 cells of 8 directions, turned by the dominant angle, under a square root (Arandjelović & Zisserman, 2012).
+    The angle is that of the mean gradient around the point. The descriptor counts gradients in 4 × 4 cells and 8
+    directions, turned by the angle, as SIFT does, under a square root (Arandjelović & Zisserman, CVPR 2012).
     """
-    height, width = dx.shape
+    dy, dx = (d.reshape(-1) for d in torch.gradient(light))
     steps = (torch.arange(SAMPLES) + 0.5) * (2 * WINDOW / SAMPLES) - WINDOW
     v, u = (grid.reshape(-1) for grid in torch.meshgrid(steps, steps, indexing="ij"))
-    weight = torch.exp(-(u**2 + v**2) / (2 * 8.0**2))
+    weight = torch.exp(-(u**2 + v**2) / (2 * WINDOW**2))
 
-    def window(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        place = y.round().long().clamp(0, height - 1) * width + x.round().long().clamp(0, width - 1)
-        return dx.reshape(-1)[place] * weight, dy.reshape(-1)[place] * weight
+    def gradients(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = (xy[:, :1] + u).round().long(), (xy[:, 1:] + v).round().long()
+        place = y.clamp(0, light.shape[0] - 1) * light.shape[1] + x.clamp(0, light.shape[1] - 1)
+        return dx[place] * weight, dy[place] * weight
 
-    x, y = xy[:, :1].float(), xy[:, 1:].float()
-    angle = dominant_angle(*window(x + u, y + v))
+    gx, gy = gradients(u, v)
+    angle = torch.atan2(gy.sum(1), gx.sum(1))
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    gx, gy = window(x + cos * u - sin * v, y + sin * u + cos * v)
+    gx, gy = gradients(cos * u - sin * v, sin * u + cos * v)
     along, across = cos * gx + sin * gy, cos * gy - sin * gx
     k = torch.arange(8) * (math.pi / 4)
     rise = (along[..., None] * k.cos() + across[..., None] * k.sin()).clamp_(min=0)  # (n, samples, 8)
-    rise = rise * rise * rise / (along**2 + across**2 + 1e-6)[..., None]  # narrower: each edge counts in two directions
-    centres = torch.tensor([-6.0, -2.0, 2.0, 6.0])
-    share = (1 - (steps[:, None] - centres).abs() / 4).clamp(min=0)  # (samples, cells)
+    rise = rise**3 / (along**2 + across**2 + 1e-6)[..., None]  # narrower: a gradient counts in two directions
+    share = (1 - (steps[:, None] - torch.tensor([-6.0, -2.0, 2.0, 6.0])).abs() / 4).clamp(min=0)  # (samples, cells)
     cells = torch.einsum("nvuk,vi,uj->nijk", rise.view(-1, SAMPLES, SAMPLES, 8), share, share).flatten(1)
-    return angle, torch.nn.functional.normalize((cells / cells.sum(1, keepdim=True).clamp(min=1e-6)).sqrt())
-
-
-def spread_out(xy: np.ndarray, strength: np.ndarray, size: tuple[int, int], count: int) -> np.ndarray:
-    """The numbers of the `count` strongest points, xy (n, 2), taken from all cells of the picture in turn."""
-    place = (xy * SPREAD / np.array(size)).astype(int).clip(0, SPREAD - 1) @ np.array([1, SPREAD])
-    order = np.lexsort((-strength, place))
-    turn = np.arange(len(order)) - np.searchsorted(place[order], place[order])  # its rank in its cell
-    return order[np.lexsort((-strength[order], turn))[:count]]
+    return angle, torch.nn.functional.normalize(torch.nn.functional.normalize(cells, p=1).sqrt())
 
 
 def local_features(image: Image.Image, area: int = AREA, count: int = POINTS) -> LocalFeatures:
-    """The local features of a picture, at most `count`, computed on `area` pixels. One without structure has none."""
+    """At most `count` local features of a picture, computed on `area` pixels. One without structure has none."""
     width, height = image.size
-    picture = to_rgb(image, round(max(width, height) * min(1.0, (area / (width * height)) ** 0.5) / DRAFT_SCALE))
-    if (picture.width - picture.height) * (width - height) < 0:  # turned by EXIF
-        width, height = height, width
     scale = min(1.0, (area / (width * height)) ** 0.5)
-    small = round(width * scale) or 1, round(height * scale) or 1
+    picture = to_rgb(image, math.ceil(scale * max(width, height) / DRAFT_SCALE))
+    if (picture.width - picture.height) * (width - height) < 0:  # EXIF has turned it
+        width, height = height, width
+    small = max(1, round(scale * width)), max(1, round(scale * height))
     grey = picture.convert("L").resize(small, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
-    light, levels = torch.from_numpy(np.array(grey)).float(), []
-    for level in range(LEVELS):
-        shape = [round(side / 2 ** (level / 2)) for side in reversed(small)]
+    light = torch.from_numpy(np.array(grey)).float()
+    places, frames, descriptors = [torch.zeros(0, 2)], [torch.zeros(0, dtype=torch.complex64)], [torch.zeros(0, 128)]
+    factors = [2 ** (-level / 2) for level in range(LEVELS)]
+    for factor in factors:
+        shape = [round(side * factor) for side in light.shape]
         if min(shape) <= 2 * WINDOW + 1:
             break
-        here = torch.nn.functional.interpolate(light[None, None], shape, mode="bilinear", antialias=True)[0, 0]
-        levels.append((here, small[0] / shape[1], *blob_points(here)))
-    if not levels:
-        return LocalFeatures((width, height), grey, np.zeros((0, 4), np.float32), np.zeros((0, 128), np.float32))
-    every = torch.cat([(xy + 0.5) * step for _, step, xy, _ in levels]).numpy()
-    chosen = np.zeros(len(every), bool)
-    chosen[spread_out(every, torch.cat([strength for *_, strength in levels]).numpy(), small, count)] = True
-    points, descriptors, start = [], [], 0
-    for here, step, xy, _ in levels:
-        xy, start = xy[torch.from_numpy(chosen[start : start + len(xy)])], start + len(xy)
-        dy, dx = torch.gradient(here)
-        angle, description = describe_points(dx, dy, xy)
-        points.append(torch.cat([(xy + 0.5) * step, torch.full_like(angle, step)[:, None], angle[:, None]], 1))
+        level = torch.nn.functional.interpolate(light[None, None], shape, mode="bilinear", antialias=True)[0, 0]
+        xy = blob_points(level, round(count * factor / sum(factors)))
+        angle, description = describe_points(level, xy)
+        places.append((xy + 0.5) * torch.tensor([small[0] / shape[1], small[1] / shape[0]]))
+        frames.append(torch.polar(torch.full_like(angle, 1 / factor), angle))
         descriptors.append(description)
-    return LocalFeatures((width, height), grey, torch.cat(points).numpy(), torch.cat(descriptors).numpy())
+    every = torch.view_as_complex(torch.cat(places)), torch.cat(frames), torch.cat(descriptors)
+    return LocalFeatures((width, height), grey, *(part.numpy() for part in every))
 
 
 def seen_through(query: LocalFeatures, mirrored: bool, negative: bool) -> LocalFeatures:
     """The local features that the query would have, mirrored or as a negative, without computing them again."""
-    points, cells = query.points.copy(), query.descriptors.reshape(-1, 4, 4, 8)
-    grey = query.grey
-    if mirrored:  # the window flips across its dominant direction
-        points[:, 0], points[:, 3] = grey.width - points[:, 0], math.pi - points[:, 3]
-        cells, grey = cells[:, ::-1][..., [0, 7, 6, 5, 4, 3, 2, 1]], grey.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if negative:  # the dominant direction turns round, and the window with it
-        points[:, 3] += math.pi
-        cells = cells[:, ::-1, ::-1]
-    return LocalFeatures(query.size, grey, points, cells.reshape(-1, 128))
+    size, grey, places, frames, descriptors = query
+    cells = descriptors.reshape(-1, 4, 4, 8)
+    if mirrored:  # each window flips across its own direction
+        grey, places, frames = ImageOps.mirror(grey), grey.width - places.conj(), -frames.conj()
+        cells = cells[:, ::-1][..., [0, 7, 6, 5, 4, 3, 2, 1]]
+    if negative:  # each direction turns round, and the window with it
+        frames, cells = -frames, cells[:, ::-1, ::-1]
+    return LocalFeatures(size, grey, places, frames, cells.reshape(-1, 128))
 
 
-def tentative_matches(query: LocalFeatures, match: LocalFeatures) -> tuple[np.ndarray, np.ndarray]:
-    """Points of both, (m, 4), that resemble each other and nothing else nearby as much."""
-    S = torch.from_numpy(query.descriptors @ match.descriptors.T)
-    scores, best = (found.numpy() for found in S.topk(min(RIVALS, S.shape[1])))
-    xy = match.points[:, :2]
-    apart = ((xy[best] - xy[best[:, :1]]) ** 2).sum(2) > NEAR**2  # the same spot on another level is no rival
-    good = 1 - scores[:, 0] < RATIO * (1 - np.where(apart, scores, -1).max(1))
-    return query.points[good], match.points[best[good, 0]]
+def homogeneous(places: np.ndarray) -> np.ndarray:
+    """Places as rows x, y and 1, (3, n): a matrix (3, 3) times these transforms them."""
+    return np.stack([places.real, places.imag, np.ones(len(places))])
 
 
-def occupied(points: np.ndarray) -> int:
-    """How many cells the points, (n, 2+), fall into."""
-    return len(np.unique((points[:, :2] // CELL) @ np.array([1, 4096])))
+def fitted(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.ndarray]:
+    """The affine transform, (3, 3), from the places q to m, fitted to those that agree; and how many points these are.
 
-
-def fitted(q: np.ndarray, m: np.ndarray) -> np.ndarray:
-    """The affine transform, (3, 2), that takes the points q to m with the least square error, near a similarity."""
-    ones = np.ones((len(q), 1), np.float32)
-    A, *_ = np.linalg.lstsq(np.hstack([q[:, :2], ones]), m[:, :2], rcond=None)
-    return A
-
-
-def refined_transform(q: np.ndarray, m: np.ndarray, inliers: np.ndarray) -> tuple[np.ndarray, int] | None:
-    """The affine transform, (3, 2), fitted to the matches that agree, bool (m,), and how many points agree with it.
-
-    None if they are too few, or if it is far from a similarity.
+    Points in one cell count once. No points if they are too few, or if the transform is far from a similarity.
     """
+    Q, M, H, points = homogeneous(q), homogeneous(m), np.eye(3), 0
     for _ in range(3):
-        if min(occupied(q[inliers]), occupied(m[inliers])) < AGREEING:
-            return None
-        A = fitted(q[inliers], m[inliers])
-        there = q[:, :2] @ A[:2] + A[2]
-        inliers = np.linalg.norm(there - m[:, :2], axis=1) < TOLERANCE * max(1.0, abs(np.linalg.det(A[:2])) ** 0.5)
-    points, stretch = min(occupied(q[inliers]), occupied(m[inliers])), np.linalg.svd(A[:2])[1]
-    is_sound = points >= AGREEING and SCALES[0] < stretch[1] and stretch[0] < min(SCALES[1], 2 * stretch[1])
-    return (A, points) if is_sound else None
+        cells = (np.unique(z[agrees].real // CELL + 4096 * (z[agrees].imag // CELL)) for z in (q, m))
+        points = min(map(len, cells))
+        if points < AGREEING:
+            return 0, H
+        H = np.linalg.lstsq(Q[:, agrees].T, M[:, agrees].T, rcond=None)[0].T
+        longer, shorter = np.linalg.svd(H[:2, :2])[1]  # by how much it stretches along its axes
+        if not (SCALES[0] < shorter and longer < min(SCALES[1], 2 * shorter)):
+            return 0, H
+        agrees = np.hypot(*(H @ Q - M)[:2]) < TOLERANCE * max(1.0, (longer * shorter) ** 0.5)
+    return points, H
 
 
-def best_transform(q: np.ndarray, m: np.ndarray) -> tuple[np.ndarray, int] | None:
-    """The transform from query to match, (3, 2), that most tentative matches agree on, and how many points do.
+def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.ndarray]:
+    """How many points agree on a transform from query to match, and the one, (3, 3), on which most do.
 
-    Each match proposes a similarity from its own position, size and angle. All are tried at once, without chance.
+    Points that resemble each other, and no rival as much, are matched. Each match proposes a similarity by its own
+    place, size and angle. All are tried at once, without chance.
     """
-    if len(q) < AGREEING:
-        return None
-    scale, turn = m[:, 2] / q[:, 2], m[:, 3] - q[:, 3]
-    rotation = np.stack([np.cos(turn), np.sin(turn), -np.sin(turn), np.cos(turn)], 1).reshape(-1, 2, 2)
-    away = q[None, :, :2] - q[:, None, :2]  # (proposal, match, 2)
-    there = scale[:, None, None] * (away @ rotation) + m[:, None, :2]
-    allowed = TOLERANCE + DRIFT * scale[:, None] * np.linalg.norm(away, axis=2)
-    agree = (np.linalg.norm(there - m[None, :, :2], axis=2) < allowed) & (
-        np.abs(np.log(scale[None] / scale[:, None])) < 0.7
+    S = torch.from_numpy(query.descriptors) @ torch.from_numpy(match.descriptors).T
+    scores, best = (found.numpy() for found in S.topk(min(RIVALS, S.shape[1])))
+    is_rival = np.abs(match.places[best] - match.places[best[:, :1]]) > NEAR
+    good = 1 - scores[:, 0] < RATIO * (1 - np.where(is_rival, scores, -1).max(1))
+    q, m = query.places[good], match.places[best[good, 0]]
+    ratio = match.frames[best[good, 0]] / query.frames[good]
+    moved, scale = ratio[:, None] * (q - q[:, None]), np.abs(ratio)  # (proposals, matches)
+    agree = np.abs(m[:, None] + moved - m) < TOLERANCE + DRIFT * np.abs(moved)
+    agree &= np.abs(np.log2(scale / scale[:, None])) < 1
+    agree[(scale < SCALES[0]) | (scale > SCALES[1])] = False
+    likely = np.argsort(-agree.sum(1), kind="stable")[:PROPOSALS]
+    return max((fitted(q, m, agree[one]) for one in likely), key=lambda fit: fit[0], default=(0, np.eye(3)))
+
+
+def common_share(query: LocalFeatures, match: LocalFeatures, H: np.ndarray) -> tuple[float, float]:
+    """Which share of what both pictures show agrees, and which share of the match's area that is.
+
+    The query is warped onto the match by H, and both are correlated cell by cell.
+    """
+    fine, cells = 4 * GRID, GRID // GRID_CELL  # four samples a side are averaged to one: no aliasing, less noise
+    data = np.linalg.inv(H) @ np.diag([match.grey.width / fine, match.grey.height / fine, 1])
+    seen, inside = (
+        image.transform((fine, fine), Image.Transform.AFFINE, data[:2].ravel().tolist(), Image.Resampling.BILINEAR)
+        for image in (query.grey, Image.new("L", query.grey.size, 255))
     )
-    agree &= ((scale > SCALES[0]) & (scale < SCALES[1]))[:, None]
-    refined = [refined_transform(q, m, agree[i]) for i in np.argsort(-agree.sum(1), kind="stable")[:PROPOSALS]]
-    return max(filter(None, refined), key=lambda found: found[1], default=None)
-
-
-def inverse(A: np.ndarray) -> np.ndarray:
-    B = np.linalg.inv(A[:2])
-    return np.vstack([B, -A[2] @ B])
-
-
-def common_share(query: LocalFeatures, match: LocalFeatures, A: np.ndarray) -> tuple[float, float]:
-    """How much of what both pictures show agrees, and which share of the match's area that is.
-
-    The query is warped onto the match, and both are correlated cell by cell.
-    """
-    B, fine = inverse(A), 3 * GRID  # three samples a side are averaged to one: no aliasing
-    sx, sy = match.grey.width / fine, match.grey.height / fine
-    data = (B[0, 0] * sx, B[1, 0] * sy, B[2, 0], B[0, 1] * sx, B[1, 1] * sy, B[2, 1])
-    warp = partial(Image.Image.transform, size=(fine, fine), method=Image.Transform.AFFINE, data=data)
-    seen = warp(query.grey, resample=Image.Resampling.BILINEAR)
-    inside = warp(Image.new("L", query.grey.size, 255))
-
-    def cells(grey: Image.Image) -> np.ndarray:
-        side = GRID // GRID_CELL
-        small = np.asarray(grey.resize((GRID, GRID), Image.Resampling.BOX), np.float32)
-        return small.reshape(side, GRID_CELL, side, GRID_CELL).swapaxes(1, 2).reshape(side * side, -1)
-
-    common, a, b = cells(inside).mean(1) > 200, cells(seen), cells(match.grey)
-    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+    a, b, known = (
+        np.asarray(image.resize((GRID, GRID), Image.Resampling.BOX), np.float32)
+        .reshape(cells, GRID_CELL, cells, GRID_CELL).swapaxes(1, 2).reshape(cells**2, -1)
+        for image in (seen, match.grey, inside)
+    )  # fmt: skip
+    a, b, common = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True), known.min(1) > 200
     tells = common & (np.maximum(a.std(1), b.std(1)) > TEXTURE)
     agrees = np.abs((a * b).mean(1)) > CORRELATION * (a.std(1) * b.std(1) + 1e-6)
     agreement = float(agrees[tells].mean()) if tells.any() else 0.0
-    return agreement, agreement * float(common.mean())
+    return agreement, agreement * float(known.mean()) / 255
 
 
-def carried(one: LocalFeatures, other: LocalFeatures, A: np.ndarray) -> list[tuple[float, float]]:
-    """The corners of one picture in pixels of the other, by the transform between their small versions."""
+def corners_in(one: LocalFeatures, other: LocalFeatures, H: np.ndarray) -> list[tuple[float, float]]:
+    """The corners of one picture in pixels of the other. H: the transform between their small versions."""
     width, height = one.grey.size
-    corners = np.array([(0, 0), (width, 0), (width, height), (0, height)]) @ A[:2] + A[2]
-    return [
-        (round(float(x) * other.size[0] / other.grey.width, 1), round(float(y) * other.size[1] / other.grey.height, 1))
-        for x, y in corners
-    ]
+    there = H @ [(0, width, width, 0), (0, 0, height, height), (1, 1, 1, 1)]
+    return [(x, y) for x, y in (there[:2].T * other.size / other.grey.size).round(1).tolist()]
 
 
 def align(query: LocalFeatures, match: LocalFeatures) -> Region | None:
@@ -1373,23 +1282,19 @@ def align(query: LocalFeatures, match: LocalFeatures) -> Region | None:
 
     The query is also tried mirrored and as a negative; the way on which most points agree counts.
     """
-    if not (len(query.points) and len(match.points)):
-        return None
-    best: tuple[int, LocalFeatures, np.ndarray, bool] | None = None
-    for mirrored, negative in itertools.product((False, True), repeat=2):
+    points, H, best, flipped = 0, np.eye(3), query, False
+    ways = itertools.product((False, True), repeat=2) if len(query.places) and len(match.places) else ()
+    for mirrored, negative in ways:
         seen = seen_through(query, mirrored, negative)
-        found = best_transform(*tentative_matches(seen, match))
-        if found and (best is None or found[1] > best[0]):
-            best = found[1], seen, found[0], mirrored
-    if best is None:
-        return None
-    points, seen, A, mirrored = best
-    agreement, covers = common_share(seen, match, A)
+        found = best_transform(seen, match)
+        if found[0] > points:
+            (points, H), best, flipped = found, seen, mirrored
+    agreement, covers = common_share(best, match, H) if points else (0.0, 0.0)
     if agreement < AGREEMENT:
         return None
-    if mirrored:  # of the query as it is
-        A = np.vstack([-A[0], A[1], A[2] + query.grey.width * A[0]])
-    return Region(carried(query, match, A), carried(match, query, inverse(A)), points, round(covers, 3))
+    if flipped:  # from the query as it is
+        H = H @ [(-1, 0, query.grey.width), (0, 1, 0), (0, 0, 1)]
+    return Region(corners_in(query, match, H), corners_in(match, query, np.linalg.inv(H)), points, round(covers, 3))
 
 
 # ---- Store -----------------------------------------------------------------------------------------------------------
@@ -1931,8 +1836,8 @@ def index_on_gpus(store: Store, last: int) -> faiss.Index | None:
 
 GPU_QUERIES, GPU_RESULTS = 32, 2048  # views at once that are worth the loading; results that FAISS gives there at most
 QUERY_THREADS = 2  # that read queries; each query has many views
-TOGETHER = 16  # queries searched with at once: each costs a third of what it costs alone
-SCAN_QUERIES = 20  # views from which on FAISS multiplies matrices: comparing blocks is quicker than a scan by the index
+TOGETHER = 16  # queries compared at once: each costs a third of what it costs alone
+SCAN_VIEWS = 20  # views from which on FAISS multiplies matrices: comparing blocks is quicker than a scan by the index
 FIRST_LIST = 64  # rows of the first list of an exact search
 CLOSELY = 20  # codes looked at for each match of a list: its last match is to be found as surely as its first
 ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
@@ -1955,6 +1860,14 @@ class Engine:
         return index_on_gpus(self.store, self.index.last)
 
 
+class Seen(NamedTuple):
+    """What is computed from the pixels of a query."""
+
+    views: list[str]  # their names
+    features: np.ndarray  # of the views, float32 (views, dim)
+    local: LocalFeatures
+
+
 class Scored(NamedTuple):
     """A content of the store, compared with a query."""
 
@@ -1967,18 +1880,15 @@ class Found(NamedTuple):
     """A file of the collection, compared with a query."""
 
     score: float
-    path: str
-    file: File
     digest: bytes
+    path: str
     view: str
 
 
 def best_rows(D: np.ndarray, I: np.ndarray, count: int) -> np.ndarray:
-    """The `count` rows with the highest scores in any view, from D and I, (views, n)."""
-    rows = I.ravel()[np.argsort(-D, axis=None, kind="stable")]
-    _, first = np.unique(rows, return_index=True)
-    rows = rows[np.sort(first)]
-    return rows[rows >= 0][:count]
+    """The `count` rows with the highest scores in any view, from scores D and rows I, (views, n)."""
+    rows = dict.fromkeys(I.ravel()[np.argsort(-D, axis=None, kind="stable")].tolist())
+    return np.array([row for row in rows if row >= 0][:count], np.int64)
 
 
 def candidate_rows(engine: Engine, xq: np.ndarray, splits: Sequence[int], count: int) -> list[np.ndarray]:
@@ -1987,7 +1897,7 @@ def candidate_rows(engine: Engine, xq: np.ndarray, splits: Sequence[int], count:
     Rows that are not in the index yet, and with an exact search of many views all rows, are compared one by one.
     """
     index, last = engine.index, engine.store.last_row()
-    scans = engine.exact or (not index.shortlist and len(xq) >= SCAN_QUERIES)
+    scans = engine.exact or (not index.shortlist and len(xq) >= SCAN_VIEWS)
     found = []
     if not scans:
         on_gpus = index.shortlist and len(xq) >= GPU_QUERIES and count <= GPU_RESULTS and engine.on_gpus
@@ -2013,21 +1923,25 @@ def exact_scores(store: Store, xq: np.ndarray, rows: np.ndarray) -> list[Scored]
     return sorted(map(Scored, D.tolist(), digests, views.tolist()), key=lambda it: (-it.score, it.digest))
 
 
+def first_list(engine: Engine) -> int:
+    """Rows of the first list of every search."""
+    return engine.index.shortlist if engine.index.shortlist and not engine.exact else FIRST_LIST
+
+
 def ranked(engine: Engine, xq: np.ndarray, rows: np.ndarray) -> Iterator[Scored]:
     """All contents of the store, compared with a query's views, xq (views, dim), best first. `rows`: its first list.
 
-    They are found in steps, each of four times as many rows. By codes, what a step finds above the end of the step
-    before comes too late and is left out. So the order does not depend on how many are asked for: top k is a prefix of
-    top k+n.
+    Each further list has four times as many rows. Codes may find a row late. If it then scores above the end of an
+    earlier list, it is left out. So the order does not depend on how many contents are asked for.
     """
     by_codes, count, end = bool(engine.index.shortlist) and not engine.exact, first_list(engine), math.inf
     while True:
-        whole = count >= engine.index.faiss.ntotal and count >= engine.store.last_row()
+        is_last = count >= engine.index.faiss.ntotal and count >= engine.store.last_row()
         scored = exact_scores(engine.store, xq, rows)
         trusted = count // CLOSELY if by_codes else count - 1
-        bound = -math.inf if whole or not scored else scored[min(trusted, len(scored) - 1)].score + ROUNDING
+        bound = -math.inf if is_last or not scored else scored[min(trusted, len(scored) - 1)].score + ROUNDING
         yield from (it for it in scored if it.score > bound and it.score <= end)
-        if whole:
+        if is_last:
             return
         count, end = 4 * count, min(end, bound) if scored else end
         if by_codes and count > LONGEST_SHORTLIST:
@@ -2035,105 +1949,98 @@ def ranked(engine: Engine, xq: np.ndarray, rows: np.ndarray) -> Iterator[Scored]
         (rows,) = candidate_rows(engine, xq, [len(xq)], count)
 
 
-def first_list(engine: Engine) -> int:
-    """Rows of the first list of every search."""
-    return engine.index.shortlist if engine.index.shortlist and not engine.exact else FIRST_LIST
-
-
 def location(path: str) -> str:
     """Where a file lies, not where it points: a link to an image of the collection is a query like any other."""
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
-def is_as_read(path: str, file: File) -> bool:
-    """Whether the file is there as it was when its features were extracted."""
-    with suppress(OSError):
-        return File.of(file.path, os.stat(path)) == file
-    return False
+def nearest_files(engine: Engine, query: Picture, scored: Iterable[Scored], k: int) -> list[Found]:
+    """The files nearest to the query, by score, then by path.
 
-
-def nearest_files(engine: Engine, query: Picture, scored: Iterable[Scored], count: int) -> list[Found]:
-    """At least `count` files nearest to the query, if there are so many, and those that score like the last of them.
-
-    Best first, equal scores by path; without the query's own file.
+    At least k files, and those of at least CANDIDATES contents, and all that score like the last of them. The query's
+    own file, and files that are not as they were indexed, are left out.
     """
-    own, found, names = location(os.fsdecode(query.file.path)), list[Found](), [view.name for view in query.pixels[0]]
+    found, contents, own = list[Found](), 0, location(os.fsdecode(query.file.path))
     for score, digest, view in scored:
-        if len(found) >= count and score < found[count - 1].score:
+        if len(found) >= k and contents >= CANDIDATES and score < found[-1].score:
             break
-        for file in engine.store.files_with(digest, count + 1):
+        paths = list[str]()
+        for file in engine.store.files_with(digest):
             path = os.path.join(engine.images, os.fsdecode(file.path))
-            if is_as_read(path, file) and (digest != query.digest or location(path) != own):
-                found.append(Found(score, path, file, digest, names[view]))
+            with suppress(OSError):  # it is gone
+                if File.of(file.path, os.stat(path)) == file and (digest != query.digest or location(path) != own):
+                    paths.append(path)
+            if len(paths) == k:
+                break
+        found += [Found(score, digest, path, query.pixels.views[view]) for path in paths]
+        contents += bool(paths) and digest != query.digest
     return sorted(found, key=lambda it: (-it.score, it.path))
 
 
-def to_verify(query: Picture, found: Sequence[Found]) -> dict[bytes, str]:
-    """Content hash and path of the best candidates for a copy."""
-    others = {it.digest: it.path for it in reversed(found) if it.digest != query.digest}
-    best = dict.fromkeys(it.digest for it in found if it.digest != query.digest)
-    return {digest: others[digest] for digest in itertools.islice(best, CANDIDATES)}
-
-
-@lru_cache(maxsize=1024)  # 100 MB; many queries share candidates
-def read_local(path: str, digest: bytes | None = None) -> LocalFeatures | None:
+@lru_cache(maxsize=1024)  # 200 MB; many queries share candidates
+def read_local(path: str, digest: bytes) -> LocalFeatures | None:
     """Local features of a file; None if it cannot be read, or if its content has another hash than `digest`."""
-    read = read_picture(File(os.fsencode(path), 0, 0), b"", local_features, lambda digest: False)
-    return None if read.vanished or digest not in (None, read.digest) else read.pixels
+    read = read_picture(File(os.fsencode(path), 0, 0), b"", local_features)
+    return read.pixels if read.digest == digest and not read.vanished else None
 
 
-def copies_among(group: Sequence[Picture], lists: dict[int, list[Found]]) -> dict[tuple[int, bytes], Region]:
-    """Where the best candidates of each query are copies of it, by number of the query and content hash."""
-    pairs = [(i, *candidate) for i, found in lists.items() for candidate in to_verify(group[i], found).items()]
+def copies_among(query: Picture, found: Sequence[Found]) -> dict[bytes, Region]:
+    """Where the first CANDIDATES contents are copies of the query, by content."""
+    paths = {it.digest: it.path for it in reversed(found)}
+    best = [digest for digest in dict.fromkeys(it.digest for it in found) if digest != query.digest][:CANDIDATES]
 
-    def aligned(pair: tuple[int, bytes, str]) -> Region | None:
-        i, digest, path = pair
-        candidate = read_local(path, digest)
-        return align(group[i].pixels[1], candidate) if candidate else None
+    def aligned(digest: bytes) -> Region | None:
+        candidate = read_local(paths[digest], digest)
+        return align(query.pixels.local, candidate) if candidate else None
 
     with ThreadPoolExecutor(usable_cores(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        return {pair[:2]: region for pair, region in zip(pairs, threads.map(aligned, pairs)) if region}
+        return {digest: region for digest, region in zip(best, threads.map(aligned, best)) if region}
+
+
+def compared(
+    queries: Iterable[str | Path], engine: Engine, k: int, views: str, crop: Sequence[float] | None = None
+) -> Iterator[tuple[Picture, list[Found], dict[bytes, Region]]]:
+    """Each query as it was read, at least k files nearest to it, by score, and where its copies show it, by content."""
+    model, one_query = engine.model, threading.Lock()
+
+    def look_at(image: Image.Image) -> Seen:
+        image = cut_out(image, crop) if crop else image
+        with one_torch_thread():
+            local = local_features(image, QUERY_AREA, QUERY_POINTS)  # first, since it needs the larger picture
+            seen = query_views(image, model, views)
+        with nullcontext() if model.network is describe else one_query:  # a network uses all cores, or the GPU
+            return Seen([view.name for view in seen], features_of_views(seen, model), local)
+
+    read = partial(read_picture, root=b"", transform=look_at)
+    files = (File(os.fsencode(name), 0, 0) for name in queries)
+    pictures = read_ahead(read, files, QUERY_THREADS, TOGETHER)
+    while group := list(itertools.islice(pictures, TOGETHER)):
+        features = [picture.pixels.features for picture in group if picture.pixels]
+        splits = [len(part) for part in features]
+        lists = candidate_rows(engine, np.concatenate(features), splits, first_list(engine)) if features else []
+        first_rows = iter(lists)
+        for query in group:
+            found = list[Found]()
+            if query.pixels:
+                found = nearest_files(engine, query, ranked(engine, query.pixels.features, next(first_rows)), k)
+            yield query, found, copies_among(query, found)
 
 
 def ranked_matches(
-    found: Sequence[Found], query: Picture, regions: dict[bytes, Region], threshold: float | str
+    query: Picture, found: Sequence[Found], copies: dict[bytes, Region], threshold: float | str
 ) -> list[Match]:
     """The matches of a query: identical files first, then copies, then the rest, each by score.
 
-    regions    where the contents lie that are copies
-    threshold  cosine, or label, that a match has at least
+    copies     where the contents that are copies show the query
+    threshold  score, or label, that a match has at least
     """
-    least = threshold if isinstance(threshold, float) else -1.0
     kept = []
-    for score, path, _, digest, view in found:
-        label = "identical" if digest == query.digest else "copy" if digest in regions else ""
-        if round(score, 3) >= least and (not isinstance(threshold, str) or label in LABELS[LABELS.index(threshold) :]):
-            kept.append(Match(0, path, score, label == "identical", label, view, regions.get(digest)))
+    for score, digest, path, view in found:
+        label = "identical" if digest == query.digest else "copy" if digest in copies else ""
+        if label in LABELS[LABELS.index(threshold) :] if isinstance(threshold, str) else round(score, 3) >= threshold:
+            kept.append(Match(0, path, score, label == "identical", label, view, copies.get(digest)))
     kept.sort(key=lambda match: (("identical", "copy", "").index(match.label), -match.score, match.path))
     return [match._replace(rank=rank) for rank, match in enumerate(kept, start=1)]
-
-
-def features_of_query(query: Picture, model: Model) -> np.ndarray:
-    """The features of a query that was read, in its views, float32 (views, dim)."""
-    views, _, features = query.pixels
-    return to_float32(features_of_views(views, model) if features is None else features)
-
-
-def answer_together(group: Sequence[Picture], engine: Engine, k: int, threshold: float | str) -> Iterator[Answer]:
-    """The answers to some queries that were read."""
-    features = {i: features_of_query(p, engine.model) for i, p in enumerate(group) if p.pixels}
-    lists: dict[int, list[Found]] = {}
-    if features:
-        xq, splits = np.concatenate(list(features.values())), [len(part) for part in features.values()]
-        for i, rows in zip(features, candidate_rows(engine, xq, splits, first_list(engine))):
-            lists[i] = nearest_files(engine, group[i], ranked(engine, features[i], rows), max(k, CANDIDATES))
-    copies = copies_among(group, lists)
-    for i, picture in enumerate(group):
-        name, matches = os.fsdecode(picture.file.path), list[Match]()
-        if i in lists:
-            regions = {digest: region for (query, digest), region in copies.items() if query == i}
-            matches = ranked_matches(lists[i], picture, regions, threshold)[:k]
-        yield Answer(name, matches, None if i in lists else picture.reason or NOT_AN_IMAGE)
 
 
 @contextmanager
@@ -2156,39 +2063,38 @@ def search(
     engine     by default `initialize_reverse_image_search()`
     k          matches at most; a picture that is there under several names gives several
     threshold  cosine similarity, -1 to 1, that a match has at least, or label: copy, identical
-    crop       the part of each query to search with: left, top, right, bottom, see `cut_out`
     views      none, auto or all: the edits that a query is searched with, see `query_views`
+    crop       the part of each query to search with: left, top, right, bottom, see `cut_out`
 
     Identical files and verified copies come first, then the others by score, equal scores by path. The query's own file
     is left out, and so is a file that is no longer what was indexed. Scores are exact; in a large collection a match
     may be missed, see `coded_index`. A file that cannot be used gets an Answer with an `error`. Raises DeepVisionError
     if features turn out to be damaged.
     """
-    if k < 1 or views not in (*VIEWS, COPIES) or (isinstance(threshold, str) and threshold not in LABELS):
+    if k < 1 or views not in VIEWS or (isinstance(threshold, str) and threshold not in LABELS):
         raise ValueError(f"k={k}, threshold={threshold!r}, views={views!r}: see the documentation of search")
     engine = engine or initialize_reverse_image_search()
     names = [queries] if isinstance(queries, (str, os.PathLike)) else queries
-    files = (File(os.fsencode(name), 0, 0) for name in names)
-
-    def look_at(image: Image.Image) -> tuple[list[View], LocalFeatures, np.ndarray | None]:
-        image = cut_out(image, crop) if crop else image
-        local = local_features(image, QUERY_AREA, QUERY_POINTS)  # first, since it needs the larger picture
-        seen = query_views(image, engine.model, views)
-        return seen, local, features_of_views(seen, engine.model) if in_threads else None
-
-    in_threads = engine.model.name == OFFLINE and engine.model.device == "cpu"
-    read = partial(read_picture, root=b"", transform=look_at, known=lambda digest: False)
-    pictures = read_ahead(read, files, QUERY_THREADS, TOGETHER)
-    threshold = threshold if isinstance(threshold, str) else float(threshold)
-    with damage_reported(engine.store), one_torch_thread() if in_threads else nullcontext():
-        while group := list(itertools.islice(pictures, TOGETHER)):
-            yield from answer_together(group, engine, k, threshold)
+    with damage_reported(engine.store):
+        for query, found, copies in compared(names, engine, k, views, crop):
+            matches = ranked_matches(query, found, copies, threshold)[:k]
+            error = None if query.pixels else query.reason or NOT_AN_IMAGE
+            yield Answer(os.fsdecode(query.file.path), matches, error)
 
 
 # ---- Duplicates ------------------------------------------------------------------------------------------------------
 
 NEIGHBOURS = 100  # files of a group that is found by score, at most
-WHOLE = 0.95  # share of the area from which on a copy counts as the whole picture, and not as a crop
+WHOLE = 0.95  # share of a picture's area from which on it counts as all of it
+
+
+class Pair(NamedTuple):
+    """Two contents of the collection that belong together."""
+
+    keep: bytes
+    other: bytes
+    score: float
+    relation: str = ""  # what the other one is to the one to keep: "same picture", "mirrored", "crop, 60 %"
 
 
 def different_files(engine: Engine, digest: bytes) -> list[str]:
@@ -2203,8 +2109,8 @@ def different_files(engine: Engine, digest: bytes) -> list[str]:
     return sorted(found.values())
 
 
-def pairs_by_score(engine: Engine, threshold: float) -> Iterator[tuple[bytes, bytes, float]]:
-    """The contents of the collection that score `threshold` or more with each other, and their score."""
+def pairs_by_score(engine: Engine, threshold: float) -> Iterator[Pair]:
+    """The contents of the collection that score `threshold` or more with each other."""
     store, least = engine.store, threshold - 0.0005  # as it is printed
     for rows, xb in progress_bar(store.blocks(), desc="comparing", unit="block"):
         D, I = Nearest(to_float32(xb), min(NEIGHBOURS + 1, store.count("features"))).among(store.blocks())
@@ -2214,21 +2120,47 @@ def pairs_by_score(engine: Engine, threshold: float) -> Iterator[tuple[bytes, by
         digest_of = dict(zip(known.tolist(), digests))
         for row, other, score in zip(rows[one].tolist(), others.tolist(), D[one, place].tolist()):
             if row in digest_of and other in digest_of:
-                yield digest_of[row], digest_of[other], min(1.0, score)
+                yield Pair(digest_of[row], digest_of[other], min(1.0, score))
 
 
-def pairs_by_alignment(engine: Engine) -> Iterator[tuple[bytes, bytes, float]]:
-    """The contents of the collection that are copies of each other, and their score: each is searched with."""
-    first = engine.store.db.execute(f"SELECT digest, min(path) FROM {USABLE} GROUP BY digest ORDER BY 2").fetchall()
-    digests = {os.path.join(engine.images, os.fsdecode(path)): digest for digest, path in first}
-    answers = search(list(digests), engine, k=CANDIDATES, threshold="copy", views=COPIES)
-    for answer in progress_bar(answers, total=len(digests), desc="comparing", unit="img"):
-        for match in answer.matches:
-            if match.label == "copy" and match.path in digests:
-                yield digests[answer.query], digests[match.path], match.score
+def relation(corners: Sequence[tuple[float, float]], shown: float, inside: float) -> str:
+    """What a picture is to the one to keep: "same picture", "mirrored", "crop, 60 %", ...
+
+    corners  its own corners in pixels of the picture to keep
+    shown    share of the picture to keep that it shows
+    inside   share of itself that the picture to keep shows
+    """
+    (x0, y0), (x1, y1), _, (x3, y3) = corners
+    mirrored = (x1 - x0) * (y3 - y0) < (y1 - y0) * (x3 - x0)
+    angle = round(-math.degrees(math.atan2(y1 - y0, x1 - x0)) + 180 * mirrored) % 360  # clockwise
+    words = ["mirrored"] if mirrored else []
+    if min(angle, 360 - angle) >= 3:
+        words.append(f"turned {angle}°")
+    if shown < WHOLE:
+        words.append(f"crop, {shown:.0%}".replace("%", " %"))
+    elif inside < WHOLE:
+        words.append(f"within a larger picture, {inside:.0%} of it".replace("%", " %"))
+    return ", ".join(words) or "same picture"
 
 
-def pixel_count(path: str) -> int:
+def pairs_by_alignment(engine: Engine) -> Iterator[Pair]:
+    """The contents of the collection that are copies of each other, both ways round: each is searched with."""
+    first = engine.store.db.execute(f"SELECT min(path) FROM {USABLE} GROUP BY digest ORDER BY 1").fetchall()
+    queries = [os.path.join(engine.images, os.fsdecode(path)) for (path,) in first]
+    answers = compared(queries, engine, 1, COPIES)
+    for query, found, copies in progress_bar(answers, total=len(queries), desc="comparing", unit="img"):
+        score = {it.digest: it.score for it in found}
+        for digest, region in copies.items():
+            size, mask = query.pixels.local.size, Image.new("1", (100, 100))
+            outline = 100 * np.array(region.outline) / size  # of the match, where the query measures 100 × 100
+            ImageDraw.Draw(mask).polygon([(x, y) for x, y in outline.tolist()], fill=1)
+            common = float(np.asarray(mask).mean())
+            share = common * 100**2 / abs(np.linalg.det(outline[[1, 3]] - outline[0]))  # of the match
+            yield Pair(digest, query.digest, score[digest], relation(region.corners, share, common))
+            yield Pair(query.digest, digest, score[digest], relation(region.outline, common, share))
+
+
+def picture_size(path: str) -> int:
     """Width × height of an image file, by its header; 0 if it cannot be read."""
     try:
         with open(path, "rb") as stream, Image.open(stream) as image:
@@ -2237,56 +2169,28 @@ def pixel_count(path: str) -> int:
         return 0
 
 
-def turned(corners: Sequence[tuple[float, float]]) -> list[str]:
-    """How a copy is turned, from its corners in the picture to keep: mirrored, turned 90°, both or nothing."""
-    (x0, y0), (x1, y1), _, (x3, y3) = corners
-    mirrored = (x1 - x0) * (y3 - y0) < (y1 - y0) * (x3 - x0)
-    angle = round(-math.degrees(math.atan2(y1 - y0, x1 - x0)) + 180 * mirrored) % 360  # clockwise
-    words = ["mirrored"] if mirrored else []
-    return words if min(angle, 360 - angle) < 3 else [*words, f"turned {angle}°"]
-
-
-def relation(keep: str, other: str) -> str | None:
-    """What the picture in the file `other` is to the one in `keep`: "same picture", "mirrored", "crop, 60 %"...
-
-    None if the two do not align.
-    """
-    kept, copy = read_local(keep), read_local(other)
-    shown, inside = (align(copy, kept), align(kept, copy)) if kept and copy else (None, None)
-    if shown is None or inside is None:
-        return None
-    words = turned(shown.corners)
-    if shown.covers < WHOLE:
-        words.append(f"crop, {shown.covers:.0%}".replace("%", " %"))
-    elif inside.covers < WHOLE:
-        words.append(f"within a larger picture, {inside.covers:.0%} of it".replace("%", " %"))
-    return ", ".join(words) or "same picture"
-
-
-def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, float]], verified: bool) -> Iterator[Group]:
+def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Pair]], label: str) -> Iterator[Group]:
     """Groups of files that hold the same picture, those with the largest keeper first.
 
-    pairs     contents that belong together, with their score, both ways round
-    verified  whether they were aligned
+    pairs  those that belong together: by the content to keep, then by the other one
+    label  of the files beside the one to keep, unless they are identical to it
 
     Every file of a group was compared with the one to keep: nothing chains.
     """
     repeated = engine.store.db.execute(f"SELECT digest FROM {USABLE} GROUP BY digest HAVING count(*) > 1").fetchall()
     files = {digest: different_files(engine, digest) for digest in {*pairs, *(digest for (digest,) in repeated)}}
     paths = {digest: found[0] for digest, found in files.items() if found}
-    order = {digest: (-pixel_count(path), -os.path.getsize(path), path) for digest, path in paths.items()}
+    order = {digest: (-picture_size(path), -os.path.getsize(path), path) for digest, path in paths.items()}
     done = set[bytes]()
     for keep in sorted(order, key=lambda digest: order[digest]):
         if keep in done:
             continue
         done.add(keep)
         found = [Match(0, path, 1.0, True, "identical") for path in files[keep][1:]]
-        for other, score in sorted(pairs.get(keep, {}).items(), key=lambda pair: (-pair[1], paths.get(pair[0], ""))):
-            if other in done or other not in paths:
-                continue
-            if (what := relation(paths[keep], paths[other]) if verified else "") is not None:
-                done.add(other)
-                found += [Match(0, path, score, False, "copy" if verified else "", what) for path in files[other]]
+        others = [pair for other, pair in pairs.get(keep, {}).items() if other in paths and other not in done]
+        for pair in sorted(others, key=lambda pair: (-pair.score, paths[pair.other])):
+            done.add(pair.other)
+            found += [Match(0, path, pair.score, False, label, pair.relation) for path in files[pair.other]]
         if found:
             yield Group(paths[keep], [match._replace(rank=rank) for rank, match in enumerate(found, start=1)])
 
@@ -2299,14 +2203,13 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator
 
     Raises DeepVisionError if features turn out to be damaged.
     """
-    pairs: dict[bytes, dict[bytes, float]] = {}
+    pairs: dict[bytes, dict[bytes, Pair]] = {}
     with damage_reported(engine.store):
         if threshold != "identical":
-            found = pairs_by_alignment(engine) if threshold == "copy" else pairs_by_score(engine, float(threshold))
-            for one, other, score in found:
-                for a, b in ((one, other), (other, one)):
-                    pairs.setdefault(a, {})[b] = max(score, pairs.get(a, {}).get(b, -1.0))
-        yield from grouped(engine, pairs, verified=threshold == "copy")
+            for pair in pairs_by_alignment(engine) if threshold == "copy" else pairs_by_score(engine, float(threshold)):
+                others = pairs.setdefault(pair.keep, {})
+                others[pair.other] = max(pair, others.get(pair.other, pair), key=lambda pair: pair.score)
+        yield from grouped(engine, pairs, "copy" if threshold == "copy" else "")
 
 
 # ---- Assembly --------------------------------------------------------------------------------------------------------

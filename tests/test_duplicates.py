@@ -135,7 +135,7 @@ def test_pairs_by_score_are_those_of_brute_force(threshold: float, collection: C
     xb = np.concatenate([x for _, x in engine.store.blocks()]).astype(np.float32)
     expected = {(i, j) for i, j in zip(*np.nonzero(xb @ xb.T >= threshold - 0.0005)) if i != j}
     rows = {digest: row for row, digest in engine.store.db.execute("SELECT row - 1, digest FROM features")}
-    found = {(rows[a], rows[b]): score for a, b, score in main.pairs_by_score(engine, threshold)}
+    found = {(rows[a], rows[b]): score for a, b, score, _ in main.pairs_by_score(engine, threshold)}
     assert set(found) == expected
     assert all(score == pytest.approx(float(xb[i] @ xb[j]), abs=1e-4) for (i, j), score in found.items())
 
@@ -145,10 +145,11 @@ def test_look_alikes_do_not_chain(collection: Callable[[int], Path]) -> None:
     collection(7)
     engine = main.initialize_reverse_image_search(IMAGES, model=main.load_model("offline"))
     digests = [digest for (digest,) in engine.store.db.execute("SELECT digest FROM files ORDER BY path")]
-    pairs: dict[bytes, dict[bytes, float]] = {}
+    pairs: dict[bytes, dict[bytes, main.Pair]] = {}
     for one, other in itertools.pairwise(digests):
-        pairs.setdefault(one, {})[other] = pairs.setdefault(other, {})[one] = 0.97
-    groups = list(main.grouped(engine, pairs, verified=False))
+        pairs.setdefault(one, {})[other] = main.Pair(one, other, 0.97)
+        pairs.setdefault(other, {})[one] = main.Pair(other, one, 0.97)
+    groups = list(main.grouped(engine, pairs, ""))
     assert sum(1 + len(group.matches) for group in groups) <= 7 and all(len(group.matches) <= 2 for group in groups)
 
 
@@ -201,5 +202,6 @@ def test_as_a_page(pictures: Path, run: Run) -> None:
     run("--model", "offline", "--duplicates")
     page = Path("results.html").read_text()
     assert page.count("<section>") == 2 and page.count("<img ") == 5
-    assert re.findall(r'<span class="tag (\w+)">\1</span>', page) == ["keep", "copy", "copy", "keep", "identical"]
+    assert re.findall(r'<li class="(\w*)"', page) == ["", "copy", "copy", "", "identical"]
+    assert page.count("keep: the best of") == 2
     assert "480 × 360 px" in page
