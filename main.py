@@ -2311,9 +2311,7 @@ def store_changes(store: Store, images: Path, model: Model, work: Work) -> Summa
             summary.opened, summary.new = summary.opened + shares.opened, summary.new + shares.new
         if not store.settle():
             return None
-        known = (
-            f"features WHERE row <= {before} AND EXISTS (SELECT 1 FROM files WHERE there AND digest = features.digest)"
-        )
+        known = f"features JOIN files USING (digest) WHERE there AND row <= {before}"
         if not work.rebuild and store.any(GONE) and not store.any(known):
             strange = f"of the images that {store.folder} knows, none is in {images}"
             if work.prune:
@@ -2331,7 +2329,7 @@ def update(store: Store, images: Path, model: Model, work: Work) -> Summary:
     Raises DeepVisionError if no usable image is there. What is known is kept for the day the drive is back.
     """
     summary: Summary | None = Summary()
-    if scan(store, images, work) or work.prune or store.note("decoders") is None or any(store.folder.glob("rank-*")):
+    if scan(store, images, work) or work.prune or work.ranks > 1 or store.note("decoders") is None:
         summary = store_changes(store, images, model, work)
     skipped = store.count(SKIPPED)
     if summary and store.any(USABLE):
