@@ -92,7 +92,7 @@ else:
             try:
                 return getattr(importlib.import_module(self._name), attribute)
             except ModuleNotFoundError as error:
-                raise DeepVisionError(f"{error}: run `pip install -r requirements.txt`") from error
+                raise DeepVisionError(f"{error}: to install it, run `pip install -r requirements.txt`") from error
 
     faiss, np, torch, torchvision, tqdm = map(Lazy, ("faiss", "numpy", "torch", "torchvision", "tqdm"))
     Image, ImageCms = map(Lazy, ("PIL.Image", "PIL.ImageCms"))
@@ -280,7 +280,8 @@ class Summary:
     def __str__(self) -> str:
         known = f" ({self.recognised:,} recognised by content)" if self.recognised else ""
         pruned = f", {self.forgotten:,} forgotten" if self.forgotten else ""
-        rate = f"{self.opened / (self.reading + self.computing or 1.0):,.1f} images/s"
+        seconds = self.reading + self.computing  # 0: the ranks of torchrun have read
+        rate = f"{self.opened / seconds:,.1f} images/s" if seconds else ""
         spent = ", ".join(filter(None, (rate, self.balance))) if self.opened else "no image was opened"
         return (
             f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged, "
@@ -295,8 +296,8 @@ MAX_PIXELS = 100_000_000  # pixels to decode, after JPEG scaling: 0.4 GB in memo
 COSTLY_FORMATS = {"WEBP", "JPEG2000"}  # their decoders hold an image four times: half of MAX_PIXELS is their limit
 LARGE_PIXELS = 24_000_000  # pixels; larger images are decoded one at a time, which bounds memory
 BAND_PIXELS = 4_000_000  # pixels; images are converted in bands of this size, which bounds memory
-# A JPEG is decoded at no less than this many times the model's side. Thin stripes then differ from full decoding by up
-# to 1.4 of 255 levels in the mean; with 2 by up to 11
+# A JPEG is decoded at no less than this many times the model's side. At 3 times, thin stripes differ from full
+# decoding by at most 1.4 of 255 levels in the mean; at 2 times, by at most 11
 DRAFT_SCALE = 3
 # Reads that opening a file may take, half a second. Pillow searches a broken JPEG for its next marker byte by byte,
 # which can take hours
@@ -379,7 +380,7 @@ class ImageFile(io.BufferedReader):
     def read(self, size: int | None = -1) -> bytes:
         self.reads_left -= 1
         if self.reads_left < 0:
-            raise ValueError("its header does not end")
+            raise ValueError("broken: its header could not be read in reasonable time")
         return super().read(size)
 
 
@@ -395,7 +396,7 @@ def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
         if suffix in {".heic", ".heif", ".hif"} - suffixes:
             raise ValueError("a HEIF image: run `pip install pillow-heif`") from None
         if suffix in suffixes:
-            raise ValueError("not an image, whatever its name" if stream.seek(0, 2) else "an empty file") from None
+            raise ValueError("broken, or no image at all" if stream.seek(0, 2) else "an empty file") from None
         return None
 
 
@@ -518,7 +519,7 @@ def read_ahead(read: Callable[[File], Picture], files: Iterable[File], workers: 
 OFFLINE_SIDE = 96  # pixels; 128 gains nothing, 64 costs 1 point of recall
 EDGE_CELLS, COLOUR_CELLS = 8, 4  # a side; fewer for the edges lose small crops, more lose a turn by 10 degrees
 DIRECTIONS = 16  # of an edge, dark-to-light told from light-to-dark
-SHARPNESS = 5  # times that the cosine with which a direction answers is squared: as wide as the distance to the next
+SHARPNESS = 5  # how often the cosine is squared; a direction then responds to edges up to the next direction
 EDGE_POWER = 0.3  # of the counts: a strong edge says little more than a weak one
 ORDERS = (0.5, 1.0, 1.0, 1.3, 1.3, 1.7, 1.7)  # weight of each Fourier order over the directions
 BRIGHTNESS_WEIGHT, HUE_WEIGHT, MEAN_WEIGHT = 0.2, 0.3, 0.02  # of the colours, where the edges have 1
@@ -528,7 +529,10 @@ OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # bright
 
 @cache
 def windows(cells: int, n: int, start: int, device: torch.device) -> torch.Tensor:
-    """Gaussian weights, (cells, n), of the pixels start to start + n in each cell of a side; 1 over all pixels."""
+    """The Gaussian weight of each pixel in each cell along one side, (cells, n), for the pixels from `start` on.
+
+    The weights of a cell add up to 1 over the whole side.
+    """
     distance = (torch.arange(OFFLINE_SIDE) + 0.5) * cells / OFFLINE_SIDE - (torch.arange(cells)[:, None] + 0.5)
     weights = torch.exp(-2 * distance**2)  # sigma is half a cell
     return (weights / weights.sum(1, keepdim=True))[:, start : start + n].to(device)
@@ -543,7 +547,7 @@ def directions(device: torch.device) -> torch.Tensor:
 
 @cache
 def fourier(device: torch.device) -> torch.Tensor:
-    """Real Fourier transform over the directions, (DIRECTIONS, 2 * len(ORDERS) - 1), each order weighted."""
+    """A matrix that turns values by direction into weighted Fourier coefficients, (DIRECTIONS, 2 * len(ORDERS) - 1)."""
     phase = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None] * torch.arange(len(ORDERS))
     even, odd = torch.tensor(ORDERS) * torch.stack([phase.cos(), phase.sin()])
     return torch.cat([even[:, :1] / math.sqrt(2), even[:, 1:], odd[:, 1:]], 1).to(device)
@@ -551,7 +555,10 @@ def fourier(device: torch.device) -> torch.Tensor:
 
 @cache
 def cosine_transform(cells: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The transform of a side, (cells, cells), and the weight of each pair of frequencies: 1 + their distance to 0."""
+    """The matrix of a cosine transform, (cells, cells), and a weight for each coefficient, (cells, cells).
+
+    The weight grows with the frequency, since pictures have most of their energy in the low ones.
+    """
     k = torch.arange(cells, dtype=torch.float32)
     cosines = torch.cos(math.pi / cells * k[:, None] * (k + 0.5))
     cosines[0] /= math.sqrt(2)
@@ -559,12 +566,15 @@ def cosine_transform(cells: int, device: torch.device) -> tuple[torch.Tensor, to
 
 
 def pool(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """(..., n, n) to the mean in each cell, (..., cells, cells), over the pixels that are known."""
+    """The mean of the planes (..., n, n) in each cell, (..., cells, cells).
+
+    `rows` and `columns` are the `windows` of the two sides. A cell that lies partly outside is the mean of its inside.
+    """
     return rows @ planes @ columns.T / (rows.sum(1)[:, None] * columns.sum(1) + 1e-9)
 
 
 def rises(light: torch.Tensor) -> torch.Tensor:
-    """How steeply brightness (B, 1, n, n) rises at each pixel in each direction, (B, DIRECTIONS, n, n)."""
+    """The strength of the edge at each pixel in each direction, (B, DIRECTIONS, n, n), of brightness (B, 1, n, n)."""
     framed = torch.nn.functional.pad(light, (1, 1, 1, 1), mode="replicate")
     dx, dy = framed[..., 1:-1, 2:] - framed[..., 1:-1, :-2], framed[..., 2:, 1:-1] - framed[..., :-2, 1:-1]
     slope = torch.hypot(dx, dy) + 1e-3  # of 255: no division by 0 where it is flat
@@ -576,7 +586,7 @@ def rises(light: torch.Tensor) -> torch.Tensor:
 
 
 def whiten(maps: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Maps (B, c, cells, cells) to (B, c, cells² - 1): without their mean, cosine transform, weight 1 + frequency."""
+    """Maps (B, c, cells, cells) as weighted cosine coefficients, (B, c, cells² - 1), after their mean is removed."""
     known = rows.sum(1)[:, None] * columns.sum(1)
     maps = (maps - (maps * known).sum((2, 3), keepdim=True) / known.sum()) * known
     cosines, weight = cosine_transform(len(known), maps.device)
@@ -587,8 +597,8 @@ def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
     """A vector that needs no weights and no training, from uint8 (B, 3, side, side) to float32 (B, dim).
 
     Directions of brightness edges, counted in soft cells as in HOG (Dalal & Triggs, CVPR 2005) and compressed by a
-    power, and a layout of the colours. Whitened by a fixed rule: cosine transform over the cells, Fourier transform
-    over the directions, what is strong in any picture weighted down, means removed: unrelated pictures score near 0.
+    power, and a layout of the colours. Both are whitened by a fixed rule, so that unrelated pictures score near 0: the
+    mean is removed, cells and directions are transformed, and what is strong in every picture gets a low weight.
 
     A smaller rectangle stands for the part at (top, left) of a picture whose rest is unknown.
     """
@@ -671,7 +681,7 @@ def is_call(network: torch.fx.GraphModule, node: Any, layer: str, *functions: An
 
 
 def use_one_kernel(network: torch.fx.GraphModule, convolution: Any, last: Any, addends: Sequence[Any] = ()) -> None:
-    """Replace `convolution`, the sum with `addends` and the ReLU `last` by one oneDNN kernel in the network's graph.
+    """Replace three nodes by one oneDNN kernel: `convolution`, its sum with `addends`, and the ReLU `last`.
 
     If `convolution` is `last`, no ReLU follows. The weights are stored in the order in which the kernel reads them.
     """
@@ -695,8 +705,11 @@ def use_one_kernel(network: torch.fx.GraphModule, convolution: Any, last: Any, a
 
 
 def fuse_convolutions(network: torch.fx.GraphModule) -> None:
-    """Compute each convolution, the sum after it and the ReLU after that by one kernel. A compiler does the same:
-    torch.compile takes 17 s and gains another 5 %. Here the bits are the same for any number of images."""
+    """Compute each convolution, the sum after it and the ReLU after that by one kernel.
+
+    torch.compile does the same. It is 5 % faster still, but takes 17 s to start. With this function, the features of an
+    image are the same bit for bit whatever the batch size.
+    """
     graph, functional = network.graph, torch.nn.functional
     for relu in [node for node in graph.nodes if is_call(network, node, "ReLU", functional.relu, torch.relu)]:
         convolution, addends = relu.args[0], list[Any]()
@@ -719,8 +732,11 @@ def forward(
 
 
 def faster(plain: partial[torch.Tensor], sample: torch.Tensor) -> tuple[partial[torch.Tensor], int]:
-    """`plain`, a `forward` in fp32, with several layers computed as one, in half precision if the device computes that
-    itself; and the dimension of the features. `plain` comes back as it is if the features of `sample` would change."""
+    """The fastest form of `plain`, which is `forward` in fp32, and the dimension of the features.
+
+    It fuses layers, and uses half precision where the device has it. A form that changes the features of `sample` is
+    rejected. If all are, `plain` itself is returned.
+    """
     device = sample.device.type
     try:
         traced = torch.fx.symbolic_trace(plain.keywords["network"])
@@ -773,6 +789,8 @@ def timm_model(name: str, weights: str | Path | None, device: str) -> Model:
     except (OSError, RuntimeError, ValueError) as error:  # no such model, or its weights cannot be had
         raise DeepVisionError(f"--model {name}: {first_line(error)}") from error
     if weights is not None:
+        if not Path(weights).is_file():
+            raise DeepVisionError(f"--weights {weights}: no such file")
         heads = network.pretrained_cfg["classifier"]
         load_weights(network, Path(weights), *([heads] if isinstance(heads, str) else heads))
     config = timm.data.resolve_model_data_config(network)
@@ -834,7 +852,7 @@ def torchvision_model(name: str, weights: str | Path | None, device: str) -> Mod
 
 def choose_device(device: str) -> str:
     """cpu, cuda or mps; for `auto` the GPU if there is one. Raises DeepVisionError for a device that is not there."""
-    reason = ""
+    reason, _ = "", torch_threads()
     if device in ("auto", "cuda"):
         try:  # only use shows a driver that does not fit torch
             torch.ones(1, device="cuda").sum().item()
@@ -847,7 +865,7 @@ def choose_device(device: str) -> str:
             log.warning("there is a GPU, but torch %s cannot use it: %s", torch.__version__, reason)
     elif not there[device]:
         why = f": {reason}" if reason else ""
-        raise DeepVisionError(f"--device {device}: torch {torch.__version__} finds none on this machine{why}")
+        raise DeepVisionError(f"--device {device}: torch {torch.__version__} finds none here{why}; try --device auto")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.set_float32_matmul_precision("high")  # TF32 where fp16 is not used
@@ -866,7 +884,7 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
     """
     device = choose_device(device)
     if name == OFFLINE and weights:
-        raise DeepVisionError(f"--weights {weights}: the offline descriptor takes none")
+        raise DeepVisionError(f"--weights {weights}: --model offline takes no weights, leave one out")
     if name == OFFLINE:
         return offline_model(device)
     try:
@@ -877,9 +895,9 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
         return torchvision_model(MODEL, downloaded(WEIGHTS_URL, MODEL), device)
     except ConnectionError as error:
         if name or weights:
-            raise DeepVisionError(f"{error}; connect once, or give --weights FILE") from error
-        what = "it finds copies and edits of the same picture and likeness of layout and colour, not subjects"
-        ways = f"For {MODEL} connect once or give --weights FILE; with --model offline this warning goes"
+            raise DeepVisionError(f"{error}; connect to the internet once, or give --weights FILE") from error
+        what = "it finds copies, edits, and similar layouts and colours, but does not recognise what a picture shows"
+        ways = f"To use {MODEL}, go online once or give --weights FILE. To hide this, give --model offline"
         log.warning("%s. The built-in offline descriptor is used instead: %s. %s", error, what, ways)
         return offline_model(device)
 
@@ -900,25 +918,30 @@ def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Ima
     return lambda image: squeeze(to_rgb(image, side), side, side, resample)
 
 
+@cache
+def torch_threads() -> int:
+    """The number of threads that torch computes with, before anything changes it: `load_model` asks first."""
+    return torch.get_num_threads()
+
+
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """In it, torch computes with one thread, and so do threads that start in it.
+    """Have torch compute with one thread in this context.
 
-    It is for small operations: more threads mostly wait for each other, five times as long on a busy machine.
+    Use it for small operations. With more threads these take up to five times as long on a busy machine.
     """
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(torch_threads())
 
 
 def launch(pixels: torch.Tensor, model: Model, size: int, *where: int) -> tuple[torch.Tensor, int]:
-    """Features (B, dim), each of length 1, on the device; and how many images at once fitted into its memory.
+    """Run the model: the features (B, dim), each of length 1, on the device, and the batch size that fitted.
 
-    The first try takes `size` images at once. A GPU may still be computing the features when this returns.
-    `where` is the place of the pixels if they are a part of a picture, see `describe`.
+    It starts with `size` images at once, and halves that while the GPU has too little memory. A GPU may still be
+    computing when this returns. `where`: top and left of `describe`, if the pixels are a part of a picture.
     """
     pixels, asked = pixels.pin_memory() if model.device == "cuda" else pixels, size
     while True:
@@ -927,11 +950,11 @@ def launch(pixels: torch.Tensor, model: Model, size: int, *where: int) -> tuple[
                 parts = (part.to(model.device, non_blocking=True) for part in pixels.split(size))
                 found = torch.cat([torch.nn.functional.normalize(model.network(part, *where)) for part in parts])
             if size < asked:
-                log.warning("the memory of the GPU is short: it takes %d images at once from now on", size)
+                log.warning("the GPU has too little memory: the batch size is reduced to %d images", size)
             return found, size
         except torch.OutOfMemoryError as error:
             if size == 1:
-                raise DeepVisionError(f"the memory of the GPU is too short for {model.name}: --device cpu") from error
+                raise DeepVisionError(f"the GPU has too little memory for {model.name}: try --device cpu") from error
             size = (size + 1) // 2
 
 
@@ -956,10 +979,10 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
 
 
 def with_features(pictures: Iterator[Picture], model: Model, size: int, summary: Summary) -> Iterator[list[Picture]]:
-    """The pictures with their features, `size` at a time and in order. `summary` takes the time.
+    """The pictures with their features, `size` at a time and in order. The time spent is added to `summary`.
 
-    A GPU has its next batch before the features of the last one are asked for. The features of a model `in_threads`
-    are there already, as `pixels`.
+    On a GPU, the next batch is started before the features of the last one are awaited; a list may then be empty. For
+    a model `in_threads`, the reading threads have computed the features and put them into `pixels`.
     """
     under_way: deque[tuple[list[Picture], torch.Tensor]] = deque()
     start = time.perf_counter()
@@ -1323,11 +1346,12 @@ ORPHANED = """files WHERE digest IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM features WHERE features.digest = files.digest)"""
 FOUND = """DROP TABLE IF EXISTS temp.changes; DROP TABLE IF EXISTS temp.found;
     CREATE TEMP TABLE found (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER) WITHOUT ROWID"""
+CRASHES = "its decoder crashes"  # the reason given for such a file; --rebuild does not try it again
 # How what a scan found differs from what is stored: files to read (`there` is NULL), gone (0), and back unchanged (1).
-CHANGES = """CREATE TEMP TABLE changes AS SELECT path, size, mtime, back AS there FROM (
+CHANGES = f"""CREATE TEMP TABLE changes AS SELECT path, size, mtime, back AS there FROM (
         SELECT path, found.size, found.mtime, files.there AS known,
-            CASE WHEN files.size = found.size AND files.mtime = found.mtime
-                AND NOT :everything AND NOT (:retry AND files.digest IS NULL) THEN 1 END AS back
+            CASE WHEN files.size = found.size AND files.mtime = found.mtime AND NOT (:retry AND files.digest IS NULL)
+                AND (NOT :everything OR files.reason = '{CRASHES}') THEN 1 END AS back
         FROM found LEFT JOIN files USING (path)) WHERE back IS NULL OR NOT known
     UNION ALL SELECT path, size, mtime, 0 FROM files
     WHERE files.there AND NOT EXISTS (SELECT 1 FROM found WHERE found.path = files.path)"""
@@ -1336,7 +1360,7 @@ UNREAD = "changes WHERE there IS NULL"
 
 @contextmanager
 def damage_noticed() -> Iterator[None]:
-    """Turn what SQLite says of a damaged database into a DamageError. No room, or no right, is no damage."""
+    """Turn SQLite's errors about damage into a DamageError. Those about a full disk or permissions pass through."""
     try:
         yield
     except sqlite3.OperationalError:
@@ -1389,7 +1413,7 @@ class Store:
         self.salt = zlib.crc32(identity.encode())  # no vector holds in the store of another model
         folder.mkdir(parents=True, exist_ok=True)
         self.lock_file, self.one_lookup = filelock.FileLock(folder / "lock"), threading.Lock()
-        self.last_words = b""  # what a run that crashed has left in the lock file
+        self.last_words = b""  # the crash report that faulthandler left in the lock file; taking the lock empties it
         self.scanned = (0, 0)  # the version that the last scan was compared with
         self.connect()
 
@@ -1496,7 +1520,10 @@ class Store:
             first = int(rows[-1]) + 1
 
     def is_known(self, digest: bytes, after: int = 0) -> bool:
-        """Whether a row above `after` holds features of this content. The threads that read files ask it."""
+        """Whether a row above `after` holds features of this content. Reading threads call it.
+
+        With --rebuild, `after` is the last row of before, so that only new features count.
+        """
         with self.one_lookup:  # Python 3.13 fails now and then where threads share a connection
             query = "SELECT 1 FROM features WHERE digest = ? AND row > ?"
             return self.lookup.execute(query, (digest, after)).fetchone() is not None
@@ -1531,10 +1558,10 @@ class Store:
     # Files
 
     def scan(self, files: Iterable[File], everything: bool) -> int:
-        """Compare `files`, in the order of their paths, with what is stored; how many differ.
+        """Compare `files`, in the order of their paths, with the store, and fill the table `changes`; how many differ.
 
-        To be read are new and changed files, and with other decoders than before those that could not be used.
-        `everything`: all files are to be read. In a small database, files that have lost their features are, too.
+        New and changed files are to be read. So are unusable files if the decoders have changed, files without features
+        if the database is small, and with `everything` all files.
         """
         self.scanned = self.version()
         if self.is_small() and self.any(ORPHANED):  # their digest is damaged
@@ -1614,7 +1641,7 @@ class Store:
                     is_checked = True
 
     def salvage(self) -> None:
-        """Put what holds of a damaged database into a new one, which takes its place. Call it with the lock held."""
+        """Copy the intact rows of a damaged database into a new one, which replaces it. Call it with the lock held."""
 
         def readable(columns: str, table: str, key: str) -> Iterator[tuple[Any, ...]]:
             for order in ("ASC", "DESC"):  # from its beginning and from its end, each up to the damage
@@ -1647,7 +1674,7 @@ class Store:
         self.connect()
 
     def make_sound(self) -> None:
-        """Make what is no sound database into one: of what holds, or a new one. Call it with the lock held."""
+        """Check the database, and repair it, or create it if it is new. Call it with the lock held."""
         try:
             self.check(whole=True)
         except DamageError as error:
@@ -1723,6 +1750,7 @@ class Nearest:
         self.xq, self.k, self.heap = xq, k, faiss.ResultHeap(len(xq), k, keep_max=True)
 
     def watch(self, blocks: Blocks) -> Blocks:
+        """Yield the blocks unchanged, and remember the nearest rows that passed."""
         for rows, xb in blocks:
             D, I = faiss.knn(self.xq, to_float32(xb), min(self.k, len(xb)), metric=faiss.METRIC_INNER_PRODUCT)
             self.heap.add_result(D, rows[I])
@@ -1736,10 +1764,11 @@ class Nearest:
 
 
 def coded_index(store: Store) -> Index:
-    """An index of compact codes, 64 bytes a vector, and how well it finds.
+    """An index of compact codes, 64 bytes a vector, with its measured recall.
 
-    Principal components, rotated at random so that all weigh alike, then product quantization in 4 bits, scanned whole
-    (André, Kermarrec & Le Scouarnec, VLDB 2015). It compares by L2 distance, which ranks vectors of length 1 as the
+    Vectors are projected on their principal components, rotated at random so that all weigh alike, and coded by product
+    quantization in 4 bits. A search scans all codes (André, Kermarrec & Le Scouarnec, VLDB 2015).
+    It compares by L2 distance, which ranks vectors of length 1 as the
     inner product does. The codes only choose the rows whose exact scores are computed. The shortlist grows until it
     holds nearly all of the true ten nearest of held-out vectors.
     """
@@ -1752,7 +1781,8 @@ def coded_index(store: Store) -> Index:
     faiss.downcast_index(codes.index).pq.cp.min_points_per_centroid = 1  # no warning about a small collection
     codes.train(to_float32(sample[~held]))
     nearest, index = Nearest(to_float32(sample[held]), min(TOP + 1, len(every))), faiss.IndexIDMap(codes)
-    build_index(nearest.watch(progress_bar(store.blocks(last=every[-1]), desc="compact codes", unit="block")), index)
+    blocks = store.blocks(last=int(every[-1]))  # SQLite would store and compare a NumPy integer as a BLOB
+    build_index(nearest.watch(progress_bar(blocks, desc="compact codes", unit="block")), index)
     true, shortlist = [set(I) - {own} for I, own in zip(nearest.heap.I.tolist(), chosen[held].tolist())], SHORTLIST
     while True:
         found = index.search(nearest.xq, min(shortlist, index.ntotal))[1].tolist()
@@ -1772,7 +1802,7 @@ def read_index(store: Store, to_add: bool = False) -> Index | None:
         return None
     data: Any = np.memmap(store.index, np.uint8, "r") if store.index.stat().st_size == size else b""
     if zlib.crc32(data) != checksum:
-        log.warning("%s does not match the store: it is made again", store.index)
+        log.warning("%s is damaged or out of date: it is made again", store.index)
         return None
     if to_add:
         return Index(faiss.read_index(faiss.PyCallbackIOReader(io.BytesIO(data).read)), *notes)
@@ -1821,7 +1851,7 @@ def index_on_gpus(store: Store, last: int) -> faiss.Index | None:
         return None
     share = -(-last // count)
     if any(torch.cuda.mem_get_info(gpu)[0] < 2 * share * store.dim + GPU_RESERVE for gpu in range(count)):
-        log.warning("the %d features do not fit on the GPU: the processor searches", rows)
+        log.warning("the %d features do not fit into the memory of the GPU: the search runs on the CPU", rows)
         return None
     index = faiss.IndexShards(store.dim, True, False)  # in threads; the ids are rows already
     for gpu in range(count):
@@ -2234,14 +2264,17 @@ def skip_crashing_file(store: Store, images: Path, work: Work) -> None:
     done = subprocess.run(command, input=b"\0".join(at_risk), capture_output=True, env=here)
     if done.stdout and done.returncode not in (0, 1):
         bad = files[at_risk[len(done.stdout) - 1]]
-        store.save([Picture(bad, reason="its decoder crashes")])
+        store.save([Picture(bad, reason=CRASHES)])
         with store.db:
             store.db.execute("DELETE FROM changes WHERE path = ?", (bad.path,))
 
 
 def read_new(store: Store, into: Store, images: Path, model: Model, work: Work) -> Summary:
-    """Read the files that the last scan of `store` chose, and save their features: every few seconds, and whatever ends
-    the run. A crash of a decoder leaves its last words in the lock file."""
+    """Read the files that the last scan of `store` chose, and save their features in the store `into`.
+
+    It saves every few seconds, and also when an error or an interrupt ends the run. If a decoder crashes the process,
+    faulthandler writes that into the lock file, for `skip_crashing_file`.
+    """
     known = partial(store.is_known, after=store.last_row() if work.rebuild else 0)
     to_pixels = get_transform(model.side, model.resample)
     transform = (lambda image: launch(to_pixels(image)[None], model, 1)[0][0]) if model.in_threads else to_pixels
@@ -2299,7 +2332,7 @@ def take_in_shares(store: Store) -> Summary:
 
 
 def store_changes(store: Store, images: Path, model: Model, work: Work) -> Summary | None:
-    """Read what is new, note what is gone. None, and nothing is noted as gone, if no usable image would remain."""
+    """Read what is new, and note what is gone. If no usable image would remain, note nothing and return None."""
     with store.locked():
         shares = take_in_shares(store)
         if shares.opened or store.scanned != store.version():
@@ -2326,7 +2359,7 @@ def store_changes(store: Store, images: Path, model: Model, work: Work) -> Summa
 def update(store: Store, images: Path, model: Model, work: Work) -> Summary:
     """Bring the store up to date with the folder `images`; what was found and done.
 
-    Raises DeepVisionError if no usable image is there. What is known is kept for the day the drive is back.
+    Raises DeepVisionError if no usable image is there. The store keeps what it has: the drive may only be unplugged.
     """
     summary: Summary | None = Summary()
     if scan(store, images, work) or work.prune or work.ranks > 1 or store.note("decoders") is None:
@@ -2354,8 +2387,8 @@ def store_errors(folder: Path) -> Iterator[None]:
         yield
     except (OSError, sqlite3.Error, DamageError, NotImplementedError) as error:  # the last: a disk without locks
         raise DeepVisionError(
-            f"the cache {folder} cannot be used: {first_line(error)}. What was there is untouched; make room or mend "
-            "its permissions, or choose another place with --index-dir"
+            f"the index in {folder} cannot be used: {first_line(error)}. Check the free space and the permissions, "
+            "or choose another folder with --index-dir"
         ) from error
 
 
@@ -2419,7 +2452,7 @@ def wait_for_ranks() -> None:
     try:
         torch.distributed.barrier()
     except RuntimeError as error:
-        raise DeepVisionError("another rank has stopped: run it again, what was done is saved") from error
+        raise DeepVisionError("another rank of torchrun has stopped: run it again, what was done is saved") from error
 
 
 def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
@@ -2785,7 +2818,7 @@ def score_or_label(text: str) -> float | str:
     with suppress(ValueError):
         if -1 <= float(text) <= 1:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither a cosine similarity, -1 to 1, nor {', '.join(LABELS)}")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1 to 1, and not one of: {', '.join(LABELS)}")
 
 
 def rectangle(text: str) -> tuple[float, ...]:
@@ -2800,17 +2833,19 @@ def check_combination(options: argparse.Namespace, parser: argparse.ArgumentPars
     chosen = {"--duplicates": options.duplicates is not None, "--ui": options.ui, "--export": options.export}
     mode = next((option for option, given in chosen.items() if given), "--index-only" if options.index_only else None)
     if options.no_update and (options.index_only or options.rebuild or options.prune):
-        parser.error("--no-update goes without --index-only, --rebuild and --prune")
+        parser.error("--no-update cannot be combined with --index-only, --rebuild or --prune")
     if options.queries and mode:
         parser.error(f"{mode} takes no QUERY: {options.queries[0]}")
+    if options.ui and (options.threshold, options.views) != (-1.0, "auto"):
+        parser.error("--ui does not take --threshold or --views")
     if options.ui and options.form != "text":
         parser.error("--ui prints nothing: leave out --json and --null")
     if options.port is not None and not options.ui:
-        parser.error("--port is for --ui")
+        parser.error("--port works only with --ui")
     if options.duplicates is not None and (options.threshold, options.top, options.views) != (-1.0, TOP, "auto"):
-        parser.error("--duplicates goes without --threshold, --top and --views; a score is --duplicates S")
+        parser.error("--duplicates does not take --threshold, --top or --views; for a score: --duplicates 0.9")
     if options.crop and mode:
-        parser.error(f"--crop is for a QUERY: {mode} takes none")
+        parser.error(f"--crop applies to a QUERY, and {mode} takes no QUERY")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -2823,12 +2858,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"image files, folders, addresses, or - for stdin (default: {QUERIES}/)",
     )
     add("--images", default=IMAGES, metavar="DIR", help="the collection (default: %(default)s/)")
-    add("--exclude", action="append", default=[], metavar="PATTERN", help="pass over such paths in it; may be repeated")
+    add("--exclude", action="append", default=[], metavar="PATTERN", help="leave out paths that match; may be repeated")
     add("--index-dir", default=INDEX_DIR, metavar="DIR", help="the cache (default: %(default)s/)")
     add("-k", "--top", type=int, default=TOP, metavar="N", help="matches per query (default: %(default)s)")
     below = "leave out matches below S: a cosine, -1 to 1, or copy, identical"
     add("--threshold", type=score_or_label, default=-1.0, metavar="S", help=below)
-    add("--views", choices=VIEWS, default="auto", help="edits of the query to see through (default: those that pay)")
+    add("--views", choices=VIEWS, default="auto", help="edits of the query to undo (default: auto, the useful ones)")
     part = "search with a part of the query: LEFT,TOP,RIGHT,BOTTOM, in pixels, or as shares of the picture up to 1"
     add("--crop", type=rectangle, metavar="L,T,R,B", help=part)
     add("--model", metavar="NAME", help=f"{MODEL} (default), any torchvision classification model, timm:NAME, offline")
@@ -2838,7 +2873,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, metavar="N", help="threads that read and decode (default: one a core)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--index-only", action="store_true", help="update the index, search nothing")
-    alike = "groups of the same picture in the collection: a copy, by default, or of this cosine or label"
+    alike = "list groups of the same picture in the collection; S: copy (default), identical, or the least score"
     mode.add_argument("--duplicates", type=score_or_label, nargs="?", const="copy", metavar="S", help=alike)
     mode.add_argument("--ui", action="store_true", help="search in the browser; needs Gradio")
     mode.add_argument("--export", metavar="DIR", help="features.npy and paths.txt, for any other vector database")
@@ -2858,7 +2893,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_level = partial(volume.add_argument, dest="level", default=logging.INFO, action="store_const")
     add_level("-q", "--quiet", const=logging.WARNING, help="warnings and errors alone")
     add_level("-v", "--verbose", const=logging.DEBUG, help="name the files that were skipped")
-    # Were -0 an option to argparse, so would be the -0.5 of `--threshold -0.5`.
+    # -0 is replaced here: if argparse knew it as an option, it would take the -0.5 of `--threshold -0.5` for one too.
     given = sys.argv[1:] if argv is None else argv
     options = parser.parse_intermixed_args(["--null" if arg == "-0" else arg for arg in given])
     if options.port is not None and not 0 <= options.port < 65536:
@@ -2867,7 +2902,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--images and --index-dir take a folder, and --report a file")
     for option in ("top", "batch_size", "workers"):
         if (value := getattr(options, option)) is not None and value < 1:
-            parser.error(f"--{option.replace('_', '-')} takes a whole number from 1 on, not {value}")
+            parser.error(f"--{option.replace('_', '-')} must be 1 or more, not {value}")
     check_combination(options, parser)
     return options
 
@@ -2895,14 +2930,14 @@ def fetch(name: str, path: str) -> str | None:
         opener.add_handler(getattr(urllib.request, f"{handler}Handler")())
     opener.add_handler(urllib.request.HTTPErrorProcessor())
     try:
-        source: Any = sys.stdin.buffer if name == "-" else opener.open(name, timeout=CONNECT_SECONDS)
-        with source, open(path, "wb") as target:
-            while (chunk := source.read(1 << 20)) and target.tell() <= FETCHED_BYTES:
+        source: Any = nullcontext(sys.stdin.buffer) if name == "-" else opener.open(name, timeout=CONNECT_SECONDS)
+        with source as stream, open(path, "wb") as target:
+            while (chunk := stream.read(1 << 20)) and target.tell() <= FETCHED_BYTES:
                 target.write(chunk)
             size = target.tell()
     except (OSError, ValueError, http.client.HTTPException) as error:
         return first_line(error)
-    return "nothing came" if not size else f"more than {FETCHED_BYTES:,} bytes" if size > FETCHED_BYTES else None
+    return "it is empty" if not size else f"more than {FETCHED_BYTES:,} bytes" if size > FETCHED_BYTES else None
 
 
 def answers(options: argparse.Namespace, engine: Engine, folder: str) -> Iterator[Answer | Group]:
@@ -2969,20 +3004,20 @@ def write_export(engine: Engine, folder: Path) -> None:
 def report_update(engine: Engine, options: argparse.Namespace) -> None:
     """Say on stderr what the update found and did."""
     summary, model, images = engine.summary, engine.model, options.images
-    done = f"{summary.images:,} images, searched without a look at what has changed" if options.no_update else summary
+    done = f"{summary.images:,} images, not checked for changes (--no-update)" if options.no_update else summary
     log.info("%s: %s (%s on %s, %s)", images, done, model.name, model.device, model.precision)
     if summary.recall is not None:
-        how = "compact codes choose what is compared, recall@%d %.3f; --exact compares all"
+        how = "the search is approximate (recall@%d is %.3f); --exact compares with every image"
         log.info(how, TOP, summary.recall)
     first = engine.store.db.execute(f"SELECT path FROM {USABLE} LIMIT {BLOCK}").fetchall() if options.no_update else ()
     if first and not any(os.path.exists(os.path.join(images, os.fsdecode(path))) for (path,) in first):
-        log.warning("%s has none of the first images that its index knows: is it the right folder?", images)
+        log.warning("none of the first images in the index is in %s any more: is --images the right folder?", images)
     for path, reason in engine.store.skipped() if log.isEnabledFor(logging.DEBUG) else ():
         log.debug("skipped %s: %s", escape_controls(os.path.join(images, os.fsdecode(path))), reason)
 
 
 def run(options: argparse.Namespace) -> int:
-    """The main job; its exit status."""
+    """Do what the options ask for, and return the exit status."""
     if options.ui:
         find_gradio()  # or it would be missed when all is done
     model, (rank, ranks) = load_model(options.model, options.weights, options.device), rank_of_ranks()
@@ -3020,7 +3055,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rank := rank_of_ranks()[0]:  # the first speaks for all
         log.handlers[0].setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
         log.setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message="tqdm:")  # has no memory for a thread of its own, and needs none
+    warnings.filterwarnings("ignore", message="tqdm:")  # its monitor thread failed; not needed
     warnings.filterwarnings("ignore", module="PIL")  # what Pillow doubts is either read or skipped with a reason
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -3029,7 +3064,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
         return run(options)
     except (DeepVisionError, sqlite3.Error) as error:
-        log.error("error: %s", error)
+        log.error("error: %s", escape_controls(str(error)))
         return 1
     except (MemoryError, RuntimeError, ImportError) as error:
         if not (isinstance(error, MemoryError) or NO_MEMORY.search(str(error))):
@@ -3046,7 +3081,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def interrupt(*_: Any) -> None:
-    """Work is saved. Who cannot wait for that, and sends another signal, has the process gone at once."""
+    """At the first signal, stop and save the work. At a second signal, end at once."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(130))
     raise KeyboardInterrupt
