@@ -33,8 +33,9 @@ import errno
 import faulthandler
 import fnmatch
 import hashlib
+import html
 import http.client
-import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -1872,6 +1873,9 @@ FIRST_LIST = 64  # rows of the first list of an exact search
 CLOSELY = 20  # codes looked at for each match of a list: its last match is to be found as surely as its first
 ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
 CANDIDATES = 10  # contents that are aligned with a query, whatever k is
+SAMPLED = 8000  # images that `representatives` looks at: half a second with 2048 dimensions, and sizes within 10 %
+KMEANS_ROUNDS = 10  # more move no centre by much
+MEMBERS = 100  # images of a group, at most
 
 
 @dataclass(frozen=True)
@@ -2110,6 +2114,31 @@ def search(
             matches = ranked_matches(query, found, copies, threshold)[:k]
             error = None if query.pixels else query.reason or NOT_AN_IMAGE
             yield Answer(os.fsdecode(query.file.path), matches, error)
+
+
+def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]:
+    """At most `count` groups of images that look alike, the largest first: each with its size and some of its images.
+
+    k-means over a sample of the stored features. The images of a group stand in the order of their distance from its
+    centre. A size is exact if the sample holds the whole collection, else an estimate.
+    """
+    # A digest is a hash: the first ones are a random sample.
+    sample = f"SELECT row, path FROM {USABLE.replace('WHERE', 'JOIN features USING (digest) WHERE')}"
+    with damage_reported(engine.store):
+        files = engine.store.db.execute(f"{sample} ORDER BY digest, path LIMIT {SAMPLED}").fetchall()
+        rows, _, vectors = engine.store.features_of({row for row, _ in files})
+    xb = to_float32(vectors[np.searchsorted(rows, [row for row, _ in files])])
+    options: dict[str, Any] = {"niter": KMEANS_ROUNDS, "spherical": True, "min_points_per_centroid": 1}
+    kmeans, groups = faiss.Kmeans(engine.store.dim, min(count, len(xb)), **options), list[tuple[int, list[Match]]]()
+    kmeans.train(xb)
+    D, I = kmeans.index.search(xb, 1)
+    for centre in set(I[:, 0].tolist()):
+        members = np.flatnonzero(I[:, 0] == centre)
+        nearest = members[np.argsort(-D[members, 0], kind="stable")][:MEMBERS].tolist()
+        paths = [os.path.join(engine.images, os.fsdecode(files[i][1])) for i in nearest]
+        images = [Match(n, path, float(D[i, 0]), False) for n, (i, path) in enumerate(zip(nearest, paths), start=1)]
+        groups.append((round(len(members) / len(xb) * engine.summary.images), images))
+    return sorted(groups, key=lambda group: (-group[0], group[1][0].path))
 
 
 # ---- Duplicates ------------------------------------------------------------------------------------------------------
@@ -2552,21 +2581,28 @@ figure img,svg,.none{position:absolute;inset:0;width:100%;height:100%;object-fit
 polygon{fill:none;stroke:#19b35a;stroke-width:3;vector-effect:non-scaling-stroke}
 """
 SECTIONS = """
-{% for number, item, rows in found %}<section><h2>
+{% if heading %}<h2>{{ heading|text }}</h2>{% endif %}
+{% for number, item, rows in found %}<section>{% if item[0] or item.error %}<h2>
 {% if item.error %}<b class="bad">✗ {{ item.error|text }}</b>{% elif item.keep %}{{ verdict(item) }}
-{% elif verdict(item) %}<b class="bad">✗ {{ verdict(item) }}</b>{% else %}<b class="good">✓ found</b>{% endif %}
- {{ item[0]|name }}</h2>
+{% elif verdict(item) %}<b class="bad">✗ {{ verdict(item) }}</b>
+{% else %}<b class="good">✓ found</b>{% endif %} {{ item[0]|name }}</h2>{% endif %}
 {% for kind, row in rows.items() if row %}<ol class="{{ kind }}" role="list">
 {% for match, corners, picture in row %}<li class="{{ match.label }}"><figure>{% if in_ui %}
 <button data-item="{{ number }}" data-rank="{{ match.rank }}">{% else %}
 <a href="{{ match.path|address }}" title="{{ match.path|name }}">{% endif %}{% if picture.pixels %}
-<img src="data:image/webp;base64,{{ picture.pixels[0]|base64 }}" alt="{{ match.path|name }}" loading="lazy">
-{% if corners %}<svg viewBox="0 0 {{ picture.pixels[1] }} {{ picture.pixels[2] }}" aria-hidden="true"><polygon points="
+<img src="data:image/webp;base64,{{ picture.pixels[0]|base64 }}" alt="{{ match.path|name }}" loading="lazy"
+ draggable="false">{% if corners or in_ui %}
+<svg viewBox="0 0 {{ picture.pixels[1] }} {{ picture.pixels[2] }}" aria-hidden="true"><polygon points="
 {%- for x, y in corners %}{{ x }},{{ y }} {% endfor %}"/></svg>{% endif %}{% else %}
 <span class="none">{{ (picture.reason or "not there any more")|text }}</span>{% endif %}
 </{{ "button" if in_ui else "a" }}><figcaption>
-{% if match.rank %}{{ match.rank }} · <b>{{ "%.3f" % match.score }}</b> <span class="{{ 'good' if match.label }}">
+{% if match.rank and match.view and item.keep == "" %}
+<button data-item="0" data-rank="{{ match.rank }}" data-group="1">{{ match.view }}</button>
+{% elif match.rank %}{{ match.rank }} · <b>{{ "%.3f" % match.score }}</b> <span class="{{ 'good' if match.label }}">
 {{ remark_on(match) }}</span>{% else %}<b>{{ "keep" if item.keep else "query" }}</b>{% endif %}
+{% if in_ui and not match.rank and not item.keep %}
+<input data-item="{{ number }}" data-rank="0" placeholder="part: left, top, right, bottom"
+ aria-label="Search with a part of it: left, top, right, bottom, in pixels">{% endif %}
 <br>{{ match.path|name }}{% if picture.pixels %}<small>
 {{ "{1:,} × {2:,} px, {0:,.0f} KB".format(picture.file.size / 1000, *picture.pixels[1:]) }}</small>{% endif %}
 </figcaption></figure></li>{% endfor %}</ol>{% endfor %}</section>
@@ -2611,12 +2647,13 @@ def with_thumbnails(found: Sequence[Answer | Group]) -> Iterator[tuple[int, Answ
     A picture is a Match, rank 0 for the query, with the corners of an outline, and the file with its thumbnail.
     """
     read, workers = partial(read_picture, root=b"", transform=thumbnail, known=lambda digest: False), usable_cores()
-    paths = (path for item in found if not item.error for path in (item[0], *(match.path for match in item.matches)))
+    paths = (path for it in found if not it.error for path in (it[0], *(match.path for match in it.matches)) if path)
     pictures = read_ahead(read, (File(os.fsencode(path), 0, 0) for path in paths), workers, 4 * workers)
     for number, item in enumerate(found):
         regions, rows = [match.region for match in item.matches], {"large": list[Any](), "small": list[Any]()}
         corners = [next((it.outline for it in regions if it), []), *(it.corners if it else [] for it in regions)]
-        for match in () if item.error else (Match(0, item[0], 1.0, False), *item.matches):
+        query = [Match(0, item[0], 1.0, False)] if item[0] else []
+        for match in [] if item.error else query + item.matches:
             is_large = match.label or not match.rank
             rows["large" if is_large else "small"].append((match, corners[match.rank], next(pictures)))
         yield number, item, rows
@@ -2636,17 +2673,23 @@ def template(name: str, path_name: Callable[[str], str] = decode_path) -> jinja2
     return environment.get_template(name, globals={"verdict": verdict, "remark_on": remark_on, "style": STYLE})
 
 
+def fitting(found: Sequence[Answer | Group], room: int) -> tuple[list[Answer | Group], int]:
+    """The first items with at most `room` pictures, and how many pictures are left out."""
+    kept = list[Answer | Group]()
+    for item in found:
+        if room > 0:
+            kept.append(item._replace(matches=item.matches[: room - 1]))
+        room -= 1 + len(item.matches)
+    return kept, max(0, -room)
+
+
 def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine, seconds: float) -> None:
     """Write all that was found, to look at: one file that needs no other, no script and no network.
 
     Pictures are read while it is written: memory holds those of one item. Raises DeepVisionError if it cannot be
     written; what was there is untouched then.
     """
-    room, kept, target = PAGE_PICTURES, list[Answer | Group](), Path(os.path.realpath(path))
-    for item in found:
-        if room > 0:
-            kept.append(item._replace(matches=item.matches[: room - 1]))
-        room -= 1 + len(item.matches)
+    target, (kept, left_out) = Path(os.path.realpath(path)), fitting(found, PAGE_PICTURES)
     title = f"{counted(len(found), 'query', 'queries')}, {sum(not verdict(item) for item in found):,} found"
     if not found or isinstance(found[0], Group):
         title = counted(len(found), "group") if found else "No picture is there twice"
@@ -2655,7 +2698,7 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
             raise FileExistsError(errno.EEXIST, "something else has that name")
         with whole_file(target, f".{os.getpid()}") as stream:
             template("page").stream(
-                found=with_thumbnails(kept), left_out=max(0, -room), title=title, engine=engine,
+                found=with_thumbnails(kept), left_out=left_out, title=title, engine=engine,
                 about=f"{time.strftime('%Y-%m-%d %H:%M')}, {seconds:.1f} s", skipped=engine.store.skipped(PAGE_SKIPPED),
             ).dump(stream, "utf-8")  # fmt: skip
     except OSError as error:
@@ -2667,28 +2710,62 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
 # ---- UI --------------------------------------------------------------------------------------------------------------
 
 UPLOAD_BYTES = 300_000_000  # of one file given to --ui: a photograph of 100 million pixels, uncompressed
-UI_STYLE = ".dark{color-scheme:dark}footer{display:none!important}"
-WELCOME = "<h2>What are you looking for?</h2>Give a picture, and see what looks like it"
-# A click on a picture sends its place, so that no path leaves this side. What is pasted is given like a chosen file.
-SCRIPT = """element.addEventListener("click", event => {
-    const button = event.target.closest("button")
-    if (button) trigger("click", {...button.dataset})
+UI_PICTURES = 500  # of --duplicates that the UI shows, 4 MB
+TILES = 24  # pictures that stand for the collection
+FULL_SIDE = 1 << 20  # pixels, for `to_rgb`: no JPEG is made smaller
+UI_STYLE = """.dark{color-scheme:dark}footer{display:none!important}
+.large [data-rank="0"]{touch-action:none;cursor:crosshair}[data-group]{text-decoration:underline}
+input[data-item]{width:100%;background:none;border:1px solid;border-radius:.3rem;padding:.1rem .4rem}"""
+# What is pasted is given like a chosen file. The browser's history keeps the number of each view, so that Back works.
+PAGE_SCRIPT = """() => {
+    history.replaceState({view: 0}, "")
+    addEventListener("popstate", () => document.querySelector("#back").click())
+    document.addEventListener("paste", event => {
+        const input = document.querySelector("#given input[type=file]")
+        if (!event.clipboardData.files.length) return
+        input.files = event.clipboardData.files
+        input.dispatchEvent(new Event("change", {bubbles: true}))
+    })
+}"""
+NEW_VIEW = '(here) => history.pushState({view: here}, "")'
+OLD_VIEW = "(views, k, least, here) => [views, k, least, history.state?.view || 0]"
+# A click on a picture sends its place, so that no path leaves this side. So does a rectangle that is drawn on a query,
+# or written into the field below it: it is sent in pixels of the picture.
+CLICK_SCRIPT = """let svg, from, part
+const place = event => {
+    const {x, y} = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse())
+    return [x, y]
+}
+element.addEventListener("pointerdown", event => {
+    part = null
+    svg = event.target.closest(".large [data-rank='0']")?.querySelector("svg")
+    if (svg) from = place(event), event.target.setPointerCapture(event.pointerId)
 })
-document.addEventListener("paste", event => {
-    const input = document.querySelector("#given input[type=file]")
-    if (!event.clipboardData.files.length) return
-    input.files = event.clipboardData.files
-    input.dispatchEvent(new Event("change", {bubbles: true}))
+element.addEventListener("pointermove", event => {
+    if (!svg || !event.buttons) return
+    const [x, y, X, Y] = [...from, ...place(event)]
+    svg.firstElementChild.setAttribute("points", [x, y, X, y, X, Y, x, Y])
+    part = Math.min(Math.abs(X - x), Math.abs(Y - y)) > 8 ? [x, y, X, Y].join() : null
+})
+element.addEventListener("pointerup", event => {
+    if (part) trigger("click", {...svg.closest("button").dataset, part})
+})
+element.addEventListener("click", event => {
+    const button = event.target.closest("button")
+    if (button && !part) trigger("click", {...button.dataset})
+    part = null
+})
+element.addEventListener("change", event => {
+    if (event.target.value) trigger("click", {...event.target.dataset, part: event.target.value})
+    event.target.value = ""
 })"""
 
 
 def find_gradio() -> None:
-    """Import Gradio, and have it tell nobody that it is used."""
+    """Raise DeepVisionError if Gradio is not installed; else have it tell nobody that it is used."""
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
-    try:
-        importlib.import_module("gradio")
-    except ImportError as error:
-        raise DeepVisionError(f"--ui needs Gradio ({error}): run `pip install gradio`") from error
+    if not importlib.util.find_spec("gradio"):
+        raise DeepVisionError("--ui needs Gradio: run `pip install gradio`")
 
 
 class Desk:
@@ -2696,71 +2773,142 @@ class Desk:
 
     def __init__(self, engine: Engine, work: Work) -> None:
         self.engine, self.lock = engine, threading.Lock()
+        self.groups = list[tuple[int, list[Match]]]()  # of the collection, once it was shown
         self.work = replace(work, update=True, rebuild=False, prune=False)
 
-    def state(self) -> str:
-        """The collection and the model, in words."""
-        summary, model = self.engine.summary, self.engine.model
-        where = f"{summary.images:,} images in {decode_path(self.engine.images)}, {summary.skipped:,} skipped"
-        return f"{where}; {model.name} on {model.device}"
-
-    def update(self, progress: Any) -> str:
-        """Bring the index up to date, while the old one goes on answering. Gradio shows the `progress`."""
+    def update(self) -> None:
+        """Bring the index up to date, while the old one goes on answering."""
         old, folder = self.engine, self.engine.store.folder.parent
         try:
             new = initialize_reverse_image_search(old.images, folder, model=old.model, work=self.work)
         except DeepVisionError as error:
-            return decode_path(str(error))
+            raise gradio.Error(html.escape(str(error)), print_exception=False) from error
         with self.lock:
-            self.engine = new
+            self.engine, self.groups = new, []
             old.store.close()
-        return self.state()
 
-    def search(self, queries: Sequence[str] | None, k: int, least: float) -> tuple[Any, Any]:
-        """The results as HTML, and the Answers. Without a query all stays as it is."""
-        if not queries:
-            return gradio.skip(), gradio.skip()
+    def view(self, shown: list[str] | int, k: int, least: float) -> tuple[str, list[Any]]:
+        """HTML, and what it shows: the Answers to queries, the group of this number, or with 0 the whole collection."""
+        heading, found = "", list[Any]()
         try:
             with self.lock:
-                found = list(search(queries, self.engine, k=int(k), threshold=float(least)))
+                if isinstance(shown, list):
+                    found = list(search(shown, self.engine, k=int(k), threshold=float(least)))
+                else:
+                    self.groups = self.groups or representatives(self.engine, TILES)
+                    heading, images = self.collection()
+                    if shown:
+                        size, images = self.groups[shown - 1]
+                        heading = f"{counted(size, 'picture')} that look alike"
+                    found = [Group("", images)]
         except DeepVisionError as error:
-            found = [Answer(queries[0], [], str(error))]
-        sections = template("sections", lambda path: decode_path(os.path.basename(path)))
-        return sections.render(found=with_thumbnails(found), in_ui=True), found
+            found = [Answer("", [], str(error))]
+        return as_html(found, heading), found
+
+    def collection(self) -> tuple[str, list[Match]]:
+        """A heading, and one image of each group, with the size of the group as its view."""
+        summary, model = self.engine.summary, self.engine.model
+        where = f"{counted(summary.images, 'image')} in {self.engine.images}, {summary.skipped:,} skipped"
+        heading = f"{where}; {model.name} on {model.device}. Click one to search from it, or its group to see that"
+        firsts = [images[0]._replace(view=f"group of {size:,}") for size, images in self.groups]
+        return heading, [match._replace(rank=rank) for rank, match in enumerate(firsts, start=1)]
+
+    def duplicates(self) -> tuple[str, list[Any]]:
+        """HTML, and the groups of files that hold the same picture."""
+        old = self.engine.store
+        store = Store(old.folder, old.identity, old.dim)  # a connection of its own, so that searches go on meanwhile
+        try:
+            kept, left_out = fitting(list(find_duplicates(replace(self.engine, store=store))), UI_PICTURES)
+        except DeepVisionError as error:
+            return as_html([Answer("", [], str(error))]), []
+        finally:
+            store.close()
+        more = f"; {left_out:,} more pictures have no room here: see --duplicates" if left_out else ""
+        return as_html(kept, f"{counted(len(kept), 'group')}. Nothing is deleted{more}"), kept
+
+    def cut(self, path: str, part: str) -> str:
+        """A file with a part of a picture: left, top, right, bottom, in pixels."""
+        file = File(os.fsencode(path), 0, 0)
+        read = read_picture(file, b"", lambda image: to_rgb(image, FULL_SIDE), lambda digest: False)
+        try:
+            x, y, X, Y = (int(float(number)) for number in part.split(","))
+            width, height = read.pixels.size
+            box = max(0, min(x, X)), max(0, min(y, Y)), min(width, max(x, X)), min(height, max(y, Y))
+            if box[0] >= box[2] or box[1] >= box[3]:
+                raise ValueError("it is empty")
+        except (ValueError, OverflowError, AttributeError) as error:
+            words = f"{part!r} is no part of the picture; expected are its pixels: left, top, right, bottom"
+            raise gradio.Error(html.escape(read.reason or words), print_exception=False) from error
+        target = os.path.join(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"]), "part of a picture.png")
+        read.pixels.crop(box).save(target)
+        return target
+
+
+def as_html(found: Sequence[Answer | Group], heading: str = "") -> str:
+    """The sections of the page. Of paths it has only the names, and a click sends the place of a picture."""
+    sections = template("sections", lambda path: decode_path(os.path.basename(path)))
+    return sections.render(found=with_thumbnails(found), heading=heading, in_ui=True)
 
 
 def user_interface(desk: Desk, top: int) -> Any:
     """The page in the browser, as Gradio Blocks."""
+    sections = partial(gradio.HTML, css_template=STYLE, js_on_load=CLICK_SCRIPT, apply_default_css=False)
     with gradio.Blocks(title="DeepVision", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        found = gradio.State([])  # the Answers that are shown; they stay on this side
-        with gradio.Row():
-            with gradio.Column(scale=1, min_width=260):
-                label = "Drop, paste or choose pictures"
-                given = gradio.File(label=label, file_count="multiple", height=170, elem_id="given")
-                k = gradio.Slider(1, 100, min(top, 100), step=1, label="How many", elem_id="top")
-                least = gradio.Slider(0, 1, 0, step=0.01, label="From which score", elem_id="least")
-                state = gradio.Textbox(label="Collection", interactive=False, elem_id="state")
-                renew = gradio.Button("Update the index", elem_id="update")
-            with gradio.Column(scale=3):
-                html = partial(gradio.HTML, css_template=STYLE, js_on_load=SCRIPT, apply_default_css=False)
-                shown = html(WELCOME, elem_id="found")
+        views, found, groups = gradio.State([0]), gradio.State([]), gradio.State([])  # they stay on this side
+        progress = gradio.Progress(track_tqdm=True)
+        here, back = gradio.Number(0, visible=False), gradio.Button(visible="hidden", elem_id="back")
+        with gradio.Tabs() as tabs:
+            with gradio.Tab("Search", id="search"), gradio.Row():
+                with gradio.Column(scale=1, min_width=260):
+                    label = "Drop, paste or choose pictures"
+                    given = gradio.File(label=label, file_count="multiple", height=170, elem_id="given")
+                    k = gradio.Slider(1, 100, min(top, 100), step=1, label="How many", elem_id="top")
+                    least = gradio.Slider(0, 1, 0, step=0.01, label="From which score", elem_id="least")
+                    start = gradio.Button("Show the collection", elem_id="start")
+                    renew = gradio.Button("Update the index", elem_id="update")
+                with gradio.Column(scale=3):
+                    shown = sections(elem_id="found")
+            with gradio.Tab("The same picture twice", id="twice"):
+                look, twice = gradio.Button("Look for them", elem_id="look"), sections(elem_id="twice")
 
-        def from_given(given: list[str] | None, k: int, least: float) -> Any:
-            return None, *desk.search(given, k, least)
+        def visit(view: list[str] | int, views: list[Any], k: int, least: float, here: int) -> Any:
+            views = [*views[: int(here) + 1], view]
+            return views, len(views) - 1, *desk.view(view, k, least), gradio.Tabs(selected="search")
 
-        def from_found(found: list[Answer], k: int, least: float, event: gradio.EventData) -> Any:
-            answer, rank = found[int(event.item)], int(event.rank)
-            return desk.search([answer.matches[rank - 1].path if rank else answer.query], k, least)
+        def from_given(given: list[str], *rest: Any) -> Any:
+            return None, *visit([*given], *rest)
 
-        def again(found: list[Answer], k: int, least: float) -> Any:
-            return desk.search([answer.query for answer in found], k, least)
+        def from_found(event: gradio.EventData, found: list[Any], *rest: Any) -> Any:
+            item, rank, part = found[int(event.item)], int(event.rank), getattr(event, "part", None)
+            if getattr(event, "group", None):
+                return visit(rank, *rest)
+            path = item.matches[rank - 1].path if rank else item[0]
+            return visit([desk.cut(path, part) if part else path], *rest)
 
-        answered, private, settings = [shown, found], {"api_visibility": "private"}, [k, least]
-        given.upload(from_given, [given, *settings], [given, *answered], **private)
-        shown.click(from_found, [found, *settings], answered, **private)
-        gradio.on([k.release, least.release], again, [found, *settings], answered, **private)
-        renew.click(partial(desk.update, gradio.Progress(track_tqdm=True)), None, state, **private)
-        page.load(desk.state, None, state, **private)
+        def again(views: list[Any], k: int, least: float, here: int) -> Any:
+            here = min(int(here), len(views) - 1)
+            return here, *desk.view(views[here], k, least)
+
+        def update(progress: Any = progress) -> None:
+            desk.update()
+
+        def duplicates(progress: Any = progress) -> Any:
+            return desk.duplicates()
+
+        private = {"api_visibility": "private"}
+        rest, then = [views, k, least, here], [views, here, shown, found, tabs]
+        visits = [
+            given.upload(from_given, [given, *rest], [given, *then], **private),
+            shown.click(from_found, [found, *rest], then, **private),
+            twice.click(from_found, [groups, *rest], then, **private),
+            start.click(partial(visit, 0), rest, then, **private),
+            renew.click(update, **private).success(partial(visit, 0), rest, then, **private),
+        ]
+        for visited in visits:
+            visited.success(None, here, js=NEW_VIEW, **private)
+        gradio.on([k.release, least.release], again, rest, [here, shown, found], **private)
+        gradio.on([page.load, back.click], again, rest, [here, shown, found], js=OLD_VIEW, **private)
+        look.click(duplicates, None, [twice, groups], **private)
     return page
 
 
@@ -2798,6 +2946,7 @@ def serve(engine: Engine, work: Work, port: int, top: int) -> None:
         app = gradio.mount_gradio_app(
             fastapi.FastAPI(openapi_url=None), page, "/", "127.0.0.1", port, footer_links=[], run_history=False,
             max_file_size=UPLOAD_BYTES, ssr_mode=False, enable_monitoring=False, show_error=True, css=UI_STYLE,
+            js=PAGE_SCRIPT,
         )  # fmt: skip
         page.has_launched = True  # or Gradio would take any path on this machine for an uploaded one
         log.info("http://127.0.0.1:%d", port)

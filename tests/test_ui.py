@@ -13,15 +13,21 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import MAIN, Outcome, draw, draw_rich, requests
 from PIL import ImageOps
+from test_page import check_layout, emulate
+
+import main
 
 Run = Callable[..., Outcome]
 WAIT = 60  # seconds, on a busy machine
@@ -51,6 +57,7 @@ class Server:
         self.process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
         lines = iter(self.process.stderr.readline, "")
         self.url = next(line.strip() for line in lines if line.startswith("http://127.0.0.1:"))
+        threading.Thread(target=deque, args=(lines, 0), daemon=True).start()  # a full pipe would stop it
 
     def ask(self, path: str, method: str = "GET", body: Any = None, **headers: str) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=WAIT)
@@ -70,15 +77,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 class Tab:
     def __init__(self, browser: Any, server: Server) -> None:
-        self.browser, self.folder = browser, server.folder
+        self.browser, self.folder, self.url = browser, server.folder, server.url
         browser.get(server.url)
-        self.until(lambda: self.all("#given input[type=file]") and "images" in self.state())
+        self.until(lambda: self.all("#given input[type=file]") and self.all("#found [data-group]"))
 
     def all(self, selector: str) -> list[Any]:
         return self.browser.find_elements("css selector", selector)
-
-    def state(self) -> str:
-        return "".join(str(area.get_attribute("value")) for area in self.all("#state textarea"))
 
     def headings(self) -> list[str]:
         return [heading.text for heading in self.all("#found h2")]
@@ -102,10 +106,10 @@ class Tab:
                 if it := there():
                     return it
             except Exception as error:
-                if type(error).__name__ != "StaleElementReferenceException":  # drawn anew meanwhile
+                if type(error).__name__ not in ("StaleElementReferenceException", "IndexError"):  # drawn anew meanwhile
                     raise
             time.sleep(0.05)
-        raise AssertionError(f"it shows {self.headings()}, {self.captions()}, {self.state()!r}")
+        raise AssertionError(f"it shows {self.headings()}, {self.captions()}, {self.all('body')[0].text}")
 
 
 @pytest.fixture
@@ -129,6 +133,8 @@ def test_an_edited_copy_is_found_and_a_click_searches_from_it(tab: Tab) -> None:
     assert tab.names().count("<b>5 again&.png") == 1  # the query itself
     loaded = "return [...document.querySelectorAll('#found img')].every(i => i.complete && i.naturalWidth > 100)"
     tab.until(lambda: tab.browser.execute_script(loaded))
+    asked = requests(tab.browser)
+    assert len(asked) > 20 and all(url.startswith((tab.url, "data:", "blob:")) for url in asked)
 
 
 def test_several_are_searched_and_a_bad_one_is_named(tab: Tab) -> None:
@@ -175,13 +181,131 @@ def set_to(tab: Tab, slider: str, value: str) -> None:
     field.send_keys("\ue009a\ue000", value, "\ue007", "\ue004")  # all of it, and then Enter and Tab
 
 
+def test_it_opens_on_the_collection_and_back_works(tab: Tab) -> None:
+    assert tab.headings()[0].startswith("9 images in bulk_images, 1 skipped; offline on cpu")
+    sizes = [int(button.text.removeprefix("group of ")) for button in tab.all("#found [data-group]")]
+    assert sum(sizes) == 9 and sizes == sorted(sizes, reverse=True) and sizes[0] > 1  # two files are identical
+    tab.all("#found [data-group]")[0].click()
+    tab.until(lambda: tab.headings() == [f"{sizes[0]} pictures that look alike"])
+    group = tab.names()
+    assert len(group) == sizes[0]
+    tab.all("#found figure > button")[1].click()
+    tab.until(lambda: tab.names()[:1] == group[1:2] and "look" not in tab.headings()[0])
+    for step, heading in ((tab.browser.back, "alike"), (tab.browser.back, "9 images"), (tab.browser.forward, "alike")):
+        step()
+        tab.until(lambda heading=heading: heading in tab.headings()[0])
+    tab.all("#start")[0].click()
+    tab.until(lambda: "9 images" in tab.headings()[0])
+    tab.browser.back()
+    tab.until(lambda: tab.names() == group)
+    tab.browser.refresh()
+    tab.until(lambda: "9 images" in tab.headings()[0])
+
+
+@pytest.mark.parametrize("pointer", ["mouse", "touch"])
+def test_a_rectangle_on_the_query_is_searched_for(pointer: str, tab: Tab) -> None:
+    from selenium.webdriver.common.actions.action_builder import ActionBuilder
+    from selenium.webdriver.common.actions.pointer_input import PointerInput
+
+    tab.give("edited.jpg")
+    picture = tab.until(lambda: tab.headings() == ["✓ found edited.jpg"] and tab.all("#found .large img")[0])
+    x, y, side = (int(picture.rect[key]) for key in ("x", "y", "width"))  # the side stands for 480 pixels
+    actions = ActionBuilder(tab.browser, mouse=PointerInput(pointer, pointer))
+    actions.pointer_action.move_to_location(x + side // 4, y + side // 4).pointer_down()
+    for share in (2, 3):
+        actions.pointer_action.move_to_location(x + share * side // 4, y + share * side // 4)
+    actions.pointer_action.pointer_up()
+    actions.perform()
+    tab.until(lambda: tab.headings() == ["✓ found part of a picture.png"])
+    width, height = map(int, tab.captions()[0].split(" · ")[-1].split(" px")[0].split(" × "))
+    assert abs(width - 240) < 4 and abs(height - 240) < 4
+    assert set(tab.names(".copy")) == {"5.png", "<b>5 again&.png"} and "covers 2" in tab.captions(".copy")[0]
+    tab.browser.back()
+    tab.until(lambda: tab.headings() == ["✓ found edited.jpg"])
+
+
+def test_by_keyboard_alone(tab: Tab) -> None:
+    """Through all that can be reached: a group, a search, and a part of its query."""
+    press(tab, "[data-group]", "\ue007")
+    tab.until(lambda: "alike" in tab.headings()[0])
+    press(tab, "#found figure > button", " ")
+    tab.until(lambda: "✓" in tab.headings()[0])
+    press(tab, "#found input", "40,40,200,400\ue007")
+    tab.until(lambda: "part of a picture.png" in tab.headings()[0] and " 160 × " in tab.captions()[0])
+    for words in (
+        "500,0,600,90",
+        "1,2,3",
+        "a,b,c,d",
+        "nan,nan,nan,nan",
+        "inf,0,9,9",
+        "0,0,0,9",
+        "../../small.png",
+        "<b>",
+    ):
+        press(tab, "#found input", f"{words}\ue007")
+        message = f"'{words}' is no part of the picture"
+        tab.until(lambda message=message: message in tab.all(".toast-wrap")[0].get_property("textContent"))
+    tab.browser.back()
+    tab.until(lambda: "part" not in tab.headings()[0])
+
+
+def press(tab: Tab, selector: str, keys: str) -> None:
+    """Move the focus to this element with Tab alone, which shows it, and press the keys."""
+    for _ in range(60):
+        tab.browser.switch_to.active_element.send_keys("\ue004")
+        if tab.browser.execute_script(f"return document.activeElement.matches('{selector}')"):
+            break
+    at = tab.browser.switch_to.active_element
+    assert tab.browser.execute_script("return getComputedStyle(arguments[0]).outlineStyle", at) == "solid", selector
+    at.send_keys(keys)
+
+
+def test_the_same_picture_twice(tab: Tab) -> None:
+    next(it for it in tab.all("button[role=tab]") if "twice" in it.text).click()
+    tab.until(lambda: tab.all("#look")[0].is_displayed())
+    tab.all("#look")[0].click()
+    headings = tab.until(lambda: [it.text for it in tab.all("#twice h2")])
+    assert headings == ["1 group. Nothing is deleted", "keep: the best of 2 5.png"]
+    assert "1 · 1.000 identical" in tab.all("#twice figcaption")[1].text
+    tab.all("#twice figure > button")[1].click()
+    tab.until(lambda: tab.headings() == ["✓ found <b>5 again&.png"])
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_it_fits_a_phone_and_a_desk_by_day_and_by_night(tab: Tab, server: Server, width: int, scheme: str) -> None:
+    emulate(tab.browser, width, scheme)
+    tab = Tab(tab.browser, server)
+    tab.give("edited.jpg")
+    tab.until(lambda: tab.headings() == ["✓ found edited.jpg"])
+    check_layout(tab.browser, width, *(f"#found {it}" for it in ("h2", "figcaption b", "small", "b.good", "span.good")))
+
+
+def test_groups_stand_for_the_collection(collection: Callable[[int], Path]) -> None:
+    """Of three kinds of vectors, in files of three folders, among them a file that is gone."""
+    collection(1)
+    engine = main.initialize_reverse_image_search(model=main.offline_model("cpu"))
+    random, dim, sizes = np.random.default_rng(0), engine.model.dim, [50, 20, 10]
+    centres, files = random.normal(size=(3, dim)), []
+    for kind, number in ((kind, number) for kind, size in enumerate(sizes) for number in range(size)):
+        vector = centres[kind] + 0.1 * random.normal(size=dim)
+        file, vector = main.File(b"%d/%d" % (kind, number), 1, 1), vector / np.linalg.norm(vector)
+        files.append(main.Picture(file, random.bytes(16), None, vector.astype(np.float16)))
+    engine.store.save([*files, main.Picture(main.File(b"0.png", 1, 1), vanished=True)])
+    engine.summary.images = 80
+    groups = main.representatives(engine, 3)
+    assert [size for size, _ in groups] == [len(images) for _, images in groups] == sizes
+    for kind, (_, images) in enumerate(groups):
+        assert {Path(match.path).parent.name for match in images} == {str(kind)}
+        assert images == sorted(images, key=lambda match: -match.score)
+    assert len(main.representatives(engine, 100)) > 24
+
+
 def test_the_index_is_updated_on_demand(tab: Tab) -> None:
-    before = tab.state()
-    assert before == "9 images in bulk_images, 1 skipped; offline on cpu"
     draw(100, (240, 160)).save(tab.folder / "bulk_images" / "new.png")
     draw(100, (120, 80)).save(tab.folder / "of new.png")
     tab.all("#update")[0].click()
-    tab.until(lambda: tab.state().startswith("10 images"))
+    tab.until(lambda: tab.headings()[0].startswith("10 images"))
     tab.give("of new.png")
     tab.until(lambda: tab.names()[:2] == ["of new.png", "new.png"])
 
@@ -202,14 +326,6 @@ def test_two_tabs_keep_their_own_queries(tab: Tab, server: Server) -> None:
     tab.until(lambda: tab.names()[:1] == ["2.png"])
 
 
-def test_nothing_is_asked_of_another_host(tab: Tab, server: Server) -> None:
-    tab.give("edited.jpg")
-    tab.until(lambda: tab.headings() == ["✓ found edited.jpg"])
-    asked = requests(tab.browser)
-    assert len(asked) > 20
-    assert [url for url in asked if not url.startswith((server.url, "data:", "blob:"))] == []
-
-
 # ---- What it refuses -------------------------------------------------------------------------------------------------
 
 
@@ -222,15 +338,15 @@ def test_no_file_is_served(path: str, server: Server) -> None:
             assert server.ask(f"/gradio_api/{route}{name}")[0] >= 400
 
 
-def called(server: Server, path: str, session: str) -> bytes:
-    """What comes of a call of each function that takes a picture or a query, as if the page had uploaded `path`."""
-    image = {"path": path, "url": path, "meta": {"_type": "gradio.FileData"}}
-    calls = [call for call in json.loads(server.ask("/config")[1])["dependencies"] if len(call["inputs"]) == 3]
-    assert len(calls) == 3
-    answers = b""
-    for call in calls:
-        event = {"item": 0, "rank": 0, "path": path, "query": path}
-        data = {"data": [[image], 3, 0], "fn_index": call["id"], "session_hash": session, "event_data": event}
+def called(server: Server, path: str, session: str, event: dict[str, Any]) -> bytes:
+    """What comes of a call of each function of the page, as if it had uploaded `path`."""
+    image, answers = {"path": path, "url": path, "meta": {"_type": "gradio.FileData"}}, b""
+    calls = json.loads(server.ask("/config")[1])["dependencies"]
+    for call in (call for call in calls if call["backend_fn"] and call["inputs"]):
+        given = ([[image], [[path]], 3, 0, 0] if len(call["inputs"]) == 5 else [[[path]], 3, 0, 0])[
+            : len(call["inputs"])
+        ]
+        data = {"data": given, "fn_index": call["id"], "session_hash": session, "event_data": event}
         answers += server.ask("/gradio_api/run/predict", "POST", json.dumps(data), Content_Type="application/json")[1]
     return answers
 
@@ -241,11 +357,21 @@ def test_a_query_cannot_be_another_path_or_address(forged: str, server: Server) 
     picture = (server.folder / "small.png").read_bytes()
     form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="small.png"\r\n\r\n%b\r\n--x--\r\n' % picture
     _, uploaded = server.ask("/gradio_api/upload", "POST", form, Content_Type="multipart/form-data; boundary=x")
-    assert b"small.png</h2>" in called(server, json.loads(uploaded)[0], "honest")  # so that is how it would be done
+    event = {"item": 0, "rank": 0}
+    assert b"small.png</h2>" in called(server, json.loads(uploaded)[0], "honest", event)
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"http://127.0.0.1:{other.getsockname()[1]}/small.png"
-        answers = called(server, address if forged == "http" else str(server.folder / forged), "forged")
-        assert b"</h2>" not in answers and b"webp" not in answers
+        path = address if forged == "http" else str(server.folder / forged)
+        events = [
+            event,
+            {**event, "part": "0,0,50,50"},
+            {**event, "group": 1},
+            {"item": path, "rank": path, "part": path},
+        ]
+        for number, event in enumerate(events):
+            answers = called(server, path, f"{forged} {number}", {**event, "path": path, "query": path})
+            assert b"small.png</h2>" not in answers and b"part of a picture" not in answers
+            assert os.fsencode(server.folder) not in answers.replace(os.fsencode(path), b"")
         assert select.select([other], [], [], 0.5)[0] == []  # nobody has asked
 
 
