@@ -2591,7 +2591,7 @@ SECTIONS = """
 <button data-item="{{ number }}" data-rank="{{ match.rank }}">{% else %}
 <a href="{{ match.path|address }}" title="{{ match.path|name }}">{% endif %}{% if picture.pixels %}
 <img src="data:image/webp;base64,{{ picture.pixels[0]|base64 }}" alt="{{ match.path|name }}" loading="lazy"
- draggable="false">{% if corners or in_ui %}
+ {{ "draggable=false" if in_ui }}>{% if corners or in_ui %}
 <svg viewBox="0 0 {{ picture.pixels[1] }} {{ picture.pixels[2] }}" aria-hidden="true"><polygon points="
 {%- for x, y in corners %}{{ x }},{{ y }} {% endfor %}"/></svg>{% endif %}{% else %}
 <span class="none">{{ (picture.reason or "not there any more")|text }}</span>{% endif %}
@@ -2836,12 +2836,36 @@ class Desk:
             box = max(0, min(x, X)), max(0, min(y, Y)), min(width, max(x, X)), min(height, max(y, Y))
             if box[0] >= box[2] or box[1] >= box[3]:
                 raise ValueError("it is empty")
-        except (ValueError, OverflowError, AttributeError) as error:
+        except (ValueError, OverflowError, AttributeError) as error:  # the last: the file cannot be read
             words = f"{part!r} is no part of the picture; expected are its pixels: left, top, right, bottom"
             raise gradio.Error(html.escape(read.reason or words), print_exception=False) from error
         target = os.path.join(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"]), "part of a picture.png")
         read.pixels.crop(box).save(target)
         return target
+
+    # What the events of the page call. `views` are those of one browser tab, `here` is the number of the one it shows.
+
+    def visit(self, view: list[str] | int, views: list[Any], k: int, least: float, here: int) -> Any:
+        """Show a new view, which takes the place of those after `here`."""
+        views = [*views[: int(here) + 1], view]
+        return views, len(views) - 1, *self.view(view, k, least), gradio.Tabs(selected="search")
+
+    def again(self, views: list[Any], k: int, least: float, here: int) -> Any:
+        """Show the view `here`."""
+        here = min(int(here), len(views) - 1)
+        return here, *self.view(views[here], k, least)
+
+    def from_given(self, given: list[str], *rest: Any) -> Any:
+        """Search with the files that were given, and empty their field. `rest`: what `visit` takes after the view."""
+        return None, *self.visit([*given], *rest)
+
+    def from_found(self, event: gradio.EventData, found: list[Any], *rest: Any) -> Any:
+        """Search from a picture that was clicked, or from a part of it, or show its group."""
+        item, rank, part = found[int(event.item)], int(event.rank), getattr(event, "part", None)
+        if getattr(event, "group", None):
+            return self.visit(rank, *rest)
+        path = item.matches[rank - 1].path if rank else item[0]
+        return self.visit([self.cut(path, part) if part else path], *rest)
 
 
 def as_html(found: Sequence[Answer | Group], heading: str = "") -> str:
@@ -2871,24 +2895,6 @@ def user_interface(desk: Desk, top: int) -> Any:
             with gradio.Tab("The same picture twice", id="twice"):
                 look, twice = gradio.Button("Look for them", elem_id="look"), sections(elem_id="twice")
 
-        def visit(view: list[str] | int, views: list[Any], k: int, least: float, here: int) -> Any:
-            views = [*views[: int(here) + 1], view]
-            return views, len(views) - 1, *desk.view(view, k, least), gradio.Tabs(selected="search")
-
-        def from_given(given: list[str], *rest: Any) -> Any:
-            return None, *visit([*given], *rest)
-
-        def from_found(event: gradio.EventData, found: list[Any], *rest: Any) -> Any:
-            item, rank, part = found[int(event.item)], int(event.rank), getattr(event, "part", None)
-            if getattr(event, "group", None):
-                return visit(rank, *rest)
-            path = item.matches[rank - 1].path if rank else item[0]
-            return visit([desk.cut(path, part) if part else path], *rest)
-
-        def again(views: list[Any], k: int, least: float, here: int) -> Any:
-            here = min(int(here), len(views) - 1)
-            return here, *desk.view(views[here], k, least)
-
         def update(progress: Any = progress) -> None:
             desk.update()
 
@@ -2898,16 +2904,16 @@ def user_interface(desk: Desk, top: int) -> Any:
         private = {"api_visibility": "private"}
         rest, then = [views, k, least, here], [views, here, shown, found, tabs]
         visits = [
-            given.upload(from_given, [given, *rest], [given, *then], **private),
-            shown.click(from_found, [found, *rest], then, **private),
-            twice.click(from_found, [groups, *rest], then, **private),
-            start.click(partial(visit, 0), rest, then, **private),
-            renew.click(update, **private).success(partial(visit, 0), rest, then, **private),
+            given.upload(desk.from_given, [given, *rest], [given, *then], **private),
+            shown.click(desk.from_found, [found, *rest], then, **private),
+            twice.click(desk.from_found, [groups, *rest], then, **private),
+            start.click(partial(desk.visit, 0), rest, then, **private),
+            renew.click(update, **private).success(partial(desk.visit, 0), rest, then, **private),
         ]
         for visited in visits:
             visited.success(None, here, js=NEW_VIEW, **private)
-        gradio.on([k.release, least.release], again, rest, [here, shown, found], **private)
-        gradio.on([page.load, back.click], again, rest, [here, shown, found], js=OLD_VIEW, **private)
+        gradio.on([k.release, least.release], desk.again, rest, [here, shown, found], **private)
+        gradio.on([page.load, back.click], desk.again, rest, [here, shown, found], js=OLD_VIEW, **private)
         look.click(duplicates, None, [twice, groups], **private)
     return page
 
