@@ -1021,8 +1021,10 @@ SMALLEST = 128  # pixels of the shorter side of a query that is searched by its 
 VIEW_SIDE = 4  # times the model's side: the longer side of the picture that views are cut from
 
 
-def cut_out(image: Image.Image, part: Sequence[float]) -> Image.Image:
-    """A part of the upright picture: left, top, right, bottom in pixels, or as shares of its sides if none is over 1.
+def cut_out(image: Image.Image, part: Sequence[float]) -> tuple[Image.Image, int, int]:
+    """A part of the upright picture, and its left and top there, in pixels.
+
+    part  left, top, right, bottom in pixels, or as shares of its sides if none is over 1
 
     Raises ValueError if the part is empty or does not lie within the picture.
     """
@@ -1030,12 +1032,15 @@ def cut_out(image: Image.Image, part: Sequence[float]) -> Image.Image:
     scale = (*picture.size, *picture.size) if max(part) <= 1 else (1, 1, 1, 1)
     left, top, right, bottom = box = [round(value * full) for value, full in zip(part, scale)]
     if not (0 <= left < right <= picture.width and 0 <= top < bottom <= picture.height):
-        raise ValueError(f"the part {box} does not lie within its {picture.width} × {picture.height} pixels")
-    return picture.crop((left, top, right, bottom))
+        raise ValueError(f"--crop {box} does not lie within the picture of {picture.width} × {picture.height} pixels")
+    return picture.crop((left, top, right, bottom)), left, top
 
 
 def parts_of(picture: Image.Image, model: Model, sizes: Sequence[float]) -> list[torch.Tensor]:
-    """The pixels of the parts of a query that may be a picture of their own: windows, halves and bands."""
+    """Parts of the query that may be a picture of their own, each squeezed to the pixels of the model.
+
+    For each shape and size, the query is resized once, and the parts are cut out of it at regular steps.
+    """
     found, side, (width, height) = list[torch.Tensor](), model.side, picture.size
     for shape, size in itertools.product(SHAPES, sizes):
         across, down = size * min(1.0, shape * height / width), size * min(1.0, width / shape / height)  # of the query
@@ -1051,7 +1056,7 @@ def parts_of(picture: Image.Image, model: Model, sizes: Sequence[float]) -> list
 
 
 def larger_views(picture: Image.Image, model: Model) -> Iterator[View]:
-    """The query as a part of a larger picture."""
+    """Views that suppose that the query was cut out of a larger picture: each at one size and place in it."""
     for share, places in LARGER:
         small = round(share * model.side)
         pixels = squeeze(picture, small, small, model.resample)
@@ -1156,7 +1161,7 @@ def blob_points(light: torch.Tensor, count: int) -> torch.Tensor:
     x, y = x[is_blob], y[is_blob]
     rank, cell = -D[y, x].abs().numpy(), (SPREAD * y // len(light) * SPREAD + SPREAD * x // light.shape[1]).numpy()
     order = np.lexsort((rank, cell))
-    turn = np.arange(len(order)) - np.searchsorted(cell[order], cell[order])  # the rank of each blob in its cell
+    turn = np.arange(len(order)) - np.searchsorted(cell[order], cell[order])  # place of each blob in its cell
     return torch.stack([x, y], 1)[order[np.lexsort((rank[order], turn))[:count]]]
 
 
@@ -1189,11 +1194,11 @@ def describe_points(light: torch.Tensor, xy: torch.Tensor) -> tuple[torch.Tensor
     return angle, torch.nn.functional.normalize(torch.nn.functional.normalize(cells, p=1).sqrt())
 
 
-def local_features(image: Image.Image, area: int = AREA, count: int = POINTS) -> LocalFeatures:
-    """At most `count` local features of a picture, computed on `area` pixels. One without structure has none."""
+def local_features(image: Image.Image, area: int = AREA, count: int = POINTS, side: int = 0) -> LocalFeatures:
+    """At most `count` local features of a picture, computed on `area` pixels. A plain picture may have none."""
     width, height = image.size
     scale = min(1.0, (area / (width * height)) ** 0.5)
-    picture = to_rgb(image, math.ceil(scale * max(width, height) / DRAFT_SCALE))
+    picture = to_rgb(image, max(side, math.ceil(scale * max(width, height) / DRAFT_SCALE)))
     if (picture.width - picture.height) * (width - height) < 0:  # EXIF has turned it
         width, height = height, width
     small = max(1, round(scale * width)), max(1, round(scale * height))
@@ -1216,13 +1221,13 @@ def local_features(image: Image.Image, area: int = AREA, count: int = POINTS) ->
 
 
 def seen_through(query: LocalFeatures, mirrored: bool, negative: bool) -> LocalFeatures:
-    """The local features that the query would have, mirrored or as a negative, without computing them again."""
+    """The local features of the mirrored query, of its negative, or of both. They are derived, not computed again."""
     size, grey, places, frames, descriptors = query
     cells = descriptors.reshape(-1, 4, 4, 8)
-    if mirrored:  # each window flips across its own direction
+    if mirrored:  # the window of a point is mirrored along with the picture
         grey, places, frames = ImageOps.mirror(grey), grey.width - places.conj(), -frames.conj()
         cells = cells[:, ::-1][..., [0, 7, 6, 5, 4, 3, 2, 1]]
-    if negative:  # each direction turns round, and the window with it
+    if negative:  # dark and light change places: each direction, and its window, turns by 180°
         frames, cells = -frames, cells[:, ::-1, ::-1]
     return LocalFeatures(size, grey, places, frames, cells.reshape(-1, 128))
 
@@ -1233,9 +1238,10 @@ def homogeneous(places: np.ndarray) -> np.ndarray:
 
 
 def fitted(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.ndarray]:
-    """The affine transform, (3, 3), from the places q to m, fitted to those that agree; and how many points these are.
+    """How many points agree on an affine transform from the places q to m, and that transform, (3, 3).
 
-    Points in one cell count once. No points if they are too few, or if the transform is far from a similarity.
+    `agrees` marks the points to start with. Points in one cell count once. The number is 0 if fewer than AGREEING
+    agree, or if the transform distorts the picture too much.
     """
     Q, M, H, points = homogeneous(q), homogeneous(m), np.eye(3), 0
     for _ in range(3):
@@ -1252,10 +1258,10 @@ def fitted(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.nd
 
 
 def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.ndarray]:
-    """How many points agree on a transform from query to match, and the one, (3, 3), on which most do.
+    """The transform, (3, 3), from query to match on which most points agree, after the number of these points.
 
-    Points that resemble each other, and no rival as much, are matched. Each match proposes a similarity by its own
-    place, size and angle. All are tried at once, without chance.
+    A point is matched to the one it resembles most, if it resembles no other place nearly as much. Each matched pair
+    proposes a similarity by its places, sizes and angles. All proposals are tried, none is drawn at random.
     """
     S = torch.from_numpy(query.descriptors) @ torch.from_numpy(match.descriptors).T
     scores, best = (found.numpy() for found in S.topk(min(RIVALS, S.shape[1])))
@@ -1272,9 +1278,9 @@ def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.
 
 
 def common_share(query: LocalFeatures, match: LocalFeatures, H: np.ndarray) -> tuple[float, float]:
-    """Which share of what both pictures show agrees, and which share of the match's area that is.
+    """Two shares: of the cells that both pictures show, those that agree; and of the match's area, what agrees.
 
-    The query is warped onto the match by H, and both are correlated cell by cell.
+    The query is warped onto the match by H. The two are then correlated cell by cell.
     """
     fine, cells = 4 * GRID, GRID // GRID_CELL  # four samples a side are averaged to one: no aliasing, less noise
     data = np.linalg.inv(H) @ np.diag([match.grey.width / fine, match.grey.height / fine, 1])
@@ -1870,7 +1876,7 @@ QUERY_THREADS = 2  # that read queries; each query has many views
 TOGETHER = 16  # queries compared at once: each costs a third of what it costs alone
 SCAN_VIEWS = 20  # views from which on FAISS multiplies matrices: comparing blocks is quicker than a scan by the index
 FIRST_LIST = 64  # rows of the first list of an exact search
-CLOSELY = 20  # codes looked at for each match of a list: its last match is to be found as surely as its first
+CLOSELY = 20  # codes compared for each match that a list yields: of `count` rows, only the best 1 in 20 are trusted
 ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
 CANDIDATES = 10  # contents that are aligned with a query, whatever k is
 SAMPLED = 8000  # images that `representatives` looks at: half a second with 2048 dimensions, and sizes within 10 %
@@ -1900,6 +1906,7 @@ class Seen(NamedTuple):
     views: list[str]  # their names
     features: np.ndarray  # of the views, float32 (views, dim)
     local: LocalFeatures
+    corner: Sequence[int] = (0, 0)  # left and top of the part that was searched with, in pixels of the whole query
 
 
 class Scored(NamedTuple):
@@ -1926,9 +1933,10 @@ def best_rows(D: np.ndarray, I: np.ndarray, count: int) -> np.ndarray:
 
 
 def candidate_rows(engine: Engine, xq: np.ndarray, splits: Sequence[int], count: int) -> list[np.ndarray]:
-    """For each query the rows among which its `count` nearest are. `splits`: its number of views in xq, (views, dim).
+    """For each query, rows that include its `count` nearest ones.
 
-    Rows that are not in the index yet, and with an exact search of many views all rows, are compared one by one.
+    xq holds the views of all queries, (views, dim), and `splits` the number of views of each query. Rows that are not
+    in the index yet are compared one by one. So are all rows if the search is exact or has many views.
     """
     index, last = engine.index, engine.store.last_row()
     scans = engine.exact or (not index.shortlist and len(xq) >= SCAN_VIEWS)
@@ -1965,8 +1973,9 @@ def first_list(engine: Engine) -> int:
 def ranked(engine: Engine, xq: np.ndarray, rows: np.ndarray) -> Iterator[Scored]:
     """All contents of the store, compared with a query's views, xq (views, dim), best first. `rows`: its first list.
 
-    Each further list has four times as many rows. Codes may find a row late. If it then scores above the end of an
-    earlier list, it is left out. So the order does not depend on how many contents are asked for.
+    Rows are looked up in lists, each four times as long as the last. Of a list, only the scores above `bound` are
+    yielded, since a longer list may still find rows below it. A row that a longer list finds above the bound of an
+    earlier one is left out: the order is then the same however many contents are asked for.
     """
     by_codes, count, end = bool(engine.index.shortlist) and not engine.exact, first_list(engine), math.inf
     while True:
@@ -1991,8 +2000,8 @@ def location(path: str) -> str:
 def nearest_files(engine: Engine, query: Picture, scored: Iterable[Scored], k: int) -> list[Found]:
     """The files nearest to the query, by score, then by path.
 
-    At least k files, and those of at least CANDIDATES contents, and all that score like the last of them. The query's
-    own file, and files that are not as they were indexed, are left out.
+    It goes on until there are k files and CANDIDATES contents, and then to the end of equal scores. The query's own
+    file and files that have changed since they were indexed are left out.
     """
     found, contents, own = list[Found](), 0, location(os.fsdecode(query.file.path))
     for score, digest, view in scored:
@@ -2025,7 +2034,8 @@ def copies_among(query: Picture, found: Sequence[Found]) -> dict[bytes, Region]:
 
     def aligned(digest: bytes) -> Region | None:
         candidate = read_local(paths[digest], digest)
-        return align(query.pixels.local, candidate) if candidate else None
+        region, (left, top) = align(query.pixels.local, candidate) if candidate else None, query.pixels.corner
+        return region and region._replace(outline=[(x + left, y + top) for x, y in region.outline])
 
     with ThreadPoolExecutor(usable_cores(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
         return {digest: region for digest, region in zip(best, threads.map(aligned, best)) if region}
@@ -2034,16 +2044,17 @@ def copies_among(query: Picture, found: Sequence[Found]) -> dict[bytes, Region]:
 def compared(
     queries: Iterable[str | Path], engine: Engine, k: int, views: str, crop: Sequence[float] | None = None
 ) -> Iterator[tuple[Picture, list[Found], dict[bytes, Region]]]:
-    """Each query as it was read, at least k files nearest to it, by score, and where its copies show it, by content."""
+    """For each query: the picture, at least k nearest files by score, and the Region of each copy by its hash."""
     model, one_query = engine.model, threading.Lock()
 
     def look_at(image: Image.Image) -> Seen:
-        image = cut_out(image, crop) if crop else image
+        image, *corner = cut_out(image, crop) if crop else (image, 0, 0)
         with one_torch_thread():
-            local = local_features(image, QUERY_AREA, QUERY_POINTS)  # first, since it needs the larger picture
+            # A JPEG is decoded once: large enough for both, or the views would differ from what was indexed.
+            local = local_features(image, QUERY_AREA, QUERY_POINTS, model.side)
             seen = query_views(image, model, views)
         with nullcontext() if model.network is describe else one_query:  # a network uses all cores, or the GPU
-            return Seen([view.name for view in seen], features_of_views(seen, model), local)
+            return Seen([view.name for view in seen], features_of_views(seen, model), local, corner)
 
     read = partial(read_picture, root=b"", transform=look_at)
     files = (File(os.fsencode(name), 0, 0) for name in queries)
@@ -2057,6 +2068,7 @@ def compared(
             found = list[Found]()
             if query.pixels:
                 found = nearest_files(engine, query, ranked(engine, query.pixels.features, next(first_rows)), k)
+            query = query._replace(digest=None) if crop else query  # a part is not identical to the file
             yield query, found, copies_among(query, found)
 
 
@@ -2084,7 +2096,7 @@ def damage_reported(store: Store) -> Iterator[None]:
         with damage_noticed():
             yield
     except DamageError as error:
-        raise DeepVisionError(f"{store.path}: {error}. Start again, and it is repaired") from error
+        raise DeepVisionError(f"{store.path} is damaged ({error}). Run the command again to repair it") from error
 
 
 def search(
@@ -2186,8 +2198,8 @@ def relation(corners: Sequence[tuple[float, float]], shown: float, inside: float
     """What a picture is to the one to keep: "same picture", "mirrored", "crop, 60 %", ...
 
     corners  its own corners in pixels of the picture to keep
-    shown    share of the picture to keep that it shows
-    inside   share of itself that the picture to keep shows
+    shown    share of the picture to keep that is visible in this picture
+    inside   share of this picture that is visible in the picture to keep
     """
     (x0, y0), (x1, y1), _, (x3, y3) = corners
     mirrored = (x1 - x0) * (y3 - y0) < (y1 - y0) * (x3 - x0)
@@ -2203,7 +2215,7 @@ def relation(corners: Sequence[tuple[float, float]], shown: float, inside: float
 
 
 def pairs_by_alignment(engine: Engine) -> Iterator[Pair]:
-    """The contents of the collection that are copies of each other, both ways round: each is searched with."""
+    """Each two contents of the collection that are copies, as two Pairs: either one may be the one to keep."""
     first = engine.store.db.execute(f"SELECT min(path) FROM {USABLE} GROUP BY digest ORDER BY 1").fetchall()
     queries = [os.path.join(engine.images, os.fsdecode(path)) for (path,) in first]
     answers = compared(queries, engine, 1, COPIES)
@@ -2234,7 +2246,7 @@ def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Pair]], label: str) -
     pairs  those that belong together: by the content to keep, then by the other one
     label  of the files beside the one to keep, unless they are identical to it
 
-    Every file of a group was compared with the one to keep: nothing chains.
+    Every file of a group was compared with the one to keep. A copy of a copy does not join the group by that alone.
     """
     repeated = engine.store.db.execute(f"SELECT digest FROM {USABLE} GROUP BY digest HAVING count(*) > 1").fetchall()
     files = {digest: different_files(engine, digest) for digest in {*pairs, *(digest for (digest,) in repeated)}}
@@ -2549,7 +2561,7 @@ def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
     """Print on stdout, at once. `form`: text, json, or null: the paths byte for byte, each with a NUL at its end."""
     if form == "json":
         print(as_json(found, engine), flush=True)
-    elif form == "null":
+    elif form == "null" and not found.error:
         sys.stdout.buffer.write(b"".join(os.fsencode(match.path) + b"\0" for match in found.matches))
         sys.stdout.buffer.flush()
     elif not found.error:
@@ -2620,7 +2632,7 @@ body{margin:auto;max-width:90rem;padding:1rem;font:1rem/1.45 system-ui,sans-seri
 {% for path, reason in skipped %}<li>{{ path|text }}: {{ reason|text }}</li>{% endfor %}
 {% if engine.summary.skipped > skipped|length %}<li>and more, which -v lists</li>{% endif %}</ul></details>{% endif %}
 </header><main>{% include "sections" %}</main>
-{% if left_out %}<footer>{{ "{:,}".format(left_out) }} more pictures have no room here: see --json</footer>{% endif %}
+{% if left_out %}<footer>{{ "{:,}".format(left_out) }} more pictures are left out: --json lists all</footer>{% endif %}
 </body></html>
 """
 
@@ -2644,10 +2656,13 @@ def thumbnail(image: Image.Image) -> tuple[bytes, int, int]:
 def with_thumbnails(found: Sequence[Answer | Group]) -> Iterator[tuple[int, Answer | Group, dict[str, list[Any]]]]:
     """Each item with its number and its rows of pictures: "large", the query and its copies, and "small", the rest.
 
-    A picture is a Match, rank 0 for the query, with the corners of an outline, and the file with its thumbnail.
+    A picture is a tuple: a Match (of rank 0 for the query), the corners of the outline to draw, and the Picture read,
+    whose `pixels` are the thumbnail.
     """
-    read, workers = partial(read_picture, root=b"", transform=thumbnail, known=lambda digest: False), usable_cores()
-    paths = (path for it in found if not it.error for path in (it[0], *(match.path for match in it.matches)) if path)
+    read, workers = partial(read_picture, root=b"", transform=thumbnail), usable_cores()
+    good = [item for item in found if not item.error]
+    shown = ([getattr(item, "file", "") or item[0], *(match.path for match in item.matches)] for item in good)
+    paths = filter(None, itertools.chain.from_iterable(shown))
     pictures = read_ahead(read, (File(os.fsencode(path), 0, 0) for path in paths), workers, 4 * workers)
     for number, item in enumerate(found):
         regions, rows = [match.region for match in item.matches], {"large": list[Any](), "small": list[Any]()}
@@ -2664,11 +2679,16 @@ def decode_path(path: str | Path | bytes) -> str:
     return escape_controls(os.fsencode(path).decode("utf-8", "replace"))
 
 
+def address(path: str) -> str:
+    """Where a link to a path, or to a query that came from an address or from stdin, leads."""
+    return path if ADDRESS.match(path) else "" if path == "-" else Path(path).absolute().as_uri()
+
+
 def template(name: str, path_name: Callable[[str], str] = decode_path) -> jinja2.Template:
     """The template `page` or `sections`. `path_name`: how a path is shown."""
     loader = jinja2.DictLoader({"page": PAGE, "sections": SECTIONS})
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
-    environment.filters.update(text=decode_path, name=path_name, address=lambda path: Path(path).absolute().as_uri())
+    environment.filters.update(text=decode_path, name=path_name, address=address)
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     return environment.get_template(name, globals={"verdict": verdict, "remark_on": remark_on, "style": STYLE})
 
@@ -2695,7 +2715,7 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
         title = counted(len(found), "group") if found else "No picture is there twice"
     try:
         if target.exists() and not target.is_file():
-            raise FileExistsError(errno.EEXIST, "something else has that name")
+            raise FileExistsError(errno.EEXIST, "it exists and is not a regular file")
         with whole_file(target, f".{os.getpid()}") as stream:
             template("page").stream(
                 found=with_thumbnails(kept), left_out=left_out, title=title, engine=engine,
@@ -2829,7 +2849,7 @@ class Desk:
     def cut(self, path: str, part: str) -> str:
         """A file with a part of a picture: left, top, right, bottom, in pixels."""
         file = File(os.fsencode(path), 0, 0)
-        read = read_picture(file, b"", lambda image: to_rgb(image, FULL_SIDE), lambda digest: False)
+        read = read_picture(file, b"", lambda image: to_rgb(image, FULL_SIDE))
         try:
             x, y, X, Y = (int(float(number)) for number in part.split(","))
             width, height = read.pixels.size
@@ -2939,14 +2959,14 @@ def guarded(app: Any, port: int) -> Any:
 
 
 def serve(engine: Engine, work: Work, port: int, top: int) -> None:
-    """The UI, on this machine alone, until it is interrupted."""
+    """Serve the UI, to this machine alone, until it is interrupted."""
     with socket.socket() as listening, tempfile.TemporaryDirectory() as folder:  # of what is uploaded
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name == "posix"))
             listening.bind(("127.0.0.1", port))
-            listening.listen()  # who calls before it is ready, waits
+            listening.listen()  # a browser that connects too early waits
         except OSError as error:
-            raise DeepVisionError(f"port {port} is taken ({error.strerror}): choose another with --port") from error
+            raise DeepVisionError(f"port {port} is not free ({error.strerror}): choose another with --port") from error
         port, os.environ["GRADIO_TEMP_DIR"] = listening.getsockname()[1], folder
         page = user_interface(Desk(engine, work), top)
         app = gradio.mount_gradio_app(
@@ -2963,7 +2983,9 @@ def serve(engine: Engine, work: Work, port: int, top: int) -> None:
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
+ADDRESS = re.compile("https?://", re.IGNORECASE)  # nothing else is fetched, after a redirect neither
 FETCHED_BYTES = 300_000_000  # of one query that comes from an address or from stdin
+FETCH_SECONDS = 600  # for one address: FETCHED_BYTES at 0.5 MB/s. A server that sends byte by byte knows no other end
 NO_MEMORY = re.compile("alloc|memory|start new thread|map segment")  # in the words of torch, FAISS, Python and ld.so
 
 
@@ -2979,7 +3001,7 @@ def score_or_label(text: str) -> float | str:
 def rectangle(text: str) -> tuple[float, ...]:
     with suppress(ValueError):
         sides = tuple(map(float, text.split(",")))
-        if len(sides) == 4 and 0 <= sides[0] < sides[2] and 0 <= sides[1] < sides[3] < math.inf:
+        if len(sides) == 4 and 0 <= sides[0] < sides[2] < math.inf and 0 <= sides[1] < sides[3] < math.inf:
             return sides
     raise argparse.ArgumentTypeError(f"{text!r} is not LEFT,TOP,RIGHT,BOTTOM, in pixels or as shares of the picture")
 
@@ -2987,8 +3009,8 @@ def rectangle(text: str) -> tuple[float, ...]:
 def check_combination(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     chosen = {"--duplicates": options.duplicates is not None, "--ui": options.ui, "--export": options.export}
     mode = next((option for option, given in chosen.items() if given), "--index-only" if options.index_only else None)
-    if options.no_update and (options.index_only or options.rebuild or options.prune):
-        parser.error("--no-update cannot be combined with --index-only, --rebuild or --prune")
+    if options.no_update and (options.index_only or options.rebuild or options.prune or options.exclude):
+        parser.error("--no-update cannot be combined with --index-only, --rebuild, --prune or --exclude")
     if options.queries and mode:
         parser.error(f"{mode} takes no QUERY: {options.queries[0]}")
     if options.ui and (options.threshold, options.views) != (-1.0, "auto"):
@@ -3078,21 +3100,43 @@ def rank_of_ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)) % ranks, ranks
 
 
-def fetch(name: str, path: str) -> str | None:
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to addresses alone. urllib itself also follows ftp: where there is a proxy for it."""
+
+    def redirect_request(self, request: Any, body: Any, code: int, reason: str, headers: Any, address: str) -> Any:
+        body.close()  # else urllib reads it into memory, however long it is
+        if not ADDRESS.match(address):
+            raise OSError(f"a redirect to {address} is refused")
+        return super().redirect_request(request, body, code, reason, headers, address)
+
+
+def save_query(name: str, path: str) -> str | None:
     """Write the query `name`, an address or - for stdin, to the file `path`; why that cannot be done, or None."""
-    opener = urllib.request.OpenerDirector()  # it knows no other scheme than http and https, after a redirect neither
-    for handler in ("Proxy", "HTTP", "HTTPS", "HTTPDefaultError", "HTTPRedirect", "Unknown"):
+    opener, buffer = urllib.request.OpenerDirector(), memoryview(bytearray(1 << 20))
+    for handler in ("Proxy", "HTTP", "HTTPS", "HTTPDefaultError", "Unknown"):
         opener.add_handler(getattr(urllib.request, f"{handler}Handler")())
     opener.add_handler(urllib.request.HTTPErrorProcessor())
+    opener.add_handler(Redirects())
     try:
-        source: Any = nullcontext(sys.stdin.buffer) if name == "-" else opener.open(name, timeout=CONNECT_SECONDS)
+        stdin = getattr(sys.stdin, "buffer", io.BytesIO())  # Python has none if it was closed
+        source: Any = nullcontext(stdin) if name == "-" else opener.open(name, timeout=CONNECT_SECONDS)
         with source as stream, open(path, "wb") as target:
-            while (chunk := stream.read(1 << 20)) and target.tell() <= FETCHED_BYTES:
-                target.write(chunk)
+            # Not `read`: http.client takes a chunk of -1 bytes for all that comes, and reads it into memory.
+            while (count := stream.readinto(buffer)) and target.tell() <= FETCHED_BYTES:
+                target.write(buffer[:count])
             size = target.tell()
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        return first_line(error)
+    except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
+        return escape_controls(first_line(error)) or type(error).__name__  # a server's words
     return "it is empty" if not size else f"more than {FETCHED_BYTES:,} bytes" if size > FETCHED_BYTES else None
+
+
+def fetch(name: str, path: str) -> str | None:
+    """As `save_query`, for an address, in at most FETCH_SECONDS."""
+    outcome: list[str | None] = [f"not there after {FETCH_SECONDS} seconds"]
+    thread = threading.Thread(target=lambda: outcome.append(save_query(name, path)), daemon=True)
+    thread.start()
+    thread.join(FETCH_SECONDS)
+    return outcome[-1]
 
 
 def answers(options: argparse.Namespace, engine: Engine, folder: str) -> Iterator[Answer | Group]:
@@ -3109,10 +3153,13 @@ def answers(options: argparse.Namespace, engine: Engine, folder: str) -> Iterato
     fetched, unlisted, answered = dict[str, tuple[str, str | None]](), list[OSError](), False
 
     def on_disk(name: str) -> str:
-        if not re.match("-$|https?://", name):
+        if name != "-" and not ADDRESS.match(name):
             return name
         path = os.path.join(folder, str(len(fetched)))
-        fetched[path] = name, fetch(name, path)
+        fetched[path] = name, (save_query if name == "-" else fetch)(name, path)
+        if fetched[path][1]:
+            with suppress(OSError):  # no such file, or it is still being written
+                os.unlink(path)
         return path
 
     names = find_queries(options.queries or filter(os.path.isdir, [QUERIES]), unlisted.append)
@@ -3192,7 +3239,8 @@ def run(options: argparse.Namespace) -> int:
     if options.index_only or options.export or options.ui:
         return 0
     found, start = list[Answer | Group](), time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    is_fetched = any(name == "-" or ADDRESS.match(name) for name in options.queries)
+    with tempfile.TemporaryDirectory() if is_fetched else nullcontext("") as folder:
         for item in answers(options, engine, folder):
             found.append(item)
             print_found(item, engine, options.form)
