@@ -99,7 +99,7 @@ else:
     Image, ImageCms = map(Lazy, ("PIL.Image", "PIL.ImageCms"))
     ImageDraw, ImageOps = map(Lazy, ("PIL.ImageDraw", "PIL.ImageOps"))
     filelock, jinja2 = map(Lazy, ("filelock", "jinja2"))  # torch requires them, so they are there
-    gradio, fastapi, uvicorn = map(Lazy, ("gradio", "fastapi", "uvicorn"))  # only after `find_gradio`
+    gradio, fastapi, uvicorn = map(Lazy, ("gradio", "fastapi", "uvicorn"))  # only after `import_gradio`
 
 # The defaults that an option changes
 IMAGES = "bulk_images"  # --images
@@ -529,7 +529,7 @@ OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # bright
 
 
 @cache
-def windows(cells: int, n: int, start: int, device: torch.device) -> torch.Tensor:
+def cell_weights(cells: int, n: int, start: int, device: torch.device) -> torch.Tensor:
     """The Gaussian weight of each pixel in each cell along one side, (cells, n), for the pixels from `start` on.
 
     The weights of a cell add up to 1 over the whole side.
@@ -566,15 +566,15 @@ def cosine_transform(cells: int, device: torch.device) -> tuple[torch.Tensor, to
     return cosines.to(device), (1 + torch.hypot(k[:, None], k)).to(device)
 
 
-def pool(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def cell_means(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """The mean of the planes (..., n, n) in each cell, (..., cells, cells).
 
-    `rows` and `columns` are the `windows` of the two sides. A cell that lies partly outside is the mean of its inside.
+    `rows` and `columns` are the `cell_weights` of the two sides. Of a cell that lies partly outside, the inside counts.
     """
     return rows @ planes @ columns.T / (rows.sum(1)[:, None] * columns.sum(1) + 1e-9)
 
 
-def rises(light: torch.Tensor) -> torch.Tensor:
+def edge_strengths(light: torch.Tensor) -> torch.Tensor:
     """The strength of the edge at each pixel in each direction, (B, DIRECTIONS, n, n), of brightness (B, 1, n, n)."""
     framed = torch.nn.functional.pad(light, (1, 1, 1, 1), mode="replicate")
     dx, dy = framed[..., 1:-1, 2:] - framed[..., 1:-1, :-2], framed[..., 2:, 1:-1] - framed[..., :-2, 1:-1]
@@ -606,12 +606,12 @@ def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
     normalize, (height, width), device = torch.nn.functional.normalize, pixels.shape[-2:], pixels.device
     planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT, device=device), pixels.float())
     edge_grid, colour_grid = (
-        (windows(cells, height, top, device), windows(cells, width, left, device))
+        (cell_weights(cells, height, top, device), cell_weights(cells, width, left, device))
         for cells in (EDGE_CELLS, COLOUR_CELLS)
     )
-    counts = pool(rises(planes[:, :1]), *edge_grid)
+    counts = cell_means(edge_strengths(planes[:, :1]), *edge_grid)
     edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier(device)), *edge_grid)
-    colours = whiten(pool(planes, *colour_grid), *colour_grid)
+    colours = whiten(cell_means(planes, *colour_grid), *colour_grid)
     mean = planes.mean((2, 3)) / 255  # nearly nothing, but all that a blank picture has
     weighted = (1.0, edges), (BRIGHTNESS_WEIGHT, colours[:, :1]), (HUE_WEIGHT, colours[:, 1:])
     parts = [weight * normalize(part.flatten(1), eps=FAINT) for weight, part in weighted]
@@ -732,7 +732,7 @@ def forward(
     return network(scaled.to(dtype)).float().flatten(1)
 
 
-def faster(plain: partial[torch.Tensor], sample: torch.Tensor) -> tuple[partial[torch.Tensor], int]:
+def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor) -> tuple[partial[torch.Tensor], int]:
     """The fastest form of `plain`, which is `forward` in fp32, and the dimension of the features.
 
     It fuses layers, and uses half precision where the device has it. A form that changes the features of `sample` is
@@ -773,7 +773,7 @@ def assemble_model(name: str, network: torch.nn.Module, recipe: Recipe, device: 
     sample = torch.nn.functional.interpolate(noise, (side, side), mode="bicubic").clamp(0, 255).byte().to(device)
     with torch.inference_mode():
         plain = partial(forward, network=network, dtype=torch.float32, mean=centre, std=spread)
-        fast, dim = faster(plain, sample)
+        fast, dim = fastest_form(plain, sample)
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(fast.keywords["dtype"], "fp32")
     identity = re.sub(r"[^\w.-]", "-", f"{name}-{sha.hexdigest()[:8]}-p{PREPROCESSING}-{dim}")
     batch = GPU_BATCH.get(device) or min(CPU_BATCH_PER_CORE * usable_cores(), CPU_BATCH_MOST)
@@ -1464,10 +1464,10 @@ class Store:
         """The first value that the query gives, or None."""
         return (self.db.execute(query, arguments).fetchone() or [None])[0]
 
-    def note(self, key: str) -> Any:
+    def get_meta(self, key: str) -> Any:
         return self.value("SELECT value FROM meta WHERE key = ?", key)
 
-    def put_note(self, key: str, value: Any) -> None:
+    def put_meta(self, key: str, value: Any) -> None:
         with self.db:
             self.db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
@@ -1487,7 +1487,7 @@ class Store:
         """CRC-32 of model identity, digest and vector."""
         return zlib.crc32(vector, zlib.crc32(digest, self.salt))
 
-    def holds(self, row: Sequence[Any]) -> bool:
+    def is_intact(self, row: Sequence[Any]) -> bool:
         """Whether (row, digest, vector, checksum), as it was read, is what was written."""
         _, digest, vector, checksum = row
         is_whole = isinstance(digest, bytes) and isinstance(vector, bytes) and len(vector) == 2 * self.dim
@@ -1500,7 +1500,7 @@ class Store:
         """
         query = f"SELECT row, digest, vector, checksum FROM features WHERE {condition}"
         found = self.db.execute(query, arguments).fetchall()
-        if broken := [(row[0],) for row in found if not self.holds(row)]:
+        if broken := [(row[0],) for row in found if not self.is_intact(row)]:
             with self.db:
                 which = "digest = (SELECT digest FROM features WHERE row = ?)"
                 self.db.executemany(f"UPDATE files SET mtime = -1 WHERE {which}", broken)
@@ -1550,7 +1550,7 @@ class Store:
             vanished = [(picture.file.path,) for picture in pictures if picture.vanished]
             self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", vanished)
 
-    def take_in(self, share: Path) -> None:
+    def merge_rank(self, share: Path) -> None:
         """Add the files and features of a rank's database. They take the place of stored ones."""
         self.db.execute("ATTACH ? AS share", (os.fsencode(share),))
         try:
@@ -1574,7 +1574,7 @@ class Store:
         if self.is_small() and self.any(ORPHANED):  # their digest is damaged
             with self.db:
                 self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
-        retry = self.note("decoders") not in (None, image_formats()[2])  # None: no update has come to its end yet
+        retry = self.get_meta("decoders") not in (None, image_formats()[2])  # None: no update has come to its end yet
         self.db.executescript(FOUND)
         with self.db:
             self.db.executemany("INSERT INTO found VALUES (?, ?, ?)", files)
@@ -1585,7 +1585,7 @@ class Store:
     def unread(self) -> list[File]:
         return [File(*found) for found in self.db.execute(f"SELECT path, size, mtime FROM {UNREAD}")]
 
-    def settle(self) -> bool:
+    def mark_presence(self) -> bool:
         """Mark files as gone or back, as the scan found them. Returns False, and changes nothing, if no usable image
         would remain."""
         with self.db:
@@ -1636,7 +1636,7 @@ class Store:
         schema = [sql for (sql,) in self.db.execute(f"SELECT sql FROM {tables}").fetchall()]
         if version < FORMAT or schema != SCHEMA:
             raise DamageError("it is not a database of this format")
-        if self.note("identity") != self.identity:
+        if self.get_meta("identity") != self.identity:
             raise DamageError("it belongs to another model")
         if whole and self.is_small():
             if (verdict := self.value("PRAGMA integrity_check(1)")) != "ok":  # quick_check does not compare indexes
@@ -1666,9 +1666,9 @@ class Store:
         new = Store(self.folder, self.identity, self.dim, part.name)
         new.db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
         new.db.executescript(f"BEGIN; {';'.join(SCHEMA)}; PRAGMA user_version = {FORMAT}; COMMIT")
-        new.put_note("identity", self.identity)
+        new.put_meta("identity", self.identity)
         with new.db:
-            rows = (row for row in readable("row, digest, vector, checksum", "features", "row") if self.holds(row))
+            rows = (row for row in readable("row, digest, vector, checksum", "features", "row") if self.is_intact(row))
             new.db.executemany("INSERT OR IGNORE INTO features VALUES (?, ?, ?, ?)", rows)
             files = readable("path, size, mtime, digest, reason, there", "files", "path")
             new.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
@@ -1804,7 +1804,7 @@ def read_index(store: Store, to_add: bool = False) -> Index | None:
 
     `to_add`: vectors can be added to it, at the price of a copy in memory.
     """
-    size, checksum, *notes = json.loads(store.note("index") or "[0, 0]")
+    size, checksum, *notes = json.loads(store.get_meta("index") or "[0, 0]")
     if not (notes and store.index.is_file()):
         return None
     data: Any = np.memmap(store.index, np.uint8, "r") if store.index.stat().st_size == size else b""
@@ -1821,7 +1821,7 @@ def write_index(store: Store, index: Index) -> None:
     data = faiss.serialize_index(index.faiss)
     with whole_file(store.index) as stream:
         stream.write(data)
-    store.put_note("index", json.dumps([len(data), zlib.crc32(data), *index[1:-1]]))
+    store.put_meta("index", json.dumps([len(data), zlib.crc32(data), *index[1:-1]]))
 
 
 def updated_index(store: Store, index: Index | None, coded: bool) -> Index:
@@ -2358,7 +2358,7 @@ def scan(store: Store, images: Path, work: Work) -> int:
     return store.scan(files, work.rebuild)
 
 
-def take_in_shares(store: Store) -> Summary:
+def merge_ranks(store: Store) -> Summary:
     """Store what the ranks of torchrun have read, also those that were stopped, and delete their databases."""
     summary = Summary()
     for path in sorted(store.folder.glob("rank-*.sqlite")):
@@ -2367,7 +2367,7 @@ def take_in_shares(store: Store) -> Summary:
         summary.opened += share.count("files")
         summary.new += share.count(USABLE)
         share.close()
-        store.take_in(path)
+        store.merge_rank(path)
         path.unlink()
     return summary
 
@@ -2375,7 +2375,7 @@ def take_in_shares(store: Store) -> Summary:
 def store_changes(store: Store, images: Path, model: Model, work: Work) -> Summary | None:
     """Read what is new, and note what is gone. If no usable image would remain, note nothing and return None."""
     with store.locked():
-        shares = take_in_shares(store)
+        shares = merge_ranks(store)
         if shares.opened or store.scanned != store.version():
             scan(store, images, work)
         skip_crashing_file(store, images, work)
@@ -2383,7 +2383,7 @@ def store_changes(store: Store, images: Path, model: Model, work: Work) -> Summa
         summary = read_new(store, store, images, model, work)
         if work.ranks > 1:  # else they are what a stopped run has left
             summary.opened, summary.new = summary.opened + shares.opened, summary.new + shares.new
-        if not store.settle():
+        if not store.mark_presence():
             return None
         known = f"features JOIN files USING (digest) WHERE there AND row <= {before}"
         if not work.rebuild and store.any(GONE) and not store.any(known):
@@ -2403,7 +2403,7 @@ def update(store: Store, images: Path, model: Model, work: Work) -> Summary:
     Raises DeepVisionError if no usable image is there. The store keeps what it has: the drive may only be unplugged.
     """
     summary: Summary | None = Summary()
-    if scan(store, images, work) or work.prune or work.ranks > 1 or store.note("decoders") is None:
+    if scan(store, images, work) or work.prune or work.ranks > 1 or store.get_meta("decoders") is None:
         summary = store_changes(store, images, model, work)
     skipped = store.count(SKIPPED)
     if summary and store.any(USABLE):
@@ -2503,7 +2503,7 @@ def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
         store = open_store(folder, model, whole=True)
         with store.locked() if work.rank == 0 else nullcontext():  # no other run takes in shares meanwhile
             if work.rank == 0:
-                take_in_shares(store)
+                merge_ranks(store)
                 scan(store, images, work)
                 skip_crashing_file(store, images, work)
             wait_for_ranks()
@@ -2781,7 +2781,7 @@ element.addEventListener("change", event => {
 })"""
 
 
-def find_gradio() -> None:
+def import_gradio() -> None:
     """Raise DeepVisionError if Gradio is not installed; else have it tell nobody that it is used."""
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
     if not importlib.util.find_spec("gradio"):
@@ -2998,7 +2998,7 @@ def score_or_label(text: str) -> float | str:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1 to 1, and not one of: {', '.join(LABELS)}")
 
 
-def rectangle(text: str) -> tuple[float, ...]:
+def crop_box(text: str) -> tuple[float, ...]:
     with suppress(ValueError):
         sides = tuple(map(float, text.split(",")))
         if len(sides) == 4 and 0 <= sides[0] < sides[2] < math.inf and 0 <= sides[1] < sides[3] < math.inf:
@@ -3042,7 +3042,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threshold", type=score_or_label, default=-1.0, metavar="S", help=below)
     add("--views", choices=VIEWS, default="auto", help="edits of the query to undo (default: auto, the useful ones)")
     part = "search with a part of the query: LEFT,TOP,RIGHT,BOTTOM, in pixels, or as shares of the picture up to 1"
-    add("--crop", type=rectangle, metavar="L,T,R,B", help=part)
+    add("--crop", type=crop_box, metavar="L,T,R,B", help=part)
     add("--model", metavar="NAME", help=f"{MODEL} (default), any torchvision classification model, timm:NAME, offline")
     add("--weights", metavar="NAME|FILE", help=f"torchvision weights (default: {WEIGHTS}) or a local file")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
@@ -3221,7 +3221,7 @@ def report_update(engine: Engine, options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> int:
     """Do what the options ask for, and return the exit status."""
     if options.ui:
-        find_gradio()  # or it would be missed when all is done
+        import_gradio()  # or it would be missed when all is done
     model, (rank, ranks) = load_model(options.model, options.weights, options.device), rank_of_ranks()
     of_update = options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update
     work = Work(*of_update, options.exact, exclude=tuple(options.exclude), rank=rank, ranks=ranks)
