@@ -167,7 +167,7 @@ def test_names_come_out_byte_for_byte_and_with_null_each_has_a_nul_at_its_end(se
         (IMAGES / f"{number}.png").rename(IMAGES / os.fsdecode(name))
     Path("broken.png").touch()
     queries = [IMAGES / os.fsdecode(name) for name in names]
-    assert os.fsdecode(b"  bulk_images/caf\xe9.png") in zygote("--model", "offline", queries[1]).stdout
+    assert os.fsdecode(b"  bulk_images/caf\xe9.png") in zygote("--model", "offline", "-k", 11, queries[1]).stdout
     ended = zygote("--model", "offline", "-0", "-k", 11, *queries, "broken.png")
     assert ended.status == 1 and "broken.png: an empty file" in ended.stderr
     *paths, end = os.fsencode(ended.stdout).split(b"\0")
@@ -398,7 +398,7 @@ def test_a_collection_of_bad_files_alone_is_an_error_with_the_commonest_reasons(
         os.mkfifo(IMAGES / f"fifo {number}.png")
     bomb(IMAGES / "bomb.png")
     one_line(
-        search("-q"), "bulk_images", "11", "5 × an empty file; 3 × not an image, whatever its name; 2 × not a regular"
+        search("-q"), "bulk_images", "11", "5 × an empty file; 3 × broken, or no image at all; 2 × not a regular"
     )
 
 
@@ -417,7 +417,7 @@ def test_a_collection_of_bad_files_alone_is_an_error_with_the_commonest_reasons(
         (["--weights", "missing.pt"], ["missing.pt", "no such file", "IMAGENET1K_V1"]),
         (["--weights", "."], ["--weights"]),
         (["--model", "resnet18", "--weights", "IMAGENET1K_V2"], ["IMAGENET1K_V2", "IMAGENET1K_V1"]),
-        (["--model", "offline", "--weights", "missing.pt"], ["missing.pt", "takes none"]),
+        (["--model", "offline", "--weights", "missing.pt"], ["missing.pt", "takes no weights"]),
         (["--model", "resnet18", "--weights", "missing.pt"], ["missing.pt", "IMAGENET1K_V1"]),
         (["--model", "shufflenet_v2_x0_5", "--weights", "corrupt.pt"], ["corrupt.pt", "weights"]),
         (["--model", "shufflenet_v2_x1_0", "--weights", "other.pt"], ["other.pt", "should be"]),

@@ -77,9 +77,9 @@ def test_a_rectangle_outside_of_the_picture_is_one_line_for_that_query(part: str
     draw(2, (1600, 800)).save("large.png")
     outcome = ask(collage, "large.png", "--crop", part)
     answers = told(outcome)
-    assert outcome.status == 1 and answers["collage.png"].startswith("the part [")
-    assert answers["collage.png"].endswith("does not lie within its 960 × 320 pixels")
-    assert "collage.png: the part" in outcome.stderr.splitlines()[0] and ".png" in answers["large.png"]
+    assert outcome.status == 1 and answers["collage.png"].startswith("--crop [")
+    assert answers["collage.png"].endswith("does not lie within the picture of 960 × 320 pixels")
+    assert "collage.png: --crop" in outcome.stderr.splitlines()[0] and ".png" in answers["large.png"]
     assert outcome.stderr.count("\n") == 1
 
 
@@ -110,7 +110,7 @@ def test_the_page_outlines_what_was_found_where_it_lies_in_the_whole_query(ask: 
 
 @pytest.mark.parametrize(
     ("content", "answer"),
-    [(None, "3.png"), (b"", "nothing came"), (b"hello", "not an image"), (b"x" * 50_001, "more than 50,000 bytes")],
+    [(None, "3.png"), (b"", "it is empty"), (b"hello", "not an image"), (b"x" * 50_001, "more than 50,000 bytes")],
     ids=["an image", "empty", "text", "too large"],
 )
 def test_stdin(content: bytes | None, answer: str, ask: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ FAILURES: dict[str, tuple[Callable[[], Reply], str]] = {
         lambda: reply(b"<!doctype html><title>a picture</title>", **{"Content-Type": "image/png"}),
         "not an image",
     ),
-    "nothing": (lambda: reply(), "nothing came"),
+    "nothing": (lambda: reply(), "it is empty"),
     "not there": (lambda: reply(picture(), "404 Not Found"), "404"),
     "an error": (lambda: reply(picture(), "500 Oh"), "500"),
     "a password is wanted": (lambda: reply(picture(), "401 Who", **{"WWW-Authenticate": "Basic realm=x"}), "401"),
