@@ -251,13 +251,16 @@ def test_by_keyboard_alone(tab: Tab) -> None:
 
 def press(tab: Tab, selector: str, keys: str) -> None:
     """Move the focus to this element with Tab alone, which shows it, and press the keys."""
+    from selenium.webdriver.common.action_chains import ActionChains
+
     for _ in range(60):
-        tab.browser.switch_to.active_element.send_keys("\ue004")
+        ActionChains(tab.browser).send_keys("\ue004").perform()
         if tab.browser.execute_script(f"return document.activeElement.matches('{selector}')"):
             break
-    at = tab.browser.switch_to.active_element
-    assert tab.browser.execute_script("return getComputedStyle(arguments[0]).outlineStyle", at) == "solid", selector
-    at.send_keys(keys)
+    assert tab.browser.execute_script("return getComputedStyle(document.activeElement).outlineStyle") == "solid", (
+        selector
+    )
+    ActionChains(tab.browser).send_keys(keys).perform()
 
 
 def test_the_same_picture_twice(tab: Tab) -> None:
