@@ -354,7 +354,7 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "truncated PNG": ("bad.png", cut_short, "truncated"),
     "truncated JPEG": ("bad.jpg", cut_short, "truncated"),
     "zero bytes": ("bad.png", lambda path: path.touch(), "an empty file"),
-    "mislabelled": ("bad.jpg", lambda path: path.write_text("hello"), "not an image"),
+    "mislabelled": ("bad.jpg", lambda path: path.write_text("hello"), "no image at all"),
     "bomb": ("bad.png", lambda path: bomb(path), "pixels"),
     "FIFO": ("bad.png", os.mkfifo, "not a regular file"),
     "socket": ("bad.png", lambda path: socket.socket(socket.AF_UNIX).bind(str(path)), ""),

@@ -219,7 +219,7 @@ def test_a_rectangle_on_the_query_is_searched_for(pointer: str, tab: Tab) -> Non
     tab.until(lambda: tab.headings() == ["✓ found part of a picture.png"])
     width, height = map(int, tab.captions()[0].split(" · ")[-1].split(" px")[0].split(" × "))
     assert abs(width - 240) < 4 and abs(height - 240) < 4
-    assert set(tab.names(".copy")) == {"5.png", "<b>5 again&.png"} and "covers 2" in tab.captions(".copy")[0]
+    assert set(tab.names(".copy")) == {"5.png", "<b>5 again&.png"} and "covers 3" in tab.captions(".copy")[0]
     tab.browser.back()
     tab.until(lambda: tab.headings() == ["✓ found edited.jpg"])
 
