@@ -1012,13 +1012,13 @@ def with_features(pictures: Iterator[Picture], model: Model, size: int, summary:
 
 # The parts of a query that are searched for: their shape, width by height, and their size, 1 being the largest that
 # fits. Pictures in a screenshot, a collage or a page have these shapes
-SHAPES, SIZES = (0.75, 1.33, 1.78), (1.0, 0.7, 0.5, 0.4)
+SHAPES, SIZES = (0.75, 1.33, 1.78), (1.0, 0.7, 0.5)
 SMALLEST_PART = 0.08  # of the query's area; there are too many smaller ones in a long query
 PLACES = 3  # steps of a part within its own width or height; with 2 a fifth of the small pictures are missed
 LARGER = ((0.80, 2), (0.67, 3), (0.52, 5))  # side of a query that is a part of a larger picture, places along an axis
 TURNS = (-30, -20, -10, 10, 20, 30)  # degrees
 SMALLEST = 128  # pixels of the shorter side of a query that is searched by its parts
-VIEW_SIDE = 4  # times the model's side: the longer side of the picture that views are cut from
+VIEW_SIDE = 3  # times the model's side: the shorter side of the picture that views are cut from
 
 
 def cut_out(image: Image.Image, part: Sequence[float]) -> tuple[Image.Image, int, int]:
@@ -1070,7 +1070,7 @@ def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
     views  none: as it is
            all: also mirrored, turned, as a negative, its parts, and with the offline descriptor as a part of a larger
            picture
-           auto: all with the offline descriptor; with a network, at most 20 views: mirrored and its largest parts
+           auto: all with the offline descriptor; with a network, 9 to 25 views: mirrored and its largest parts
            copies: those that --duplicates looks for copies with
     """
     offline, whole = model.name == OFFLINE, to_rgb(image, model.side)
@@ -1078,8 +1078,8 @@ def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
     found = [View("", squeeze(whole, model.side, model.side, model.resample))]
     if views == "none":
         return found
-    picture = whole.copy()
-    picture.thumbnail((VIEW_SIDE * model.side, VIEW_SIDE * model.side), reducing_gap=2.0)
+    picture, scale = whole.copy(), min(1.0, VIEW_SIDE * model.side / min(whole.size))
+    picture.thumbnail((math.ceil(scale * whole.width), math.ceil(scale * whole.height)), reducing_gap=2.0)
     found.append(View("mirrored", found[0].pixels.flip(2)))
     if everything or offline:
         for quarters, view in itertools.product((1, 2, 3), found[:2]):
@@ -1090,7 +1090,7 @@ def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
         for angle in TURNS:
             turned = picture.rotate(angle, Image.Resampling.BILINEAR)
             found.append(View(f"turned {angle % 360}°", squeeze(turned, model.side, model.side, model.resample)))
-    if views != COPIES and min(picture.size) >= SMALLEST:
+    if views != COPIES and min(whole.size) >= SMALLEST:
         sizes = SIZES if everything else SIZES[:1]
         found += [View("part of the query", pixels) for pixels in parts_of(picture, model, sizes)]
     return found + (list(larger_views(picture, model)) if offline else [])
@@ -1118,12 +1118,13 @@ TOLERANCE, DRIFT = 5.0, 0.04  # a point agrees within so many pixels, and so muc
 SCALES = (0.15, 6.0)  # of the query in the match; outside of it, everything falls on one spot
 PROPOSALS = 5  # transforms that are fitted, of those that most points agree on
 CELL = 4.0  # pixels: points that are nearer to each other count as one
-AGREEING = 10  # points that agree on a transform; unrelated pairs have 3, drawn ones up to 8
+FEWEST = 6  # points that a transform is fitted to at first
+AGREEING = 14  # points of a copy that agree on a transform; unrelated pairs have 3, drawn ones up to 10
 GRID, GRID_CELL = 48, 4  # samples along each side of the match, and of a cell in which the two pictures are correlated
 TEXTURE, CORRELATION = 4.0, 0.8  # of 255, standard deviation of a cell that shows anything; of a cell that agrees
 # Share of the common cells that agree in a copy. A caption, stickers or a curved screen leave 0.65. Two products before
 # one backdrop reach 0.58, two screenshots of one app 0.3
-AGREEMENT = 0.6
+AGREEMENT = 0.62
 
 
 class LocalFeatures(NamedTuple):
@@ -1243,18 +1244,17 @@ def fitted(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.nd
     `agrees` marks the points to start with. Points in one cell count once. The number is 0 if fewer than AGREEING
     agree, or if the transform distorts the picture too much.
     """
-    Q, M, H, points = homogeneous(q), homogeneous(m), np.eye(3), 0
+    Q, M, H = homogeneous(q), homogeneous(m), np.eye(3)
     for _ in range(3):
-        cells = (np.unique(z[agrees].real // CELL + 4096 * (z[agrees].imag // CELL)) for z in (q, m))
-        points = min(map(len, cells))
-        if points < AGREEING:
+        if agrees.sum() < FEWEST:
             return 0, H
         H = np.linalg.lstsq(Q[:, agrees].T, M[:, agrees].T, rcond=None)[0].T
         longer, shorter = np.linalg.svd(H[:2, :2])[1]  # by how much it stretches along its axes
         if not (SCALES[0] < shorter and longer < min(SCALES[1], 2 * shorter)):
             return 0, H
         agrees = np.hypot(*(H @ Q - M)[:2]) < TOLERANCE * max(1.0, (longer * shorter) ** 0.5)
-    return points, H
+    points = min(len(np.unique(z[agrees].real // CELL + 4096 * (z[agrees].imag // CELL))) for z in (q, m))
+    return points if points >= AGREEING else 0, H
 
 
 def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.ndarray]:

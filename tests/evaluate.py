@@ -5,9 +5,12 @@
 
 A number of the photographs are edited in many ways. Each edited copy is then searched for among all of them, by the
 program itself. Printed is how often the original comes first (@1), among the first ten (@10), and first as a verified
-copy. Two floors stand beside: an 8×8 thumbnail and a plain gradient histogram. Where the folder has one sub-folder a
-class, also how often a photograph's nearest neighbour is of its own class (precision@1), and mAP. With --strangers,
-also how many queries without a source get a copy all the same, screenshots of one app among them.
+copy. Where the folder has one sub-folder a class, also how often a photograph's nearest neighbour is of its own class
+(precision@1), and mAP.
+
+    --strangers   how many queries without a source get a copy all the same, screenshots of one app among them
+    --duplicates  how many of the pairs that `--duplicates` finds are wrong, and how many of the edited files it finds
+    --times       seconds of one query, alone and among a hundred, and of the local features of one picture
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import io
 import random
 import sys
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -40,10 +44,13 @@ def half_size(image: Image.Image) -> Image.Image:
     return image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.BICUBIC)
 
 
-def jpeg_30(image: Image.Image) -> Image.Image:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=30)
-    return Image.open(buffer).convert("RGB")
+def resaved(quality: int) -> Edit:
+    def edit(image: Image.Image) -> Image.Image:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        return Image.open(buffer).convert("RGB")
+
+    return edit
 
 
 def crop(area: float) -> Edit:
@@ -62,27 +69,11 @@ def mirror(image: Image.Image) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
-def rotate_10(image: Image.Image) -> Image.Image:
-    return image.rotate(10, Image.Resampling.BICUBIC)  # same size, black corners
-
-
-def rotate_90(image: Image.Image) -> Image.Image:
-    return image.transpose(Image.Transpose.ROTATE_90)
-
-
 def colour(image: Image.Image) -> Image.Image:
     """Saturation × 1.5, brightness × 1.25, hue turned by 25°."""
     image = ImageEnhance.Brightness(ImageEnhance.Color(image).enhance(1.5)).enhance(1.25)
     hue, saturation, value = image.convert("HSV").split()
     return Image.merge("HSV", (hue.point([(h + 18) % 256 for h in range(256)]), saturation, value)).convert("RGB")
-
-
-def grey(image: Image.Image) -> Image.Image:
-    return image.convert("L").convert("RGB")
-
-
-def blur(image: Image.Image) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(0.008 * max(image.size)))  # 4 pixels at 500
 
 
 def caption(image: Image.Image) -> Image.Image:
@@ -101,24 +92,6 @@ def border(image: Image.Image) -> Image.Image:
     canvas = Image.new("RGB", (image.width + 2 * edge, image.height + 2 * edge), "white")
     canvas.paste(image, (edge, edge))
     return canvas
-
-
-def aspect(image: Image.Image) -> Image.Image:
-    return image.resize((round(image.width * 1.4), image.height), Image.Resampling.BICUBIC)
-
-
-def jpeg_8(image: Image.Image) -> Image.Image:
-    return resaved(image, 8)
-
-
-def resaved(image: Image.Image, quality: int) -> Image.Image:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return Image.open(buffer).convert("RGB")
-
-
-def rotate_30(image: Image.Image) -> Image.Image:
-    return image.rotate(30, Image.Resampling.BICUBIC)  # same size, black corners
 
 
 def letterbox(image: Image.Image) -> Image.Image:
@@ -144,7 +117,7 @@ def app(image: Image.Image) -> Image.Image:
     """A phone's screen: status bar, header, the picture across the whole width, buttons, text and a tab bar."""
     width, height = 720, 1440
     canvas = Image.new("RGB", (width, height), "white")
-    draw, grey, ink = ImageDraw.Draw(canvas), (225, 227, 232), (30, 32, 38)
+    draw, pale, ink = ImageDraw.Draw(canvas), (225, 227, 232), (30, 32, 38)
     small, large = ImageFont.load_default(size=26), ImageFont.load_default(size=34)
     draw.text((30, 16), "9:41", ink, small)
     draw.rounded_rectangle((630, 20, 690, 46), 8, outline=ink, width=3)
@@ -159,8 +132,8 @@ def app(image: Image.Image) -> Image.Image:
         draw.ellipse((30 + 90 * i, 1120, 80 + 90 * i, 1170), outline=ink, width=5)
     draw.text((30, 1190), "1,204 likes", ink, small)
     for i, length in enumerate((640, 560, 300)):
-        draw.rounded_rectangle((30, 1240 + 34 * i, 30 + length, 1258 + 34 * i), 8, fill=grey)
-    draw.line((0, 1360, width, 1360), grey, 3)
+        draw.rounded_rectangle((30, 1240 + 34 * i, 30 + length, 1258 + 34 * i), 8, fill=pale)
+    draw.line((0, 1360, width, 1360), pale, 3)
     for i in range(5):
         draw.rounded_rectangle((48 + 144 * i, 1380, 96 + 144 * i, 1426), 10, outline=ink, width=4)
     return canvas
@@ -246,14 +219,6 @@ def vintage(image: Image.Image) -> Image.Image:
     return Image.fromarray((pixels * 255).clip(0, 255).astype(np.uint8))
 
 
-def negative(image: Image.Image) -> Image.Image:
-    return image.point([255 - value for value in range(256)] * 3)
-
-
-def noise(image: Image.Image) -> Image.Image:
-    return noisy(image, 25)
-
-
 def tiny(image: Image.Image) -> Image.Image:
     """64 pixels wide or high, enlarged again."""
     small = image.copy()
@@ -262,30 +227,26 @@ def tiny(image: Image.Image) -> Image.Image:
 
 
 def crop_mirror_jpeg(image: Image.Image) -> Image.Image:
-    return jpeg_30(mirror(crop(0.7)(image)))
-
-
-def dark(image: Image.Image) -> Image.Image:
-    return ImageEnhance.Brightness(image).enhance(0.4)
+    return resaved(30)(mirror(crop(0.7)(image)))
 
 
 EDITS: dict[str, Edit] = {
     "half size": half_size,
-    "jpeg 30": jpeg_30,
+    "jpeg 30": resaved(30),
     "crop 81 %": crop(0.81),
     "crop 50 %": crop(0.50),
     "crop 25 %": crop(0.25),
     "mirror": mirror,
-    "rotate 10°": rotate_10,
-    "rotate 90°": rotate_90,
+    "rotate 10°": lambda image: image.rotate(10, Image.Resampling.BICUBIC),  # same size, black corners
+    "rotate 90°": lambda image: image.transpose(Image.Transpose.ROTATE_90),
     "colour": colour,
-    "grey": grey,
-    "blur": blur,
+    "grey": lambda image: image.convert("L").convert("RGB"),
+    "blur": lambda image: image.filter(ImageFilter.GaussianBlur(0.008 * max(image.size))),  # 4 pixels at 500
     "caption": caption,
     "border": border,
-    "aspect": aspect,
-    "jpeg 8": jpeg_8,
-    "rotate 30°": rotate_30,
+    "aspect": lambda image: image.resize((round(image.width * 1.4), image.height), Image.Resampling.BICUBIC),
+    "jpeg 8": resaved(8),
+    "rotate 30°": lambda image: image.rotate(30, Image.Resampling.BICUBIC),
     "letterbox": letterbox,
     "polaroid": polaroid,
     "screenshot": app,
@@ -296,42 +257,26 @@ EDITS: dict[str, Edit] = {
     "meme": meme,
     "stickers": stickers,
     "vintage": vintage,
-    "negative": negative,
-    "noise": noise,
+    "negative": lambda image: image.point([255 - value for value in range(256)] * 3),
+    "noise": lambda image: noisy(image, 25),
     "64 px": tiny,
     "crop+mirror": crop_mirror_jpeg,
-    "dark": dark,
+    "dark": lambda image: ImageEnhance.Brightness(image).enhance(0.4),
 }
 
-# ---- Floors ----------------------------------------------------------------------------------------------------------
-
-
-def unit(features: np.ndarray) -> np.ndarray:
-    return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-9)
-
-
-def thumbnail(image: Image.Image) -> np.ndarray:
-    small = np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.float32).ravel()
-    return unit(small - small.mean())
-
-
-def histogram(image: Image.Image) -> np.ndarray:
-    """Of gradient directions, 8 of them over half a turn in 4 × 4 cells, under a square root."""
-    light = np.asarray(image.resize((130, 130), Image.Resampling.BILINEAR).convert("L"), np.float32)
-    dx, dy = light[1:-1, 2:] - light[1:-1, :-2], light[2:, 1:-1] - light[:-2, 1:-1]
-    direction = (np.arctan2(dy, dx) % np.pi / np.pi * 8).astype(int) % 8
-    votes = np.eye(8, dtype=np.float32)[direction] * np.hypot(dx, dy)[..., None]
-    return unit(np.sqrt(votes.reshape(4, 32, 4, 32, 8).mean((1, 3))).ravel())
-
-
-FLOORS = {"thumbnail": thumbnail, "histogram": histogram}
+# What is found as a duplicate, whatever the collection
+COPIES: dict[str, Edit] = {
+    "resaved": resaved(85),
+    "half": half_size,
+    "grey": lambda image: image.convert("L").convert("RGB"),
+    "caption": caption,
+    "meme": meme,
+    "crop 90 %": crop(0.9),
+    "crop 60 %": crop(0.6),
+    "mirrored": mirror,
+}
 
 # ---- Measures --------------------------------------------------------------------------------------------------------
-
-
-def ranks(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """How many of the collection (columns) score above the original of each query (rows)."""
-    return (scores > scores[np.arange(len(truth)), truth][:, None]).sum(1)
 
 
 def by_class(features: np.ndarray, classes: np.ndarray) -> tuple[float, float]:
@@ -358,14 +303,6 @@ def opened(path: Path) -> Image.Image:
     return main.to_rgb(Image.open(path), 10**6)
 
 
-def table(head: str, columns: dict[str, list[float]]) -> None:
-    names = list(columns)
-    print(f"{head:11}" + "".join(f"{name:>18}" for name in names))
-    for i, edit in enumerate(EDITS):
-        print(f"{edit:11}" + "".join(f"{columns[name][i]:18.3f}" for name in names))
-    print(f"{'mean':11}" + "".join(f"{np.mean(columns[name]):18.3f}" for name in names), flush=True)
-
-
 def saved(images: Iterable[Image.Image], folder: Path) -> list[str]:
     """The images as files, and their paths."""
     paths = []
@@ -375,64 +312,122 @@ def saved(images: Iterable[Image.Image], folder: Path) -> list[str]:
     return paths
 
 
-def by_edit(photos: list[Image.Image], paths: list[Path], engine: main.Engine) -> dict[str, list[float]]:
-    """For each edit how often the original comes first, comes among the first ten, and comes first as a copy."""
-    columns: dict[str, list[float]] = {"@1": [], "@10": [], "first and copy": []}
-    for edit in tqdm(EDITS.values(), desc=engine.model.name, unit="edit"):
+def by_edit(photos: list[Image.Image], paths: list[Path], engine: main.Engine) -> None:
+    """Print for each edit how often the original comes first, among the first ten, and first as a copy."""
+    print(f"{'recall':11}{'@1':>18}{'@10':>18}{'first and copy':>18}")
+    rows = []
+    for name, edit in EDITS.items():
         with tempfile.TemporaryDirectory() as folder:
             queries = saved(map(edit, photos), Path(folder))
-            found = [answer.matches for answer in main.search(queries, engine, k=10)]
-        first = [bool(m) and m[0].path == str(path) for m, path in zip(found, paths)]
-        columns["@1"].append(float(np.mean(first)))
-        columns["@10"].append(float(np.mean([str(p) in {m.path for m in ms} for ms, p in zip(found, paths)])))
-        columns["first and copy"].append(float(np.mean([f and m[0].label == "copy" for f, m in zip(first, found)])))
-    return columns
+            found = [(answer.matches, str(path)) for answer, path in zip(main.search(queries, engine, k=10), paths)]
+        first = [bool(matches) and matches[0].path == path for matches, path in found]
+        among = [path in {match.path for match in matches} for matches, path in found]
+        copy = [hit and matches[0].label == "copy" for hit, (matches, _) in zip(first, found)]
+        rows.append([float(np.mean(hits)) for hits in (first, among, copy)])
+        print(f"{name:11}" + "".join(f"{value:18.3f}" for value in rows[-1]), flush=True)
+    print(f"{'mean':11}" + "".join(f"{value:18.3f}" for value in np.mean(rows, 0)), flush=True)
 
 
 def without_source(paths: list[Path], model: main.Model) -> tuple[int, int]:
-    """Half of the photographs is the collection, one of two in the frame of the same app; the other half asks, as it is
-    and in that frame. How many queries get a copy, and of how many."""
-    half, copies = len(paths) // 2, 0
+    """How many queries get a copy, and of how many. No query has a source in the collection.
+
+    One half of the photographs is the collection, every second one in the frame of the same app. The other half asks,
+    as it is, in that frame and cropped. Then the halves change places.
+    """
+    copies, asked, half = 0, 0, len(paths) // 2
+    kinds: tuple[Edit, ...] = (lambda image: image, app, crop(0.5))
+    for known, strangers in ((paths[:half], paths[half:]), (paths[half:], paths[:half])):
+        with tempfile.TemporaryDirectory() as name:
+            here = Path(name)
+            (here / "collection").mkdir(), (here / "queries").mkdir()
+            saved((kinds[i % 2](opened(path)) for i, path in enumerate(known)), here / "collection")
+            queries = saved((edit(opened(path)) for path in strangers for edit in kinds), here / "queries")
+            engine = main.initialize_reverse_image_search(here / "collection", here / "index", model=model)
+            for answer in tqdm(main.search(queries, engine, k=1), total=len(queries), desc="without a source"):
+                if any(match.label == "copy" for match in answer.matches):
+                    number = int(Path(answer.query).stem)
+                    other = known[int(Path(answer.matches[0].path).stem)]
+                    print(
+                        f"  {strangers[number // len(kinds)]} is called a copy of {other}, {answer.matches[0].region}"
+                    )
+                    copies += 1
+        asked += len(queries)
+    return copies, asked
+
+
+def duplicates(paths: list[Path], model: main.Model, count: int) -> None:
+    """Print how many pairs are found and wrong, and how many of each edit of `count` photographs are found."""
     with tempfile.TemporaryDirectory() as name:
-        here = Path(name)
-        (here / "collection").mkdir(), (here / "queries").mkdir()
-        saved((app(opened(p)) if i % 2 else opened(p) for i, p in enumerate(paths[:half])), here / "collection")
-        asked = saved((make(opened(p)) for p in paths[half:] for make in (lambda it: it, app)), here / "queries")
-        engine = main.initialize_reverse_image_search(here / "collection", here / "index", model=model)
-        for answer in tqdm(main.search(asked, engine, k=1), total=len(asked), desc="without a source"):
-            copies += any(match.label == "copy" for match in answer.matches)
-    return copies, len(asked)
+        root = Path(name, "collection")
+        for i, path in enumerate(paths[: 2 * count]):  # the second half has no copies
+            (root / str(i)).mkdir(parents=True)
+            for kind, edit in {"original": lambda image: image, **(COPIES if i < count else {})}.items():
+                edit(opened(path)).save(root / str(i) / f"{kind}.png", compress_level=1)
+        engine = main.initialize_reverse_image_search(root, Path(name, "index"), model=model)
+        pairs = [(Path(g.keep), Path(match.path)) for g in main.find_duplicates(engine) for match in g.matches]
+    right = {keep.parent: {keep.stem} for keep, _ in pairs}
+    for keep, other in pairs:
+        if keep.parent == other.parent:
+            right[keep.parent].add(other.stem)
+        else:
+            print(f"  wrong: {paths[int(keep.parent.name)]} and {paths[int(other.parent.name)]}, {other.stem}")
+    wrong = sum(keep.parent != other.parent for keep, other in pairs)
+    print(f"\nduplicates: {len(pairs)} pairs, {wrong} of them wrong; found:")
+    for kind in COPIES:
+        found = sum({"original", kind} <= kinds for kinds in right.values())
+        print(f"{kind:11}{found / count:18.3f}")
 
 
-def evaluate(folder: Path, models: dict[str, main.Model], count: int, strangers: bool) -> None:
-    paths, classes = read(folder)
+def times(paths: list[Path], engine: main.Engine) -> None:
+    """Print seconds of a query in all its views, and of local features."""
+    with tempfile.TemporaryDirectory() as folder:
+        queries = saved(map(resaved(30), map(opened, paths[:100])), Path(folder))
+        list(main.search(queries[:1], engine))
+        spent = []
+        for some in ([query] for query in queries[:10]):
+            main.read_local.cache_clear()
+            start = time.perf_counter()
+            list(main.search(some, engine))
+            spent.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        list(main.search(queries, engine))
+        many = (time.perf_counter() - start) / len(queries)
+    local = []
+    with main.one_torch_thread():
+        for path in paths[:50]:
+            (image := Image.open(path)).load()
+            start = time.perf_counter()
+            main.local_features(image)
+            local.append(time.perf_counter() - start)
+    alone = float(np.median(spent))
+    print(
+        f"\none query alone {alone:.2f} s, each of {len(queries)} {many:.2f} s, among {engine.summary.images:,} images"
+    )
+    print(f"local features of one picture {1000 * float(np.median(local)):.0f} ms on one thread")
+
+
+def evaluate(options: argparse.Namespace, model: main.Model) -> None:
+    paths, classes = read(options.folder)
     if len(paths) < 2:
-        raise SystemExit(f"error: there are no photographs in {folder}")
-    count = min(count, len(paths))
-    truth = np.arange(count)
-    print(f"{folder}: {len(paths):,} photographs, {count} of them edited in {len(EDITS)} ways\n")
-    photos = [opened(path) for path in paths[:count]]
+        raise SystemExit(f"error: there are no photographs in {options.folder}")
+    count = min(options.queries, len(paths))
+    print(f"{options.folder}: {len(paths):,} photographs, {count} of them edited in {len(EDITS)} ways; {model.name}\n")
     BACKDROPS.extend(opened(path) for path in paths[-10:])
-    columns: dict[str, list[float]] = {}
-    collections: dict[str, np.ndarray] = {}
-    for name, floor in FLOORS.items():
-        collections[name] = np.stack([floor(opened(path)) for path in paths])
-        scores = [np.stack([floor(edit(photo)) for photo in photos]) @ collections[name].T for edit in EDITS.values()]
-        columns[f"{name} @1"] = [float((ranks(s, truth) == 0).mean()) for s in scores]
-    for name, model in models.items():
-        with tempfile.TemporaryDirectory() as index:
-            engine = main.initialize_reverse_image_search(folder, index, model=model)
-            columns |= {f"{name} {head}": column for head, column in by_edit(photos, paths[:count], engine).items()}
-        blocks = (paths[i : i + 64] for i in range(0, len(paths), 64))
-        collections[name] = np.concatenate([main.extract_features_batch(block, model) for block in blocks])
-    table("recall", columns)
+    with tempfile.TemporaryDirectory() as index:
+        engine = main.initialize_reverse_image_search(options.folder, index, model=model)
+        if count:
+            by_edit([opened(path) for path in paths[:count]], paths[:count], engine)
+        if options.times:
+            times(paths, engine)
     if len(set(classes.tolist())) > 1:
-        print("\nby class       precision@1       mAP")
-        for name, features in collections.items():
-            print("{:14} {:11.3f} {:9.3f}".format(name, *by_class(features, classes)))
-    for name, model in models.items() if strangers else ():
+        blocks = (paths[i : i + 64] for i in range(0, len(paths), 64))
+        features = np.concatenate([main.extract_features_batch(block, model) for block in blocks])
+        print("\nby class: precision@1 {:.3f}, mAP {:.3f}".format(*by_class(features, classes)))
+    if options.strangers:
         claimed, asked = without_source(paths, model)
-        print(f"\n{name}: of {asked:,} queries with no source in the collection, {claimed} get a `copy`")
+        print(f"\nof {asked:,} queries with no source in the collection, {claimed} get a `copy`")
+    if options.duplicates:
+        duplicates(paths, model, min(options.duplicates, len(paths) // 2))
 
 
 if __name__ == "__main__":
@@ -442,10 +437,11 @@ if __name__ == "__main__":
     parser.add_argument("--weights", metavar="FILE", help="for all but offline")
     parser.add_argument("--queries", type=int, default=150, metavar="N", help="to edit (default: %(default)s)")
     parser.add_argument("--strangers", action="store_true", help="also search for pictures without a source")
+    parser.add_argument("--duplicates", type=int, default=0, metavar="N", help="also find the edits of N photographs")
+    parser.add_argument("--times", action="store_true", help="also measure a query and local features")
     options = parser.parse_args()
     try:
-        chosen = options.model or [main.OFFLINE]
-        loaded = {name: main.load_model(name, None if name == main.OFFLINE else options.weights) for name in chosen}
+        for name in options.model or [main.OFFLINE]:
+            evaluate(options, main.load_model(name, None if name == main.OFFLINE else options.weights))
     except main.DeepVisionError as error:
         raise SystemExit(f"error: {error}") from error
-    evaluate(options.folder, loaded, options.queries, options.strangers)

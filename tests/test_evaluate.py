@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import draw_rich
-from evaluate import EDITS, by_class, ranks
+from evaluate import COPIES, EDITS, by_class
 
 EVALUATE = Path(__file__).with_name("evaluate.py")
 
@@ -16,28 +16,24 @@ def evaluate(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, EVALUATE, *map(str, args)], capture_output=True, text=True, check=False)
 
 
-def test_it_prints_a_row_for_each_edit_and_both_measures_by_class(tmp_path):
+def test_it_prints_a_row_for_each_edit_and_all_other_measures(tmp_path):
     for kind in ("a", "b"):
         (tmp_path / kind).mkdir()
         for seed in range(6):
-            draw_rich(seed + ord(kind), (240, 180)).save(tmp_path / kind / f"{seed}.png")
-    outcome = evaluate(tmp_path, "--queries", 2)
+            draw_rich(seed + 100 * ord(kind), (240, 180)).save(tmp_path / kind / f"{seed}.png")
+    outcome = evaluate(tmp_path, "--queries", 2, "--strangers", "--duplicates", 2, "--times")
     assert outcome.returncode == 0, outcome.stderr
     rows = {line[:11].strip(): line[11:].split() for line in outcome.stdout.splitlines() if line}
-    assert set(EDITS) <= set(rows)
-    assert [float(value) for value in rows["mirror"][2:5]] == [1, 1, 1]
-    assert float(rows["mean"][2]) > float(rows["mean"][1])
-    assert {"thumbnail", "histogram", "offline"} <= set(rows)
+    assert set(EDITS) | set(COPIES) <= set(rows)
+    assert [float(value) for value in rows["mirror"]] == [1, 1, 1]
+    assert "of 36 queries with no source in the collection, 0 get a `copy`" in outcome.stdout
+    assert "duplicates: 16 pairs, 0 of them wrong" in outcome.stdout and "one query alone" in outcome.stdout
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "."], ids=["missing", "empty"])
 def test_a_folder_without_photographs_is_one_line(folder):
     outcome = evaluate(folder)
     assert outcome.returncode == 1 and outcome.stderr.count("\n") == 1 and "no photographs" in outcome.stderr
-
-
-def test_ranks_count_what_scores_above_the_original():
-    assert ranks(np.array([[0.9, 0.1, 0.5], [0.9, 0.1, 0.5]]), np.array([0, 2])).tolist() == [0, 1]
 
 
 def test_by_class_leaves_a_photograph_itself_out():

@@ -1,16 +1,19 @@
-"""Section Search, labels: what a match is called, and in which order matches stand."""
+"""Sections Verification and Search: what a match is called, and in which order matches stand."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Outcome, draw_rich
-from PIL import Image
+from evaluate import EDITS, app
+from PIL import Image, ImageDraw, ImageFont
 
 import main
 
@@ -112,3 +115,165 @@ def test_pictures_without_structure_are_copies_by_their_bytes_alone(tmp_path: Pa
     gradient.save("query.png")
     assert main.local_features(Image.new("L", (1, 1))).places.shape == (0,)
     assert main.local_features(Image.new("L", (1, 20000))).places.shape == (0,)
+
+
+# ---- Edits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> main.Engine:
+    """Over ten pictures with structure."""
+    (root := tmp_path_factory.mktemp("edits") / "images").mkdir()
+    for seed in range(10):
+        draw_rich(seed).save(root / f"{seed}.png")
+    return main.initialize_reverse_image_search(root, root.parent / "index", model=main.load_model("offline"))
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_each_edit_is_found_and_called_a_copy(edit: str, engine: main.Engine) -> None:
+    EDITS[edit](draw_rich(4)).save("query.png")
+    (answer,) = main.search("query.png", engine, k=3)
+    first, *others = answer.matches
+    assert (Path(first.path).name, first.label) == ("4.png", "copy")
+    assert not any(match.label for match in others)
+
+
+def test_the_corners_of_a_mirrored_and_turned_copy_are_in_the_order_of_the_query(engine: main.Engine) -> None:
+    for turn, corners in (
+        (Image.Transpose.FLIP_LEFT_RIGHT, [(480, 0), (0, 0), (0, 360), (480, 360)]),
+        (Image.Transpose.ROTATE_90, [(480, 0), (480, 360), (0, 360), (0, 0)]),
+        (Image.Transpose.TRANSVERSE, [(480, 360), (480, 0), (0, 0), (0, 360)]),
+    ):
+        draw_rich(4).transpose(turn).save("query.png")
+        (answer,) = main.search("query.png", engine, k=1)
+        region = answer.matches[0].region
+        assert region is not None and np.abs(np.array(region.corners) - corners).max() < 5
+
+
+def test_an_outline_says_where_the_match_lies_in_the_query(engine: main.Engine) -> None:
+    canvas = draw_rich(1000, (800, 600))
+    canvas.paste(draw_rich(4).resize((400, 300)), (250, 150))
+    canvas.save("query.png")
+    (answer,) = main.search("query.png", engine, k=1)
+    region = answer.matches[0].region
+    expected = [(250, 150), (650, 150), (650, 450), (250, 450)]
+    assert region is not None and np.abs(np.array(region.outline) - expected).max() < 5
+    assert region.covers > 0.9
+
+
+# ---- Pairs that share a part -----------------------------------------------------------------------------------------
+
+
+def before_a_backdrop(item: int, share: float, backdrop: int = 1) -> Image.Image:
+    image = draw_rich(backdrop)
+    width, height = round(share**0.5 * image.width), round(share**0.5 * image.height)
+    image.paste(draw_rich(item, (width, height)), ((image.width - width) // 2, (image.height - height) // 2))
+    return image
+
+
+def form(seed: int) -> Image.Image:
+    image, chance = Image.new("RGB", (480, 640), "white"), random.Random(seed)
+    canvas, small, large = ImageDraw.Draw(image), ImageFont.load_default(size=13), ImageFont.load_default(size=22)
+    for i, label in enumerate(("Surname", "First name", "Date of birth", "Street", "City", "Country", "Signature")):
+        canvas.text((30, 70 + 75 * i), label, "black", small)
+        canvas.rectangle((30, 88 + 75 * i, 450, 116 + 75 * i), outline="black")
+        written = "".join(chance.choice("abcdefghiklmnoprstuvwz ") for _ in range(chance.randint(8, 30)))
+        canvas.text((40, 90 + 75 * i), written, "navy", large)
+    return image
+
+
+def aligned(query: Image.Image, match: Image.Image) -> main.Region | None:
+    return main.align(main.local_features(query, main.QUERY_AREA, main.QUERY_POINTS), main.local_features(match))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(before_a_backdrop(2, 0.45), before_a_backdrop(3, 0.45), id="two products before one backdrop"),
+        pytest.param(app(draw_rich(1)), app(draw_rich(2)), id="two screenshots of one app"),
+        pytest.param(form(1), form(2), id="two scans of one form"),
+        pytest.param(before_a_backdrop(9, 0.06, 1), before_a_backdrop(9, 0.06, 2), id="two pictures with one logo"),
+    ],
+)
+def test_a_shared_part_makes_no_copy(one: Image.Image, other: Image.Image) -> None:
+    assert aligned(one, other) is None and aligned(other, one) is None
+
+
+def test_of_a_burst_covers_tells_how_much_is_the_same() -> None:
+    """The nearer half of the scene has moved: by a little it is nearly the same picture, by more it is less of it."""
+    scene, moved = draw_rich(1), []
+    for shift in (0, 6, 20):
+        frame = scene.copy()
+        frame.paste(draw_rich(500, (200, 240)), (120 + shift, 100))
+        moved.append(frame)
+    little, more = (aligned(frame, moved[0]) for frame in moved[1:])
+    assert little is not None and little.covers > 0.85
+    assert more is None or more.covers < 0.75
+
+
+# ---- Degenerate alignments -------------------------------------------------------------------------------------------
+
+PLANE = np.random.default_rng(0).uniform(0, 300, (40, 2)) @ [1, 1j]
+EVERY = np.ones(40, bool)
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        pytest.param(0 * PLANE + 5, id="all on one spot"),
+        pytest.param(PLANE.real + 0j, id="all on one line"),
+        pytest.param(0.1 * PLANE, id="too small"),
+        pytest.param(8 * PLANE, id="too large"),
+        pytest.param(PLANE.real + 0.3j * PLANE.imag, id="far from a similarity"),
+        pytest.param(np.repeat(PLANE[:8], 5), id="few places, many points"),
+    ],
+)
+def test_a_degenerate_transform_has_no_points(there: np.ndarray) -> None:
+    assert main.fitted(PLANE, there, EVERY)[0] == 0 and main.fitted(there, PLANE, EVERY)[0] == 0
+
+
+def test_a_sound_transform_is_fitted_and_outliers_are_left_out() -> None:
+    there = PLANE * (0.8 + 0.3j) + 20
+    there[:6] = 400
+    points, H = main.fitted(PLANE, there, (np.arange(40) >= 6) & (np.arange(40) < 26))
+    assert points == 34 and pytest.approx(np.array([[0.8, -0.3, 20], [0.3, 0.8, 0], [0, 0, 1]]), abs=1e-6) == H
+
+
+def test_points_that_all_fall_on_one_spot_make_no_copy() -> None:
+    """The recipe of counting inliers alone says yes to many such pairs."""
+    rich = main.local_features(draw_rich(1))
+    spot = rich._replace(places=np.full_like(rich.places, 100 + 100j), frames=rich.frames * 0.01)
+    assert main.align(rich, spot) is None and main.align(spot, rich) is None
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1), (17, 17)])
+def test_a_picture_without_points_costs_nothing_and_is_no_copy(size: tuple[int, int]) -> None:
+    plain, rich = main.local_features(Image.new("RGB", size, "teal")), main.local_features(draw_rich(1))
+    assert len(plain.places) == 0 and plain.size == size
+    assert main.align(plain, plain) is main.align(plain, rich) is main.align(rich, plain) is None
+
+
+def test_local_features_are_those_of_the_upright_picture() -> None:
+    upright, exif = draw_rich(1), Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    upright.transpose(Image.Transpose.ROTATE_90).save("turned.jpg", exif=exif, quality=95)
+    found = main.local_features(Image.open("turned.jpg"))
+    assert found.size == upright.size and found.grey.size == main.local_features(upright).grey.size
+
+
+# ---- Order -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_candidates_are_the_same_contents_whatever_k_is(rich: Path, run: Run, monkeypatch: Any) -> None:
+    """The best content is there in many files; others are aligned with the query all the same."""
+    monkeypatch.setattr(main, "CANDIDATES", 3)
+    best = matches(run)[0]["path"]
+    for number in range(5):
+        (rich / f"again {number}.png").write_bytes(Path(best).read_bytes())
+    asked: list[set[tuple[int, int]]] = []
+    align = main.align
+    monkeypatch.setattr(main, "align", lambda query, match: asked[-1].add(id(match)) or align(query, match))
+    for k in (1, 2, 9, 30):
+        asked.append(set())
+        matches(run, "-k", k)
+    assert len(asked[0]) == 3 and asked[0] == asked[1] == asked[2] == asked[3]
