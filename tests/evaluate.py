@@ -410,13 +410,18 @@ def evaluate(options: argparse.Namespace, model: main.Model) -> None:
     paths, classes = read(options.folder)
     if len(paths) < 2:
         raise SystemExit(f"error: there are no photographs in {options.folder}")
-    count = min(options.queries, len(paths))
+    count = min(options.queries, len(paths) - len(paths) // 5)
     print(f"{options.folder}: {len(paths):,} photographs, {count} of them edited in {len(EDITS)} ways; {model.name}\n")
-    BACKDROPS.extend(opened(path) for path in paths[-10:])
-    with tempfile.TemporaryDirectory() as index:
-        engine = main.initialize_reverse_image_search(options.folder, index, model=model)
+    spare = min(10, len(paths) // 5)  # not in the collection, or they would be found, and rightly so
+    BACKDROPS[:] = [opened(path) for path in paths[-spare:]]
+    with tempfile.TemporaryDirectory() as name:
+        (root := Path(name, "collection")).mkdir()
+        links = [root / f"{number:05}{path.suffix}" for number, path in enumerate(paths[: len(paths) - spare])]
+        for link, path in zip(links, paths):
+            link.symlink_to(path.resolve())
+        engine = main.initialize_reverse_image_search(root, Path(name, "index"), model=model)
         if count:
-            by_edit([opened(path) for path in paths[:count]], paths[:count], engine)
+            by_edit([opened(path) for path in paths[:count]], links[:count], engine)
         if options.times:
             times(paths, engine)
     if len(set(classes.tolist())) > 1:
