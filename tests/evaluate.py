@@ -40,10 +40,6 @@ Edit = Callable[[Image.Image], Image.Image]
 # ---- Edits -----------------------------------------------------------------------------------------------------------
 
 
-def half_size(image: Image.Image) -> Image.Image:
-    return image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.BICUBIC)
-
-
 def resaved(quality: int) -> Edit:
     def edit(image: Image.Image) -> Image.Image:
         buffer = io.BytesIO()
@@ -231,7 +227,7 @@ def crop_mirror_jpeg(image: Image.Image) -> Image.Image:
 
 
 EDITS: dict[str, Edit] = {
-    "half size": half_size,
+    "half size": lambda image: image.reduce(2),
     "jpeg 30": resaved(30),
     "crop 81 %": crop(0.81),
     "crop 50 %": crop(0.50),
@@ -267,7 +263,7 @@ EDITS: dict[str, Edit] = {
 # What is found as a duplicate, whatever the collection
 COPIES: dict[str, Edit] = {
     "resaved": resaved(85),
-    "half": half_size,
+    "half": lambda image: image.reduce(2),
     "grey": lambda image: image.convert("L").convert("RGB"),
     "caption": caption,
     "meme": meme,
