@@ -397,9 +397,7 @@ def test_a_collection_of_bad_files_alone_is_an_error_with_the_commonest_reasons(
     for number in range(2):
         os.mkfifo(IMAGES / f"fifo {number}.png")
     bomb(IMAGES / "bomb.png")
-    one_line(
-        search("-q"), "bulk_images", "11", "5 × an empty file; 3 × broken, or no image at all; 2 × not a regular"
-    )
+    one_line(search("-q"), "bulk_images", "11", "5 × an empty file; 3 × broken, or no image at all; 2 × not a regular")
 
 
 @pytest.mark.parametrize(
