@@ -282,11 +282,11 @@ class Summary:
         known = f" ({self.recognised:,} recognised by content)" if self.recognised else ""
         pruned = f", {self.forgotten:,} forgotten" if self.forgotten else ""
         seconds = self.reading + self.computing  # 0: the ranks of torchrun have read
-        rate = f"{self.opened / seconds:,.1f} images/s" if seconds else ""
-        spent = ", ".join(filter(None, (rate, self.balance))) if self.opened else "no image was opened"
+        rate = f"{self.opened / seconds:,.1f} images/s" if seconds else "read by all ranks"
+        spent = [rate, self.balance] if self.opened else ["no image was opened"]
         return (
             f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged, "
-            f"{self.skipped:,} skipped, {self.gone:,} gone{pruned}; {spent}"
+            f"{self.skipped:,} skipped, {self.gone:,} gone{pruned}; {', '.join(filter(None, spent))}"
         )
 
 
@@ -2368,7 +2368,8 @@ def merge_ranks(store: Store) -> Summary:
         summary.new += share.count(USABLE)
         share.close()
         store.merge_rank(path)
-        path.unlink()
+        for done in store.folder.glob(f"{path.name}*"):  # a rank that was killed may have left its journal, too
+            done.unlink()
     return summary
 
 
@@ -2500,13 +2501,15 @@ def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
     """As a rank of torchrun: read a share of the new files into a database that the next update takes in."""
     torch.distributed.init_process_group("gloo", timeout=timedelta(days=RANKS_WAIT))
     with store_errors(folder):
-        store = open_store(folder, model, whole=True)
-        with store.locked() if work.rank == 0 else nullcontext():  # no other run takes in shares meanwhile
-            if work.rank == 0:
+        if work.rank:
+            wait_for_ranks()  # for rank 0, which makes the store sound, and holds the lock for all ranks
+        store = open_store(folder, model, whole=not work.rank)
+        with nullcontext() if work.rank else store.locked():
+            if not work.rank:
                 merge_ranks(store)
                 scan(store, images, work)
                 skip_crashing_file(store, images, work)
-            wait_for_ranks()
+                wait_for_ranks()
             share = Store(folder, model.identity, model.dim, f"rank-{work.rank}.sqlite")
             share.make_sound()  # it is new
             scan(store, images, work)

@@ -498,7 +498,7 @@ def test_something_else_in_the_place_of_a_file(what, caches):
 
 def right_or_overtaken(ended: Ended, expected: list[Any]) -> bool:
     """A run that another one has overtaken says so instead of guessing; what it said before is right."""
-    if overtaken := "Start again" in ended.stderr:
+    if overtaken := "Run the command again" in ended.stderr:
         assert ended.status == 1 and "Traceback" not in ended.stderr and ended.stderr.count("error: ") == 1, ended
         ended = ended._replace(status=0)
     found = answers(ended, of=ended.stdout.count("\n") if overtaken else 2)

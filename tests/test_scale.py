@@ -291,7 +291,7 @@ def test_a_broken_feature_is_never_answered_from_and_alone_extracted_again(tiny,
     put(*range(100))
     engine = opened()
     edit(cache_folder("index") / "index.sqlite", "UPDATE features SET checksum = checksum + 1 WHERE row = 40")
-    with pytest.raises(main.DeepVisionError, match=r"1 feature did not match the checksum.*Start again"):
+    with pytest.raises(main.DeepVisionError, match=r"1 feature did not match the checksum.*Run the command again"):
         ask(engine, 100)
     engine = opened()
     assert (engine.summary.opened, engine.store.count("features")) == (1, 100)
