@@ -368,7 +368,7 @@ def test_batch_is_halved_where_memory_is_short_and_that_is_said_once(offline, co
                for m in (short, offline)]  # fmt: skip
     (ours,), (theirs,) = ([xb for _, xb in engine.store.blocks()] for engine in engines)
     assert ours.shape == (30, offline.dim) and ours == pytest.approx(theirs, abs=2e-3)
-    assert caplog.text.count("memory of the GPU is short") == 1
+    assert caplog.text.count("the GPU has too little memory") == 1
 
 
 def test_memory_too_short_for_one_image_is_an_error(offline):

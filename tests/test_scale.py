@@ -242,8 +242,8 @@ def test_the_summary_tells_how_the_index_was_searched(run, collection, monkeypat
     draw(3).resize((48, 32)).save("query.png")
     by_codes, exact = (run(*OFFLINE, "--json", "query.png", *options) for options in ((), ("--exact",)))
     assert by_codes.stdout == exact.stdout != ""
-    assert re.search(r"compact codes .* recall@10 1\.000; --exact", by_codes.stderr)
-    assert "compact codes" not in exact.stderr
+    assert re.search(r"approximate \(recall@10 is 1\.000\); --exact", by_codes.stderr)
+    assert "approximate" not in exact.stderr
 
 
 # ---- While another run is at work ------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def test_without_an_update_what_is_new_is_not_seen_and_what_is_gone_or_changed_i
     draw(77).save(images / "3.png")
     outcome = run("query.png", *ASK)
     assert paths(outcome) == [path for path in before if path[-5] not in "23"]
-    assert "6 images" in outcome.stderr and "without a look at" in outcome.stderr
+    assert "6 images" in outcome.stderr and "not checked for changes" in outcome.stderr
     assert paths(run("query.png", *OFFLINE, "--json"))[0] == "bulk_images/new.png"
 
 
@@ -338,7 +338,7 @@ def test_no_update_in_another_folder_than_the_indexed_one_is_said(run, collectio
     images = collection(4)
     run(*OFFLINE, "--index-only")
     Path("other").mkdir()
-    said = "has none of the first images that its index knows"
+    said = "none of the first images in the index is in"
     assert said in run(*ASK, images / "1.png", "--images", "other").stderr
     assert said not in run(*ASK, images / "1.png").stderr
 
@@ -446,4 +446,4 @@ def test_what_does_not_fit_on_the_gpus_is_searched_by_the_processor_and_said_onc
     gpus["free"], engine = 1 << 30, many(200)
     for _ in range(2):
         found(engine, queries(32), 10, "auto")
-    assert gpus["used"] == [] and caplog.text.count("do not fit on the GPU") == 1
+    assert gpus["used"] == [] and caplog.text.count("do not fit into the memory of the GPU") == 1

@@ -184,7 +184,7 @@ def test_default_model_gives_way_to_the_offline_descriptor_with_a_warning(no_wei
     assert outcome.status == 0
     assert "(offline, 3 images)" in outcome.stdout
     assert outcome.stderr.count("\n") == 1
-    for said in (no_weights, "offline", "--weights FILE", "--model", "copies", "not subjects"):
+    for said in (no_weights, "offline", "--weights FILE", "--model", "copies", "does not recognise"):
         assert said in outcome.stderr
 
 
