@@ -436,7 +436,7 @@ def read_picture(
     except Exception as error:  # decoders raise anything at all on a malformed file
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
             file = file._replace(mtime=-1)  # perhaps the machine failed and not the file: try again next time
-        reason = getattr(error, "strerror", None) or first_line(error)
+        reason = escape_controls(getattr(error, "strerror", None) or first_line(error))
         return Picture(file, reason=reason, vanished=isinstance(error, FileNotFoundError))
 
 
@@ -569,7 +569,8 @@ def cosine_transform(cells: int, device: torch.device) -> tuple[torch.Tensor, to
 def cell_means(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """The mean of the planes (..., n, n) in each cell, (..., cells, cells).
 
-    `rows` and `columns` are the `cell_weights` of the two sides. Of a cell that lies partly outside, the inside counts.
+    `rows` and `columns` are the `cell_weights` of the two sides. A cell that lies partly outside gets the mean of its
+    part inside.
     """
     return rows @ planes @ columns.T / (rows.sum(1)[:, None] * columns.sum(1) + 1e-9)
 
@@ -587,7 +588,10 @@ def edge_strengths(light: torch.Tensor) -> torch.Tensor:
 
 
 def whiten(maps: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Maps (B, c, cells, cells) as weighted cosine coefficients, (B, c, cells² - 1), after their mean is removed."""
+    """Maps (B, c, cells, cells) as weighted cosine coefficients, (B, c, cells² - 1), after their mean is removed.
+
+    `rows` and `columns` are the `cell_weights` of the two sides. A cell counts by its share inside the pixels.
+    """
     known = rows.sum(1)[:, None] * columns.sum(1)
     maps = (maps - (maps * known).sum((2, 3), keepdim=True) / known.sum()) * known
     cosines, weight = cosine_transform(len(known), maps.device)
@@ -684,7 +688,7 @@ def is_call(network: torch.fx.GraphModule, node: Any, layer: str, *functions: An
 def use_one_kernel(network: torch.fx.GraphModule, convolution: Any, last: Any, addends: Sequence[Any] = ()) -> None:
     """Replace three nodes by one oneDNN kernel: `convolution`, its sum with `addends`, and the ReLU `last`.
 
-    If `convolution` is `last`, no ReLU follows. The weights are stored in the order in which the kernel reads them.
+    For a convolution alone, give it as `last` too. The weights are stored in the order in which the kernel reads them.
     """
     layer: Any = network.get_submodule(convolution.target)
     (before,), graph = convolution.args, network.graph
@@ -1189,7 +1193,7 @@ def describe_points(light: torch.Tensor, xy: torch.Tensor) -> tuple[torch.Tensor
     along, across = cos * gx + sin * gy, cos * gy - sin * gx
     k = torch.arange(8) * (math.pi / 4)
     rise = (along[..., None] * k.cos() + across[..., None] * k.sin()).clamp_(min=0)  # (n, samples, 8)
-    rise = rise**3 / (along**2 + across**2 + 1e-6)[..., None]  # narrower: a gradient counts in two directions
+    rise = rise**3 / (along**2 + across**2 + 1e-6)[..., None]  # the cosine cubed: mostly the two nearest directions
     share = (1 - (steps[:, None] - torch.tensor([-6.0, -2.0, 2.0, 6.0])).abs() / 4).clamp(min=0)  # (samples, cells)
     cells = torch.einsum("nvuk,vi,uj->nijk", rise.view(-1, SAMPLES, SAMPLES, 8), share, share).flatten(1)
     return angle, torch.nn.functional.normalize(torch.nn.functional.normalize(cells, p=1).sqrt())
@@ -1278,7 +1282,7 @@ def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.
 
 
 def common_share(query: LocalFeatures, match: LocalFeatures, H: np.ndarray) -> tuple[float, float]:
-    """Two shares: of the cells that both pictures show, those that agree; and of the match's area, what agrees.
+    """The share of the cells visible in both pictures that agree, and the share of the match's area that agrees.
 
     The query is warped onto the match by H. The two are then correlated cell by cell.
     """
@@ -1454,8 +1458,20 @@ class Store:
                 self.connect()
             yield
 
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Have all that is read in this context come from one state, whatever other runs save meanwhile.
+
+        Rows that --rebuild replaces would be missed otherwise. Other runs wait with their commits.
+        """
+        self.db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self.db.rollback()
+
     def version(self) -> tuple[int, int]:
-        """It changes whenever another run writes."""
+        """A value that is another one whenever another run has written."""
         return self.inode, self.value("PRAGMA data_version")
 
     # Values
@@ -1606,10 +1622,10 @@ class Store:
         if 10 * self.value("PRAGMA freelist_count") > self.value("PRAGMA page_count"):
             self.db.execute("VACUUM")  # or the file never gets smaller
 
-    def files_with(self, digest: bytes, limit: int = -1) -> list[File]:
+    def files_with(self, digest: bytes) -> list[File]:
         """The files of the collection with this content, by path."""
-        query = "SELECT path, size, mtime FROM files WHERE there AND digest = ? ORDER BY path LIMIT ?"
-        return [File(*found) for found in self.db.execute(query, (digest, limit))]
+        query = "SELECT path, size, mtime FROM files WHERE there AND digest = ? ORDER BY path"
+        return [File(*found) for found in self.db.execute(query, (digest,))]
 
     def skipped(self, limit: int = -1) -> list[tuple[bytes, str]]:
         """The path of each skipped file, with its reason."""
@@ -1774,10 +1790,9 @@ def coded_index(store: Store) -> Index:
     """An index of compact codes, 64 bytes a vector, with its measured recall.
 
     Vectors are projected on their principal components, rotated at random so that all weigh alike, and coded by product
-    quantization in 4 bits. A search scans all codes (André, Kermarrec & Le Scouarnec, VLDB 2015).
-    It compares by L2 distance, which ranks vectors of length 1 as the
-    inner product does. The codes only choose the rows whose exact scores are computed. The shortlist grows until it
-    holds nearly all of the true ten nearest of held-out vectors.
+    quantization in 4 bits. A search scans all codes (André, Kermarrec & Le Scouarnec, VLDB 2015). It compares by L2
+    distance, which ranks vectors of length 1 as the inner product does. The codes only choose the rows whose exact
+    scores are computed. The shortlist grows until it holds nearly all of the true ten nearest of held-out vectors.
     """
     every = np.fromiter((row for (row,) in store.db.execute("SELECT row FROM features ORDER BY row")), np.int64)
     chosen = np.sort(np.random.default_rng(0).permutation(every)[: TRAINED_ON + HELD_OUT])
@@ -1871,12 +1886,12 @@ def index_on_gpus(store: Store, last: int) -> faiss.Index | None:
 
 # ---- Search ----------------------------------------------------------------------------------------------------------
 
-GPU_QUERIES, GPU_RESULTS = 32, 2048  # views at once that are worth the loading; results that FAISS gives there at most
-QUERY_THREADS = 2  # that read queries; each query has many views
+GPU_QUERIES, GPU_RESULTS = 32, 2048  # views from which on loading pays; results that FAISS gives there at most
+QUERY_THREADS = 2  # that read queries; few, since each query has many views
 TOGETHER = 16  # queries compared at once: each costs a third of what it costs alone
-SCAN_VIEWS = 20  # views from which on FAISS multiplies matrices: comparing blocks is quicker than a scan by the index
+SCAN_VIEWS = 20  # from so many views on, FAISS compares blocks by multiplying matrices: quicker than the exact index
 FIRST_LIST = 64  # rows of the first list of an exact search
-CLOSELY = 20  # codes compared for each match that a list yields: of `count` rows, only the best 1 in 20 are trusted
+CLOSELY = 20  # codes rank inexactly: of the rows that they choose for a list, only the best 1 in 20 are yielded
 ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
 CANDIDATES = 10  # contents that are aligned with a query, whatever k is
 SAMPLED = 8000  # images that `representatives` looks at: 0.7 s with 2048 dimensions, and sizes within 10 %
@@ -1973,9 +1988,9 @@ def first_list(engine: Engine) -> int:
 def ranked(engine: Engine, xq: np.ndarray, rows: np.ndarray) -> Iterator[Scored]:
     """All contents of the store, compared with a query's views, xq (views, dim), best first. `rows`: its first list.
 
-    Rows are looked up in lists, each four times as long as the last. Of a list, only the scores above `bound` are
-    yielded, since a longer list may still find rows below it. A row that a longer list finds above the bound of an
-    earlier one is left out: the order is then the same however many contents are asked for.
+    Rows are looked up in lists, each four times as long as the last. A list yields only its scores above `bound`: below
+    it, a longer list may find rows that this one lacks. `end` is the bound of the lists before. A row that a longer
+    list finds above `end` comes too late and is left out, so that the order never depends on how many are asked for.
     """
     by_codes, count, end = bool(engine.index.shortlist) and not engine.exact, first_list(engine), math.inf
     while True:
@@ -2062,14 +2077,17 @@ def compared(
     while group := list(itertools.islice(pictures, TOGETHER)):
         features = [picture.pixels.features for picture in group if picture.pixels]
         splits = [len(part) for part in features]
-        lists = candidate_rows(engine, np.concatenate(features), splits, first_list(engine)) if features else []
-        first_rows = iter(lists)
-        for query in group:
-            found = list[Found]()
-            if query.pixels:
-                found = nearest_files(engine, query, ranked(engine, query.pixels.features, next(first_rows)), k)
+        lists: dict[int, list[Found]] = {}
+        with engine.store.snapshot():
+            rows = candidate_rows(engine, np.concatenate(features), splits, first_list(engine)) if features else []
+            of_rows = iter(rows)
+            for i, query in enumerate(group):
+                if query.pixels:
+                    scored = ranked(engine, query.pixels.features, next(of_rows))
+                    lists[i] = nearest_files(engine, query, scored, k)
+        for i, query in enumerate(group):
             query = query._replace(digest=None) if crop else query  # a part is not identical to the file
-            yield query, found, copies_among(query, found)
+            yield query, lists.get(i, []), copies_among(query, lists.get(i, []))
 
 
 def ranked_matches(
@@ -2251,14 +2269,17 @@ def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Pair]], label: str) -
     repeated = engine.store.db.execute(f"SELECT digest FROM {USABLE} GROUP BY digest HAVING count(*) > 1").fetchall()
     files = {digest: different_files(engine, digest) for digest in {*pairs, *(digest for (digest,) in repeated)}}
     paths = {digest: found[0] for digest, found in files.items() if found}
-    order = {digest: (-picture_size(path), -os.path.getsize(path), path) for digest, path in paths.items()}
+    order = dict[bytes, tuple[int, int, str]]()
+    for digest, path in paths.items():
+        with suppress(OSError):  # it is gone meanwhile
+            order[digest] = -picture_size(path), -os.path.getsize(path), path
     done = set[bytes]()
     for keep in sorted(order, key=lambda digest: order[digest]):
         if keep in done:
             continue
         done.add(keep)
         found = [Match(0, path, 1.0, True, "identical") for path in files[keep][1:]]
-        others = [pair for other, pair in pairs.get(keep, {}).items() if other in paths and other not in done]
+        others = [pair for other, pair in pairs.get(keep, {}).items() if other in order and other not in done]
         for pair in sorted(others, key=lambda pair: (-pair.score, paths[pair.other])):
             done.add(pair.other)
             found += [Match(0, path, pair.score, False, label, pair.relation) for path in files[pair.other]]
@@ -2288,6 +2309,7 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator
 SAVE_SECONDS = 10  # work at risk when the process is killed; 30 are promised
 RANKS_WAIT = 30  # days that a rank of torchrun waits for the slowest one
 CRASH = b"Fatal Python error"  # faulthandler begins with this what it writes when a decoder crashes the process
+# The process that tries the files: it writes a dot before each one. The last dot stands for the one that crashed
 READ_EACH = """import os, sys, main
 for path in sys.stdin.buffer.read().split(b"\\0"):
     os.write(1, b".")
@@ -2299,8 +2321,11 @@ def skip_crashing_file(store: Store, images: Path, work: Work) -> None:
     if CRASH not in store.last_words:
         return
     files = {os.path.join(os.fsencode(images), it.path): it for it in store.unread()}
-    at_risk = list(itertools.islice(files, 2 * BLOCK * work.ranks))  # more were never read since the last save
-    here = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.abspath(__file__))}
+    at_risk = list(
+        itertools.islice(files, None if work.rebuild else 2 * BLOCK * work.ranks)
+    )  # no run reads more than this before it saves
+    path = filter(None, [os.path.dirname(os.path.abspath(__file__)), os.environ.get("PYTHONPATH")])
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     command = [sys.executable, "-c", READ_EACH]
     done = subprocess.run(command, input=b"\0".join(at_risk), capture_output=True, env=here)
     if done.stdout and done.returncode not in (0, 1):
@@ -2498,7 +2523,10 @@ def wait_for_ranks() -> None:
 
 
 def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
-    """As a rank of torchrun: read a share of the new files into a database that the next update takes in."""
+    """As a rank of torchrun: read a share of the new files into a database that the next update takes in.
+
+    All ranks meet twice: once rank 0 has made the store sound and holds its lock, and when all have read.
+    """
     torch.distributed.init_process_group("gloo", timeout=timedelta(days=RANKS_WAIT))
     with store_errors(folder):
         if work.rank:
@@ -2523,7 +2551,7 @@ def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
 
 
 def verdict(found: Answer | Group) -> str:
-    """What the matches amount to, so that nobody takes the best of many for the picture itself."""
+    """What the matches amount to; empty if there is a copy. Else the best of many would pass for the picture."""
     if isinstance(found, Group):
         return f"keep: the best of {len(found.matches) + 1}"
     return ("" if found.matches[0].label else "no copy found") if found.matches else "no match"
@@ -2799,11 +2827,12 @@ class Desk:
     def __init__(self, engine: Engine, work: Work) -> None:
         self.engine, self.lock = engine, threading.Lock()
         self.groups = list[tuple[int, list[Match]]]()  # of the collection, once it was shown
-        self.work = replace(work, update=True, rebuild=False, prune=False)
+        self.work = replace(work, update=True, rebuild=False, prune=False, rank=0, ranks=1)
 
     def update(self) -> None:
         """Bring the index up to date, while the old one goes on answering."""
         old, folder = self.engine, self.engine.store.folder.parent
+        torch.set_num_threads(torch_threads())  # a new thread begins with the number that was set last, perhaps 1
         try:
             new = initialize_reverse_image_search(old.images, folder, model=old.model, work=self.work)
         except DeepVisionError as error:

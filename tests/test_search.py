@@ -6,8 +6,10 @@ import json
 import os
 import random
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -342,3 +344,23 @@ def test_cpu_and_gpu_agree_to_three_decimals(run, collection, weights):
             assert outcome.status == 0, outcome.stderr
             answers.append({match["path"]: match["score"] for match in json.loads(outcome.stdout)["matches"]})
         assert answers[1] == pytest.approx(answers[0], abs=1e-3)
+
+
+def test_a_rebuild_meanwhile_hides_no_match(run, collection, monkeypatch):
+    """What a search reads comes from one state of the store: another run waits with its commit."""
+    images = collection(6)
+    engine = main.initialize_reverse_image_search(images, model=main.load_model("offline"))
+    choose, tried = main.candidate_rows, []
+
+    def then_replaced(*args):
+        rows = choose(*args)
+        with closing(sqlite3.connect(engine.store.path, timeout=0)) as other:
+            with pytest.raises(sqlite3.OperationalError, match="locked"):
+                other.execute("DELETE FROM features")
+                other.commit()
+        tried.append(rows)
+        return rows
+
+    monkeypatch.setattr(main, "candidate_rows", then_replaced)
+    (answer,) = main.search([images / "3.png"], engine, views="none")
+    assert tried and len(answer.matches) == 5
