@@ -2090,6 +2090,12 @@ def compared(
             yield query, lists.get(i, []), copies_among(query, lists.get(i, []))
 
 
+def is_mirrored(corners: Sequence[tuple[float, float]]) -> bool:
+    """Whether these corners, of a picture from its top left clockwise, run the other way round in another picture."""
+    (x0, y0), (x1, y1), _, (x3, y3) = corners
+    return (x1 - x0) * (y3 - y0) < (y1 - y0) * (x3 - x0)
+
+
 def ranked_matches(
     query: Picture, found: Sequence[Found], copies: dict[bytes, Region], threshold: float | str
 ) -> list[Match]:
@@ -2102,7 +2108,11 @@ def ranked_matches(
     for score, digest, path, view in found:
         label = "identical" if digest == query.digest else "copy" if digest in copies else ""
         if label in LABELS[LABELS.index(threshold) :] if isinstance(threshold, str) else round(score, 3) >= threshold:
-            kept.append(Match(0, path, score, label == "identical", label, view, copies.get(digest)))
+            region = copies.get(digest)
+            if region and is_mirrored(region.corners) != ("mirrored" in view):  # the alignment knows, the view guessed
+                words = ["mirrored"] * is_mirrored(region.corners) + view.split(", ")
+                view = ", ".join(word for word in words if word and (word != "mirrored" or is_mirrored(region.corners)))
+            kept.append(Match(0, path, score, label == "identical", label, view, region))
     kept.sort(key=lambda match: (("identical", "copy", "").index(match.label), -match.score, match.path))
     return [match._replace(rank=rank) for rank, match in enumerate(kept, start=1)]
 
@@ -2219,8 +2229,8 @@ def relation(corners: Sequence[tuple[float, float]], shown: float, inside: float
     shown    share of the picture to keep that is visible in this picture
     inside   share of this picture that is visible in the picture to keep
     """
-    (x0, y0), (x1, y1), _, (x3, y3) = corners
-    mirrored = (x1 - x0) * (y3 - y0) < (y1 - y0) * (x3 - x0)
+    (x0, y0), (x1, y1), *_ = corners
+    mirrored = is_mirrored(corners)
     angle = round(-math.degrees(math.atan2(y1 - y0, x1 - x0)) + 180 * mirrored) % 360  # clockwise
     words = ["mirrored"] if mirrored else []
     if min(angle, 360 - angle) >= 3:

@@ -277,3 +277,16 @@ def test_the_candidates_are_the_same_contents_whatever_k_is(rich: Path, run: Run
         asked.append(set())
         matches(run, "-k", k)
     assert len(asked[0]) == 3 and asked[0] == asked[1] == asked[2] == asked[3]
+
+
+def test_a_copy_is_called_mirrored_only_if_it_is(run, tmp_path):
+    """A mirrored view of a part may score most by chance; the alignment tells."""
+    (tmp_path / "bulk_images").mkdir()
+    picture = draw_rich(5)
+    even = Image.blend(picture, picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), 0.45)
+    even.save("bulk_images/even.png")
+    for name, query in (("as it is", even), ("mirrored", even.transpose(Image.Transpose.FLIP_LEFT_RIGHT))):
+        query.crop((0, 0, 260, 360)).save("part.png")
+        (line,) = run("--model", "offline", "--json", "-q", "--no-report", "part.png").stdout.splitlines()
+        (match,) = json.loads(line)["matches"]
+        assert match["label"] == "copy" and ("mirrored" in match["view"]) == (name == "mirrored")

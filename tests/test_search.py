@@ -354,10 +354,10 @@ def test_a_rebuild_meanwhile_hides_no_match(run, collection, monkeypatch):
 
     def then_replaced(*args):
         rows = choose(*args)
-        with closing(sqlite3.connect(engine.store.path, timeout=0)) as other:
-            with pytest.raises(sqlite3.OperationalError, match="locked"):
-                other.execute("DELETE FROM features")
-                other.commit()
+        busy = pytest.raises(sqlite3.OperationalError, match="locked")
+        with closing(sqlite3.connect(engine.store.path, timeout=0)) as other, busy:
+            other.execute("DELETE FROM features")
+            other.commit()
         tried.append(rows)
         return rows
 
