@@ -265,7 +265,7 @@ def test_views(search):
     none, auto, every = (objects(ask(views))[0]["matches"][0] for views in ("none", "auto", "all"))
     assert (auto["path"], auto["view"]) == ("bulk_images/5.png", "mirrored")
     assert auto["score"] > 0.9 > none["score"]
-    assert (none["view"], every["view"]) == ("", "mirrored")
+    assert (none["view"], every["view"]) == ("mirrored", "mirrored")  # the alignment of the copy tells
 
 
 def test_images_and_index_dir(search, collection):
