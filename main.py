@@ -696,7 +696,8 @@ def use_one_kernel(network: torch.fx.GraphModule, convolution: Any, last: Any, a
     shape, name = list(before.meta["tensor_meta"].shape), f"weight_of_{convolution.name}"
     packed = torch.ops.mkldnn._reorder_convolution_weight(layer.weight.data, *geometry, shape)
     network.register_buffer(name, packed)
-    kernel, then = torch.ops.mkldnn._convolution_pointwise.default, tuple[Any, ...](("relu", [], ""))
+    then: tuple[Any, ...] = "relu", [], ""
+    kernel = torch.ops.mkldnn._convolution_pointwise.default
     if last is convolution:
         then = "none", [], ""
     elif addends:
@@ -2109,9 +2110,9 @@ def ranked_matches(
         label = "identical" if digest == query.digest else "copy" if digest in copies else ""
         if label in LABELS[LABELS.index(threshold) :] if isinstance(threshold, str) else round(score, 3) >= threshold:
             region = copies.get(digest)
-            if region and is_mirrored(region.corners) != ("mirrored" in view):  # the alignment knows, the view guessed
-                words = ["mirrored"] * is_mirrored(region.corners) + view.split(", ")
-                view = ", ".join(word for word in words if word and (word != "mirrored" or is_mirrored(region.corners)))
+            if region:  # the alignment knows whether the copy is mirrored; the view only scored best
+                words = [word for word in view.split(", ") if word not in ("", "mirrored")]
+                view = ", ".join(["mirrored"] * is_mirrored(region.corners) + words)
             kept.append(Match(0, path, score, label == "identical", label, view, region))
     kept.sort(key=lambda match: (("identical", "copy", "").index(match.label), -match.score, match.path))
     return [match._replace(rank=rank) for rank, match in enumerate(kept, start=1)]
