@@ -1446,15 +1446,6 @@ class Store:
                 self.connect()
             yield
 
-    @contextmanager
-    def snapshot(self) -> Iterator[None]:
-        """Read from one state, whatever other runs save meanwhile: rows that --rebuild replaces would be missed."""
-        self.db.execute("BEGIN")
-        try:
-            yield
-        finally:
-            self.db.rollback()
-
     def value(self, query: str, *arguments: Any) -> Any:
         """The first value that the query gives, or None."""
         return (self.db.execute(query, arguments).fetchone() or [None])[0]
@@ -1506,22 +1497,21 @@ class Store:
             yield rows, vectors
             first = int(rows[-1]) + 1
 
-    def is_known(self, digest: bytes, after: int = 0) -> bool:
-        """Whether a row above `after` holds features of this content. Reading threads call it."""
+    def is_known(self, digest: bytes) -> bool:
+        """Whether there are features of this content. Reading threads call it."""
         with self.one_thread:  # Python 3.13 fails now and then where threads share a connection
-            return bool(self.value("SELECT 1 FROM features WHERE digest = ? AND row > ?", digest, after))
+            return bool(self.value("SELECT 1 FROM features WHERE digest = ?", digest))
 
-    def save(self, pictures: Sequence[Picture], replace: bool = False) -> None:
-        """Store files and their features in one transaction. `replace`: new features take the place of stored ones."""
-        verb, kept = "REPLACE" if replace else "IGNORE", [picture for picture in pictures if not picture.vanished]
-        features = {p.digest: p.vector.tobytes() for p in kept if p.digest and p.vector is not None}
-        insert = f"INSERT OR {verb} INTO features (digest, vector, checksum) VALUES (?1, ?2, crc(?1, ?2))"
-        vanished = [(picture.file.path,) for picture in pictures if picture.vanished]
+    def save(self, pictures: Sequence[Picture]) -> None:
+        """Store files and their features in one transaction. New features take the place of stored ones."""
+        kept = [picture for picture in pictures if not picture.vanished]
+        features = {picture.digest: picture.vector.tobytes() for picture in kept if picture.vector is not None}
+        files = ((*picture.file, picture.digest, picture.reason) for picture in kept)
+        vanished = ((picture.file.path,) for picture in pictures if picture.vanished)
         with self.one_thread, self.db:
-            self.db.executemany(insert, features.items())
-            self.db.executemany(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", ((*p.file, p.digest, p.reason) for p in kept)
-            )
+            columns = "(digest, vector, checksum) VALUES (?1, ?2, crc(?1, ?2))"
+            self.db.executemany(f"INSERT OR REPLACE INTO features {columns}", features.items())
+            self.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", files)
             self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", vanished)
 
     def scan(self, files: Iterable[File], everything: bool) -> Changes:
@@ -1634,8 +1624,8 @@ class Store:
         for path in old:
             path.unlink()
         if not is_new:
-            rows = counted(self.count("features"), "feature holds", "features hold")
-            log.warning("%s was damaged, or of an older format. Repaired: %s", self.path, rows)
+            kept = self.count("features")
+            log.warning("%s was damaged, or of an older format. Repaired: %d features are kept", self.path, kept)
 
 
 # ---- Index -----------------------------------------------------------------------------------------------------------
@@ -1705,9 +1695,9 @@ def coded_index(store: Store, last: int) -> Index:
     """An index of compact codes, 64 bytes a vector, with its measured recall.
 
     Vectors are projected on their principal components, rotated at random so that all weigh alike, and coded by product
-    quantization in 4 bits. A search scans all codes (André, Kermarrec & Le Scouarnec, VLDB 2015). It compares by L2
-    distance, which ranks vectors of length 1 as the inner product does. The codes only choose the rows whose exact
-    scores are computed. The shortlist grows until it holds nearly all of the true ten nearest of held-out vectors.
+    quantization in 4 bits. A search scans all codes (André, Kermarrec & Le Scouarnec, VLDB 2015) by L2 distance, which
+    ranks vectors of length 1 as the inner product does. The codes only choose the rows whose exact scores are computed.
+    This shortlist grows until it holds nearly all of the true ten nearest of held-out vectors.
     """
     # A digest is a hash: the first ones are a random sample.
     own, _, sample = store.features("row <= ? ORDER BY digest LIMIT ?", last, TRAINED_ON + HELD_OUT)
@@ -1746,16 +1736,6 @@ def read_index(store: Store) -> Index | None:
     return Index(faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size)), *notes)._replace(file=data)
 
 
-def write_index(store: Store, index: Index) -> None:
-    """Write the index file, then note its size, checksum and contents in the store."""
-    data = faiss.serialize_index(index.faiss)
-    with whole_file(store.index) as stream:
-        stream.write(data)
-    with store.db:
-        notes = json.dumps([len(data), zlib.crc32(data), *index[1:-1]])
-        store.db.execute("INSERT OR REPLACE INTO meta VALUES ('index', ?)", (notes,))
-
-
 def open_index(store: Store, work: Work = Work()) -> Index:
     """The FAISS index of the store, added to or made anew if need be. Without `work.update` a stored one is kept."""
     rows, last, index = store.count("features"), store.last_row(), read_index(store)
@@ -1776,7 +1756,12 @@ def open_index(store: Store, work: Work = Work()) -> Index:
         else:
             blocks = progress_bar(store.blocks(last=last), desc="index", unit="block")
             index = Index(build_index(blocks), last, made_of=rows)
-        write_index(store, index)
+        data = faiss.serialize_index(index.faiss)
+        with whole_file(store.index) as stream:
+            stream.write(data)
+        notes = json.dumps([len(data), zlib.crc32(data), *index[1:-1]])
+        with store.db:
+            store.db.execute("INSERT OR REPLACE INTO meta VALUES ('index', ?)", (notes,))
     return index
 
 
@@ -1991,7 +1976,8 @@ def compared(
         features = [picture.pixels.features for picture in group if picture.pixels]
         splits = [len(part) for part in features]
         lists: dict[int, list[Found]] = {}
-        with engine.store.snapshot():
+        with engine.store.db:  # all that is read comes from one state: --rebuild, say, replaces rows meanwhile
+            engine.store.db.execute("BEGIN")
             rows = candidate_rows(engine, np.concatenate(features), splits, first_list(engine)) if features else []
             of_rows = iter(rows)
             for i, query in enumerate(group):
@@ -2259,10 +2245,11 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
     It saves every few seconds, and also when an error or an interrupt ends the run. If a decoder crashes the process,
     faulthandler writes that into the lock file, for `skip_crashing_file`.
     """
-    known = partial(store.is_known, after=store.last_row() if work.rebuild else 0)  # --rebuild: only what is new
     to_pixels = get_transform(model.side, model.resample)
     transform = (lambda image: launch(to_pixels(image)[None], model, 1)[0][0]) if model.in_threads else to_pixels
-    read = partial(read_picture, root=os.fsencode(images), transform=transform, known=known)
+    read = partial(read_picture, root=os.fsencode(images), transform=transform)
+    if not work.rebuild:
+        read = partial(read, known=store.is_known)
     size, workers = work.batch_size or model.batch, work.workers or usable_cores()
     files = [file for file in unread if zlib.crc32(file.path) % work.ranks == work.rank]
     pictures = read_ahead(read, files, workers, min(AHEAD_BATCHES * size + workers, AHEAD_MOST))
@@ -2281,12 +2268,12 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
                 bar.update(len(batch))
                 if time.monotonic() - saved > SAVE_SECONDS or len(unsaved) > BLOCK:
                     whole, unsaved = unsaved, []  # if saving fails, it is not tried again below
-                    into.save(whole, work.rebuild)
+                    into.save(whole)
                     saved = time.monotonic()
         finally:
             faulthandler.disable()
             if unsaved:
-                into.save(unsaved, work.rebuild)
+                into.save(unsaved)
     return summary
 
 

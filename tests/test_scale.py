@@ -13,6 +13,7 @@ import shutil
 import sqlite3
 import types
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -296,6 +297,25 @@ def test_a_broken_feature_is_never_answered_from_and_alone_extracted_again(tiny,
     engine = opened()
     assert (engine.summary.opened, engine.store.count("features")) == (1, 100)
     assert ask(engine) == brute_force(list(range(100)), tiny)
+
+
+def test_a_malformed_page_is_repaired_by_the_next_run_in_a_large_collection_too(tiny, opened, ask, monkeypatch):
+    """No page of it is looked at on opening: the run that meets the damage marks it."""
+    monkeypatch.setattr(main, "PAGE_BYTES", 512)
+    monkeypatch.setattr(main, "CHECKED_BYTES", 0)
+    put(*range(300))
+    opened(exact=True)
+    path = cache_folder("index") / "index.sqlite"
+    with closing(sqlite3.connect(path)) as db:
+        ((vector,),) = db.execute("SELECT vector FROM features WHERE row = 150")
+    content = bytearray(path.read_bytes())
+    start = content.find(vector) // main.PAGE_BYTES * main.PAGE_BYTES
+    content[start : start + 64] = b"\xff" * 64
+    path.write_bytes(content)
+    with pytest.raises(main.DeepVisionError, match=r"damaged .*malformed.*Run the command again"):
+        ask(opened(update=False, exact=True))
+    engine = opened()
+    assert 0 < engine.summary.new < 300 and ask(engine) == brute_force(list(range(300)), tiny)
 
 
 # ---- Without an update -----------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import re
 import resource
 import shutil
@@ -372,32 +371,15 @@ def damaged(cache: Path, run: Run) -> Callable[[], Outcome]:
     return lambda: run(*ASK, "-q", "small.png", "unknown.png")
 
 
-@pytest.mark.parametrize(("name", "times"), [("index.sqlite", 40), ("index.faiss", 12)])
-def test_no_flipped_bit_changes_an_answer(name, times, damaged):
-    """Nor does it stop a run: wherever it is, but in the bytes that tell the version of the format, or of SQLite's."""
-    expected, places = answers_of(damaged()), random.Random(name)
-    whole, path = contents(cache_folder()), cache_folder() / name
-    version = {*range(16, 24), *range(44, 48), *range(60, 64)}
-    used = [place for place, byte in enumerate(whole[name]) if byte and place not in version]
-    for place in places.sample(used, times):
-        for other, content in whole.items():
-            (path.parent / other).write_bytes(content)
-        flipped = bytearray(whole[name])
-        flipped[place] ^= 1 << places.randrange(8)
-        path.write_bytes(flipped)
-        assert answers_of(damaged()) == expected, (place, flipped[place], flipped[max(0, place - 9) : place + 9])
+GARBLED = {
+    b"CREATE TABLE features": b"CREATE TAB\xccE features",
+    b"CREATE TABLE files": b"CREATE TABLE f\xe9les",
+    b"WITHOUT ROWID": b"WITHOUT ROW\xc9D",
+    b"size INTEGER,": b"size INTEGER ",
+}
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (b"CREATE TABLE features", b"CREATE TAB\xccE features"),
-        (b"CREATE TABLE files", b"CREATE TABLE f\xe9les"),
-        (b"size INTEGER", b"\xf3ize INTEGER"),
-        (b"WITHOUT ROWID", b"WITHOUT ROW\xc9D"),
-        (b"size INTEGER,", b"size INTEGER "),
-    ],
-)
+@pytest.mark.parametrize(("old", "new"), GARBLED.items())
 def test_a_garbled_schema_is_made_again(old, new, damaged):
     """Python's sqlite3 raises more kinds of errors of it than its own."""
     path, expected = cache_folder() / "index.sqlite", answers_of(damaged())
