@@ -1514,13 +1514,21 @@ class Store:
             self.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", files)
             self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", vanished)
 
-    def scan(self, files: Iterable[File], everything: bool) -> Changes:
-        """How `files`, in the order of their paths, differ from those stored.
+    def scan(self, images: Path, work: Work) -> Changes:
+        """How the folder `images` differs from the store.
 
-        Unread are new and changed files, unusable ones if the decoders have changed, and with `everything` all.
+        Unread are new and changed files, unusable ones if the decoders have changed, and with `work.rebuild` all.
         """
-        changes, files = Changes(self.version(), [], [], []), iter(files)
-        start: Any = ""  # before every BLOB
+
+        def unlisted(error: OSError) -> None:
+            what = f"{escape_controls(os.fsdecode(error.filename))} cannot be listed ({error.strerror})"
+            if work.prune:  # what lies in it would be forgotten
+                raise DeepVisionError(f"{what}: nothing was pruned")
+            log.warning("%s", what)
+
+        changes = Changes(self.version(), [], [], [])
+        start: bytes | str = ""  # damage may have made a path text, which SQLite puts before bytes
+        files = find_images(images, unlisted, [self.folder.parent], work.exclude)  # in the order of their paths
         other_decoders = self.get_meta("decoders") != image_formats()[2]
         while start != LAST_PATH:
             found = {file.path: file for file in itertools.islice(files, BLOCK)}
@@ -1531,7 +1539,7 @@ class Store:
                 if file is None:
                     if there:
                         changes.gone.append(path)
-                elif file != (path, size, mtime) or again or (everything and reason != CRASHES):
+                elif file != (path, size, mtime) or again or (work.rebuild and reason != CRASHES):
                     changes.unread.append(file)
                 elif not there:
                     changes.back.append(path)
@@ -2215,18 +2223,6 @@ for path in sys.stdin.buffer.read().split(b"\\0"):
     main.read_picture(main.File(path, 0, 0), b"", lambda image: main.to_rgb(image, 224))"""
 
 
-def scan(store: Store, images: Path, work: Work) -> Changes:
-    """How the folder `images` differs from the store."""
-
-    def unlisted(error: OSError) -> None:
-        what = f"{escape_controls(os.fsdecode(error.filename))} cannot be listed ({error.strerror})"
-        if work.prune:  # what lies in it would be forgotten
-            raise DeepVisionError(f"{what}: nothing was pruned")
-        log.warning("%s", what)
-
-    return store.scan(find_images(images, unlisted, [store.folder.parent], work.exclude), work.rebuild)
-
-
 def skip_crashing_file(store: Store, unread: list[File], images: Path, work: Work) -> None:
     """If a decoder has crashed the run before, find the file in a process of its own and note it as skipped."""
     if CRASH not in store.last_words:
@@ -2314,7 +2310,7 @@ def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
     wait_for_ranks(work)  # for the first rank, which makes the store sound, and holds the lock for all
     store = Store(folder, model.identity, model.dim)
     with store.errors():
-        read_new(store, scan(store, images, work).unread, images, model, work)
+        read_new(store, store.scan(images, work).unread, images, model, work)
     wait_for_ranks(work)
 
 
@@ -2322,7 +2318,7 @@ def store_changes(store: Store, changes: Changes, images: Path, model: Model, wo
     """Read what is new. Note what is gone, but only if a usable image remains: else the summary counts no images."""
     with store.locked():
         if merge_ranks(store).opened or changes.version != store.version():
-            changes = scan(store, images, work)
+            changes = store.scan(images, work)
         skip_crashing_file(store, changes.unread, images, work)
         wait_for_ranks(work)  # from here on, they read
         summary = read_new(store, changes.unread, images, model, work)
@@ -2349,7 +2345,7 @@ def update(store: Store, images: Path, model: Model, work: Work) -> Summary:
 
     Raises DeepVisionError if no usable image is there. The store keeps what it has: the drive may only be unplugged.
     """
-    changes = scan(store, images, work)
+    changes = store.scan(images, work)
     if any(changes[1:]) or work.prune or work.ranks > 1:
         summary = store_changes(store, changes, images, model, work)
     else:

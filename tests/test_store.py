@@ -403,6 +403,7 @@ def test_a_garbled_schema_is_made_again(old, new, damaged):
         "UPDATE features SET vector = 'text', checksum = 'text'",
         "UPDATE files SET digest = zeroblob(16) WHERE path = CAST('0.png' AS BLOB)",
         "UPDATE files SET size = 'x'",
+        "UPDATE files SET path = CAST(path AS TEXT)",
         "UPDATE files SET path = CAST(path || 'x' AS BLOB)",
         "DELETE FROM files",
         "DROP TABLE features",
