@@ -2288,8 +2288,8 @@ def merge_ranks(store: Store) -> Summary:
             summary.new += share.count(USABLE)
             summary.recognised += share.count(ORPHANED)
         share.db.close()
-        for done in store.folder.glob(f"{path.name}*"):  # a rank that was killed may have left its journal, too
-            done.unlink()
+    for left in (*store.folder.glob("rank-*"), *store.folder.glob("*.part*")):  # the latter: of a stopped run
+        left.unlink(missing_ok=True)
     return summary
 
 
