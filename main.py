@@ -1383,7 +1383,6 @@ def whole_file(path: Path, mark: object = "") -> Iterator[BinaryIO]:
 class Changes(NamedTuple):
     """How a collection differs from the store."""
 
-    version: tuple[int, int]  # of the store
     unread: list[File]  # new and changed files
     gone: list[bytes]  # paths
     back: list[bytes]  # paths of files that were gone and are unchanged
@@ -1431,28 +1430,24 @@ class Store:
             raise DamageError(self.path, first_line(error)) from error
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the lock of the one run that writes."""
+    def locked(self) -> Iterator[bool]:
+        """Hold the lock of the one run that writes. True: another run held it before."""
         with suppress(OSError):  # there is none yet
             self.last_words = Path(self.lock_file.lock_file).read_bytes()
         try:
-            held = self.lock_file.acquire(timeout=0)
+            held, waited = self.lock_file.acquire(timeout=0), False
         except filelock.Timeout:
             log.warning("another run is writing %s: waiting for it", self.folder)
-            held = self.lock_file.acquire()
+            held, waited = self.lock_file.acquire(), True
         with held:
             if not self.path.exists() or self.path.stat().st_ino != self.inode:  # another run has repaired it
                 self.db.close()
                 self.connect()
-            yield
+            yield waited
 
     def value(self, query: str, *arguments: Any) -> Any:
         """The first value that the query gives, or None."""
         return (self.db.execute(query, arguments).fetchone() or [None])[0]
-
-    def version(self) -> tuple[int, int]:
-        """A value that changes whenever another run has written."""
-        return self.inode, self.value("PRAGMA data_version")
 
     def count(self, table: str) -> int:
         return self.value(f"SELECT count(*) FROM {table}")
@@ -1526,7 +1521,7 @@ class Store:
                 raise DeepVisionError(f"{what}: nothing was pruned")
             log.warning("%s", what)
 
-        changes = Changes(self.version(), [], [], [])
+        changes = Changes([], [], [])
         start: bytes | str = ""  # damage may have made a path text, which SQLite puts before bytes
         files = find_images(images, unlisted, [self.folder.parent], work.exclude)  # in the order of their paths
         other_decoders = self.get_meta("decoders") != image_formats()[2]
@@ -2316,8 +2311,8 @@ def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
 
 def store_changes(store: Store, changes: Changes, images: Path, model: Model, work: Work) -> Summary:
     """Read what is new. Note what is gone, but only if a usable image remains: else the summary counts no images."""
-    with store.locked():
-        if merge_ranks(store).opened or changes.version != store.version():
+    with store.locked() as waited:
+        if merge_ranks(store).opened or waited:
             changes = store.scan(images, work)
         skip_crashing_file(store, changes.unread, images, work)
         wait_for_ranks(work)  # from here on, they read
@@ -2346,7 +2341,7 @@ def update(store: Store, images: Path, model: Model, work: Work) -> Summary:
     Raises DeepVisionError if no usable image is there. The store keeps what it has: the drive may only be unplugged.
     """
     changes = store.scan(images, work)
-    if any(changes[1:]) or work.prune or work.ranks > 1:
+    if any(changes) or work.prune or work.ranks > 1:
         summary = store_changes(store, changes, images, model, work)
     else:
         summary = Summary(store.count(USABLE), store.count(SKIPPED), store.count(GONE))
