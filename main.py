@@ -125,8 +125,9 @@ class DeepVisionError(Exception):
     """What went wrong, where, and what to do about it, in one line."""
 
 
-class DamageError(Exception):
-    """The store does not hold what was written to it. It is repaired, and the work starts again."""
+class DamageError(DeepVisionError):
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} is damaged ({reason}). Run the command again to repair it")
 
 
 def counted(number: int, one: str, many: str = "") -> str:
@@ -226,9 +227,7 @@ class Model:
     batch: int = 32  # images at once
     resample: str = "bilinear"
     precision: str = "fp32"
-    in_threads: bool = (
-        False  # the threads that read also compute the features: small operations gain nothing from cores
-    )
+    in_threads: bool = False  # the threads that read compute the features, too: small operations gain nothing by cores
 
 
 @dataclass(frozen=True)
@@ -246,10 +245,6 @@ class Work:
     rank: int = 0  # of this process, among `ranks` that torchrun started; rank 0 commits
     ranks: int = 1
 
-    def is_mine(self, file: File) -> bool:
-        """Whether this rank reads the file. The answer depends on the path alone."""
-        return zlib.crc32(file.path) % self.ranks == self.rank
-
 
 @dataclass
 class Summary:
@@ -264,7 +259,6 @@ class Summary:
     recognised: int = 0  # of those, by content: moved, copied, or back again
     reading: float = 0.0  # seconds that the model, or the run, waited for pictures
     computing: float = 0.0  # seconds in the model; 0: the threads that read did its work
-    recall: float | None = None  # share of the true nearest that the compact codes find; None: the search is exact
 
     def add(self, pictures: Sequence[Picture]) -> None:
         usable = [picture for picture in pictures if picture.digest and not picture.vanished]
@@ -1350,43 +1344,18 @@ SCHEMA = [
     " WITHOUT ROWID",
     "CREATE INDEX files_by_digest ON files (digest, there, reason)",  # all that is counted: a million in 50 ms
 ]
+FEATURE_COLUMNS, FILE_COLUMNS = "row, digest, vector, checksum", "path, size, mtime, digest, reason, there"
 USABLE = "files WHERE there AND digest IS NOT NULL"
 SKIPPED = "files WHERE there AND reason IS NOT NULL"
 GONE = """files AS old WHERE NOT there AND digest IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM files WHERE digest = old.digest AND there)"""  # a renamed file is not gone
-ORPHANED = """files WHERE digest IS NOT NULL
+DAMAGED = "features WHERE checksum IS NOT crc(digest, vector)"
+ORPHANED = """files WHERE digest IS NOT NULL AND mtime != -1
     AND NOT EXISTS (SELECT 1 FROM features WHERE features.digest = files.digest)"""
-FOUND = """DROP TABLE IF EXISTS temp.changes; DROP TABLE IF EXISTS temp.found;
-    CREATE TEMP TABLE found (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER) WITHOUT ROWID"""
 CRASHES = "its decoder crashes"  # the reason given for such a file; --rebuild does not try it again
-# How what a scan found differs from what is stored: files to read (`there` is NULL), gone (0), and back unchanged (1).
-CHANGES = f"""CREATE TEMP TABLE changes AS SELECT path, size, mtime, back AS there FROM (
-        SELECT path, found.size, found.mtime, files.there AS known,
-            CASE WHEN files.size = found.size AND files.mtime = found.mtime AND NOT (:retry AND files.digest IS NULL)
-                AND (NOT :everything OR files.reason = '{CRASHES}') THEN 1 END AS back
-        FROM found LEFT JOIN files USING (path)) WHERE back IS NULL OR NOT known
-    UNION ALL SELECT path, size, mtime, 0 FROM files
-    WHERE files.there AND NOT EXISTS (SELECT 1 FROM found WHERE found.path = files.path)"""
-UNREAD = "changes WHERE there IS NULL"
+LAST_PATH = b"\xff" * 5000  # no path comes after it
 
-
-@contextmanager
-def damage_noticed() -> Iterator[None]:
-    """Turn SQLite's errors about damage into a DamageError. Those about a full disk or permissions pass through."""
-    try:
-        yield
-    except sqlite3.OperationalError:
-        raise
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter quotes a damaged schema
-        raise DamageError(first_line(error)) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names of the files in the folder durable. POSIX keeps a new name only after that."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+Blocks = Iterator[tuple["np.ndarray", "np.ndarray"]]  # rows, int64 (n,), and features (n, dim)
 
 
 @contextmanager
@@ -1405,131 +1374,111 @@ def whole_file(path: Path, mark: object = "") -> Iterator[BinaryIO]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if os.name == "posix":  # the new name is durable only once its folder is synced
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
-Blocks = Iterator[tuple["np.ndarray", "np.ndarray"]]  # rows, int64 (n,), and features (n, dim)
+class Changes(NamedTuple):
+    """How a collection differs from the store."""
+
+    unread: list[File]  # new and changed files
+    gone: list[bytes]  # paths
+    back: list[bytes]  # paths of files that were gone and are unchanged
 
 
 class Store:
     """The files of a collection and their features, by one model: an SQLite database.
 
     A file and its features are stored in one transaction. A vector is used only after its checksum was seen to hold.
-    `folder` is created. `identity` and `dim` are those of the model. Each rank of torchrun has a database by its own
-    `name`.
+    `folder` is created. Each rank of torchrun has a database by its own `name`.
     """
 
     def __init__(self, folder: Path, identity: str, dim: int, name: str = "index.sqlite") -> None:
         self.folder, self.identity, self.dim = folder, identity, dim
         self.path, self.index = folder / name, folder / "index.faiss"
         self.salt = zlib.crc32(identity.encode())  # no vector holds in the store of another model
-        folder.mkdir(parents=True, exist_ok=True)
-        self.lock_file, self.one_lookup = filelock.FileLock(folder / "lock"), threading.Lock()
+        self.lock_file, self.one_thread = filelock.FileLock(folder / "lock"), threading.Lock()
         self.last_words = b""  # the crash report that faulthandler left in the lock file; taking the lock empties it
-        self.scanned = (0, 0)  # the version that the last scan was compared with
-        self.connect()
+        with self.errors():
+            folder.mkdir(parents=True, exist_ok=True)
+            self.connect()
 
     def connect(self) -> None:
         if not self.path.exists():
             self.path.touch()
         self.inode = self.path.stat().st_ino
-        connect = partial(sqlite3.connect, self.path, timeout=WAIT_SECONDS, check_same_thread=False)
-        self.db, self.lookup = connect(), connect()
+        self.db = sqlite3.connect(self.path, timeout=WAIT_SECONDS, check_same_thread=False)
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
-        with suppress(DamageError), damage_noticed():  # `check` says what is wrong
-            self.db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
-
-    def close(self) -> None:
-        self.db.close()
-        self.lookup.close()
+        self.db.create_function("crc", 2, self.crc)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the lock of the one run that writes."""
+    def errors(self) -> Iterator[None]:
+        """Turn errors of the disk and of SQLite into a DeepVisionError. Damage is marked for the next run to repair."""
+        try:
+            yield
+        except (OSError, NotImplementedError, sqlite3.OperationalError) as error:  # the second: a disk without locks
+            advice = "Check the free space and the permissions, or choose another folder with --index-dir"
+            raise DeepVisionError(
+                f"the index in {self.folder} cannot be used: {first_line(error)}. {advice}"
+            ) from error
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter quotes a damaged schema
+            with suppress(sqlite3.Error):
+                self.db.rollback()
+                self.db.execute("PRAGMA user_version = 0")
+            raise DamageError(self.path, first_line(error)) from error
+
+    @contextmanager
+    def locked(self) -> Iterator[bool]:
+        """Hold the lock of the one run that writes. True: another run held it before."""
         with suppress(OSError):  # there is none yet
             self.last_words = Path(self.lock_file.lock_file).read_bytes()
         try:
-            held = self.lock_file.acquire(timeout=0)
+            held, waited = self.lock_file.acquire(timeout=0), False
         except filelock.Timeout:
             log.warning("another run is writing %s: waiting for it", self.folder)
-            held = self.lock_file.acquire()
+            held, waited = self.lock_file.acquire(), True
         with held:
             if not self.path.exists() or self.path.stat().st_ino != self.inode:  # another run has repaired it
-                self.close()
+                self.db.close()
                 self.connect()
-            yield
-
-    @contextmanager
-    def snapshot(self) -> Iterator[None]:
-        """Have all that is read in this context come from one state, whatever other runs save meanwhile.
-
-        Rows that --rebuild replaces would be missed otherwise. Other runs wait with their commits.
-        """
-        self.db.execute("BEGIN")
-        try:
-            yield
-        finally:
-            self.db.rollback()
-
-    def version(self) -> tuple[int, int]:
-        """A value that is another one whenever another run has written."""
-        return self.inode, self.value("PRAGMA data_version")
-
-    # Values
+            yield waited
 
     def value(self, query: str, *arguments: Any) -> Any:
         """The first value that the query gives, or None."""
         return (self.db.execute(query, arguments).fetchone() or [None])[0]
 
-    def get_meta(self, key: str) -> Any:
-        return self.value("SELECT value FROM meta WHERE key = ?", key)
-
-    def put_meta(self, key: str, value: Any) -> None:
-        with self.db:
-            self.db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
-
     def count(self, table: str) -> int:
         return self.value(f"SELECT count(*) FROM {table}")
 
-    def any(self, table: str) -> bool:
-        return bool(self.value(f"SELECT EXISTS (SELECT 1 FROM {table})"))
+    def get_meta(self, key: str) -> Any:
+        return self.value("SELECT value FROM meta WHERE key = ?", key)
 
     def last_row(self) -> int:
         """The highest row number in use; 0: there are no features."""
         return self.value("SELECT max(row) FROM features") or 0
 
-    # Features
-
-    def checksum(self, digest: bytes, vector: bytes) -> int:
-        """CRC-32 of model identity, digest and vector."""
+    def crc(self, digest: Any, vector: Any) -> int:
+        """CRC-32 of model identity, digest and vector; -1 if damage has changed a type or a length."""
+        if not (isinstance(digest, bytes) and isinstance(vector, bytes) and len(vector) == 2 * self.dim):
+            return -1
         return zlib.crc32(vector, zlib.crc32(digest, self.salt))
 
-    def is_intact(self, row: Sequence[Any]) -> bool:
-        """Whether (row, digest, vector, checksum), as it was read, is what was written."""
-        _, digest, vector, checksum = row
-        is_whole = isinstance(digest, bytes) and isinstance(vector, bytes) and len(vector) == 2 * self.dim
-        return is_whole and self.checksum(digest, vector) == checksum
-
     def features(self, condition: str, *arguments: Any) -> tuple[np.ndarray, list[bytes], np.ndarray]:
-        """Rows, int64 (n,), content hashes, and features, fp16 (n, dim), for which the SQL condition holds, by row.
+        """Rows, int64 (n,), content hashes, and features, fp16 (n, dim), for which the SQL condition holds.
 
-        Raises DamageError if one of them is not what was written. It is deleted then: the next update reads its files.
+        Raises DamageError if one of them is not what was written. The next update then reads its files again.
         """
-        query = f"SELECT row, digest, vector, checksum FROM features WHERE {condition}"
-        found = self.db.execute(query, arguments).fetchall()
-        if broken := [(row[0],) for row in found if not self.is_intact(row)]:
-            with self.db:
-                which = "digest = (SELECT digest FROM features WHERE row = ?)"
-                self.db.executemany(f"UPDATE files SET mtime = -1 WHERE {which}", broken)
-                self.db.executemany("DELETE FROM features WHERE row = ?", broken)
-            damaged = counted(len(broken), "feature is", "features are")
-            log.warning("%s: %s damaged, to be extracted again", self.path, damaged)
-            raise DamageError(f"{counted(len(broken), 'feature')} did not match the checksum")
+        found = self.db.execute(f"SELECT {FEATURE_COLUMNS} FROM features WHERE {condition}", arguments).fetchall()
+        if not all(self.crc(digest, vector) == checksum for _, digest, vector, checksum in found):
+            self.discard_damaged()
+            raise DamageError(self.path, "features do not match their checksums")
         vectors = np.frombuffer(bytearray().join(row[2] for row in found), np.float16).reshape(-1, self.dim)
         return np.array([row[0] for row in found], np.int64), [row[1] for row in found], vectors
 
     def features_of(self, rows: Iterable[int]) -> tuple[np.ndarray, list[bytes], np.ndarray]:
-        """Those of `rows` that are still there, as `features` gives them."""
+        """Those of `rows` that are still there, by row, as `features` gives them."""
         among = json.dumps(sorted(map(int, rows)))
         return self.features("row IN (SELECT value FROM json_each(?)) ORDER BY row", among)
 
@@ -1543,76 +1492,65 @@ class Store:
             yield rows, vectors
             first = int(rows[-1]) + 1
 
-    def is_known(self, digest: bytes, after: int = 0) -> bool:
-        """Whether a row above `after` holds features of this content. Reading threads call it.
+    def is_known(self, digest: bytes) -> bool:
+        """Whether there are features of this content. Reading threads call it."""
+        with self.one_thread:  # Python 3.13 fails now and then where threads share a connection
+            return bool(self.value("SELECT 1 FROM features WHERE digest = ?", digest))
 
-        With --rebuild, `after` is the last row of before, so that only new features count.
-        """
-        with self.one_lookup:  # Python 3.13 fails now and then where threads share a connection
-            query = "SELECT 1 FROM features WHERE digest = ? AND row > ?"
-            return self.lookup.execute(query, (digest, after)).fetchone() is not None
-
-    def save(self, pictures: Sequence[Picture], replace: bool = False) -> None:
-        """Store files and their features in one transaction. `replace`: new features take the place of stored ones."""
-        verb, kept = "REPLACE" if replace else "IGNORE", [picture for picture in pictures if not picture.vanished]
-        features = {p.digest: p.vector.tobytes() for p in kept if p.digest and p.vector is not None}
-        with self.db:
-            self.db.executemany(
-                f"INSERT OR {verb} INTO features (digest, vector, checksum) VALUES (?, ?, ?)",
-                ((digest, vector, self.checksum(digest, vector)) for digest, vector in features.items()),
-            )
-            self.db.executemany(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", ((*p.file, p.digest, p.reason) for p in kept)
-            )
-            vanished = [(picture.file.path,) for picture in pictures if picture.vanished]
+    def save(self, pictures: Sequence[Picture]) -> None:
+        """Store files and their features in one transaction. New features take the place of stored ones."""
+        kept = [picture for picture in pictures if not picture.vanished]
+        features = {picture.digest: picture.vector.tobytes() for picture in kept if picture.vector is not None}
+        files = ((*picture.file, picture.digest, picture.reason) for picture in kept)
+        vanished = ((picture.file.path,) for picture in pictures if picture.vanished)
+        with self.one_thread, self.db:
+            columns = "(digest, vector, checksum) VALUES (?1, ?2, crc(?1, ?2))"
+            self.db.executemany(f"INSERT OR REPLACE INTO features {columns}", features.items())
+            self.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", files)
             self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", vanished)
 
-    def merge_rank(self, share: Path) -> None:
-        """Add the files and features of a rank's database. They take the place of stored ones."""
-        self.db.execute("ATTACH ? AS share", (os.fsencode(share),))
-        try:
-            with self.db:
-                columns = "digest, vector, checksum"
-                new = f"SELECT {columns} FROM share.features ORDER BY row"
-                self.db.execute(f"INSERT OR REPLACE INTO main.features ({columns}) {new}")
-                self.db.execute("INSERT OR REPLACE INTO main.files SELECT * FROM share.files")
-        finally:
-            self.db.execute("DETACH share")
+    def scan(self, images: Path, work: Work) -> Changes:
+        """How the folder `images` differs from the store.
 
-    # Files
-
-    def scan(self, files: Iterable[File], everything: bool) -> int:
-        """Compare `files`, in the order of their paths, with the store, and fill the table `changes`; how many differ.
-
-        New and changed files are to be read. So are unusable files if the decoders have changed, files without features
-        if the database is small, and with `everything` all files.
+        Unread are new and changed files, unusable ones if the decoders have changed, and with `work.rebuild` all.
         """
-        self.scanned = self.version()
-        if self.is_small() and self.any(ORPHANED):  # their digest is damaged
-            with self.db:
-                self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
-        retry = self.get_meta("decoders") not in (None, image_formats()[2])  # None: no update has come to its end yet
-        self.db.executescript(FOUND)
-        with self.db:
-            self.db.executemany("INSERT INTO found VALUES (?, ?, ?)", files)
-            self.db.execute(CHANGES, {"everything": everything, "retry": retry})
-            self.db.execute("DROP TABLE found")
-        return self.count("changes")
 
-    def unread(self) -> list[File]:
-        return [File(*found) for found in self.db.execute(f"SELECT path, size, mtime FROM {UNREAD}")]
+        def unlisted(error: OSError) -> None:
+            what = f"{escape_controls(os.fsdecode(error.filename))} cannot be listed ({error.strerror})"
+            if work.prune:  # what lies in it would be forgotten
+                raise DeepVisionError(f"{what}: nothing was pruned")
+            log.warning("%s", what)
 
-    def mark_presence(self) -> bool:
-        """Mark files as gone or back, as the scan found them. Returns False, and changes nothing, if no usable image
-        would remain."""
+        changes = Changes([], [], [])
+        start: bytes | str = ""  # damage may have made a path text, which SQLite puts before bytes
+        files = find_images(images, unlisted, [self.folder.parent], work.exclude)  # in the order of their paths
+        other_decoders = self.get_meta("decoders") != image_formats()[2]
+        while start != LAST_PATH:
+            found = {file.path: file for file in itertools.islice(files, BLOCK)}
+            end = max(found, default=LAST_PATH)
+            query = f"SELECT {FILE_COLUMNS} FROM files WHERE path > ? AND path <= ?"
+            for path, size, mtime, digest, reason, there in self.db.execute(query, (start, end)).fetchall():
+                file, again = found.pop(path, None), other_decoders and digest is None
+                if file is None:
+                    if there:
+                        changes.gone.append(path)
+                elif file != (path, size, mtime) or again or (work.rebuild and reason != CRASHES):
+                    changes.unread.append(file)
+                elif not there:
+                    changes.back.append(path)
+            changes.unread.extend(found.values())
+            start = end
+        return changes
+
+    def mark_presence(self, changes: Changes) -> bool:
+        """Mark files as gone or back. Returns False, and changes nothing, if no usable image would remain."""
         with self.db:
-            changed = "SELECT there, path FROM changes WHERE there IS NOT NULL"
-            self.db.executemany("UPDATE files SET there = ? WHERE path = ?", self.db.execute(changed).fetchall())
-            if remains := self.any(USABLE):
-                self.db.execute("INSERT OR REPLACE INTO meta VALUES ('decoders', ?)", (image_formats()[2],))
-            else:
+            for there, paths in enumerate((changes.gone, changes.back)):
+                self.db.executemany("UPDATE files SET there = ? WHERE path = ?", ((there, path) for path in paths))
+            self.db.execute("INSERT OR REPLACE INTO meta VALUES ('decoders', ?)", (image_formats()[2],))
+            if not (remain := self.count(USABLE)):
                 self.db.rollback()
-        return remains
+        return remain > 0
 
     def prune(self) -> None:
         """Forget the files that are gone, and the features that belong to no file."""
@@ -1632,94 +1570,73 @@ class Store:
         """The path of each skipped file, with its reason."""
         return self.db.execute(f"SELECT path, reason FROM {SKIPPED} ORDER BY path LIMIT ?", (limit,)).fetchall()
 
-    # Damage
-
-    def is_small(self) -> bool:
-        return self.path.stat().st_size <= CHECKED_BYTES
-
-    @damage_noticed()
     def check(self, whole: bool) -> None:
-        """Raise DamageError if this is not a sound database of this format. Damaged rows alone are discarded.
-
-        A large database, or one that is not to be checked `whole`, is looked at where it is used.
-        """
-        version = self.value("PRAGMA user_version")
-        if version > FORMAT:
-            raise DeepVisionError(
-                f"{self.folder} was written by a newer DeepVision (format {version}, this one knows {FORMAT}): update "
-                "DeepVision, or choose another --index-dir"
-            )
-        tables = "sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%' ORDER BY rowid"
-        schema = [sql for (sql,) in self.db.execute(f"SELECT sql FROM {tables}").fetchall()]
-        if version < FORMAT or schema != SCHEMA:
-            raise DamageError("it is not a database of this format")
-        if self.get_meta("identity") != self.identity:
-            raise DamageError("it belongs to another model")
-        if whole and self.is_small():
+        """Raise DamageError if this is no sound database of this format. `whole`: look at all of it, if it is small."""
+        if (version := self.value("PRAGMA user_version")) > FORMAT:
+            newer = f"was written by a newer DeepVision (format {version}, this one knows {FORMAT})"
+            raise DeepVisionError(f"{self.folder} {newer}: update DeepVision, or choose another --index-dir")
+        schema = {sql for (sql,) in self.db.execute("SELECT sql FROM sqlite_master")}
+        if version < FORMAT or not schema.issuperset(SCHEMA) or self.get_meta("identity") != self.identity:
+            raise DamageError(self.path, "it is not a database of this format, or of another model")
+        self.db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
+        if whole and self.path.stat().st_size <= CHECKED_BYTES:
             if (verdict := self.value("PRAGMA integrity_check(1)")) != "ok":  # quick_check does not compare indexes
-                raise DamageError(str(verdict).splitlines()[0])
-            is_checked = False
-            while not is_checked:
-                with suppress(DamageError):  # the damaged features of one block, which are deleted now
-                    deque(self.blocks(), 0)
-                    is_checked = True
+                raise DamageError(self.path, str(verdict).splitlines()[0])
+            self.discard_damaged()
 
-    def salvage(self) -> None:
-        """Copy the intact rows of a damaged database into a new one, which replaces it. Call it with the lock held."""
+    def discard_damaged(self) -> None:
+        """Delete features that are not what was written. The next update reads the files that have none."""
+        if self.count(DAMAGED) or self.count(ORPHANED):
+            with self.db:
+                self.db.execute(f"DELETE FROM {DAMAGED}")
+                marked = self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
+            files = counted(marked.rowcount, "file")
+            log.warning("%s: features of %s are damaged or missing, to be extracted again", self.folder, files)
 
-        def readable(columns: str, table: str, key: str) -> Iterator[tuple[Any, ...]]:
-            for order in ("ASC", "DESC"):  # from its beginning and from its end, each up to the damage
-                try:
-                    with damage_noticed():
-                        yield from self.db.execute(f"SELECT {columns} FROM {table} ORDER BY {key} {order}")
-                    return
-                except (DamageError, sqlite3.OperationalError) as error:
-                    if isinstance(error, sqlite3.OperationalError) and "no such" not in str(error):
-                        raise
-
-        part = self.path.with_name(f"{self.path.name}.part")
-        for left in (part, part.with_name(f"{part.name}-journal")):
-            left.unlink(missing_ok=True)
-        new = Store(self.folder, self.identity, self.dim, part.name)
-        new.db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
-        new.db.executescript(f"BEGIN; {';'.join(SCHEMA)}; PRAGMA user_version = {FORMAT}; COMMIT")
-        new.put_meta("identity", self.identity)
-        with new.db:
-            rows = (row for row in readable("row, digest, vector, checksum", "features", "row") if self.is_intact(row))
-            new.db.executemany("INSERT OR IGNORE INTO features VALUES (?, ?, ?, ?)", rows)
-            files = readable("path, size, mtime, digest, reason, there", "files", "path")
-            new.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
-            new.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
-        new.close()
-        self.close()
-        self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)  # SQLite would replay it
-        os.replace(part, self.path)
-        sync_folder(self.folder)
-        self.connect()
-
-    def make_sound(self) -> None:
-        """Check the database, and repair it, or create it if it is new. Call it with the lock held."""
-        try:
-            self.check(whole=True)
-        except DamageError as error:
-            is_new = not self.path.stat().st_size
-            self.salvage()
-            if not is_new:
-                rows = counted(self.count("features"), "feature holds", "features hold")
-                log.warning("%s: %s. Repaired: %s", self.path, error, rows)
+    def readable(self, columns: str, table: str) -> Iterator[tuple[Any, ...]]:
+        """The rows of a damaged table, from its beginning and from its end, each up to the damage."""
+        for order in ("ASC", "DESC"):
+            with suppress(sqlite3.Error, UnicodeDecodeError):
+                yield from self.db.execute(f"SELECT {columns} FROM {table} ORDER BY 1 {order}")
+                return
 
     def repair(self) -> None:
-        with self.locked():  # another run may repair it meanwhile
-            self.make_sound()
+        """Replace a damaged, or new, database by a sound one with all that can be read. Call it with the lock held."""
+        try:
+            with self.errors():
+                return self.check(whole=True)  # another run has repaired it
+        except DamageError:
+            old = [path for path in map(self.folder.joinpath, OLD_FILES) if path.exists()]
+            is_new = not self.path.stat().st_size and not old
+        Path(f"{self.path}.part-journal").unlink(missing_ok=True)
+        with whole_file(self.path) as stream:
+            new = Store(self.folder, self.identity, self.dim, os.path.basename(stream.name))
+            schema = [f"PRAGMA page_size = {PAGE_BYTES}", "BEGIN", *SCHEMA, f"PRAGMA user_version = {FORMAT}", "COMMIT"]
+            new.db.executescript(";".join(schema))
+            with new.db:
+                meta = ("identity", self.identity), ("decoders", image_formats()[2])
+                new.db.executemany("INSERT INTO meta VALUES (?, ?)", meta)
+                features, files = self.readable(FEATURE_COLUMNS, "features"), self.readable(FILE_COLUMNS, "files")
+                new.db.executemany("INSERT OR IGNORE INTO features VALUES (?, ?, ?, ?)", features)
+                new.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
+            new.discard_damaged()
+            new.db.close()
+            self.db.close()
+            Path(f"{self.path}-journal").unlink(missing_ok=True)  # SQLite would replay it
+        self.connect()
+        for path in old:
+            path.unlink()
+        if not is_new:
+            kept = self.count("features")
+            log.warning("%s was damaged, or of an older format. Repaired: %d features are kept", self.path, kept)
 
 
 # ---- Index -----------------------------------------------------------------------------------------------------------
 
-FEWEST_CODED = 64  # vectors; fewer do not train the codes
 CODED_DIM = 256  # principal components in the codes, of 2 bits each
 TRAINED_ON, HELD_OUT = 30_000, 500  # vectors; more gain nothing, fewer measure recall less exactly than to 0.001
-OUTGROWN = 2  # the codes are trained again once the collection has grown this many times
-SHORTLIST, LONGEST_SHORTLIST = 384, 32_768  # codes whose exact scores are computed: at first, at most
+OUTGROWN = 2  # the index is made anew once it holds this many times the vectors that it was made of, or that are left
+SHORTLIST, LONGEST_SHORTLIST = 160, 32_768  # codes whose exact scores are computed: at first, at most
 RECALL = 0.998  # share of the true ten nearest that the shortlist must hold
 GPU_RESERVE = 3 << 30  # bytes left to the model and to FAISS's own work
 
@@ -1731,7 +1648,7 @@ class Index(NamedTuple):
     last: int  # the last row in it; later ones are compared one by one
     shortlist: int = 0  # codes whose exact scores are computed; 0: the index holds the features themselves
     recall: float | None = None  # share of the true ten nearest in the shortlist, measured
-    trained: int = 0  # vectors in the collection when the codes were trained
+    made_of: int = 0  # vectors in the store when it was made
     file: Any = None  # the index file in memory, which `faiss` looks into
 
 
@@ -1767,59 +1684,51 @@ def progress_bar(steps: Iterable[Any] | None = None, **options: Any) -> tqdm.tqd
     return tqdm.tqdm(steps, disable=None if log.isEnabledFor(logging.INFO) else True, **options)
 
 
-class Nearest:
-    """The k rows nearest to each of `xq`, float32 (nq, dim), among all blocks that pass through `watch`."""
-
-    def __init__(self, xq: np.ndarray, k: int) -> None:
-        self.xq, self.k, self.heap = xq, k, faiss.ResultHeap(len(xq), k, keep_max=True)
-
-    def watch(self, blocks: Blocks) -> Blocks:
-        """Yield the blocks unchanged, and remember the nearest rows that passed."""
-        for rows, xb in blocks:
-            D, I = faiss.knn(self.xq, to_float32(xb), min(self.k, len(xb)), metric=faiss.METRIC_INNER_PRODUCT)
-            self.heap.add_result(D, rows[I])
-            yield rows, xb
-        self.heap.finalize()
-
-    def among(self, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
-        """D and I, (nq, k), best first; I is -1 where there are fewer."""
-        deque(self.watch(blocks), 0)
-        return self.heap.D, self.heap.I
+def nearest(xq: np.ndarray, k: int, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    """Scores D and rows I, (nq, k), of the rows nearest to xq, float32 (nq, dim), best first; -1: there are fewer."""
+    heap = faiss.ResultHeap(len(xq), k, keep_max=True)
+    for rows, xb in blocks:
+        D, I = faiss.knn(xq, to_float32(xb), min(k, len(xb)), metric=faiss.METRIC_INNER_PRODUCT)
+        heap.add_result(D, rows[I])
+    heap.finalize()
+    return heap.D, heap.I
 
 
-def coded_index(store: Store) -> Index:
+def coded_index(store: Store, last: int) -> Index:
     """An index of compact codes, 64 bytes a vector, with its measured recall.
 
     Vectors are projected on their principal components, rotated at random so that all weigh alike, and coded by product
-    quantization in 4 bits. A search scans all codes (André, Kermarrec & Le Scouarnec, VLDB 2015). It compares by L2
-    distance, which ranks vectors of length 1 as the inner product does. The codes only choose the rows whose exact
-    scores are computed. The shortlist grows until it holds nearly all of the true ten nearest of held-out vectors.
+    quantization in 4 bits. A search scans all codes (André, Kermarrec & Le Scouarnec, VLDB 2015) by L2 distance, which
+    ranks vectors of length 1 as the inner product does. The codes only choose the rows whose exact scores are computed.
+    This shortlist grows until it holds nearly all of the true ten nearest of held-out vectors.
     """
-    every = np.fromiter((row for (row,) in store.db.execute("SELECT row FROM features ORDER BY row")), np.int64)
-    chosen = np.sort(np.random.default_rng(0).permutation(every)[: TRAINED_ON + HELD_OUT])
-    sample = np.concatenate([store.features_of(part)[2] for part in np.array_split(chosen, 16)])
-    held = np.arange(len(chosen)) % (len(chosen) // min(HELD_OUT, len(chosen) // 2)) == 0
-    width = min(CODED_DIM, store.dim, int(sum(~held))) // 2 * 2
+    # A digest is a hash: the first ones are a random sample.
+    own, _, sample = store.features("row <= ? ORDER BY digest LIMIT ?", last, TRAINED_ON + HELD_OUT)
+    held = min(HELD_OUT, len(own) // 2)
+    xq, xt = to_float32(sample[:held]), to_float32(sample[held:])
+    width = min(CODED_DIM, store.dim, len(xt)) // 2 * 2
     codes = faiss.index_factory(store.dim, f"PCAR{width},PQ{width // 2}x4fs")
     faiss.downcast_index(codes.index).pq.cp.min_points_per_centroid = 1  # no warning about a small collection
-    codes.train(to_float32(sample[~held]))
-    nearest, index = Nearest(to_float32(sample[held]), min(TOP + 1, len(every))), faiss.IndexIDMap(codes)
-    blocks = store.blocks(last=int(every[-1]))  # SQLite would store and compare a NumPy integer as a BLOB
-    build_index(nearest.watch(progress_bar(blocks, desc="compact codes", unit="block")), index)
-    true, shortlist = [set(I) - {own} for I, own in zip(nearest.heap.I.tolist(), chosen[held].tolist())], SHORTLIST
+    codes.train(xt)
+    index = faiss.IndexIDMap(codes)
+
+    def added() -> Blocks:
+        for block in progress_bar(store.blocks(last=last), desc="compact codes", unit="block"):
+            build_index([block], index)
+            yield block
+
+    _, I = nearest(xq, min(TOP + 1, len(own)), added())
+    true, shortlist = [set(row) - {this} for row, this in zip(I.tolist(), own.tolist())], SHORTLIST
     while True:
-        found = index.search(nearest.xq, min(shortlist, index.ntotal))[1].tolist()
+        found = index.search(xq, min(shortlist, index.ntotal))[1].tolist()
         recall = sum(len(t & set(f)) for t, f in zip(true, found)) / sum(map(len, true))
         if recall >= RECALL or shortlist >= index.ntotal or 2 * shortlist > LONGEST_SHORTLIST:
-            return Index(index, int(every[-1]), shortlist, round(recall, 4), len(every))
+            return Index(index, last, shortlist, round(recall, 4), index.ntotal)
         shortlist *= 2
 
 
-def read_index(store: Store, to_add: bool = False) -> Index | None:
-    """The stored index; None if there is none, or if it does not match the checksum that the store noted.
-
-    `to_add`: vectors can be added to it, at the price of a copy in memory.
-    """
+def read_index(store: Store) -> Index | None:
+    """The stored index; None if there is none, or if it does not match the checksum that the store noted."""
     size, checksum, *notes = json.loads(store.get_meta("index") or "[0, 0]")
     if not (notes and store.index.is_file()):
         return None
@@ -1827,54 +1736,45 @@ def read_index(store: Store, to_add: bool = False) -> Index | None:
     if zlib.crc32(data) != checksum:
         log.warning("%s is damaged or out of date: it is made again", store.index)
         return None
-    if to_add:
-        return Index(faiss.read_index(faiss.PyCallbackIOReader(io.BytesIO(data).read)), *notes)
     return Index(faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size)), *notes)._replace(file=data)
 
 
-def write_index(store: Store, index: Index) -> None:
-    """Write the index file, then note its size, checksum and contents in the store."""
-    data = faiss.serialize_index(index.faiss)
-    with whole_file(store.index) as stream:
-        stream.write(data)
-    store.put_meta("index", json.dumps([len(data), zlib.crc32(data), *index[1:-1]]))
-
-
-def updated_index(store: Store, index: Index | None, coded: bool) -> Index:
-    """The index with all rows of the store in it: added to, or made anew where that serves better."""
-    rows, last = store.count("features"), store.last_row()
-    if index and bool(index.shortlist) == coded and rows <= OUTGROWN * (index.trained or rows):
-        build_index(store.blocks(index.last + 1, last), index.faiss)
-        if index.faiss.ntotal <= 2 * rows:  # else most of it belongs to rows that are gone
-            return index._replace(last=last)
-    if coded:
-        return coded_index(store)
-    return Index(build_index(progress_bar(store.blocks(last=last), desc="index", unit="block")), last)
-
-
 def open_index(store: Store, work: Work = Work()) -> Index:
-    """The FAISS index of the store, brought up to date. Without `work.update` a stored one is taken as it is."""
-    rows, last = store.count("features"), store.last_row()
-    if not last:
+    """The FAISS index of the store, added to or made anew if need be. Without `work.update` a stored one is kept."""
+    rows, last, index = store.count("features"), store.last_row(), read_index(store)
+    if not rows:
         raise DeepVisionError(f"{store.folder} holds no features yet: run without --no-update")
-    coded = rows >= FEWEST_CODED and rows * store.dim * 2 > work.exact_bytes
-    index = read_index(store)
-    if index and (not work.update or (index.last == last and bool(index.shortlist) == coded)):
+    coded = rows * store.dim * 2 > work.exact_bytes
+    if index and work.update and bool(index.shortlist) != coded:
+        index = None
+    if index and (index.last == last or not work.update):
         return index
     with store.locked():
-        index = updated_index(store, read_index(store, to_add=True), coded)
-        write_index(store, index)
+        new = store.count(f"features WHERE row > {index.last}") if index else 0
+        if index and index.faiss.ntotal + new < OUTGROWN * min(rows, index.made_of):
+            copy = faiss.deserialize_index(index.file)  # vectors cannot be added to an index that looks into a file
+            index = index._replace(faiss=build_index(store.blocks(index.last + 1, last), copy), last=last)
+        elif coded:
+            index = coded_index(store, last)
+        else:
+            blocks = progress_bar(store.blocks(last=last), desc="index", unit="block")
+            index = Index(build_index(blocks), last, made_of=rows)
+        data = faiss.serialize_index(index.faiss)
+        with whole_file(store.index) as stream:
+            stream.write(data)
+        notes = json.dumps([len(data), zlib.crc32(data), *index[1:-1]])
+        with store.db:
+            store.db.execute("INSERT OR REPLACE INTO meta VALUES ('index', ?)", (notes,))
     return index
 
 
 def index_on_gpus(store: Store, last: int) -> faiss.Index | None:
     """The features up to row `last` as fp16, spread over the GPUs; None if there is no GPU, or not enough memory."""
-    count, rows = faiss.get_num_gpus(), store.count("features")
-    if not count or not torch.cuda.is_available():
+    if not (count := faiss.get_num_gpus()) or not torch.cuda.is_available():
         return None
     share = -(-last // count)
     if any(torch.cuda.mem_get_info(gpu)[0] < 2 * share * store.dim + GPU_RESERVE for gpu in range(count)):
-        log.warning("the %d features do not fit into the memory of the GPU: the search runs on the CPU", rows)
+        log.warning("the features do not fit into the memory of the GPU: the search runs on the CPU")
         return None
     index = faiss.IndexShards(store.dim, True, False)  # in threads; the ids are rows already
     for gpu in range(count):
@@ -1892,7 +1792,7 @@ QUERY_THREADS = 2  # that read queries; few, since each query has many views
 TOGETHER = 16  # queries compared at once: each costs a third of what it costs alone
 SCAN_VIEWS = 20  # from so many views on, FAISS compares blocks by multiplying matrices: quicker than the exact index
 FIRST_LIST = 64  # rows of the first list of an exact search
-CLOSELY = 20  # codes rank inexactly: of the rows that they choose for a list, only the best 1 in 20 are yielded
+CLOSELY = 10  # codes rank inexactly: of the rows that they choose for a list, only the best 1 in 10 are yielded
 ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
 CANDIDATES = 10  # contents that are aligned with a query, whatever k is
 SAMPLED = 8000  # images that `representatives` looks at: 0.7 s with 2048 dimensions, and sizes within 10 %
@@ -1963,7 +1863,7 @@ def candidate_rows(engine: Engine, xq: np.ndarray, splits: Sequence[int], count:
         found.append((-D if index.shortlist and not on_gpus else D, I))  # codes give distances
     if scans or last > index.last:
         first = 0 if scans else index.last + 1
-        found.append(Nearest(xq, min(count, last)).among(engine.store.blocks(first, last)))
+        found.append(nearest(xq, min(count, last), engine.store.blocks(first, last)))
     ends = np.cumsum(splits)[:-1]
     parts = [[best_rows(*pair, count) for pair in zip(np.split(D, ends), np.split(I, ends))] for D, I in found]
     return [np.unique(np.concatenate(rows)) for rows in zip(*parts)]
@@ -2079,7 +1979,8 @@ def compared(
         features = [picture.pixels.features for picture in group if picture.pixels]
         splits = [len(part) for part in features]
         lists: dict[int, list[Found]] = {}
-        with engine.store.snapshot():
+        with engine.store.db:  # all that is read comes from one state: --rebuild, say, replaces rows meanwhile
+            engine.store.db.execute("BEGIN")
             rows = candidate_rows(engine, np.concatenate(features), splits, first_list(engine)) if features else []
             of_rows = iter(rows)
             for i, query in enumerate(group):
@@ -2118,16 +2019,6 @@ def ranked_matches(
     return [match._replace(rank=rank) for rank, match in enumerate(kept, start=1)]
 
 
-@contextmanager
-def damage_reported(store: Store) -> Iterator[None]:
-    """Turn damage of the store into a DeepVisionError that says what to do."""
-    try:
-        with damage_noticed():
-            yield
-    except DamageError as error:
-        raise DeepVisionError(f"{store.path} is damaged ({error}). Run the command again to repair it") from error
-
-
 def search(
     queries: str | Path | Iterable[str | Path], engine: Engine | None = None, *,
     k: int = TOP, threshold: float | str = -1.0, views: str = "auto",
@@ -2150,7 +2041,7 @@ def search(
         raise ValueError(f"k={k}, threshold={threshold!r}, views={views!r}: see the documentation of search")
     engine = engine or initialize_reverse_image_search()
     names = [queries] if isinstance(queries, (str, os.PathLike)) else queries
-    with damage_reported(engine.store):
+    with engine.store.errors():
         for query, found, copies in compared(names, engine, k, views, crop):
             matches = ranked_matches(query, found, copies, threshold)[:k]
             error = None if query.pixels else query.reason or NOT_AN_IMAGE
@@ -2165,7 +2056,7 @@ def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]
     """
     # A digest is a hash: the first ones are a random sample.
     sample = f"SELECT row, path FROM {USABLE.replace('WHERE', 'JOIN features USING (digest) WHERE')}"
-    with damage_reported(engine.store):
+    with engine.store.errors():
         files = engine.store.db.execute(f"{sample} ORDER BY digest, path LIMIT {SAMPLED}").fetchall()
         rows, _, vectors = engine.store.features_of({row for row, _ in files})
     xb = to_float32(vectors[np.searchsorted(rows, [row for row, _ in files])])
@@ -2213,7 +2104,7 @@ def pairs_by_score(engine: Engine, threshold: float) -> Iterator[Pair]:
     """The contents of the collection that score `threshold` or more with each other."""
     store, least = engine.store, threshold - 0.0005  # as it is printed
     for rows, xb in progress_bar(store.blocks(), desc="comparing", unit="block"):
-        D, I = Nearest(to_float32(xb), min(NEIGHBOURS + 1, store.count("features"))).among(store.blocks())
+        D, I = nearest(to_float32(xb), min(NEIGHBOURS + 1, store.count("features")), store.blocks())
         one, place = np.nonzero((least <= D) & (rows[:, None] != I) & (I >= 0))
         others = I[one, place]
         known, digests, _ = store.features_of({*rows.tolist(), *others.tolist()})
@@ -2307,7 +2198,7 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator
     Raises DeepVisionError if features turn out to be damaged.
     """
     pairs: dict[bytes, dict[bytes, Pair]] = {}
-    with damage_reported(engine.store):
+    with engine.store.errors():
         if threshold != "identical":
             for pair in pairs_by_alignment(engine) if threshold == "copy" else pairs_by_score(engine, float(threshold)):
                 others = pairs.setdefault(pair.keep, {})
@@ -2327,41 +2218,37 @@ for path in sys.stdin.buffer.read().split(b"\\0"):
     main.read_picture(main.File(path, 0, 0), b"", lambda image: main.to_rgb(image, 224))"""
 
 
-def skip_crashing_file(store: Store, images: Path, work: Work) -> None:
+def skip_crashing_file(store: Store, unread: list[File], images: Path, work: Work) -> None:
     """If a decoder has crashed the run before, find the file in a process of its own and note it as skipped."""
     if CRASH not in store.last_words:
         return
-    files = {os.path.join(os.fsencode(images), it.path): it for it in store.unread()}
-    at_risk = list(
-        itertools.islice(files, None if work.rebuild else 2 * BLOCK * work.ranks)
-    )  # no run reads more than this before it saves
-    path = filter(None, [os.path.dirname(os.path.abspath(__file__)), os.environ.get("PYTHONPATH")])
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    command = [sys.executable, "-c", READ_EACH]
-    done = subprocess.run(command, input=b"\0".join(at_risk), capture_output=True, env=here)
+    at_risk = unread[: None if work.rebuild else 2 * BLOCK * work.ranks]  # no run reads more before it saves
+    paths = b"\0".join(os.path.join(os.path.abspath(os.fsencode(images)), file.path) for file in at_risk)
+    here = os.path.dirname(os.path.abspath(__file__))  # `main` is imported from there
+    done = subprocess.run([sys.executable, "-c", READ_EACH], cwd=here, input=paths, capture_output=True)
     if done.stdout and done.returncode not in (0, 1):
-        bad = files[at_risk[len(done.stdout) - 1]]
-        store.save([Picture(bad, reason=CRASHES)])
-        with store.db:
-            store.db.execute("DELETE FROM changes WHERE path = ?", (bad.path,))
+        store.save([Picture(unread.pop(len(done.stdout) - 1), reason=CRASHES)])
 
 
-def read_new(store: Store, into: Store, images: Path, model: Model, work: Work) -> Summary:
-    """Read the files that the last scan of `store` chose, and save their features in the store `into`.
+def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, work: Work) -> Summary:
+    """Read these files, and save them with their features: in the store, or as a rank of torchrun in its own.
 
     It saves every few seconds, and also when an error or an interrupt ends the run. If a decoder crashes the process,
     faulthandler writes that into the lock file, for `skip_crashing_file`.
     """
-    known = partial(store.is_known, after=store.last_row() if work.rebuild else 0)
     to_pixels = get_transform(model.side, model.resample)
     transform = (lambda image: launch(to_pixels(image)[None], model, 1)[0][0]) if model.in_threads else to_pixels
-    read = partial(read_picture, root=os.fsencode(images), transform=transform, known=known)
+    read = partial(read_picture, root=os.fsencode(images), transform=transform)
+    if not work.rebuild:
+        read = partial(read, known=store.is_known)
     size, workers = work.batch_size or model.batch, work.workers or usable_cores()
-    files, summary = filter(work.is_mine, store.unread()), Summary()
+    files = [file for file in unread if zlib.crc32(file.path) % work.ranks == work.rank]
     pictures = read_ahead(read, files, workers, min(AHEAD_BATCHES * size + workers, AHEAD_MOST))
-    unsaved, saved = list[Picture](), time.monotonic()
-    label = f"{model.name} on {model.device}, {model.precision}"
-    bar = progress_bar(total=store.count(UNREAD) // work.ranks, desc=label, unit="img")
+    unsaved, saved, summary, into = list[Picture](), time.monotonic(), Summary(), store
+    if work.ranks > 1:
+        into = Store(store.folder, store.identity, store.dim, f"rank-{work.rank}.sqlite")
+        into.repair()  # it is new
+    bar = progress_bar(total=len(files), desc=f"{model.name} on {model.device}, {model.precision}", unit="img")
     with open(store.lock_file.lock_file, "ab") as last_words, bar:
         faulthandler.enable(last_words)
         try:
@@ -2372,26 +2259,13 @@ def read_new(store: Store, into: Store, images: Path, model: Model, work: Work) 
                 bar.update(len(batch))
                 if time.monotonic() - saved > SAVE_SECONDS or len(unsaved) > BLOCK:
                     whole, unsaved = unsaved, []  # if saving fails, it is not tried again below
-                    into.save(whole, work.rebuild)
+                    into.save(whole)
                     saved = time.monotonic()
         finally:
             faulthandler.disable()
             if unsaved:
-                into.save(unsaved, work.rebuild)
+                into.save(unsaved)
     return summary
-
-
-def scan(store: Store, images: Path, work: Work) -> int:
-    """Compare the folder `images`, which may be missing, with the store; how many files differ."""
-
-    def unlisted(error: OSError) -> None:
-        what = f"{escape_controls(os.fsdecode(error.filename))} cannot be listed ({error.strerror})"
-        if work.prune:  # what lies in it would be forgotten
-            raise DeepVisionError(f"{what}: nothing was pruned")
-        log.warning("%s", what)
-
-    files = find_images(images, unlisted, [store.folder.parent], work.exclude) if images.is_dir() else ()
-    return store.scan(files, work.rebuild)
 
 
 def merge_ranks(store: Store) -> Summary:
@@ -2399,38 +2273,65 @@ def merge_ranks(store: Store) -> Summary:
     summary = Summary()
     for path in sorted(store.folder.glob("rank-*.sqlite")):
         share = Store(store.folder, store.identity, store.dim, path.name)
-        share.make_sound()  # its rank may have been stopped
-        summary.opened += share.count("files")
-        summary.new += share.count(USABLE)
-        share.close()
-        store.merge_rank(path)
-        for done in store.folder.glob(f"{path.name}*"):  # a rank that was killed may have left its journal, too
-            done.unlink()
+        with suppress(DamageError), share.errors(), store.db:  # what is damaged is read again
+            share.check(whole=False)
+            features = share.db.execute("SELECT NULL, digest, vector, checksum FROM features ORDER BY row")
+            store.db.executemany("INSERT OR REPLACE INTO features VALUES (?, ?, ?, ?)", features)  # NULL: a new row
+            files = share.db.execute("SELECT * FROM files")
+            store.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
+            summary.opened += share.count("files")
+            summary.new += share.count(USABLE)
+            summary.recognised += share.count(ORPHANED)
+        share.db.close()
+    for left in (*store.folder.glob("rank-*"), *store.folder.glob("*.part*")):  # the latter: of a stopped run
+        left.unlink(missing_ok=True)
     return summary
 
 
-def store_changes(store: Store, images: Path, model: Model, work: Work) -> Summary | None:
-    """Read what is new, and note what is gone. If no usable image would remain, note nothing and return None."""
-    with store.locked():
-        shares = merge_ranks(store)
-        if shares.opened or store.scanned != store.version():
-            scan(store, images, work)
-        skip_crashing_file(store, images, work)
-        before = store.last_row()
-        summary = read_new(store, store, images, model, work)
-        if work.ranks > 1:  # else they are what a stopped run has left
-            summary.opened, summary.new = summary.opened + shares.opened, summary.new + shares.new
-        if not store.mark_presence():
-            return None
-        known = f"features JOIN files USING (digest) WHERE there AND row <= {before}"
-        if not work.rebuild and store.any(GONE) and not store.any(known):
+def wait_for_ranks(work: Work) -> None:
+    """Wait until all ranks of torchrun have come here."""
+    if work.ranks == 1:
+        return
+    try:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=RANKS_WAIT))
+        torch.distributed.barrier()
+    except RuntimeError as error:
+        raise DeepVisionError("another rank of torchrun has stopped: run it again, what was done is saved") from error
+
+
+def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
+    """As a rank of torchrun other than the first: read a share of the new files, for the first rank to take in."""
+    wait_for_ranks(work)  # for the first rank, which makes the store sound, and holds the lock for all
+    store = Store(folder, model.identity, model.dim)
+    with store.errors():
+        read_new(store, store.scan(images, work).unread, images, model, work)
+    wait_for_ranks(work)
+
+
+def store_changes(store: Store, changes: Changes, images: Path, model: Model, work: Work) -> Summary:
+    """Read what is new. Note what is gone, but only if a usable image remains: else the summary counts no images."""
+    with store.locked() as waited:
+        if merge_ranks(store).opened or waited:
+            changes = store.scan(images, work)
+        skip_crashing_file(store, changes.unread, images, work)
+        wait_for_ranks(work)  # from here on, they read
+        summary = read_new(store, changes.unread, images, model, work)
+        wait_for_ranks(work)
+        if work.ranks > 1:
+            summary = merge_ranks(store)
+        if not store.mark_presence(changes):
+            return summary
+        summary.images, summary.gone = store.count(USABLE), store.count(GONE)
+        if summary.gone and summary.new - summary.recognised == summary.images and not work.rebuild:
             strange = f"of the images that {store.folder} knows, none is in {images}"
             if work.prune:
                 raise DeepVisionError(f"{strange}: nothing was pruned")
             log.warning("%s. If that is another collection, give it an --index-dir of its own", strange)
         if work.prune:
-            summary.forgotten = store.count(GONE)
             store.prune()
+            summary.forgotten, summary.gone = summary.gone, 0
+        summary.skipped = store.count(SKIPPED)
     return summary
 
 
@@ -2439,58 +2340,31 @@ def update(store: Store, images: Path, model: Model, work: Work) -> Summary:
 
     Raises DeepVisionError if no usable image is there. The store keeps what it has: the drive may only be unplugged.
     """
-    summary: Summary | None = Summary()
-    if scan(store, images, work) or work.prune or work.ranks > 1 or store.get_meta("decoders") is None:
-        summary = store_changes(store, images, model, work)
-    skipped = store.count(SKIPPED)
-    if summary and store.any(USABLE):
-        return replace(summary, images=store.count(USABLE), skipped=skipped, gone=store.count(GONE))
-    there = "has no usable image" if images.is_dir() else "is not a folder" if images.exists() else "is missing"
+    changes = store.scan(images, work)
+    if any(changes) or work.prune or work.ranks > 1:
+        summary = store_changes(store, changes, images, model, work)
+    else:
+        summary = Summary(store.count(USABLE), store.count(SKIPPED), store.count(GONE))
+    if summary.images:
+        return summary
     advice = "put images to search in there, or name another folder with --images"
     if known := store.count("files WHERE digest IS NOT NULL"):
-        there += f", but the index knows {known:,}"
-        advice = "is a drive not connected, or is --images another folder? Nothing was changed; to start afresh, "
-        advice += f"delete {store.folder}"
-    elif skipped:
-        query = f"SELECT count(*), reason FROM {SKIPPED} GROUP BY reason ORDER BY 1 DESC, 2 LIMIT 3"
-        there += f", all {skipped:,} were skipped"
-        advice = "; ".join(f"{n:,} × {reason}" for n, reason in store.db.execute(query))
-    raise DeepVisionError(f"{images} {there}: {advice}")
-
-
-@contextmanager
-def store_errors(folder: Path) -> Iterator[None]:
-    """Turn an error of the disk or the database into a DeepVisionError."""
-    try:
-        yield
-    except (OSError, sqlite3.Error, DamageError, NotImplementedError) as error:  # the last: a disk without locks
-        raise DeepVisionError(
-            f"the index in {folder} cannot be used: {first_line(error)}. Check the free space and the permissions, "
-            "or choose another folder with --index-dir"
-        ) from error
-
-
-def open_store(folder: Path, model: Model, whole: bool) -> Store:
-    """The store in the folder, made or repaired if need be. `whole`: it is checked whole, unless it is large."""
-    if any((folder / name).exists() for name in OLD_FILES):
-        log.warning("%s holds an index of an older format: all images are indexed anew", folder)
-    store = Store(folder, model.identity, model.dim)
-    try:
-        store.check(whole)
-    except DamageError:  # or it is new
-        store.repair()
-    return store
+        advice = (
+            f"but the index knows {known:,}: is a drive not connected, or is it another folder? Nothing was changed"
+        )
+    elif skipped := store.skipped(1):
+        advice = f"all were skipped, {os.fsdecode(skipped[0][0])} for one: {skipped[0][1]}"
+    raise DeepVisionError(f"{images} has no usable image: {advice}")
 
 
 def prepare(store: Store, images: Path, model: Model, work: Work) -> Engine:
-    """Update the store, open its index: the engine of a search."""
-    with damage_noticed():
-        known = Summary(store.count(USABLE), store.count(SKIPPED))
-        summary = update(store, images, model, work) if work.update else known
-        index = open_index(store, work)
-    return Engine(
-        images, model, store, index, work.exact, replace(summary, recall=None if work.exact else index.recall)
-    )
+    """Update the store and open its index: the engine of a search."""
+    with store.errors():
+        store.check(whole=work.update)
+        summary = Summary(store.count(USABLE), store.count(SKIPPED))
+        if work.update:
+            summary = update(store, images, model, work)
+        return Engine(images, model, store, open_index(store, work), work.exact, summary)
 
 
 def initialize_reverse_image_search(
@@ -2505,57 +2379,25 @@ def initialize_reverse_image_search(
 
     Raises DeepVisionError if there is no usable image, or the cache cannot be written or is a newer version's.
     """
+    images = Path(images)
     if os.path.realpath(images) == os.path.realpath(index_dir):
         raise DeepVisionError(f"--index-dir {index_dir} is the collection itself: choose another folder for the cache")
-    model, images = model or load_model(), Path(images)
+    if work.update and not os.path.isdir(images):
+        there = "is not a folder" if os.path.exists(images) else "is missing"
+        raise DeepVisionError(f"{images} {there}: put images to search in there, or name another folder with --images")
+    model = model or load_model()
     folder = Path(index_dir, model.identity)
     if not (work.update or Path(folder, "index.sqlite").exists()):
         raise DeepVisionError(f"there is no index of {images} by {model.name} in {index_dir}: run without --no-update")
     if model.name == MODEL and not folder.exists() and any(Path(index_dir).glob(f"{OFFLINE}-*")):
         log.warning("the weights of %s are here now: all images are indexed with it; the offline index is kept", MODEL)
-    with store_errors(folder):
-        store = open_store(folder, model, whole=work.update)
-        try:
-            engine = prepare(store, images, model, work)
-        except DamageError:
-            store.repair()
-            engine = prepare(store, images, model, work)
-        for name in OLD_FILES:
-            (folder / name).unlink(missing_ok=True)
-    return engine
-
-
-def wait_for_ranks() -> None:
-    """Wait until all ranks of torchrun have come here."""
+    store = Store(folder, model.identity, model.dim)
     try:
-        torch.distributed.barrier()
-    except RuntimeError as error:
-        raise DeepVisionError("another rank of torchrun has stopped: run it again, what was done is saved") from error
-
-
-def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
-    """As a rank of torchrun: read a share of the new files into a database that the next update takes in.
-
-    All ranks meet twice: once rank 0 has made the store sound and holds its lock, and when all have read.
-    """
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=RANKS_WAIT))
-    with store_errors(folder):
-        if work.rank:
-            wait_for_ranks()  # for rank 0, which makes the store sound, and holds the lock for all ranks
-        store = open_store(folder, model, whole=not work.rank)
-        with nullcontext() if work.rank else store.locked():
-            if not work.rank:
-                merge_ranks(store)
-                scan(store, images, work)
-                skip_crashing_file(store, images, work)
-                wait_for_ranks()
-            share = Store(folder, model.identity, model.dim, f"rank-{work.rank}.sqlite")
-            share.make_sound()  # it is new
-            scan(store, images, work)
-            read_new(store, share, images, model, work)
-            share.close()
-            wait_for_ranks()
-        store.close()
+        return prepare(store, images, model, work)
+    except DamageError:  # or the store is new
+        with store.errors(), store.locked():
+            store.repair()
+        return prepare(store, images, model, work)
 
 
 # ---- Output ----------------------------------------------------------------------------------------------------------
@@ -2850,7 +2692,7 @@ class Desk:
             raise gradio.Error(html.escape(str(error)), print_exception=False) from error
         with self.lock:
             self.engine, self.groups = new, []
-            old.store.close()
+            old.store.db.close()
 
     def view(self, shown: list[str] | int, k: int, least: float) -> tuple[str, list[Any]]:
         """HTML, and what it shows: the Answers to queries, the group of this number, or with 0 the whole collection."""
@@ -2887,7 +2729,7 @@ class Desk:
         except DeepVisionError as error:
             return as_html([Answer("", [], str(error))]), []
         finally:
-            store.close()
+            store.db.close()
         more = f"; {left_out:,} more pictures have no room here: see --duplicates" if left_out else ""
         return as_html(kept, f"{counted(len(kept), 'group')}. Nothing is deleted{more}"), kept
 
@@ -3253,9 +3095,9 @@ def report_update(engine: Engine, options: argparse.Namespace) -> None:
     summary, model, images = engine.summary, engine.model, options.images
     done = f"{summary.images:,} images, not checked for changes (--no-update)" if options.no_update else summary
     log.info("%s: %s (%s on %s, %s)", images, done, model.name, model.device, model.precision)
-    if summary.recall is not None:
+    if engine.index.recall and not engine.exact:
         how = "the search is approximate (recall@%d is %.3f); --exact compares with every image"
-        log.info(how, TOP, summary.recall)
+        log.info(how, TOP, engine.index.recall)
     first = engine.store.db.execute(f"SELECT path FROM {USABLE} LIMIT {BLOCK}").fetchall() if options.no_update else ()
     if first and not any(os.path.exists(os.path.join(images, os.fsdecode(path))) for (path,) in first):
         log.warning("none of the first images in the index is in %s any more: is --images the right folder?", images)
@@ -3270,10 +3112,9 @@ def run(options: argparse.Namespace) -> int:
     model, (rank, ranks) = load_model(options.model, options.weights, options.device), rank_of_ranks()
     of_update = options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update
     work = Work(*of_update, options.exact, exclude=tuple(options.exclude), rank=rank, ranks=ranks)
-    if ranks > 1 and work.update:  # torchrun
-        read_share(Path(options.images), Path(options.index_dir, model.identity), model, work)
-        work = replace(work, rebuild=False)
-    if rank:
+    if rank:  # of torchrun
+        if work.update:
+            read_share(Path(options.images), Path(options.index_dir, model.identity), model, work)
         return 0
     engine = initialize_reverse_image_search(options.images, options.index_dir, model=model, work=work)
     report_update(engine, options)

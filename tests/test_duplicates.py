@@ -172,7 +172,7 @@ def test_damage_is_one_line_and_is_repaired_by_the_next_run(pictures: Path, run:
     engine = main.initialize_reverse_image_search(IMAGES, model=main.load_model("offline"))
     with engine.store.db:
         engine.store.db.execute("UPDATE features SET checksum = checksum + 1 WHERE row = 3")
-    with pytest.raises(main.DeepVisionError, match=r"1 feature did not match the checksum.*repair"):
+    with pytest.raises(main.DeepVisionError, match=r"do not match their checksums.*repair"):
         list(main.find_duplicates(engine, 0.9))
     assert groups(run) == expected
 
