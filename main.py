@@ -226,9 +226,6 @@ class Model:
     batch: int = 32  # images at once
     resample: str = "bilinear"
     precision: str = "fp32"
-    in_threads: bool = (
-        False  # the threads that read also compute the features: small operations gain nothing from cores
-    )
 
 
 @dataclass(frozen=True)
@@ -290,7 +287,6 @@ LARGE_PIXELS = 24_000_000  # pixels; larger images are decoded one at a time, wh
 DRAFT_SCALE = (
     3  # times the model's side: the least that a JPEG is decoded at; with 2, thin stripes come out differently
 )
-HEADER_READS = 1_000_000  # reads that opening a file may take: half a second
 DIGEST_BYTES = 16  # bytes of the SHA-256 that identifies a content
 PREPROCESSING = 2  # version, part of a model's identity; raise it when the same file would get other pixels
 PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
@@ -309,22 +305,22 @@ def find_images(
     patterns in `exclude`, are left out. Links are followed.
     """
     root, separator = os.fsencode(folder), os.fsencode(os.sep)
-    visited = {(info.st_dev, info.st_ino) for info in map(os.stat, without)}
-    folders = [b""]  # relative to the root; it grows while it is gone through
+    visited = {os.stat(path)[1:3] for path in without}  # inode and device
+    folders = [b""]  # relative to the root; the list grows while the loop goes through it
     for above in folders:
         try:
-            info = os.stat(here := os.path.join(root, above))
-            is_new = (info.st_dev, info.st_ino) not in visited
-            entries = sorted(os.scandir(here), key=operator.attrgetter("name")) if is_new else []
+            here = os.path.join(root, above)
+            if (identity := os.stat(here)[1:3]) in visited:
+                continue
+            visited.add(identity)
+            entries = sorted(os.scandir(here), key=operator.attrgetter("name"))
         except OSError as error:
             onerror(error)
             continue
-        visited.add((info.st_dev, info.st_ino))
         for entry in entries:
-            path = above + entry.name
-            if entry.name.startswith(b".") or entry.name.lower() in PASSED_OVER:
-                continue
-            if any(fnmatch.fnmatch(os.fsdecode(path), pattern) for pattern in exclude):
+            path, name = above + entry.name, entry.name.lower()
+            is_excluded = any(fnmatch.fnmatch(os.fsdecode(path), pattern) for pattern in exclude)
+            if is_excluded or name.startswith(b".") or name in PASSED_OVER:
                 continue
             try:
                 if entry.is_dir():
@@ -349,18 +345,6 @@ def image_formats() -> tuple[list[str], set[str], str]:
         version += f", pillow_heif {heif.__version__}"
     formats = [name for name in Image.ID if name not in NOT_DECODED]
     return formats, {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
-
-
-class ImageFile(io.BufferedReader):
-    """A file that limits how many reads its header may take. Pillow can read a broken JPEG byte by byte, for hours."""
-
-    reads_left: float = HEADER_READS
-
-    def read(self, size: int | None = -1) -> bytes:
-        self.reads_left -= 1
-        if self.reads_left < 0:
-            raise ValueError("broken: its header could not be read in reasonable time")
-        return super().read(size)
 
 
 def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
@@ -392,20 +376,16 @@ def content_hash(stream: BinaryIO) -> bytes:
 def read_picture(
     file: File, root: bytes, transform: Callable[[Image.Image], Any], known: Callable[[bytes], bool] = lambda _: False
 ) -> Picture:
-    """The file's hash, and as `pixels` what `transform` makes of its image; or the reason why it cannot be used.
-
-    A content whose hash is `known` is not decoded. No error in a file reaches the caller.
-    """
+    """The file's hash, and what `transform` makes of its image if the hash is not `known`; or why it is not usable."""
     path = os.path.join(root, file.path)
     try:
         info = os.stat(path)
         file = File.of(file.path, info)
         if not stat.S_ISREG(info.st_mode):
             return Picture(file, reason="not a regular file")  # opening a FIFO would wait for a writer forever
-        with ImageFile(io.FileIO(path)) as stream:
+        with open(path, "rb") as stream:
             if (image := open_image(stream, os.fsdecode(path))) is None:
                 return Picture(file)
-            stream.reads_left = math.inf
             digest = content_hash(stream)
             pixels = None if known(digest) else transform(image)
         return Picture(file, digest, pixels, vanished=file != File.of(file.path, os.stat(path)))
@@ -420,8 +400,9 @@ def read_picture(
 
 def to_8_bits(image: Image.Image) -> Image.Image:
     """A grey image of 16 or 32 bits (I;16, I) or floating point (F) in 8 bits. Pillow itself would clip the values."""
-    values = np.nan_to_num(np.array(image, np.float32), copy=False, posinf=0.0, neginf=0.0)
-    is_clear = values == image.info.get("transparency")
+    values = np.array(image, np.float32)
+    values[~np.isfinite(values)] = 0
+    is_clear = values == image.info.get("transparency", math.nan)
     low, high = min(0.0, float(values.min())), float(values.max())
     scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)  # the usual values of white
     white = next((scale for scale in scales if high <= scale), high)
@@ -450,7 +431,7 @@ def to_rgb(image: Image.Image, side: int) -> Image.Image:
             lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
             image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
         elif image.has_transparency_data:
-            image = image.convert("RGBA")
+            image = image if image.mode == "RGBA" else image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -567,8 +548,7 @@ def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
 def offline_model() -> Model:
     """The built-in descriptor, a model like any other. It runs on the CPU, where the threads that read compute it."""
     dim = (2 * len(ORDERS) - 1) * (EDGE_CELLS**2 - 1) + 3 * (COLOUR_CELLS**2 - 1) + 4
-    identity = f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}"
-    return Model(OFFLINE, identity, OFFLINE_SIDE, dim, "cpu", describe, in_threads=True)
+    return Model(OFFLINE, f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", OFFLINE_SIDE, dim, "cpu", describe)
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
@@ -582,15 +562,13 @@ GPU_BATCH = {"cuda": 256, "mps": 64}  # images at once
 CPU_BATCH_PER_CORE, CPU_BATCH_MOST = 4, 32  # images at once; with 4 for each core, a layer's output stays in its cache
 MIN_COSINE = 0.999  # of a fast network's features with those of the plain one in fp32; if less, the plain one stays
 AHEAD_BATCHES, AHEAD_MOST = 4, 1024  # batches that are decoded ahead of the model, and how many files that is at most
-# How a network wants its pixels: side, mean and standard deviation of each channel (white is 1), resampling
-Recipe = tuple[int, Sequence[float], Sequence[float], str]
+Recipe = tuple[int, Sequence[float], Sequence[float], str]  # side, mean and deviation of each channel, resampling
 
 
 def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> None:
-    """Load a file's tensors into a network whose classifier, `heads`, was removed.
+    """Load a file's tensors into a network whose classifier, `heads`, was removed. Nothing is left untrained.
 
-    The tensors are plain, wrapped as `state_dict`, or saved as `module.` by several GPUs. Raises DeepVisionError if the
-    file holds anything else, or if a tensor is missing, left over or of another shape: nothing is left untrained.
+    The tensors are plain, wrapped as `state_dict`, or saved as `module.` by several GPUs.
     """
     unused = (*(f"{head}." for head in heads), "aux1.", "aux2.", "AuxLogits.")  # aux: classifiers for training alone
     try:
@@ -611,50 +589,42 @@ def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> Non
 
 def one_kernel(layer: Any, then: str) -> Callable[..., torch.Tensor]:
     """A function that computes a convolution, the sum with a second tensor if one is given, and "relu" or "none"."""
-    geometry = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
+    geometry, kernels = (layer.padding, layer.stride, layer.dilation, layer.groups), torch.ops.mkldnn
 
     @cache
-    def packed(*shape: int) -> torch.Tensor:
+    def weight(*shape: int) -> torch.Tensor:
         """The weights in the order in which the kernel reads them."""
-        return torch.ops.mkldnn._reorder_convolution_weight(layer.weight, *geometry, shape)
+        return kernels._reorder_convolution_weight(layer.weight, *geometry, shape)
 
     def compute(x: torch.Tensor, *other: torch.Tensor) -> torch.Tensor:
-        kernel, weight = torch.ops.mkldnn._convolution_pointwise, packed(1, *x.shape[1:])
+        args = (*other, weight(1, *x.shape[1:]), layer.bias, *geometry)
         if other:
-            return kernel.binary(x, *other, weight, layer.bias, *geometry, "add", 1.0, then, [], None)
-        return kernel.default(x, weight, layer.bias, *geometry, then, [], "")
+            return kernels._convolution_pointwise.binary(x, *args, "add", 1.0, then, [], None)
+        return kernels._convolution_pointwise.default(x, *args, then, [], "")
 
     return compute
 
 
 def fuse_convolutions(network: torch.fx.GraphModule) -> None:
-    """Compute each convolution, the sum after it and the ReLU after that by one kernel.
+    """Compute each convolution, the sum after it and the ReLU after that by one kernel, whatever the batch size.
 
-    torch.compile does the same. It is 5 % faster still, but takes 17 s to start. With this function, the features of an
-    image are the same bit for bit whatever the batch size.
+    torch.compile does the same. It is 5 % faster still, but takes 17 s to start.
     """
     graph, relu, add = network.graph, (torch.nn.functional.relu, torch.relu), (operator.add, operator.iadd, torch.add)
     layers = {node: network.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
-
-    def is_convolution(node: Any) -> bool:
-        return isinstance(layers.get(node), torch.nn.Conv2d)
-
-    def replace_by_one(last: Any, convolution: Any, then: str, addends: Sequence[Any] = ()) -> None:
-        with graph.inserting_before(last):
-            fused = graph.call_function(one_kernel(layers[convolution], then), (*convolution.args, *addends))
-        last.replace_all_uses_with(fused)
-        graph.erase_node(last)
-
-    for last in list(graph.nodes):
+    convolutions = [node for node, layer in layers.items() if isinstance(layer, torch.nn.Conv2d)]
+    for last in list(reversed(graph.nodes)):
+        convolution, addends, then = last, list[Any](), "none"
         if isinstance(layers.get(last), torch.nn.ReLU) or last.target in relu:
-            before, addends = last.args[0], list[Any]()
-            if before.target in add and len(before.users) == 1:
-                *addends, before = sorted(before.args, key=is_convolution)
-            if is_convolution(before) and len(before.users) == 1:
-                replace_by_one(last, before, "relu", addends)
+            convolution, then = last.args[0], "relu"
+            if convolution.target in add and len(convolution.users) == 1:
+                *addends, convolution = sorted(convolution.args, key=convolutions.__contains__)
+        if convolution in convolutions and (convolution is last or len(convolution.users) == 1):
+            with graph.inserting_before(last):
+                kernel = one_kernel(layers[convolution], then)
+                last.replace_all_uses_with(graph.call_function(kernel, (*convolution.args, *addends)))
+            graph.erase_node(last)
     graph.eliminate_dead_code()
-    for alone in filter(is_convolution, list(graph.nodes)):
-        replace_by_one(alone, alone, "none")
     network.recompile()
 
 
@@ -667,18 +637,16 @@ def forward(
 
 
 def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor) -> tuple[partial[torch.Tensor], int]:
-    """The fastest form of `plain`, which is `forward` in fp32, and the dimension of the features.
+    """The fastest form of `plain`, which is `forward` in fp32, that keeps the features of `sample`; their dimension.
 
-    It fuses layers, and uses half precision where the device has it. A form that changes the features of `sample` is
-    rejected. If all are, `plain` itself is returned.
+    It fuses layers, and uses half precision where the device has it.
     """
-    expected, device = plain(sample), sample.device.type
+    expected, device, half = plain(sample), sample.device.type, [torch.float16]
     fold_batch_norms = importlib.import_module("torch.fx.experimental.optimization").fuse
-    dtypes = [torch.float16, torch.float32]
     if device == "cpu":  # emulated bf16 takes four times as long as fp32
         native = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        dtypes = [torch.bfloat16, torch.float32] if native else [torch.float32]
-    for dtype in dtypes:
+        half = [torch.bfloat16] if native else []
+    for dtype in [*half, torch.float32]:
         with suppress(Exception):  # a network that looks at its pixels cannot be fused, and raises anything at all
             network = fold_batch_norms(plain.keywords["network"]).to(dtype).to(memory_format=torch.channels_last)
             if device == "cpu" and torch.backends.mkldnn.is_available():
@@ -726,9 +694,7 @@ def timm_model(name: str, weights: str | Path | None, device: str) -> Model:
 
 
 def downloaded(url: str, name: str) -> Path:
-    """The file of `url` in torch's own cache. It is downloaded and its hash checked if it is not there yet.
-
-    Raises ConnectionError, which names the model, if it cannot be had."""
+    """The file of `url` in torch's own cache, downloaded and hash-checked if need be; or a ConnectionError."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if path.exists():
         return path
@@ -754,7 +720,10 @@ def torchvision_model(name: str, weights: str | Path | None, device: str) -> Mod
     listed = models.get_model_weights(name).__members__
     by_file = {Path(entry.url).name: entry for entry in listed.values()}  # a copy of such a file gets the same pixels
     entry = {**by_file, **listed}.get(Path(weights or WEIGHTS).name, listed["DEFAULT"])
-    path = downloaded(entry.url, name) if weights is None or str(weights) in listed else weights
+    if weights is None or str(weights) in listed:
+        weights = downloaded(entry.url, name)
+    elif not Path(weights).is_file():
+        raise DeepVisionError(f"--weights {weights}: no such file, nor weights of {name} ({', '.join(listed)})")
     options: dict[str, Any] = {}  # those that torchvision itself sets for models with weights
     if name in ("googlenet", "inception_v3"):
         options = {"transform_input": True, "init_weights": False, "aux_logits": False}
@@ -763,10 +732,10 @@ def torchvision_model(name: str, weights: str | Path | None, device: str) -> Mod
     # Drawing weights at random would take 0.2 s for ResNet50. RegNet computes its widths with tensors.
     with nullcontext() if name.startswith("regnet") else torch.device("meta"):
         network = models.get_model(name, weights=None, **options)
-    layers = (torch.nn.Linear, torch.nn.Conv2d)
+    layers = torch.nn.Linear, torch.nn.Conv2d
     *_, head = (name for name, layer in network.named_modules() if isinstance(layer, layers))  # gives the classes
     network.set_submodule(head, torch.nn.Identity())
-    load_weights(network, path, head)
+    load_weights(network, weights, head)
     preset = entry.transforms()
     recipe = preset.crop_size[0], preset.mean, preset.std, preset.interpolation.value
     return assemble_model(name, network, recipe, device)
@@ -786,7 +755,7 @@ def choose_device(device: str) -> str:
         if device == "cpu" and (shutil.which("nvidia-smi") or os.path.exists("/dev/nvidia0")):
             log.warning("there is a GPU, but torch %s cannot use it: %s", torch.__version__, reason)
     elif not there[device]:
-        raise DeepVisionError(f"--device {device}: torch finds none here ({reason}); try --device auto")
+        raise DeepVisionError(f"--device {device}: torch finds none here, try --device auto{reason and f' ({reason})'}")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.set_float32_matmul_precision("high")  # TF32 where fp16 is not used
@@ -831,9 +800,7 @@ def squeeze(image: Image.Image, width: int, height: int, resample: str) -> torch
 
 
 def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Image.Image], torch.Tensor]:
-    """A function from any Pillow image to the pixels that a model takes, uint8 (3, side, side).
-
-    side, resample  as the model has them: `get_transform(model.side, model.resample)`; by default those of ResNet50
+    """A function from any Pillow image to the pixels of `model.side` and `model.resample`, uint8 (3, side, side).
 
     The whole picture is squeezed into a square: a crop of its centre would lose what stands at the edges.
     """
@@ -857,11 +824,8 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def launch(pixels: torch.Tensor, model: Model, size: int, *where: int) -> tuple[torch.Tensor, int]:
-    """Run the model: the features (B, dim), each of length 1, on the device, and the batch size that fitted.
-
-    It starts with `size` images at once, and halves that while the GPU has too little memory. A GPU may still be
-    computing when this returns. `where`: top and left of `describe`, if the pixels are a part of a picture.
-    """
+    """Run the model on `size` images at once, or less if the GPU's memory is short: the features (B, dim), each of
+    length 1, and the size that fitted. A GPU may still be computing. `where`: top and left of `describe`."""
     pixels = pixels.pin_memory() if model.device == "cuda" else pixels
     while True:
         try:
@@ -899,15 +863,15 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
 def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Iterator[list[Picture]]:
     """The pictures with their features, `size` at a time and in order.
 
-    On a GPU, the next batch is started before the features of the last one are awaited. For a model `in_threads`, the
-    reading threads have computed the features and put them into `pixels`.
+    A GPU is given the next batch before the features of the last one are awaited. Those of the descriptor are in
+    `pixels` already: the reading threads have computed them.
     """
     under_way: deque[tuple[list[Picture], torch.Tensor]] = deque()
     while (batch := list(itertools.islice(pictures, size))) or under_way:
         if batch:
             pixels = [picture.pixels for picture in batch if picture.pixels is not None]
             found = torch.stack(pixels) if pixels else torch.empty(0)
-            if pixels and not model.in_threads:
+            if pixels and model.network is not describe:
                 found, size = launch(found, model, size)
             under_way.append((batch, found))
         if not batch or len(under_way) > (model.device != "cpu"):
@@ -2257,7 +2221,8 @@ def read_new(store: Store, into: Store, images: Path, model: Model, work: Work) 
     """
     known = partial(store.is_known, after=store.last_row() if work.rebuild else 0)
     to_pixels = get_transform(model.side, model.resample)
-    transform = (lambda image: launch(to_pixels(image)[None], model, 1)[0][0]) if model.in_threads else to_pixels
+    describes = model.network is describe  # small operations gain nothing from cores: the threads that read do them
+    transform = (lambda image: launch(to_pixels(image)[None], model, 1)[0][0]) if describes else to_pixels
     read = partial(read_picture, root=os.fsencode(images), transform=transform, known=known)
     size, workers = work.batch_size or model.batch, work.workers or usable_cores()
     files, summary = filter(work.is_mine, store.unread()), Summary()

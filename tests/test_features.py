@@ -358,7 +358,7 @@ def test_batch_is_halved_where_memory_is_short_and_that_is_said(offline, collect
         return offline.network(pixels, *where)
 
     collection(30)
-    short, work = dataclasses.replace(offline, network=narrow, in_threads=False), main.Work(batch_size=8)
+    short, work = dataclasses.replace(offline, network=narrow), main.Work(batch_size=8)
     engines = [main.initialize_reverse_image_search(index_dir=m.precision + str(m is short), model=m, work=work)
                for m in (short, offline)]  # fmt: skip
     (ours,), (theirs,) = ([xb for _, xb in engine.store.blocks()] for engine in engines)
