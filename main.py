@@ -284,9 +284,7 @@ NOT_AN_IMAGE = "not an image"  # the reason given for a query that was never mea
 MAX_PIXELS = 100_000_000  # pixels to decode, after JPEG scaling: 0.4 GB in memory; phones reach 200 million in JPEG
 COSTLY_FORMATS = {"WEBP", "JPEG2000"}  # their decoders hold an image four times: half of MAX_PIXELS is their limit
 LARGE_PIXELS = 24_000_000  # pixels; larger images are decoded one at a time, which bounds memory
-DRAFT_SCALE = (
-    3  # times the model's side: the least that a JPEG is decoded at; with 2, thin stripes come out differently
-)
+DRAFT_SCALE = 3  # times the model's side: a JPEG is decoded no smaller; with 2, thin stripes come out differently
 DIGEST_BYTES = 16  # bytes of the SHA-256 that identifies a content
 PREPROCESSING = 2  # version, part of a model's identity; raise it when the same file would get other pixels
 PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
