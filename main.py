@@ -463,16 +463,20 @@ SHARPNESS = 5  # how often the cosine is squared; a direction then responds to e
 EDGE_POWER = 0.3  # of the counts: a strong edge says little more than a weak one
 ORDERS = (0.5, 1.0, 1.0, 1.3, 1.3, 1.7, 1.7)  # weight of each Fourier order over the directions
 BRIGHTNESS_WEIGHT, HUE_WEIGHT, MEAN_WEIGHT = 0.2, 0.3, 0.02  # of the colours, where the edges have 1
+LEAST_COSINE, TINY = 0.25, 1e-12  # less counts as this, and a weight as 0: denormal numbers took half of the time
 FAINT = 100.0  # a part of a lesser norm is noise (a photograph's is 200 and more) and stays small
 OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # brightness, red-green, yellow-blue
 
 
 @cache
-def cell_weights(cells: int, n: int, start: int) -> torch.Tensor:
-    """The Gaussian weight of each pixel from `start` on in each cell along one side, (cells, n); 1 in all a cell."""
+def cell_grid(cells: int, top: int, left: int, height: int, width: int) -> tuple[torch.Tensor, ...]:
+    """Gaussian weights of the rows, (cells, height), and columns, (width, cells), of a rectangle in each cell; and how
+    much of each cell lies inside the rectangle, (cells, cells)."""
     distance = (torch.arange(OFFLINE_SIDE) + 0.5) * cells / OFFLINE_SIDE - (torch.arange(cells)[:, None] + 0.5)
     weights = torch.exp(-2 * distance**2)  # sigma is half a cell
-    return (weights / weights.sum(1, keepdim=True))[:, start : start + n]
+    weights = torch.where(weights > TINY, weights / weights.sum(1, keepdim=True), 0)
+    rows, columns = weights[:, top : top + height], weights[:, left : left + width]
+    return rows.contiguous(), columns.T.contiguous(), rows.sum(1)[:, None] * columns.sum(1)
 
 
 @cache
@@ -495,9 +499,9 @@ def cosine_transform(cells: int) -> tuple[torch.Tensor, torch.Tensor]:
     return cosines, 1 + torch.hypot(k[:, None], k)
 
 
-def cell_means(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def cell_means(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     """The mean of the planes (..., h, w) in each cell, (..., cells, cells), of its part inside the pixels."""
-    return rows @ planes @ columns.T / (rows.sum(1)[:, None] * columns.sum(1) + 1e-9)
+    return rows @ (planes @ columns) / (inside + 1e-9)
 
 
 def edge_strengths(light: torch.Tensor) -> torch.Tensor:
@@ -505,19 +509,19 @@ def edge_strengths(light: torch.Tensor) -> torch.Tensor:
     framed = torch.nn.functional.pad(light, (1, 1, 1, 1), mode="replicate")
     dx, dy = framed[..., 1:-1, 2:] - framed[..., 1:-1, :-2], framed[..., 2:, 1:-1] - framed[..., :-2, 1:-1]
     slope = torch.hypot(dx, dy) + 1e-3  # of 255: no division by 0 where it is flat
+    scale = slope ** (0.5**SHARPNESS - 1)  # what is squared below is the cosine times a root of the slope
     cosine, sine, _ = fourier()
-    share = (dx / slope * cosine).addcmul_(dy / slope, sine).clamp_(min=0)
+    strength = (dx * scale * cosine).addcmul_(dy * scale, sine).clamp_(min=LEAST_COSINE)
     for _ in range(SHARPNESS):
-        share.square_()  # twice as fast as a power
-    return share.mul_(slope)
+        strength.square_()  # twice as fast as a power
+    return strength
 
 
-def whiten(maps: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def whiten(maps: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     """Maps (B, c, cells, cells) less their mean as weighted cosine coefficients, (B, c, cells² - 1)."""
-    known = rows.sum(1)[:, None] * columns.sum(1)  # share of each cell inside the pixels
-    maps = (maps - (maps * known).sum((2, 3), keepdim=True) / known.sum()) * known
-    cosines, weight = cosine_transform(len(known))
-    return (cosines @ maps @ cosines.T * weight).flatten(2)[:, :, 1:]
+    maps = (maps - (maps * inside).sum((2, 3), keepdim=True) / inside.sum()) * inside
+    cosines, weight = cosine_transform(len(inside))
+    return (cosines @ (maps @ cosines.T) * weight).flatten(2)[:, :, 1:]
 
 
 def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
@@ -529,14 +533,12 @@ def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
 
     A smaller rectangle stands for the part at (top, left) of a picture whose rest is unknown.
     """
-    normalize, (height, width) = torch.nn.functional.normalize, pixels.shape[-2:]
+    normalize = torch.nn.functional.normalize
     planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT), pixels.float())
-    edge_grid, colour_grid = (
-        (cell_weights(cells, height, top), cell_weights(cells, width, left)) for cells in (EDGE_CELLS, COLOUR_CELLS)
-    )
+    edge_grid, colour_grid = (cell_grid(cells, top, left, *pixels.shape[2:]) for cells in (EDGE_CELLS, COLOUR_CELLS))
     counts = cell_means(edge_strengths(planes[:, :1]), *edge_grid)
-    edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier()[2]), *edge_grid)
-    colours = whiten(cell_means(planes, *colour_grid), *colour_grid)
+    edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier()[2]), edge_grid[2])
+    colours = whiten(cell_means(planes, *colour_grid), colour_grid[2])
     mean = planes.mean((2, 3)) / 255  # nearly nothing, but all that a blank picture has
     weighted = (1.0, edges), (BRIGHTNESS_WEIGHT, colours[:, :1]), (HUE_WEIGHT, colours[:, 1:])
     parts = [weight * normalize(part.flatten(1), eps=FAINT) for weight, part in weighted]
