@@ -227,7 +227,6 @@ class Model:
     batch: int = 32  # images at once
     resample: str = "bilinear"
     precision: str = "fp32"
-    in_threads: bool = False  # the threads that read compute the features, too: small operations gain nothing by cores
 
 
 @dataclass(frozen=True)
@@ -257,8 +256,7 @@ class Summary:
     opened: int = 0  # files, in this run
     new: int = 0  # usable ones among them, new or changed
     recognised: int = 0  # of those, by content: moved, copied, or back again
-    reading: float = 0.0  # seconds that the model, or the run, waited for pictures
-    computing: float = 0.0  # seconds in the model; 0: the threads that read did its work
+    seconds: float = 0.0  # of reading and of the model; 0: the ranks of torchrun have read
 
     def add(self, pictures: Sequence[Picture]) -> None:
         usable = [picture for picture in pictures if picture.digest and not picture.vanished]
@@ -266,21 +264,13 @@ class Summary:
         self.new += len(usable)
         self.recognised += sum(picture.vector is None for picture in usable)
 
-    @property
-    def balance(self) -> str:
-        """What the time went to. It tells whether more cores or a GPU would help."""
-        share = self.reading / (self.reading + self.computing or 1.0)
-        return f"{share:.0%} waiting for decoding, {1 - share:.0%} for the network" if self.computing else ""
-
     def __str__(self) -> str:
         known = f" ({self.recognised:,} recognised by content)" if self.recognised else ""
         pruned = f", {self.forgotten:,} forgotten" if self.forgotten else ""
-        seconds = self.reading + self.computing  # 0: the ranks of torchrun have read
-        rate = f"{self.opened / seconds:,.1f} images/s" if seconds else "read by all ranks"
-        spent = [rate, self.balance] if self.opened else ["no image was opened"]
+        rate = f"{self.opened / self.seconds:,.1f} images/s" if self.seconds else "read by all ranks"
         return (
             f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged, "
-            f"{self.skipped:,} skipped, {self.gone:,} gone{pruned}; {', '.join(filter(None, spent))}"
+            f"{self.skipped:,} skipped, {self.gone:,} gone{pruned}; {rate if self.opened else 'no image was opened'}"
         )
 
 
@@ -290,13 +280,7 @@ NOT_AN_IMAGE = "not an image"  # the reason given for a query that was never mea
 MAX_PIXELS = 100_000_000  # pixels to decode, after JPEG scaling: 0.4 GB in memory; phones reach 200 million in JPEG
 COSTLY_FORMATS = {"WEBP", "JPEG2000"}  # their decoders hold an image four times: half of MAX_PIXELS is their limit
 LARGE_PIXELS = 24_000_000  # pixels; larger images are decoded one at a time, which bounds memory
-BAND_PIXELS = 4_000_000  # pixels; images are converted in bands of this size, which bounds memory
-# A JPEG is decoded at no less than this many times the model's side. At 3 times, thin stripes differ from full
-# decoding by at most 1.4 of 255 levels in the mean; at 2 times, by at most 11
-DRAFT_SCALE = 3
-# Reads that opening a file may take, half a second. Pillow searches a broken JPEG for its next marker byte by byte,
-# which can take hours
-HEADER_READS = 1_000_000
+DRAFT_SCALE = 3  # times the model's side: a JPEG is decoded no smaller; with 2, thin stripes come out differently
 DIGEST_BYTES = 16  # bytes of the SHA-256 that identifies a content
 PREPROCESSING = 2  # version, part of a model's identity; raise it when the same file would get other pixels
 PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
@@ -309,43 +293,37 @@ one_large_image = threading.Lock()
 def find_images(
     folder: str | Path, onerror: OnError, without: Sequence[str | Path] = (), exclude: Sequence[str] = ()
 ) -> Iterator[File]:
-    """Every file below `folder` that may be an image, in the order of paths.
+    """Every file below `folder` that may be an image, folder by folder, by name. No folder is listed twice.
 
-    onerror  is called for what cannot be listed
-    without  folders that are left out
-    exclude  patterns, as of a shell, of relative paths that are left out
-
-    Links are followed, and each folder is listed once.
+    onerror is called for what cannot be listed. Folders in `without`, and relative paths that fit one of the shell
+    patterns in `exclude`, are left out. Links are followed.
     """
-    is_excluded = re.compile("|".join(map(fnmatch.translate, exclude))).match
     root, separator = os.fsencode(folder), os.fsencode(os.sep)
-    visited = {(info.st_dev, info.st_ino) for info in map(os.stat, without)}
-    waiting = [File(separator, 0, 0)]  # a stack, its last entry first in order; a folder's path ends with a separator
-    while waiting:
-        file = waiting.pop()
-        if not file.path.endswith(separator):
-            yield file
-            continue
-        above, found = file.path.removeprefix(separator), list[File]()
+    visited = {os.stat(path)[1:3] for path in without}  # inode and device
+    folders = [b""]  # relative to the root; the list grows while the loop goes through it
+    for above in folders:
         try:
-            info = os.stat(here := os.path.join(root, above.removesuffix(separator)))
-            entries = () if (info.st_dev, info.st_ino) in visited else list(os.scandir(here))
+            here = os.path.join(root, above)
+            if (identity := os.stat(here)[1:3]) in visited:
+                continue
+            visited.add(identity)
+            entries = sorted(os.scandir(here), key=operator.attrgetter("name"))
         except OSError as error:
             onerror(error)
             continue
-        visited.add((info.st_dev, info.st_ino))
         for entry in entries:
-            if entry.name.startswith(b".") or entry.name.lower() in PASSED_OVER:
-                continue
-            if exclude and is_excluded(os.fsdecode(above + entry.name)):
+            path, name = above + entry.name, entry.name.lower()
+            is_excluded = any(fnmatch.fnmatch(os.fsdecode(path), pattern) for pattern in exclude)
+            if is_excluded or name.startswith(b".") or name in PASSED_OVER:
                 continue
             try:
-                end = separator if stat.S_ISDIR((info := entry.stat()).st_mode) else b""
-                found.append(File.of(above + entry.name + end, info))
+                if entry.is_dir():
+                    folders.append(path + separator)
+                else:
+                    yield File.of(path, entry.stat())
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ELOOP):  # a broken link, or a file that is gone by now
                     onerror(error)
-        waiting += sorted(found, reverse=True)
 
 
 @cache
@@ -361,22 +339,6 @@ def image_formats() -> tuple[list[str], set[str], str]:
         version += f", pillow_heif {heif.__version__}"
     formats = [name for name in Image.ID if name not in NOT_DECODED]
     return formats, {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
-
-
-class ImageFile(io.BufferedReader):
-    """A file, opened for reading. Before `reads_left` is lifted, it can be read only so many times."""
-
-    reads_left: float = HEADER_READS
-
-    def __init__(self, path: bytes) -> None:
-        nonblocking = getattr(os, "O_NONBLOCK", 0)  # without it, opening a FIFO would wait for a writer forever
-        super().__init__(io.FileIO(path, opener=lambda path, flags: os.open(path, flags | nonblocking)))
-
-    def read(self, size: int | None = -1) -> bytes:
-        self.reads_left -= 1
-        if self.reads_left < 0:
-            raise ValueError("broken: its header could not be read in reasonable time")
-        return super().read(size)
 
 
 def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
@@ -408,23 +370,19 @@ def content_hash(stream: BinaryIO) -> bytes:
 def read_picture(
     file: File, root: bytes, transform: Callable[[Image.Image], Any], known: Callable[[bytes], bool] = lambda _: False
 ) -> Picture:
-    """The file's hash, and as `pixels` what `transform` makes of its image; or the reason why it cannot be used.
-
-    A content whose hash is `known` is not decoded. No error in a file reaches the caller.
-    """
+    """The file's hash, and what `transform` makes of its image if the hash is not `known`; or why it is not usable."""
+    path = os.path.join(root, file.path)
     try:
-        path = os.path.join(root, file.path)
-        with ImageFile(path) as stream:
-            info = os.fstat(stream.fileno())
-            file = File.of(file.path, info)
-            if not stat.S_ISREG(info.st_mode):
-                return Picture(file, reason="not a regular file")
+        info = os.stat(path)
+        file = File.of(file.path, info)
+        if not stat.S_ISREG(info.st_mode):
+            return Picture(file, reason="not a regular file")  # opening a FIFO would wait for a writer forever
+        with open(path, "rb") as stream:
             if (image := open_image(stream, os.fsdecode(path))) is None:
                 return Picture(file)
-            stream.reads_left = math.inf
             digest = content_hash(stream)
             pixels = None if known(digest) else transform(image)
-            return Picture(file, digest, pixels, vanished=file != File.of(file.path, os.fstat(stream.fileno())))
+        return Picture(file, digest, pixels, vanished=file != File.of(file.path, os.stat(path)))
     except sqlite3.Error:
         raise  # from `known`: the database failed, not the file
     except Exception as error:  # decoders raise anything at all on a malformed file
@@ -434,32 +392,20 @@ def read_picture(
         return Picture(file, reason=reason, vanished=isinstance(error, FileNotFoundError))
 
 
-def bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
-    """Boxes that cut the image into horizontal bands of at most BAND_PIXELS."""
-    height = max(1, BAND_PIXELS // image.width)
-    for top in range(0, image.height, height):
-        yield 0, top, image.width, min(top + height, image.height)
-
-
 def to_8_bits(image: Image.Image) -> Image.Image:
     """A grey image of 16 or 32 bits (I;16, I) or floating point (F) in 8 bits. Pillow itself would clip the values."""
-
-    def values_in(box: tuple[int, int, int, int]) -> np.ndarray:
-        values = np.asarray(image.crop(box), np.float32)
-        return np.where(np.isfinite(values), values, 0)
-
-    # Pillow's own extremes may be NaN for F, and are missing for I;16B.
-    extremes = [float(extreme(values_in(box))) for box in bands(image) for extreme in (np.min, np.max)]
-    low, high = min(0.0, *extremes), max(extremes)
+    values = np.array(image, np.float32)
+    values[~np.isfinite(values)] = 0
+    is_clear = values == image.info.get("transparency", math.nan)
+    low, high = min(0.0, float(values.min())), float(values.max())
     scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)  # the usual values of white
     white = next((scale for scale in scales if high <= scale), high)
-    grey = Image.new("L", image.size)
-    for box in bands(image):
-        values = values_in(box)
-        levels = ((values - low) * (255 / (white - low)) + 0.5).astype(np.uint8)
-        levels[values == image.info.get("transparency")] = 255
-        grey.paste(Image.fromarray(levels), box)
-    return grey
+    values -= low
+    values *= 255 / (white - low)
+    values += 0.5
+    levels = values.astype(np.uint8)
+    levels[is_clear] = 255
+    return Image.fromarray(levels)
 
 
 def to_rgb(image: Image.Image, side: int) -> Image.Image:
@@ -475,18 +421,13 @@ def to_rgb(image: Image.Image, side: int) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":
             image = to_8_bits(image)
-        if image.mode == "RGB" and not image.has_transparency_data:
-            return image
-        rgb = Image.new("RGB", image.size)
-        for box in bands(image):
-            band = image.crop(box)
-            if band.mode == "LAB":
-                lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-                band = ImageCms.profileToProfile(band, lab, srgb, outputMode="RGB") or band
-            elif band.has_transparency_data:
-                band = Image.alpha_composite(Image.new("RGBA", band.size, "white"), band.convert("RGBA"))
-            rgb.paste(band.convert("RGB"), box)
-        return rgb
+        if image.mode == "LAB":
+            lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+            image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
+        elif image.has_transparency_data:
+            image = image if image.mode == "RGBA" else image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def usable_cores() -> int:
@@ -518,78 +459,65 @@ SHARPNESS = 5  # how often the cosine is squared; a direction then responds to e
 EDGE_POWER = 0.3  # of the counts: a strong edge says little more than a weak one
 ORDERS = (0.5, 1.0, 1.0, 1.3, 1.3, 1.7, 1.7)  # weight of each Fourier order over the directions
 BRIGHTNESS_WEIGHT, HUE_WEIGHT, MEAN_WEIGHT = 0.2, 0.3, 0.02  # of the colours, where the edges have 1
+LEAST_COSINE, TINY = 0.25, 1e-12  # less counts as this, and a weight as 0: denormal numbers took half of the time
 FAINT = 100.0  # a part of a lesser norm is noise (a photograph's is 200 and more) and stays small
 OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # brightness, red-green, yellow-blue
 
 
 @cache
-def cell_weights(cells: int, n: int, start: int, device: torch.device) -> torch.Tensor:
-    """The Gaussian weight of each pixel in each cell along one side, (cells, n), for the pixels from `start` on.
-
-    The weights of a cell add up to 1 over the whole side.
-    """
+def cell_grid(cells: int, top: int, left: int, height: int, width: int) -> tuple[torch.Tensor, ...]:
+    """Gaussian weights of the rows, (cells, height), and columns, (width, cells), of a rectangle in each cell; and how
+    much of each cell lies inside the rectangle, (cells, cells)."""
     distance = (torch.arange(OFFLINE_SIDE) + 0.5) * cells / OFFLINE_SIDE - (torch.arange(cells)[:, None] + 0.5)
     weights = torch.exp(-2 * distance**2)  # sigma is half a cell
-    return (weights / weights.sum(1, keepdim=True))[:, start : start + n].to(device)
+    weights = torch.where(weights > TINY, weights / weights.sum(1, keepdim=True), 0)
+    rows, columns = weights[:, top : top + height], weights[:, left : left + width]
+    return rows.contiguous(), columns.T.contiguous(), rows.sum(1)[:, None] * columns.sum(1)
 
 
 @cache
-def directions(device: torch.device) -> torch.Tensor:
-    """Cosine and sine of each direction, (2, DIRECTIONS, 1, 1)."""
-    angle = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None, None]
-    return torch.stack([angle.cos(), angle.sin()]).to(device)
-
-
-@cache
-def fourier(device: torch.device) -> torch.Tensor:
-    """A matrix that turns values by direction into weighted Fourier coefficients, (DIRECTIONS, 2 * len(ORDERS) - 1)."""
+def fourier() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cosine and sine of each direction, (DIRECTIONS, 1, 1), and a matrix that turns values by direction into weighted
+    Fourier coefficients, (DIRECTIONS, 2 * len(ORDERS) - 1)."""
     phase = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None] * torch.arange(len(ORDERS))
-    even, odd = torch.tensor(ORDERS) * torch.stack([phase.cos(), phase.sin()])
-    return torch.cat([even[:, :1] / math.sqrt(2), even[:, 1:], odd[:, 1:]], 1).to(device)
+    cosine, sine = phase.cos(), phase.sin()
+    even, odd = torch.tensor(ORDERS) * cosine, torch.tensor(ORDERS) * sine
+    matrix = torch.cat([even[:, :1] / math.sqrt(2), even[:, 1:], odd[:, 1:]], 1)
+    return cosine[:, 1, None, None], sine[:, 1, None, None], matrix
 
 
 @cache
-def cosine_transform(cells: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrix of a cosine transform, (cells, cells), and a weight for each coefficient, (cells, cells).
-
-    The weight grows with the frequency, since pictures have most of their energy in the low ones.
-    """
+def cosine_transform(cells: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matrix of a cosine transform, and a weight of each coefficient: most of a picture is in low frequencies."""
     k = torch.arange(cells, dtype=torch.float32)
     cosines = torch.cos(math.pi / cells * k[:, None] * (k + 0.5))
     cosines[0] /= math.sqrt(2)
-    return cosines.to(device), (1 + torch.hypot(k[:, None], k)).to(device)
+    return cosines, 1 + torch.hypot(k[:, None], k)
 
 
-def cell_means(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """The mean of the planes (..., n, n) in each cell, (..., cells, cells).
-
-    `rows` and `columns` are the `cell_weights` of the two sides. A cell that lies partly outside gets the mean of its
-    part inside.
-    """
-    return rows @ planes @ columns.T / (rows.sum(1)[:, None] * columns.sum(1) + 1e-9)
+def cell_means(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """The mean of the planes (..., h, w) in each cell, (..., cells, cells), of its part inside the pixels."""
+    return rows @ (planes @ columns) / (inside + 1e-9)
 
 
 def edge_strengths(light: torch.Tensor) -> torch.Tensor:
-    """The strength of the edge at each pixel in each direction, (B, DIRECTIONS, n, n), of brightness (B, 1, n, n)."""
+    """The strength of the edge at each pixel in each direction, (B, DIRECTIONS, h, w), of brightness (B, 1, h, w)."""
     framed = torch.nn.functional.pad(light, (1, 1, 1, 1), mode="replicate")
     dx, dy = framed[..., 1:-1, 2:] - framed[..., 1:-1, :-2], framed[..., 2:, 1:-1] - framed[..., :-2, 1:-1]
     slope = torch.hypot(dx, dy) + 1e-3  # of 255: no division by 0 where it is flat
-    cosine, sine = directions(light.device)
-    share = (dx / slope * cosine).addcmul_(dy / slope, sine).clamp_(min=0)
+    scale = slope ** (0.5**SHARPNESS - 1)  # what is squared below is the cosine times a root of the slope
+    cosine, sine, _ = fourier()
+    strength = (dx * scale * cosine).addcmul_(dy * scale, sine).clamp_(min=LEAST_COSINE)
     for _ in range(SHARPNESS):
-        share.square_()  # twice as fast as a power
-    return share.mul_(slope)
+        strength.square_()  # twice as fast as a power
+    return strength
 
 
-def whiten(maps: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Maps (B, c, cells, cells) as weighted cosine coefficients, (B, c, cells² - 1), after their mean is removed.
-
-    `rows` and `columns` are the `cell_weights` of the two sides. A cell counts by its share inside the pixels.
-    """
-    known = rows.sum(1)[:, None] * columns.sum(1)
-    maps = (maps - (maps * known).sum((2, 3), keepdim=True) / known.sum()) * known
-    cosines, weight = cosine_transform(len(known), maps.device)
-    return (cosines @ maps @ cosines.T * weight).flatten(2)[:, :, 1:]
+def whiten(maps: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Maps (B, c, cells, cells) less their mean as weighted cosine coefficients, (B, c, cells² - 1)."""
+    maps = (maps - (maps * inside).sum((2, 3), keepdim=True) / inside.sum()) * inside
+    cosines, weight = cosine_transform(len(inside))
+    return (cosines @ (maps @ cosines.T) * weight).flatten(2)[:, :, 1:]
 
 
 def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
@@ -601,26 +529,22 @@ def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
 
     A smaller rectangle stands for the part at (top, left) of a picture whose rest is unknown.
     """
-    normalize, (height, width), device = torch.nn.functional.normalize, pixels.shape[-2:], pixels.device
-    planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT, device=device), pixels.float())
-    edge_grid, colour_grid = (
-        (cell_weights(cells, height, top, device), cell_weights(cells, width, left, device))
-        for cells in (EDGE_CELLS, COLOUR_CELLS)
-    )
+    normalize = torch.nn.functional.normalize
+    planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT), pixels.float())
+    edge_grid, colour_grid = (cell_grid(cells, top, left, *pixels.shape[2:]) for cells in (EDGE_CELLS, COLOUR_CELLS))
     counts = cell_means(edge_strengths(planes[:, :1]), *edge_grid)
-    edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier(device)), *edge_grid)
-    colours = whiten(cell_means(planes, *colour_grid), *colour_grid)
+    edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier()[2]), edge_grid[2])
+    colours = whiten(cell_means(planes, *colour_grid), colour_grid[2])
     mean = planes.mean((2, 3)) / 255  # nearly nothing, but all that a blank picture has
     weighted = (1.0, edges), (BRIGHTNESS_WEIGHT, colours[:, :1]), (HUE_WEIGHT, colours[:, 1:])
     parts = [weight * normalize(part.flatten(1), eps=FAINT) for weight, part in weighted]
     return torch.cat([*parts, MEAN_WEIGHT * mean, torch.full_like(mean[:, :1], MEAN_WEIGHT)], 1)
 
 
-def offline_model(device: str) -> Model:
-    """The built-in descriptor, a model like any other."""
+def offline_model() -> Model:
+    """The built-in descriptor, a model like any other. It runs on the CPU, where the threads that read compute it."""
     dim = (2 * len(ORDERS) - 1) * (EDGE_CELLS**2 - 1) + 3 * (COLOUR_CELLS**2 - 1) + 4
-    identity, in_threads = f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", device == "cpu"
-    return Model(OFFLINE, identity, OFFLINE_SIDE, dim, device, describe, in_threads=in_threads)
+    return Model(OFFLINE, f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", OFFLINE_SIDE, dim, "cpu", describe)
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
@@ -631,22 +555,16 @@ CONNECT_SECONDS = 10  # seconds; torch.hub has no timeout, and would hang for mi
 SIDE = 224  # pixels; the side of ResNet50's input
 REDUCING_GAP = 32.0  # Image.resize(reducing_gap=): huge images are box-averaged first, which bounds memory
 GPU_BATCH = {"cuda": 256, "mps": 64}  # images at once
-CPU_BATCH_PER_CORE = 4  # images at once for each core: a layer's output stays in its cache
-CPU_BATCH_MOST = 32  # images at once on a CPU
+CPU_BATCH_PER_CORE, CPU_BATCH_MOST = 4, 32  # images at once; with 4 for each core, a layer's output stays in its cache
 MIN_COSINE = 0.999  # of a fast network's features with those of the plain one in fp32; if less, the plain one stays
-AHEAD_BATCHES = 4  # batches that are decoded ahead of the model: enough to overlap, bounded in memory
-AHEAD_MOST = 1024  # files that are read ahead, at most
-
-# How a network wants its pixels: side, mean and standard deviation of each channel (white is 1), resampling
-Recipe = tuple[int, Sequence[float], Sequence[float], str]
+AHEAD_BATCHES, AHEAD_MOST = 4, 1024  # batches that are decoded ahead of the model, and how many files that is at most
+Recipe = tuple[int, Sequence[float], Sequence[float], str]  # side, mean and deviation of each channel, resampling
 
 
-def load_weights(network: torch.nn.Module, path: Path, *heads: str) -> None:
-    """Load a file's tensors into a network whose classifier, `heads`, was removed.
+def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> None:
+    """Load a file's tensors into a network whose classifier, `heads`, was removed. Nothing is left untrained.
 
-    The tensors are plain, wrapped as `state_dict`, or saved as `module.` by several GPUs. Those of the classifier are
-    left out. Raises DeepVisionError if the file holds anything but tensors, or if a tensor is missing, left over or of
-    another shape: nothing is ever left untrained.
+    The tensors are plain, wrapped as `state_dict`, or saved as `module.` by several GPUs.
     """
     unused = (*(f"{head}." for head in heads), "aux1.", "aux2.", "AuxLogits.")  # aux: classifiers for training alone
     try:
@@ -657,69 +575,52 @@ def load_weights(network: torch.nn.Module, path: Path, *heads: str) -> None:
             name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name)  # DenseNet's old names
             if not name.startswith(unused):
                 state[name] = value
-        have = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
-    except Exception as error:  # a corrupt file raises anything at all
-        advice = "expected are tensors as torch.save writes them; if it was downloaded, delete it and try again"
-        reason = first_line(error).partition(". ")[0]  # torch goes on with advice to load the file unsafely
-        raise DeepVisionError(f"{path} cannot be read as weights: {advice} ({reason})") from error
-    want = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    try:
         network.load_state_dict(state, assign=True)
-    except (RuntimeError, ValueError) as error:
-        wrong = [key for key in {**want, **have} if want.get(key) != have.get(key)] or ["?"]
-        first = f"{wrong[0]} should be {want.get(wrong[0], 'absent')} and is {have.get(wrong[0], 'missing')}"
-        raise DeepVisionError(f"{path} does not fit the model: {len(wrong)} tensors differ; {first}") from error
+    except Exception as error:  # a file that holds something else raises anything at all
+        reason = " ".join(str(error).split()).partition(". ")[0]  # torch goes on with advice to load the file unsafely
+        advice = "if it was downloaded, delete it and try again"
+        raise DeepVisionError(f"{path} does not hold the weights of this model: {reason[:500]}; {advice}") from error
     network.float()
 
 
-def is_call(network: torch.fx.GraphModule, node: Any, layer: str, *functions: Any) -> bool:
-    """Whether this node of the network's graph calls a layer of the class `layer`, or one of the functions."""
-    if getattr(node, "op", "") == "call_module":
-        return type(network.get_submodule(node.target)).__name__ == layer
-    return getattr(node, "target", None) in functions
+def one_kernel(layer: Any, then: str) -> Callable[..., torch.Tensor]:
+    """A function that computes a convolution, the sum with a second tensor if one is given, and "relu" or "none"."""
+    geometry, kernels = (layer.padding, layer.stride, layer.dilation, layer.groups), torch.ops.mkldnn
 
+    @cache
+    def weight(*shape: int) -> torch.Tensor:
+        """The weights in the order in which the kernel reads them."""
+        return kernels._reorder_convolution_weight(layer.weight, *geometry, shape)
 
-def use_one_kernel(network: torch.fx.GraphModule, convolution: Any, last: Any, addends: Sequence[Any] = ()) -> None:
-    """Replace three nodes by one oneDNN kernel: `convolution`, its sum with `addends`, and the ReLU `last`.
+    def compute(x: torch.Tensor, *other: torch.Tensor) -> torch.Tensor:
+        args = (*other, weight(1, *x.shape[1:]), layer.bias, *geometry)
+        if other:
+            return kernels._convolution_pointwise.binary(x, *args, "add", 1.0, then, [], None)
+        return kernels._convolution_pointwise.default(x, *args, then, [], "")
 
-    For a convolution alone, give it as `last` too. The weights are stored in the order in which the kernel reads them.
-    """
-    layer: Any = network.get_submodule(convolution.target)
-    (before,), graph = convolution.args, network.graph
-    geometry = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
-    shape, name = list(before.meta["tensor_meta"].shape), f"weight_of_{convolution.name}"
-    packed = torch.ops.mkldnn._reorder_convolution_weight(layer.weight.data, *geometry, shape)
-    network.register_buffer(name, packed)
-    then: tuple[Any, ...] = "relu", [], ""
-    kernel = torch.ops.mkldnn._convolution_pointwise.default
-    if last is convolution:
-        then = "none", [], ""
-    elif addends:
-        kernel, then = torch.ops.mkldnn._convolution_pointwise.binary, ("add", 1.0, "relu", [], None)
-    with graph.inserting_before(last):
-        bias = None if layer.bias is None else graph.get_attr(f"{convolution.target}.bias")
-        fused = graph.call_function(kernel, (before, *addends, graph.get_attr(name), bias, *geometry, *then))
-    fused.meta = last.meta
-    last.replace_all_uses_with(fused)
-    graph.erase_node(last)
+    return compute
 
 
 def fuse_convolutions(network: torch.fx.GraphModule) -> None:
-    """Compute each convolution, the sum after it and the ReLU after that by one kernel.
+    """Compute each convolution, the sum after it and the ReLU after that by one kernel, whatever the batch size.
 
-    torch.compile does the same. It is 5 % faster still, but takes 17 s to start. With this function, the features of an
-    image are the same bit for bit whatever the batch size.
+    torch.compile does the same. It is 5 % faster still, but takes 17 s to start.
     """
-    graph, functional = network.graph, torch.nn.functional
-    for relu in [node for node in graph.nodes if is_call(network, node, "ReLU", functional.relu, torch.relu)]:
-        convolution, addends = relu.args[0], list[Any]()
-        if is_call(network, convolution, "", operator.add, operator.iadd, torch.add) and len(convolution.users) == 1:
-            *addends, convolution = sorted(convolution.args, key=lambda node: is_call(network, node, "Conv2d"))
-        if is_call(network, convolution, "Conv2d") and len(convolution.users) == 1:
-            use_one_kernel(network, convolution, relu, addends)
+    graph, relu, add = network.graph, (torch.nn.functional.relu, torch.relu), (operator.add, operator.iadd, torch.add)
+    layers = {node: network.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
+    convolutions = [node for node, layer in layers.items() if isinstance(layer, torch.nn.Conv2d)]
+    for last in list(reversed(graph.nodes)):
+        convolution, addends, then = last, list[Any](), "none"
+        if isinstance(layers.get(last), torch.nn.ReLU) or last.target in relu:
+            convolution, then = last.args[0], "relu"
+            if convolution.target in add and len(convolution.users) == 1:
+                *addends, convolution = sorted(convolution.args, key=convolutions.__contains__)
+        if convolution in convolutions and (convolution is last or len(convolution.users) == 1):
+            with graph.inserting_before(last):
+                kernel = one_kernel(layers[convolution], then)
+                last.replace_all_uses_with(graph.call_function(kernel, (*convolution.args, *addends)))
+            graph.erase_node(last)
     graph.eliminate_dead_code()
-    for convolution in [node for node in graph.nodes if is_call(network, node, "Conv2d")]:
-        use_one_kernel(network, convolution, convolution)
     network.recompile()
 
 
@@ -732,26 +633,18 @@ def forward(
 
 
 def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor) -> tuple[partial[torch.Tensor], int]:
-    """The fastest form of `plain`, which is `forward` in fp32, and the dimension of the features.
+    """The fastest form of `plain`, which is `forward` in fp32, that keeps the features of `sample`; their dimension.
 
-    It fuses layers, and uses half precision where the device has it. A form that changes the features of `sample` is
-    rejected. If all are, `plain` itself is returned.
+    It fuses layers, and uses half precision where the device has it.
     """
-    device = sample.device.type
-    try:
-        traced = torch.fx.symbolic_trace(plain.keywords["network"])
-        noting_shapes = importlib.import_module("torch.fx.passes.shape_prop").ShapeProp(traced)
-        expected = plain(sample, network=noting_shapes.propagate)  # the kernels depend on the shapes
-    except Exception:  # a network that looks at its pixels cannot be traced, and raises anything at all
-        return plain, plain(sample).shape[1]
+    expected, device, half = plain(sample), sample.device.type, [torch.float16]
     fold_batch_norms = importlib.import_module("torch.fx.experimental.optimization").fuse
-    dtypes = [torch.float16, torch.float32]
     if device == "cpu":  # emulated bf16 takes four times as long as fp32
         native = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        dtypes = [torch.bfloat16, torch.float32] if native else [torch.float32]
-    for dtype in dtypes:
-        with suppress(Exception):  # fusing raises anything at all
-            network = fold_batch_norms(traced, no_trace=True).to(dtype).to(memory_format=torch.channels_last)
+        half = [torch.bfloat16] if native else []
+    for dtype in [*half, torch.float32]:
+        with suppress(Exception):  # a network that looks at its pixels cannot be fused, and raises anything at all
+            network = fold_batch_norms(plain.keywords["network"]).to(dtype).to(memory_format=torch.channels_last)
             if device == "cpu" and torch.backends.mkldnn.is_available():
                 fuse_convolutions(network)
             fast = partial(plain, network=network, dtype=dtype)
@@ -789,19 +682,15 @@ def timm_model(name: str, weights: str | Path | None, device: str) -> Model:
     except (OSError, RuntimeError, ValueError) as error:  # no such model, or its weights cannot be had
         raise DeepVisionError(f"--model {name}: {first_line(error)}") from error
     if weights is not None:
-        if not Path(weights).is_file():
-            raise DeepVisionError(f"--weights {weights}: no such file")
         heads = network.pretrained_cfg["classifier"]
-        load_weights(network, Path(weights), *([heads] if isinstance(heads, str) else heads))
+        load_weights(network, weights, *([heads] if isinstance(heads, str) else heads))
     config = timm.data.resolve_model_data_config(network)
     recipe = config["input_size"][1], config["mean"], config["std"], config["interpolation"]
     return assemble_model(name, network, recipe, device)
 
 
 def downloaded(url: str, name: str) -> Path:
-    """The file of `url` in torch's own cache. It is downloaded and its hash checked if it is not there yet.
-
-    Raises ConnectionError, which names the model, if it cannot be had."""
+    """The file of `url` in torch's own cache, downloaded and hash-checked if need be; or a ConnectionError."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if path.exists():
         return path
@@ -828,23 +717,21 @@ def torchvision_model(name: str, weights: str | Path | None, device: str) -> Mod
     by_file = {Path(entry.url).name: entry for entry in listed.values()}  # a copy of such a file gets the same pixels
     entry = {**by_file, **listed}.get(Path(weights or WEIGHTS).name, listed["DEFAULT"])
     if weights is None or str(weights) in listed:
-        path = downloaded(entry.url, name)
-    elif not (path := Path(weights)).is_file():
+        weights = downloaded(entry.url, name)
+    elif not Path(weights).is_file():
         raise DeepVisionError(f"--weights {weights}: no such file, nor weights of {name} ({', '.join(listed)})")
     options: dict[str, Any] = {}  # those that torchvision itself sets for models with weights
     if name in ("googlenet", "inception_v3"):
         options = {"transform_input": True, "init_weights": False, "aux_logits": False}
     elif name.startswith("vit_"):
         options = {"image_size": entry.meta["min_size"][0]}
-    try:
-        with torch.device("meta"):  # drawing weights at random would take 0.2 s for ResNet50
-            network = models.get_model(name, weights=None, **options)
-    except NotImplementedError:  # RegNet computes its widths with tensors
+    # Drawing weights at random would take 0.2 s for ResNet50. RegNet computes its widths with tensors.
+    with nullcontext() if name.startswith("regnet") else torch.device("meta"):
         network = models.get_model(name, weights=None, **options)
-    layers = (torch.nn.Linear, torch.nn.Conv2d)
+    layers = torch.nn.Linear, torch.nn.Conv2d
     *_, head = (name for name, layer in network.named_modules() if isinstance(layer, layers))  # gives the classes
     network.set_submodule(head, torch.nn.Identity())
-    load_weights(network, path, head)
+    load_weights(network, weights, head)
     preset = entry.transforms()
     recipe = preset.crop_size[0], preset.mean, preset.std, preset.interpolation.value
     return assemble_model(name, network, recipe, device)
@@ -852,7 +739,7 @@ def torchvision_model(name: str, weights: str | Path | None, device: str) -> Mod
 
 def choose_device(device: str) -> str:
     """cpu, cuda or mps; for `auto` the GPU if there is one. Raises DeepVisionError for a device that is not there."""
-    reason, _ = "", torch_threads()
+    reason = ""
     if device in ("auto", "cuda"):
         try:  # only use shows a driver that does not fit torch
             torch.ones(1, device="cuda").sum().item()
@@ -864,8 +751,7 @@ def choose_device(device: str) -> str:
         if device == "cpu" and (shutil.which("nvidia-smi") or os.path.exists("/dev/nvidia0")):
             log.warning("there is a GPU, but torch %s cannot use it: %s", torch.__version__, reason)
     elif not there[device]:
-        why = f": {reason}" if reason else ""
-        raise DeepVisionError(f"--device {device}: torch {torch.__version__} finds none here{why}; try --device auto")
+        raise DeepVisionError(f"--device {device}: torch finds none here, try --device auto{reason and f' ({reason})'}")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.set_float32_matmul_precision("high")  # TF32 where fp16 is not used
@@ -878,15 +764,16 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
     name     resnet50, any classification model of torchvision, timm:NAME, or offline. By default resnet50, and where
              its weights cannot be had, offline, with a warning
     weights  the name of torchvision weights (IMAGENET1K_V1), hash-checked when downloaded, or a local file of tensors
-    device   auto, cpu, cuda or mps
+    device   auto, cpu, cuda or mps; offline runs on the CPU
 
     Raises DeepVisionError for an unknown name or device, and for weights that are missing, corrupt or do not fit.
     """
+    torch_threads()
     device = choose_device(device)
     if name == OFFLINE and weights:
         raise DeepVisionError(f"--weights {weights}: --model offline takes no weights, leave one out")
     if name == OFFLINE:
-        return offline_model(device)
+        return offline_model()
     try:
         if name and name.startswith("timm:"):
             return timm_model(name, weights, device)
@@ -899,7 +786,7 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
         what = "it finds copies, edits, and similar layouts and colours, but does not recognise what a picture shows"
         ways = f"To use {MODEL}, go online once or give --weights FILE. To hide this, give --model offline"
         log.warning("%s. The built-in offline descriptor is used instead: %s. %s", error, what, ways)
-        return offline_model(device)
+        return offline_model()
 
 
 def squeeze(image: Image.Image, width: int, height: int, resample: str) -> torch.Tensor:
@@ -909,9 +796,7 @@ def squeeze(image: Image.Image, width: int, height: int, resample: str) -> torch
 
 
 def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Image.Image], torch.Tensor]:
-    """A function from any Pillow image to the pixels that a model takes, uint8 (3, side, side).
-
-    side, resample  as the model has them: `get_transform(model.side, model.resample)`; by default those of ResNet50
+    """A function from any Pillow image to the pixels of `model.side` and `model.resample`, uint8 (3, side, side).
 
     The whole picture is squeezed into a square: a crop of its centre would lose what stands at the edges.
     """
@@ -926,10 +811,7 @@ def torch_threads() -> int:
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Have torch compute with one thread in this context.
-
-    Use it for small operations. With more threads these take up to five times as long on a busy machine.
-    """
+    """Have torch compute small operations with one thread: more take up to five times as long on a busy machine."""
     torch.set_num_threads(1)
     try:
         yield
@@ -938,24 +820,20 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def launch(pixels: torch.Tensor, model: Model, size: int, *where: int) -> tuple[torch.Tensor, int]:
-    """Run the model: the features (B, dim), each of length 1, on the device, and the batch size that fitted.
-
-    It starts with `size` images at once, and halves that while the GPU has too little memory. A GPU may still be
-    computing when this returns. `where`: top and left of `describe`, if the pixels are a part of a picture.
-    """
-    pixels, asked = pixels.pin_memory() if model.device == "cuda" else pixels, size
+    """Run the model on `size` images at once, or less if the GPU's memory is short: the features (B, dim), each of
+    length 1, and the size that fitted. A GPU may still be computing. `where`: top and left of `describe`."""
+    pixels = pixels.pin_memory() if model.device == "cuda" else pixels
     while True:
         try:
             with torch.inference_mode(), one_torch_thread() if model.network is describe else nullcontext():
                 parts = (part.to(model.device, non_blocking=True) for part in pixels.split(size))
-                found = torch.cat([torch.nn.functional.normalize(model.network(part, *where)) for part in parts])
-            if size < asked:
-                log.warning("the GPU has too little memory: the batch size is reduced to %d images", size)
-            return found, size
+                found = [torch.nn.functional.normalize(model.network(part, *where)) for part in parts]
+                return torch.cat(found), size
         except torch.OutOfMemoryError as error:
             if size == 1:
                 raise DeepVisionError(f"the GPU has too little memory for {model.name}: try --device cpu") from error
-            size = (size + 1) // 2
+        size = (size + 1) // 2
+        log.warning("the GPU has too little memory: the batch size is reduced to %d images", size)
 
 
 def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | None = None) -> np.ndarray:
@@ -978,33 +856,24 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
     return launch(images, model, model.batch)[0].cpu().numpy()
 
 
-def with_features(pictures: Iterator[Picture], model: Model, size: int, summary: Summary) -> Iterator[list[Picture]]:
-    """The pictures with their features, `size` at a time and in order. The time spent is added to `summary`.
+def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Iterator[list[Picture]]:
+    """The pictures with their features, `size` at a time and in order.
 
-    On a GPU, the next batch is started before the features of the last one are awaited; a list may then be empty. For
-    a model `in_threads`, the reading threads have computed the features and put them into `pixels`.
+    A GPU is given the next batch before the features of the last one are awaited. Those of the descriptor are in
+    `pixels` already: the reading threads have computed them.
     """
     under_way: deque[tuple[list[Picture], torch.Tensor]] = deque()
-    start = time.perf_counter()
     while (batch := list(itertools.islice(pictures, size))) or under_way:
-        summary.reading += (middle := time.perf_counter()) - start
         if batch:
             pixels = [picture.pixels for picture in batch if picture.pixels is not None]
             found = torch.stack(pixels) if pixels else torch.empty(0)
-            if pixels and not model.in_threads:
-                found, fits = launch(found, model, size)
-                size = min(size, fits)
+            if pixels and model.network is not describe:
+                found, size = launch(found, model, size)
             under_way.append((batch, found))
-        done: list[Picture] = []
         if not batch or len(under_way) > (model.device != "cpu"):
             done, found = under_way.popleft()
             vectors = iter(found.cpu().numpy().astype(np.float16))
-            done = [p if p.pixels is None else p._replace(pixels=None, vector=next(vectors)) for p in done]
-        spent = time.perf_counter() - middle
-        summary.computing += 0.0 if model.in_threads else spent
-        size = max(1, size // 2) if spent > SAVE_SECONDS else size  # features under way are not saved yet
-        yield done
-        start = time.perf_counter()
+            yield [p if p.pixels is None else p._replace(pixels=None, vector=next(vectors)) for p in done]
 
 
 # ---- Query views -----------------------------------------------------------------------------------------------------
@@ -2237,35 +2106,36 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
     faulthandler writes that into the lock file, for `skip_crashing_file`.
     """
     to_pixels = get_transform(model.side, model.resample)
-    transform = (lambda image: launch(to_pixels(image)[None], model, 1)[0][0]) if model.in_threads else to_pixels
+    describes = model.network is describe  # small operations gain nothing from cores: the threads that read do them
+    transform = (lambda image: launch(to_pixels(image)[None], model, 1)[0][0]) if describes else to_pixels
     read = partial(read_picture, root=os.fsencode(images), transform=transform)
     if not work.rebuild:
         read = partial(read, known=store.is_known)
     size, workers = work.batch_size or model.batch, work.workers or usable_cores()
     files = [file for file in unread if zlib.crc32(file.path) % work.ranks == work.rank]
     pictures = read_ahead(read, files, workers, min(AHEAD_BATCHES * size + workers, AHEAD_MOST))
-    unsaved, saved, summary, into = list[Picture](), time.monotonic(), Summary(), store
+    summary, into, unsaved = Summary(), store, list[Picture]()
     if work.ranks > 1:
         into = Store(store.folder, store.identity, store.dim, f"rank-{work.rank}.sqlite")
         into.repair()  # it is new
+    start = saved = time.perf_counter()
     bar = progress_bar(total=len(files), desc=f"{model.name} on {model.device}, {model.precision}", unit="img")
     with open(store.lock_file.lock_file, "ab") as last_words, bar:
         faulthandler.enable(last_words)
         try:
-            for batch in with_features(pictures, model, size, summary):
+            for batch in with_features(pictures, model, size):
                 unsaved += batch
                 summary.add(batch)
-                bar.set_postfix_str(summary.balance, refresh=False)
                 bar.update(len(batch))
-                if time.monotonic() - saved > SAVE_SECONDS or len(unsaved) > BLOCK:
+                if time.perf_counter() - saved > SAVE_SECONDS or len(unsaved) > BLOCK:
                     whole, unsaved = unsaved, []  # if saving fails, it is not tried again below
                     into.save(whole)
-                    saved = time.monotonic()
+                    saved = time.perf_counter()
         finally:
             faulthandler.disable()
             if unsaved:
                 into.save(unsaved)
-    return summary
+    return replace(summary, seconds=time.perf_counter() - start)
 
 
 def merge_ranks(store: Store) -> Summary:
