@@ -258,7 +258,7 @@ def test_local_features_are_those_of_the_upright_picture() -> None:
     exif[0x0112] = 6  # turned by 90 degrees
     upright.transpose(Image.Transpose.ROTATE_90).save("turned.jpg", exif=exif, quality=95)
     found = main.local_features(Image.open("turned.jpg"))
-    assert found.size == upright.size and found.grey.size == main.local_features(upright).grey.size
+    assert found.size == upright.size and found.grey.shape == main.local_features(upright).grey.shape
 
 
 # ---- Order -----------------------------------------------------------------------------------------------------------

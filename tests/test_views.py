@@ -119,8 +119,9 @@ def test_parts_have_the_shapes_of_pictures_and_reach_all_edges(size):
     """Each pixel of the query tells where it lies: red by its column, green by its row."""
     x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
     image = Image.fromarray(np.stack([x, y, 0 * x], 2).astype(np.uint8))
-    parts = main.parts_of(image, main.load_model("offline", device="cpu"), main.SIZES)
-    edges = np.array([(p[0].min(), p[1].min(), p[0].max(), p[1].max()) for p in map(np.asarray, parts)], float)
+    views = main.parts_of(image, main.load_model("offline", device="cpu"), main.SIZES)
+    parts = [np.asarray(view.pixels) for view in views]
+    edges = np.array([(p[0].min(), p[1].min(), p[0].max(), p[1].max()) for p in parts], float)
     assert (edges[:, :2].min(0) <= 2).all() and (edges[:, 2:].max(0) >= 253).all()
     shapes = (edges[:, 2] - edges[:, 0]) * size[0] / ((edges[:, 3] - edges[:, 1]) * size[1])
     assert np.abs(np.log(shapes[:, None] / np.array(main.SHAPES))).min(1).max() < 0.1, shapes
