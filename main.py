@@ -1015,8 +1015,7 @@ def with_features(pictures: Iterator[Picture], model: Model, size: int, summary:
 
 # ---- Query views -----------------------------------------------------------------------------------------------------
 
-# Parts of the query that are searched for: width by height, and size, where 1 is the largest that fits. Pictures in a
-# screenshot, a collage or a page have these shapes
+# Width by height of the parts of a query that are searched for, and their size, where 1 is the largest that fits
 SHAPES, SIZES = (0.75, 1.33, 1.78), (1.0, 0.7, 0.5)
 SMALLEST_PART = 0.08  # of the query's area; a long query has too many smaller parts
 PLACES = 3  # steps of a part within its own width or height; with 2 a fifth of the small pictures are missed
@@ -1115,8 +1114,7 @@ TOLERANCE, DRIFT = 5.0, 0.04  # a point agrees within so many pixels, and so muc
 SCALES = (0.15, 6.0)  # of the query in the match; outside of it, everything falls on one spot
 PROPOSALS = 5  # transforms that are fitted, of those that most points agree on
 CELL = 4.0  # pixels: points that are nearer to each other count as one
-FEWEST = 6  # points that a transform is fitted to at first
-AGREEING = 14  # points of a copy that agree on a transform; unrelated pairs have 3, drawn ones up to 10
+FEWEST, AGREEING = 6, 14  # points to fit a transform to; points of a copy. Unrelated pairs have 3, drawn ones up to 10
 GRID, GRID_CELL = 48, 4  # samples along each side of the match, and of a cell in which the two pictures are correlated
 TEXTURE, CORRELATION = 4.0, 0.8  # of 255, standard deviation of a cell that shows anything; of a cell that agrees
 # Share of the common cells that agree in a copy. A caption, stickers or a curved screen leave 0.65. Two products before
@@ -1166,8 +1164,8 @@ def blob_points(light: torch.Tensor, count: int) -> torch.Tensor:
 def describe_points(light: torch.Tensor, xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Directions, e^(i angle) (n,), and descriptors (n, 128) of the points xy (n, 2) of light (h, w).
 
-    The direction is that of the mean gradient around the point. The descriptor counts gradients in 4 × 4 cells and 8
-    directions, turned by the angle, as SIFT does, under a square root (Arandjelović & Zisserman, CVPR 2012).
+    As in SIFT: gradients in 4 × 4 cells and 8 directions, turned by the mean gradient, under a square root
+    (Arandjelović & Zisserman, CVPR 2012).
     """
     steps, normalize = (torch.arange(SAMPLES) + 0.5) * (2 * WINDOW / SAMPLES) - WINDOW, torch.nn.functional.normalize
     window = torch.complex(*torch.meshgrid(steps, steps, indexing="xy")).flatten()
@@ -1223,8 +1221,7 @@ def seen_through(query: LocalFeatures, mirrored: bool, negative: bool) -> LocalF
 def fitted(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.ndarray]:
     """How many points agree on an affine transform, (3, 3), from the places q to m, and that transform.
 
-    It is fitted first to those that `agrees` marks. Points in one cell count once. The number is 0 if fewer than
-    AGREEING agree, or if the transform distorts the picture too much.
+    It starts from the points in `agrees`. The number is 0 if it is below AGREEING, or if the picture is distorted.
     """
     H, (Q, M) = np.eye(3), (np.stack([z.real, z.imag, np.ones(len(z))]) for z in (q, m))
     for _ in range(3):
@@ -1235,6 +1232,7 @@ def fitted(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.nd
         if not (SCALES[0] < shorter and longer < min(SCALES[1], 2 * shorter)):
             return 0, H
         agrees = np.hypot(*(H @ Q - M)[:2]) < TOLERANCE * max(1.0, (longer * shorter) ** 0.5)
+    # Points in one cell count once, in either picture: else many points on one spot would agree.
     points = min(len(np.unique(z[agrees].real // CELL + 4096 * (z[agrees].imag // CELL))) for z in (q, m))
     return points if points >= AGREEING else 0, H
 
@@ -1260,10 +1258,7 @@ def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.
 
 
 def common_share(query: LocalFeatures, match: LocalFeatures, H: np.ndarray) -> tuple[float, float]:
-    """The share of the cells visible in both pictures that agree, and the share of the match's area that agrees.
-
-    The query is warped onto the match by H. The two are then correlated cell by cell.
-    """
+    """The share of the cells seen in both pictures that agree, the query warped by H, and of the match's whole area."""
     F = torch.nn.functional
     to_q, to_m = (np.array([[w, 0, w], [0, h, h], [0, 0, 2]]) / 2 for h, w in (query.grey.shape, match.grey.shape))
     theta = torch.from_numpy(np.linalg.inv(H @ to_q) @ to_m)[None, :2].float()  # both ways from -1 to 1
@@ -2013,15 +2008,13 @@ def compared(
     queries: Iterable[str | Path], engine: Engine, k: int, views: str, crop: Sequence[float] | None = None
 ) -> Iterator[tuple[Picture, list[Found]]]:
     """Each query with at least k nearest files, by score, its copies verified."""
-    model, one_query = engine.model, threading.Lock()
 
     def look_at(image: Image.Image) -> Seen:
         image, *corner = cut_out(image, crop) if crop else (image, 0, 0)
         with one_torch_thread():
-            local = local_features(image, QUERY_AREA, QUERY_POINTS, model.side)
-            seen = query_views(image, model, views)
-        with nullcontext() if model.network is describe else one_query:  # a network uses all cores, or the GPU
-            return Seen([view.name for view in seen], features_of_views(seen, model), local, corner)
+            local = local_features(image, QUERY_AREA, QUERY_POINTS, engine.model.side)
+            seen = query_views(image, engine.model, views)
+        return Seen([view.name for view in seen], features_of_views(seen, engine.model), local, corner)
 
     files = (File(os.fsencode(name), 0, 0) for name in queries)
     pictures = read_ahead(partial(read_picture, root=b"", transform=look_at), files, QUERY_THREADS, TOGETHER)
@@ -2038,8 +2031,7 @@ def compared(
 
 def is_mirrored(corners: Sequence[tuple[float, float]]) -> bool:
     """Whether these corners, of a picture from its top left clockwise, run the other way round in another picture."""
-    (x0, y0), (x1, y1), _, (x3, y3) = corners
-    return (x1 - x0) * (y3 - y0) < (y1 - y0) * (x3 - x0)
+    return bool(np.linalg.det(np.array(corners)[[1, 3]] - corners[0]) < 0)
 
 
 def as_match(query: Picture, found: Found) -> Match:
@@ -2070,16 +2062,14 @@ def search(
 ) -> Iterator[Answer]:  # fmt: skip
     """What looks like each of the image files `queries`: an Answer for each, in their order.
 
-    engine     by default `initialize_reverse_image_search()`
     k          matches at most; a picture that is there under several names gives several
     threshold  cosine similarity, -1 to 1, that a match has at least, or label: copy, identical
     views      none, auto or all: the edits that a query is searched with, see `query_views`
     crop       the part of each query to search with: left, top, right, bottom, see `cut_out`
 
-    Identical files and verified copies come first, then the others by score, equal scores by path. The query's own file
-    is left out, and so is a file that is no longer what was indexed. Scores are exact; in a large collection a match
-    may be missed, see `coded_index`. A file that cannot be used gets an Answer with an `error`. Raises DeepVisionError
-    if features turn out to be damaged.
+    Identical files and copies come first, then the others by score, equal scores by path. The query's own file and
+    files that have changed are left out. Scores are exact; in a large collection a match may be missed, see
+    `coded_index`. A query that cannot be used gets an `error`. Raises DeepVisionError if features are damaged.
     """
     if k < 1 or views not in VIEWS or (isinstance(threshold, str) and threshold not in LABELS):
         raise ValueError(f"k={k}, threshold={threshold!r}, views={views!r}: see the documentation of search")
@@ -2098,10 +2088,9 @@ def search(
 
 
 def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]:
-    """At most `count` groups of images that look alike, the largest first: each with its size and some of its images.
+    """At most `count` groups of images that look alike, by k-means over a sample, the largest group first.
 
-    k-means over a sample of the stored features. The images of a group stand in the order of their distance from its
-    centre. A size is exact if the sample holds the whole collection, else an estimate.
+    Each has its size, an estimate if the collection is larger than the sample, and the images nearest to its centre.
     """
     files = f"SELECT row, path FROM {USABLE.replace('WHERE', 'JOIN features USING (digest) WHERE')}"
     with damage_reported(engine.store):  # a digest is a hash: the first ones are a random sample
@@ -2110,7 +2099,7 @@ def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]
     xb, groups = to_float32(vectors[np.searchsorted(known, rows)]), list[tuple[int, list[Match]]]()
     kmeans = faiss.Kmeans(xb.shape[1], min(count, len(xb)), niter=10, spherical=True, min_points_per_centroid=1)
     kmeans.train(xb)
-    D, I = (found[:, 0] for found in kmeans.index.search(xb, 1))
+    D, I = kmeans.assign(xb)
     for centre in set(I.tolist()):
         members = np.flatnonzero(centre == I)
         nearest = members[np.argsort(-D[members], kind="stable")][:MEMBERS].tolist()
@@ -2126,13 +2115,7 @@ NEIGHBOURS = 100  # files of a group that is found by score, at most
 WHOLE = 0.95  # share of a picture's area from which on it counts as all of it
 
 
-class Pair(NamedTuple):
-    """Two contents of the collection that belong together."""
-
-    keep: bytes
-    other: bytes
-    score: float
-    relation: str = ""  # what the other one is to the one to keep: "same picture", "mirrored", "crop, 60 %"
+Pairs = Iterator[tuple[bytes, bytes, Match]]  # a content to keep, another one, and what that is to it, without a path
 
 
 def different_files(engine: Engine, digest: bytes) -> list[str]:
@@ -2147,7 +2130,7 @@ def different_files(engine: Engine, digest: bytes) -> list[str]:
     return sorted(found.values())
 
 
-def pairs_by_score(engine: Engine, threshold: float) -> Iterator[Pair]:
+def pairs_by_score(engine: Engine, threshold: float) -> Pairs:
     """The contents of the collection that score `threshold` or more, as it is printed, with each other."""
     digests = dict(engine.store.db.execute("SELECT row, digest FROM features"))
     for rows, xb in progress_bar(engine.store.blocks(), desc="comparing", unit="block"):
@@ -2155,15 +2138,14 @@ def pairs_by_score(engine: Engine, threshold: float) -> Iterator[Pair]:
         for place in zip(*np.nonzero(threshold - 0.0005 <= D)):
             keep, other = digests.get(rows[place[0]]), digests.get(I[place])
             if keep and other and keep != other:
-                yield Pair(keep, other, min(1.0, float(D[place])))
+                yield keep, other, Match(0, "", min(1.0, float(D[place])), False)
 
 
 def relation(corners: Sequence[tuple[float, float]], shown: float, inside: float) -> str:
-    """What a picture is to the one to keep: "same picture", "mirrored", "crop, 60 %", ...
+    """What a picture is to the one to keep: "same picture", "mirrored", "crop, 60 %"...
 
-    corners  its own corners in pixels of the picture to keep
-    shown    share of the picture to keep that is visible in this picture
-    inside   share of this picture that is visible in the picture to keep
+    corners        its own corners in pixels of the picture to keep
+    shown, inside  shares of the picture to keep, and of this one, that both show
     """
     (x0, y0), (x1, y1), *_ = corners
     mirrored = is_mirrored(corners)
@@ -2178,8 +2160,8 @@ def relation(corners: Sequence[tuple[float, float]], shown: float, inside: float
     return ", ".join(words) or "same picture"
 
 
-def pairs_by_alignment(engine: Engine) -> Iterator[Pair]:
-    """Each two contents of the collection that are copies, as two Pairs: either one may be the one to keep."""
+def pairs_by_alignment(engine: Engine) -> Pairs:
+    """Each two contents of the collection that are copies, twice: either one may be the one to keep."""
     first = engine.store.db.execute(f"SELECT min(path) FROM {USABLE} GROUP BY digest ORDER BY 1").fetchall()
     queries = [os.path.join(engine.images, os.fsdecode(path)) for (path,) in first]
     answers = compared(queries, engine, 1, COPIES)
@@ -2190,39 +2172,36 @@ def pairs_by_alignment(engine: Engine) -> Iterator[Pair]:
             ImageDraw.Draw(mask).polygon(outline.ravel().tolist(), fill=1)
             common = float(np.asarray(mask).mean())
             share = common * 100**2 / abs(np.linalg.det(outline[[1, 3]] - outline[0]))  # of the match
-            yield Pair(copy.digest, query.digest, copy.score, relation(copy.region.corners, share, common))
-            yield Pair(query.digest, copy.digest, copy.score, relation(copy.region.outline, common, share))
+            match = Match(0, "", copy.score, False, "copy", relation(copy.region.outline, common, share))
+            yield query.digest, copy.digest, match
+            yield copy.digest, query.digest, match._replace(view=relation(copy.region.corners, share, common))
 
 
 def largest_first(path: str) -> tuple[int, int, str]:
     """A key that sorts image files by their pixels, as the header tells, then by their bytes, then by path."""
-    try:
-        with open(path, "rb") as stream:
-            image = Image.open(stream)
-            return -image.width * image.height, -os.path.getsize(path), path
-    except Exception:  # Pillow raises anything at all on a malformed header
-        return 0, 0, path
+    with suppress(Exception), Image.open(path) as image:  # it is gone or changed meanwhile
+        return -image.width * image.height, -os.path.getsize(path), path
+    return 0, 0, path
 
 
-def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Pair]], label: str) -> Iterator[Group]:
-    """Groups of files that hold the same picture, those with the largest keeper first.
-
-    pairs  those that belong together: by the content to keep, then by the other one
-    label  of the files beside the one to keep, unless they are identical to it
+def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Match]]) -> Iterator[Group]:
+    """Groups of files that hold the same picture, the largest keeper first. `pairs`: by keeper, then by other.
 
     Every file of a group was compared with the one to keep. A copy of a copy does not join the group by that alone.
     """
     repeated = engine.store.db.execute(f"SELECT digest FROM {USABLE} GROUP BY digest HAVING count(*) > 1")
     contents = {*pairs, *(digest for (digest,) in repeated)}
     left = {digest: files for digest in contents if (files := different_files(engine, digest))}
-    for _, digest in sorted((largest_first(files[0]), digest) for digest, files in left.items()):
-        keep, *same = left.pop(digest, [""])
+    for _, keep in sorted((largest_first(files[0]), digest) for digest, files in left.items()):
+        if keep not in left:
+            continue
+        first, *same = left.pop(keep)
         found = [Match(0, path, 1.0, True, "identical") for path in same]
-        others = [pair for pair in pairs.get(digest, {}).values() if keep and pair.other in left]
-        for pair in sorted(others, key=lambda pair: (-pair.score, left[pair.other])):
-            found += [Match(0, path, pair.score, False, label, pair.relation) for path in left.pop(pair.other)]
+        others = [(match, other) for other, match in pairs.get(keep, {}).items() if other in left]
+        for match, other in sorted(others, key=lambda pair: (-pair[0].score, left[pair[1]])):
+            found += [match._replace(path=path) for path in left.pop(other)]
         if found:
-            yield Group(keep, [match._replace(rank=rank) for rank, match in enumerate(found, start=1)])
+            yield Group(first, [match._replace(rank=rank) for rank, match in enumerate(found, start=1)])
 
 
 def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator[Group]:
@@ -2233,13 +2212,13 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator
 
     Raises DeepVisionError if features turn out to be damaged.
     """
-    pairs: dict[bytes, dict[bytes, Pair]] = {}
+    pairs: dict[bytes, dict[bytes, Match]] = {}
     with damage_reported(engine.store):
         if threshold != "identical":
             found = pairs_by_alignment(engine) if threshold == "copy" else pairs_by_score(engine, float(threshold))
-            for pair in sorted(found, key=lambda pair: pair.score):  # the better one of two for the same contents stays
-                pairs.setdefault(pair.keep, {})[pair.other] = pair
-        yield from grouped(engine, pairs, "copy" if threshold == "copy" else "")
+            for keep, other, match in sorted(found, key=lambda pair: pair[2].score):  # the best one of two stays
+                pairs.setdefault(keep, {})[other] = match
+        yield from grouped(engine, pairs)
 
 
 # ---- Assembly --------------------------------------------------------------------------------------------------------
