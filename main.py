@@ -1167,9 +1167,12 @@ def describe_points(light: torch.Tensor, xy: torch.Tensor) -> tuple[torch.Tensor
     As in SIFT: gradients in 4 × 4 cells and 8 directions, turned by the mean gradient, under a square root
     (Arandjelović & Zisserman, CVPR 2012).
     """
-    steps, normalize = (torch.arange(SAMPLES) + 0.5) * (2 * WINDOW / SAMPLES) - WINDOW, torch.nn.functional.normalize
+    normalize = torch.nn.functional.normalize
+    steps = (torch.arange(SAMPLES) + 0.5) * (2 * WINDOW / SAMPLES) - WINDOW
     window = torch.complex(*torch.meshgrid(steps, steps, indexing="xy")).flatten()
-    gradient, weight = torch.complex(*torch.gradient(light)[::-1]), torch.exp(-(window.abs() ** 2) / (2 * WINDOW**2))
+    weight = torch.exp(-(window.abs() ** 2) / (2 * WINDOW**2))
+    dy, dx = torch.gradient(light)
+    gradient = torch.complex(dx, dy)
 
     def gradients(offsets: torch.Tensor) -> torch.Tensor:
         x, y = (xy[:, :1] + offsets.real).round().long(), (xy[:, 1:] + offsets.imag).round().long()
@@ -1187,7 +1190,8 @@ def describe_points(light: torch.Tensor, xy: torch.Tensor) -> tuple[torch.Tensor
 
 def local_features(image: Image.Image, area: int = AREA, count: int = POINTS, side: int = 0) -> LocalFeatures:
     """At most `count` local features, computed on `area` pixels. `side`: of a model that takes the same image later."""
-    (short, long), scale = sorted(image.size), min(1.0, (area / math.prod(image.size)) ** 0.5)
+    short, long = sorted(image.size)
+    scale = min(1.0, (area / (short * long)) ** 0.5)
     picture = to_rgb(image, max(side, math.ceil(scale * long / DRAFT_SCALE)))
     size = (long, short) if picture.width > picture.height else (short, long)  # EXIF may have turned it
     width, height = (max(1, round(scale * length)) for length in size)
@@ -1223,7 +1227,8 @@ def fitted(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.nd
 
     It starts from the points in `agrees`. The number is 0 if it is below AGREEING, or if the picture is distorted.
     """
-    H, (Q, M) = np.eye(3), (np.stack([z.real, z.imag, np.ones(len(z))]) for z in (q, m))
+    H = np.eye(3)
+    Q, M = (np.stack([z.real, z.imag, np.ones(len(z))]) for z in (q, m))
     for _ in range(3):
         if agrees.sum() < FEWEST:
             return 0, H
@@ -1910,7 +1915,8 @@ def candidate_rows(engine: Engine, queries: Sequence[np.ndarray], count: int) ->
 
     Rows that are not in the index yet are compared one by one; if the search is exact or has many views, all rows are.
     """
-    index, last, xq, found = engine.index, engine.store.last_row(), np.concatenate(queries), []
+    index, last, found = engine.index, engine.store.last_row(), []
+    xq = np.concatenate(queries)
     scans = engine.exact or (not index.shortlist and len(xq) >= SCAN_VIEWS)
     if not scans:
         on_gpus = index.shortlist and len(xq) >= GPU_QUERIES and count <= GPU_RESULTS and engine.on_gpus
@@ -1919,7 +1925,8 @@ def candidate_rows(engine: Engine, queries: Sequence[np.ndarray], count: int) ->
     if scans or last > index.last:
         blocks = engine.store.blocks(0 if scans else index.last + 1, last)
         found.append(Nearest(xq, min(count, last)).among(blocks))
-    lists, ends = [list[int]() for _ in queries], np.cumsum([len(views) for views in queries])[:-1]
+    ends = np.cumsum([len(views) for views in queries])[:-1]
+    lists = [list[int]() for _ in queries]
     for D, I in found:
         for rows, scores, of_views in zip(lists, np.split(D, ends), np.split(I, ends)):
             best = of_views.ravel()[np.argsort(-scores, axis=None, kind="stable")].tolist()
@@ -1975,9 +1982,9 @@ def nearest_files(engine: Engine, query: Picture, rows: Iterable[int], k: int) -
         if len(found) >= k and len(contents) >= CANDIDATES and it.score < found[-1].score:
             break
         for file in engine.store.files_with(it.digest):
-            path, is_same = os.path.join(engine.images, os.fsdecode(file.path)), it.digest == query.digest
+            path = os.path.join(engine.images, os.fsdecode(file.path))
             with suppress(OSError):  # it is gone
-                if File.of(file.path, os.stat(path)) == file and not (is_same and location(path) == own):
+                if File.of(file.path, os.stat(path)) == file and (it.digest != query.digest or location(path) != own):
                     found.append(it._replace(path=path))
                     contents |= {it.digest} - {query.digest}
     return sorted(found, key=lambda it: (-it.score, it.path))
@@ -2096,7 +2103,8 @@ def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]
     with damage_reported(engine.store):  # a digest is a hash: the first ones are a random sample
         rows, paths = zip(*engine.store.db.execute(f"{files} ORDER BY digest, path LIMIT {SAMPLED}"))
         known, _, vectors = engine.store.features_of(set(rows))
-    xb, groups = to_float32(vectors[np.searchsorted(known, rows)]), list[tuple[int, list[Match]]]()
+    xb = to_float32(vectors[np.searchsorted(known, rows)])
+    groups = list[tuple[int, list[Match]]]()
     kmeans = faiss.Kmeans(xb.shape[1], min(count, len(xb)), niter=10, spherical=True, min_points_per_centroid=1)
     kmeans.train(xb)
     D, I = kmeans.assign(xb)
