@@ -878,23 +878,20 @@ def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Itera
 
 # ---- Query views -----------------------------------------------------------------------------------------------------
 
-# The parts of a query that are searched for: their shape, width by height, and their size, 1 being the largest that
-# fits. Pictures in a screenshot, a collage or a page have these shapes
+# Width by height of the parts of a query that are searched for, and their size, where 1 is the largest that fits
 SHAPES, SIZES = (0.75, 1.33, 1.78), (1.0, 0.7, 0.5)
-SMALLEST_PART = 0.08  # of the query's area; there are too many smaller ones in a long query
+SMALLEST_PART = 0.08  # of the query's area; a long query has too many smaller parts
 PLACES = 3  # steps of a part within its own width or height; with 2 a fifth of the small pictures are missed
-LARGER = ((0.80, 2), (0.67, 3), (0.52, 5))  # side of a query that is a part of a larger picture, places along an axis
+LARGER = ((0.80, 2), (0.67, 3), (0.52, 5))  # side of the query within a larger picture, places along an axis
 TURNS = (-30, -20, -10, 10, 20, 30)  # degrees
 SMALLEST = 128  # pixels of the shorter side of a query that is searched by its parts
 VIEW_SIDE = 3  # times the model's side: the shorter side of the picture that views are cut from
 
 
 def cut_out(image: Image.Image, part: Sequence[float]) -> tuple[Image.Image, int, int]:
-    """A part of the upright picture, and its left and top there, in pixels.
+    """A part of the upright picture, and its left and top there. Raises ValueError if it does not lie in the picture.
 
-    part  left, top, right, bottom in pixels, or as shares of its sides if none is over 1
-
-    Raises ValueError if the part is empty or does not lie within the picture.
+    part  left, top, right, bottom in pixels, or as shares of the picture's sides if none is over 1
     """
     picture = to_rgb(image, max(image.size))
     scale = (*picture.size, *picture.size) if max(part) <= 1 else (1, 1, 1, 1)
@@ -904,23 +901,19 @@ def cut_out(image: Image.Image, part: Sequence[float]) -> tuple[Image.Image, int
     return picture.crop((left, top, right, bottom)), left, top
 
 
-def parts_of(picture: Image.Image, model: Model, sizes: Sequence[float]) -> list[torch.Tensor]:
-    """Parts of the query that may be a picture of their own, each squeezed to the pixels of the model.
-
-    For each shape and size, the query is resized once, and the parts are cut out of it at regular steps.
-    """
-    found, side, (width, height) = list[torch.Tensor](), model.side, picture.size
+def parts_of(picture: Image.Image, model: Model, sizes: Sequence[float]) -> Iterator[View]:
+    """Parts of the query that may be pictures of their own. For each shape and size, the query is resized once."""
+    side, (width, height) = model.side, picture.size
     for shape, size in itertools.product(SHAPES, sizes):
         across, down = size * min(1.0, shape * height / width), size * min(1.0, width / shape / height)  # of the query
-        if across * down < SMALLEST_PART:
-            continue
-        whole = squeeze(picture, round(side / across), round(side / down), model.resample)
-        lefts, tops = (
-            np.linspace(0, room, 1 + math.ceil(PLACES * room / side)).round().astype(int)
-            for room in (whole.shape[2] - side, whole.shape[1] - side)
-        )
-        found += [whole[:, top : top + side, left : left + side] for top in tops for left in lefts]
-    return found
+        if across * down >= SMALLEST_PART:
+            whole = squeeze(picture, round(side / across), round(side / down), model.resample)
+            tops, lefts = (
+                np.linspace(0, room, 1 + math.ceil(PLACES * room / side)).round().astype(int)
+                for room in (whole.shape[1] - side, whole.shape[2] - side)
+            )
+            for top, left in itertools.product(tops, lefts):
+                yield View("part of the query", whole[:, top : top + side, left : left + side])
 
 
 def larger_views(picture: Image.Image, model: Model) -> Iterator[View]:
@@ -933,20 +926,19 @@ def larger_views(picture: Image.Image, model: Model) -> Iterator[View]:
 
 
 def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
-    """A query as it is, and as it would be before an edit.
+    """A query as it is, and as it would be before an edit. The views of each kind:
 
-    views  none: as it is
-           all: also mirrored, turned, as a negative, its parts, and with the offline descriptor as a part of a larger
-           picture
-           auto: all with the offline descriptor; with a network, 9 to 25 views: mirrored and its largest parts
-           copies: those that --duplicates looks for copies with
+    none    the query as it is
+    all     also mirrored, turned, as a negative, its parts; with the offline descriptor also as a part of a larger one
+    auto    all with the offline descriptor; with a network, 9 to 25 views: mirrored and its largest parts
+    copies  for --duplicates: auto without parts, negative and small turns
     """
-    offline, whole = model.name == OFFLINE, to_rgb(image, model.side)
-    everything = views == "all" or (offline and views == "auto")
-    found = [View("", squeeze(whole, model.side, model.side, model.resample))]
+    offline, whole, side = model.name == OFFLINE, to_rgb(image, model.side), model.side
+    found = [View("", squeeze(whole, side, side, model.resample))]
     if views == "none":
         return found
-    picture, scale = whole.copy(), min(1.0, VIEW_SIDE * model.side / min(whole.size))
+    everything = views == "all" or (offline and views == "auto")
+    picture, scale = whole.copy(), min(1.0, VIEW_SIDE * side / min(whole.size))
     picture.thumbnail((math.ceil(scale * whole.width), math.ceil(scale * whole.height)), reducing_gap=2.0)
     found.append(View("mirrored", found[0].pixels.flip(2)))
     if everything or offline:
@@ -957,10 +949,9 @@ def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
         found.append(View("inverted", 255 - found[0].pixels))
         for angle in TURNS:
             turned = picture.rotate(angle, Image.Resampling.BILINEAR)
-            found.append(View(f"turned {angle % 360}°", squeeze(turned, model.side, model.side, model.resample)))
+            found.append(View(f"turned {angle % 360}°", squeeze(turned, side, side, model.resample)))
     if views != COPIES and min(whole.size) >= SMALLEST:
-        sizes = SIZES if everything else SIZES[:1]
-        found += [View("part of the query", pixels) for pixels in parts_of(picture, model, sizes)]
+        found += parts_of(picture, model, SIZES if everything else SIZES[:1])
     return found + (list(larger_views(picture, model)) if offline else [])
 
 
@@ -986,8 +977,7 @@ TOLERANCE, DRIFT = 5.0, 0.04  # a point agrees within so many pixels, and so muc
 SCALES = (0.15, 6.0)  # of the query in the match; outside of it, everything falls on one spot
 PROPOSALS = 5  # transforms that are fitted, of those that most points agree on
 CELL = 4.0  # pixels: points that are nearer to each other count as one
-FEWEST = 6  # points that a transform is fitted to at first
-AGREEING = 14  # points of a copy that agree on a transform; unrelated pairs have 3, drawn ones up to 10
+FEWEST, AGREEING = 6, 14  # points to fit a transform to; points of a copy. Unrelated pairs have 3, drawn ones up to 10
 GRID, GRID_CELL = 48, 4  # samples along each side of the match, and of a cell in which the two pictures are correlated
 TEXTURE, CORRELATION = 4.0, 0.8  # of 255, standard deviation of a cell that shows anything; of a cell that agrees
 # Share of the common cells that agree in a copy. A caption, stickers or a curved screen leave 0.65. Two products before
@@ -998,8 +988,8 @@ AGREEMENT = 0.62
 class LocalFeatures(NamedTuple):
     """Distinctive points of a picture, and what it looks like around them. Complex numbers stand for the plane."""
 
-    size: tuple[int, int]  # pixels of the upright picture
-    grey: Image.Image  # the picture made smaller
+    size: tuple[int, int]  # width and height of the upright picture, pixels
+    grey: torch.Tensor  # the picture made smaller; uint8 (h, w)
     places: np.ndarray  # of the points, x + iy in pixels of `grey`; complex64 (n,)
     frames: np.ndarray  # size × e^(i angle) of each point; complex64 (n,)
     descriptors: np.ndarray  # float32 (n, 128), each of length 1
@@ -1013,7 +1003,7 @@ def smooth(light: torch.Tensor, step: int = 1) -> torch.Tensor:
 
 
 def blob_points(light: torch.Tensor, count: int) -> torch.Tensor:
-    """x and y, int64 (n, 2), of the `count` strongest blobs of a level, light (h, w), taken from all its parts in turn.
+    """x and y, int64 (n, 2), of the strongest blobs, at most `count`, taken from all parts of light (h, w) in turn.
 
     A blob is an extreme of a difference of Gaussians, but not on an edge, where it would slide (Lowe, IJCV 2004).
     """
@@ -1027,66 +1017,60 @@ def blob_points(light: torch.Tensor, count: int) -> torch.Tensor:
     yy = D[y + 1, x] + D[y - 1, x] - 2 * D[y, x]
     xy = (D[y + 1, x + 1] + D[y - 1, x - 1] - D[y + 1, x - 1] - D[y - 1, x + 1]) / 4
     is_blob = (xx + yy) ** 2 * 10 < 11**2 * (xx * yy - xy**2)  # one curvature is at most 10 times the other
-    x, y = x[is_blob], y[is_blob]
-    rank, cell = -D[y, x].abs().numpy(), (SPREAD * y // len(light) * SPREAD + SPREAD * x // light.shape[1]).numpy()
-    order = np.lexsort((rank, cell))
-    turn = np.arange(len(order)) - np.searchsorted(cell[order], cell[order])  # place of each blob in its cell
-    return torch.stack([x, y], 1)[order[np.lexsort((rank[order], turn))[:count]]]
+    blobs = torch.stack([x, y], 1)[is_blob]
+    blobs = blobs[D[y, x][is_blob].abs().argsort(descending=True, stable=True)]
+    cell = (SPREAD * blobs // torch.tensor(light.shape[::-1])) @ torch.tensor([1, SPREAD])
+    turn = torch.nn.functional.one_hot(cell, SPREAD**2).cumsum(0).gather(1, cell[:, None])[:, 0]  # place in its cell
+    return blobs[turn.argsort(stable=True)[:count]]
 
 
 def describe_points(light: torch.Tensor, xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Angles (n,) and descriptors (n, 128) of points, xy (n, 2), on a level, light (h, w).
+    """Directions, e^(i angle) (n,), and descriptors (n, 128) of the points xy (n, 2) of light (h, w).
 
-    The angle is that of the mean gradient around the point. The descriptor counts gradients in 4 × 4 cells and 8
-    directions, turned by the angle, as SIFT does, under a square root (Arandjelović & Zisserman, CVPR 2012).
+    As in SIFT: gradients in 4 × 4 cells and 8 directions, turned by the mean gradient, under a square root
+    (Arandjelović & Zisserman, CVPR 2012).
     """
-    dy, dx = (d.reshape(-1) for d in torch.gradient(light))
+    normalize = torch.nn.functional.normalize
     steps = (torch.arange(SAMPLES) + 0.5) * (2 * WINDOW / SAMPLES) - WINDOW
-    v, u = (grid.reshape(-1) for grid in torch.meshgrid(steps, steps, indexing="ij"))
-    weight = torch.exp(-(u**2 + v**2) / (2 * WINDOW**2))
+    window = torch.complex(*torch.meshgrid(steps, steps, indexing="xy")).flatten()
+    weight = torch.exp(-(window.abs() ** 2) / (2 * WINDOW**2))
+    dy, dx = torch.gradient(light)
+    gradient = torch.complex(dx, dy)
 
-    def gradients(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = (xy[:, :1] + u).round().long(), (xy[:, 1:] + v).round().long()
-        place = y.clamp(0, light.shape[0] - 1) * light.shape[1] + x.clamp(0, light.shape[1] - 1)
-        return dx[place] * weight, dy[place] * weight
+    def gradients(offsets: torch.Tensor) -> torch.Tensor:
+        x, y = (xy[:, :1] + offsets.real).round().long(), (xy[:, 1:] + offsets.imag).round().long()
+        return gradient[y.clamp(0, light.shape[0] - 1), x.clamp(0, light.shape[1] - 1)] * weight
 
-    gx, gy = gradients(u, v)
-    angle = torch.atan2(gy.sum(1), gx.sum(1))
-    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    gx, gy = gradients(cos * u - sin * v, sin * u + cos * v)
-    along, across = cos * gx + sin * gy, cos * gy - sin * gx
-    k = torch.arange(8) * (math.pi / 4)
-    rise = (along[..., None] * k.cos() + across[..., None] * k.sin()).clamp_(min=0)  # (n, samples, 8)
-    rise = rise**3 / (along**2 + across**2 + 1e-6)[..., None]  # the cosine cubed: mostly the two nearest directions
+    mean = gradients(window[None]).sum(1, keepdim=True)
+    direction = torch.polar(torch.ones_like(mean.real), mean.angle())
+    turned = gradients(window * direction)[..., None] * direction.conj()[..., None]
+    rise = (turned * torch.polar(torch.ones(8), torch.arange(8) * (-math.pi / 4))).real.clamp(min=0)  # (n, samples, 8)
+    rise = rise**3 / (turned.abs() ** 2 + 1e-6)  # the cosine cubed: mostly the two nearest directions
     share = (1 - (steps[:, None] - torch.tensor([-6.0, -2.0, 2.0, 6.0])).abs() / 4).clamp(min=0)  # (samples, cells)
     cells = torch.einsum("nvuk,vi,uj->nijk", rise.view(-1, SAMPLES, SAMPLES, 8), share, share).flatten(1)
-    return angle, torch.nn.functional.normalize(torch.nn.functional.normalize(cells, p=1).sqrt())
+    return direction[:, 0], normalize(normalize(cells, p=1).sqrt())
 
 
 def local_features(image: Image.Image, area: int = AREA, count: int = POINTS, side: int = 0) -> LocalFeatures:
-    """At most `count` local features of a picture, computed on `area` pixels. A plain picture may have none."""
-    width, height = image.size
-    scale = min(1.0, (area / (width * height)) ** 0.5)
-    picture = to_rgb(image, max(side, math.ceil(scale * max(width, height) / DRAFT_SCALE)))
-    if (picture.width - picture.height) * (width - height) < 0:  # EXIF has turned it
-        width, height = height, width
-    small = max(1, round(scale * width)), max(1, round(scale * height))
-    grey = picture.convert("L").resize(small, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
-    light = torch.from_numpy(np.array(grey)).float()
-    places, frames, descriptors = [torch.zeros(0, 2)], [torch.zeros(0, dtype=torch.complex64)], [torch.zeros(0, 128)]
+    """At most `count` local features, computed on `area` pixels. `side`: of a model that takes the same image later."""
+    short, long = sorted(image.size)
+    scale = min(1.0, (area / (short * long)) ** 0.5)
+    picture = to_rgb(image, max(side, math.ceil(scale * long / DRAFT_SCALE)))
+    size = (long, short) if picture.width > picture.height else (short, long)  # EXIF may have turned it
+    width, height = (max(1, round(scale * length)) for length in size)
+    grey = picture.convert("L").resize((width, height), Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
+    light = torch.from_numpy(np.array(grey))
+    found = [(torch.zeros(0, 2), torch.zeros(0, dtype=torch.complex64), torch.zeros(0, 128))]
     factors = [2 ** (-level / 2) for level in range(LEVELS)]
     for factor in factors:
-        shape = [round(side * factor) for side in light.shape]
-        if min(shape) <= 2 * WINDOW + 1:
-            break
-        level = torch.nn.functional.interpolate(light[None, None], shape, mode="bilinear", antialias=True)[0, 0]
-        xy = blob_points(level, round(count * factor / sum(factors)))
-        angle, description = describe_points(level, xy)
-        places.append((xy + 0.5) * torch.tensor([small[0] / shape[1], small[1] / shape[0]]))
-        frames.append(torch.polar(torch.full_like(angle, 1 / factor), angle))
-        descriptors.append(description)
-    every = torch.view_as_complex(torch.cat(places)), torch.cat(frames), torch.cat(descriptors)
-    return LocalFeatures((width, height), grey, *(part.numpy() for part in every))
+        h, w = round(height * factor), round(width * factor)
+        if min(h, w) > 2 * WINDOW + 1:
+            level = torch.nn.functional.interpolate(light[None, None].float(), (h, w), mode="bilinear", antialias=True)
+            xy = blob_points(level[0, 0], round(count * factor / sum(factors)))
+            directions, descriptors = describe_points(level[0, 0], xy)
+            found.append(((xy + 0.5) * torch.tensor([width / w, height / h]), directions / factor, descriptors))
+    places, frames, descriptors = (torch.cat(parts) for parts in zip(*found))
+    return LocalFeatures(size, light, torch.view_as_complex(places).numpy(), frames.numpy(), descriptors.numpy())
 
 
 def seen_through(query: LocalFeatures, mirrored: bool, negative: bool) -> LocalFeatures:
@@ -1094,25 +1078,20 @@ def seen_through(query: LocalFeatures, mirrored: bool, negative: bool) -> LocalF
     size, grey, places, frames, descriptors = query
     cells = descriptors.reshape(-1, 4, 4, 8)
     if mirrored:  # the window of a point is mirrored along with the picture
-        grey, places, frames = ImageOps.mirror(grey), grey.width - places.conj(), -frames.conj()
+        grey, places, frames = grey.flip(1), grey.shape[1] - places.conj(), -frames.conj()
         cells = cells[:, ::-1][..., [0, 7, 6, 5, 4, 3, 2, 1]]
     if negative:  # dark and light change places: each direction, and its window, turns by 180°
         frames, cells = -frames, cells[:, ::-1, ::-1]
     return LocalFeatures(size, grey, places, frames, cells.reshape(-1, 128))
 
 
-def homogeneous(places: np.ndarray) -> np.ndarray:
-    """Places as rows x, y and 1, (3, n): a matrix (3, 3) times these transforms them."""
-    return np.stack([places.real, places.imag, np.ones(len(places))])
-
-
 def fitted(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.ndarray]:
-    """How many points agree on an affine transform from the places q to m, and that transform, (3, 3).
+    """How many points agree on an affine transform, (3, 3), from the places q to m, and that transform.
 
-    `agrees` marks the points to start with. Points in one cell count once. The number is 0 if fewer than AGREEING
-    agree, or if the transform distorts the picture too much.
+    It starts from the points in `agrees`. The number is 0 if it is below AGREEING, or if the picture is distorted.
     """
-    Q, M, H = homogeneous(q), homogeneous(m), np.eye(3)
+    H = np.eye(3)
+    Q, M = (np.stack([z.real, z.imag, np.ones(len(z))]) for z in (q, m))
     for _ in range(3):
         if agrees.sum() < FEWEST:
             return 0, H
@@ -1121,12 +1100,13 @@ def fitted(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.nd
         if not (SCALES[0] < shorter and longer < min(SCALES[1], 2 * shorter)):
             return 0, H
         agrees = np.hypot(*(H @ Q - M)[:2]) < TOLERANCE * max(1.0, (longer * shorter) ** 0.5)
+    # Points in one cell count once, in either picture: else many points on one spot would agree.
     points = min(len(np.unique(z[agrees].real // CELL + 4096 * (z[agrees].imag // CELL))) for z in (q, m))
     return points if points >= AGREEING else 0, H
 
 
 def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.ndarray]:
-    """The transform, (3, 3), from query to match on which most points agree, after the number of these points.
+    """The transform from query to match on which most points agree, after their number: see `fitted`.
 
     A point is matched to the one it resembles most, if it resembles no other place nearly as much. Each matched pair
     proposes a similarity by its places, sizes and angles. All proposals are tried, none is drawn at random.
@@ -1146,52 +1126,43 @@ def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.
 
 
 def common_share(query: LocalFeatures, match: LocalFeatures, H: np.ndarray) -> tuple[float, float]:
-    """The share of the cells visible in both pictures that agree, and the share of the match's area that agrees.
-
-    The query is warped onto the match by H. The two are then correlated cell by cell.
-    """
-    fine, cells = 4 * GRID, GRID // GRID_CELL  # four samples a side are averaged to one: no aliasing, less noise
-    data = np.linalg.inv(H) @ np.diag([match.grey.width / fine, match.grey.height / fine, 1])
-    seen, inside = (
-        image.transform((fine, fine), Image.Transform.AFFINE, data[:2].ravel().tolist(), Image.Resampling.BILINEAR)
-        for image in (query.grey, Image.new("L", query.grey.size, 255))
-    )
-    a, b, known = (
-        np.asarray(image.resize((GRID, GRID), Image.Resampling.BOX), np.float32)
-        .reshape(cells, GRID_CELL, cells, GRID_CELL).swapaxes(1, 2).reshape(cells**2, -1)
-        for image in (seen, match.grey, inside)
-    )  # fmt: skip
-    a, b, common = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True), known.min(1) > 200
-    tells = common & (np.maximum(a.std(1), b.std(1)) > TEXTURE)
-    agrees = np.abs((a * b).mean(1)) > CORRELATION * (a.std(1) * b.std(1) + 1e-6)
-    agreement = float(agrees[tells].mean()) if tells.any() else 0.0
-    return agreement, agreement * float(known.mean()) / 255
+    """The share of the cells seen in both pictures that agree, the query warped by H, and of the match's whole area."""
+    F = torch.nn.functional
+    to_q, to_m = (np.array([[w, 0, w], [0, h, h], [0, 0, 2]]) / 2 for h, w in (query.grey.shape, match.grey.shape))
+    theta = torch.from_numpy(np.linalg.inv(H @ to_q) @ to_m)[None, :2].float()  # both ways from -1 to 1
+    grid = F.affine_grid(theta, [1, 1, 4 * GRID, 4 * GRID], align_corners=False)
+    inside = (grid.abs().amax(3) <= 1).float()[None]
+    warped = F.grid_sample(query.grey[None, None].float(), grid, padding_mode="border", align_corners=False)
+    seen = F.avg_pool2d(torch.cat([warped, inside], 1), 4)  # of four samples a side: no aliasing, less noise
+    shown = F.adaptive_avg_pool2d(match.grey[None, None].float(), GRID)
+    a, known, b = F.unfold(torch.cat([seen, shown], 1)[0, :, None], GRID_CELL, stride=GRID_CELL)  # (samples, cells)
+    a, b = a - a.mean(0), b - b.mean(0)
+    spread = torch.stack([a, b]).std(1, correction=0)
+    tells = (known.amin(0) > 0.8) & (spread.amax(0) > TEXTURE)
+    agrees = (a * b).mean(0).abs() > CORRELATION * (spread.prod(0) + 1e-6)
+    agreement = float(agrees[tells].float().mean()) if tells.any() else 0.0
+    return agreement, agreement * float(known.mean())
 
 
 def corners_in(one: LocalFeatures, other: LocalFeatures, H: np.ndarray) -> list[tuple[float, float]]:
     """The corners of one picture in pixels of the other. H: the transform between their small versions."""
-    width, height = one.grey.size
+    height, width = one.grey.shape
     there = H @ [(0, width, width, 0), (0, 0, height, height), (1, 1, 1, 1)]
-    return [(x, y) for x, y in (there[:2].T * other.size / other.grey.size).round(1).tolist()]
+    return [(x, y) for x, y in (there[:2].T * other.size / other.grey.shape[::-1]).round(1).tolist()]
 
 
 def align(query: LocalFeatures, match: LocalFeatures) -> Region | None:
-    """Where the query lies in the match; None if the two are not the same picture.
-
-    The query is also tried mirrored and as a negative; the way on which most points agree counts.
-    """
-    points, H, best, flipped = 0, np.eye(3), query, False
-    ways = itertools.product((False, True), repeat=2) if len(query.places) and len(match.places) else ()
-    for mirrored, negative in ways:
-        seen = seen_through(query, mirrored, negative)
-        found = best_transform(seen, match)
-        if found[0] > points:
-            (points, H), best, flipped = found, seen, mirrored
-    agreement, covers = common_share(best, match, H) if points else (0.0, 0.0)
+    """Where the query, as it is, mirrored or as a negative, lies in the match; None if it is not the same picture."""
+    if not (len(query.places) and len(match.places)):
+        return None
+    ways = [(seen_through(query, *way), way[0]) for way in itertools.product((False, True), repeat=2)]
+    tried = [(*best_transform(seen, match), seen, mirrored) for seen, mirrored in ways]
+    points, H, seen, mirrored = max(tried, key=lambda fit: fit[0])
+    agreement, covers = common_share(seen, match, H) if points else (0.0, 0.0)
     if agreement < AGREEMENT:
         return None
-    if flipped:  # from the query as it is
-        H = H @ [(-1, 0, query.grey.width), (0, 1, 0), (0, 0, 1)]
+    if mirrored:  # H starts from the mirrored query
+        H = H @ [(-1, 0, query.grey.shape[1]), (0, 1, 0), (0, 0, 1)]
     return Region(corners_in(query, match, H), corners_in(match, query, np.linalg.inv(H)), points, round(covers, 3))
 
 
@@ -1665,7 +1636,6 @@ CLOSELY = 10  # codes rank inexactly: of the rows that they choose for a list, o
 ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
 CANDIDATES = 10  # contents that are aligned with a query, whatever k is
 SAMPLED = 8000  # images that `representatives` looks at: 0.7 s with 2048 dimensions, and sizes within 10 %
-KMEANS_ROUNDS = 10  # more move no centre by much
 MEMBERS = 100  # images of a group, at most
 
 
@@ -1684,6 +1654,11 @@ class Engine:
     def on_gpus(self) -> faiss.Index | None:
         return index_on_gpus(self.store, self.index.last)
 
+    @property
+    def first_list(self) -> int:
+        """Rows of the first list of every search."""
+        return FIRST_LIST if self.exact else self.index.shortlist or FIRST_LIST
+
 
 class Seen(NamedTuple):
     """What is computed from the pixels of a query."""
@@ -1694,87 +1669,71 @@ class Seen(NamedTuple):
     corner: Sequence[int] = (0, 0)  # left and top of the part that was searched with, in pixels of the whole query
 
 
-class Scored(NamedTuple):
+class Found(NamedTuple):
     """A content of the store, compared with a query."""
 
     score: float
     digest: bytes
     view: int  # number of the query's view that scores best
+    path: str = ""  # of a file with this content
+    region: Region | None = None  # of a copy
 
 
-class Found(NamedTuple):
-    """A file of the collection, compared with a query."""
+def candidate_rows(engine: Engine, queries: Sequence[np.ndarray], count: int) -> list[list[int]]:
+    """For each of the queries, (views, dim), rows that include its `count` nearest ones.
 
-    score: float
-    digest: bytes
-    path: str
-    view: str
-
-
-def best_rows(D: np.ndarray, I: np.ndarray, count: int) -> np.ndarray:
-    """The `count` rows with the highest scores in any view, from scores D and rows I, (views, n)."""
-    rows = dict.fromkeys(I.ravel()[np.argsort(-D, axis=None, kind="stable")].tolist())
-    return np.array([row for row in rows if row >= 0][:count], np.int64)
-
-
-def candidate_rows(engine: Engine, xq: np.ndarray, splits: Sequence[int], count: int) -> list[np.ndarray]:
-    """For each query, rows that include its `count` nearest ones.
-
-    xq holds the views of all queries, (views, dim), and `splits` the number of views of each query. Rows that are not
-    in the index yet are compared one by one. So are all rows if the search is exact or has many views.
+    Rows that are not in the index yet are compared one by one; if the search is exact or has many views, all rows are.
     """
-    index, last = engine.index, engine.store.last_row()
+    index, last, found = engine.index, engine.store.last_row(), []
+    xq = np.concatenate(queries)
     scans = engine.exact or (not index.shortlist and len(xq) >= SCAN_VIEWS)
-    found = []
     if not scans:
         on_gpus = index.shortlist and len(xq) >= GPU_QUERIES and count <= GPU_RESULTS and engine.on_gpus
         D, I = (on_gpus or index.faiss).search(xq, min(count, index.faiss.ntotal))
         found.append((-D if index.shortlist and not on_gpus else D, I))  # codes give distances
     if scans or last > index.last:
-        first = 0 if scans else index.last + 1
-        found.append(nearest(xq, min(count, last), engine.store.blocks(first, last)))
-    ends = np.cumsum(splits)[:-1]
-    parts = [[best_rows(*pair, count) for pair in zip(np.split(D, ends), np.split(I, ends))] for D, I in found]
-    return [np.unique(np.concatenate(rows)) for rows in zip(*parts)]
+        blocks = engine.store.blocks(0 if scans else index.last + 1, last)
+        found.append(nearest(xq, min(count, last), blocks))
+    ends = np.cumsum([len(views) for views in queries])[:-1]
+    lists = [list[int]() for _ in queries]
+    for D, I in found:
+        for rows, scores, of_views in zip(lists, np.split(D, ends), np.split(I, ends)):
+            best = of_views.ravel()[np.argsort(-scores, axis=None, kind="stable")].tolist()
+            rows += list(dict.fromkeys(row for row in best if row >= 0))[:count]
+    return lists
 
 
-def exact_scores(store: Store, xq: np.ndarray, rows: np.ndarray) -> list[Scored]:
+def exact_scores(store: Store, xq: np.ndarray, rows: Iterable[int]) -> list[Found]:
     """The contents of these rows, compared with a query's views, (views, dim), best first."""
     _, digests, vectors = store.features_of(rows)
-    if not digests:
-        return []
     xb = to_float32(vectors)
     S = xb @ xq.T  # (rows, views)
     views = (S.max(1, keepdims=True) - ROUNDING <= S).argmax(1)  # of equal views the first: the query as it is
     D = np.einsum("nd,nd->n", xb, xq[views]).clip(-1, 1)  # computed row by row, so that it is the same in any company
-    return sorted(map(Scored, D.tolist(), digests, views.tolist()), key=lambda it: (-it.score, it.digest))
+    return sorted(map(Found, D.tolist(), digests, views.tolist()), key=lambda it: (-it.score, it.digest))
 
 
-def first_list(engine: Engine) -> int:
-    """Rows of the first list of every search."""
-    return engine.index.shortlist if engine.index.shortlist and not engine.exact else FIRST_LIST
-
-
-def ranked(engine: Engine, xq: np.ndarray, rows: np.ndarray) -> Iterator[Scored]:
+def ranked(engine: Engine, xq: np.ndarray, rows: Iterable[int]) -> Iterator[Found]:
     """All contents of the store, compared with a query's views, xq (views, dim), best first. `rows`: its first list.
 
-    Rows are looked up in lists, each four times as long as the last. A list yields only its scores above `bound`: below
-    it, a longer list may find rows that this one lacks. `end` is the bound of the lists before. A row that a longer
-    list finds above `end` comes too late and is left out, so that the order never depends on how many are asked for.
+    Each list is four times as long as the last. It yields its scores above `bound`: below, a longer list may find rows
+    that it lacks. What a longer list finds above the last bound, `end`, comes too late and is left out. So the order
+    never depends on how many are asked for.
     """
-    by_codes, count, end = bool(engine.index.shortlist) and not engine.exact, first_list(engine), math.inf
+    count, end = engine.first_list, math.inf
     while True:
-        is_last = count >= engine.index.faiss.ntotal and count >= engine.store.last_row()
         scored = exact_scores(engine.store, xq, rows)
-        trusted = count // CLOSELY if by_codes else count - 1
-        bound = -math.inf if is_last or not scored else scored[min(trusted, len(scored) - 1)].score + ROUNDING
-        yield from (it for it in scored if it.score > bound and it.score <= end)
+        is_last = count >= max(engine.index.faiss.ntotal, engine.store.last_row())
+        bound = -math.inf if is_last else end
+        if scored and not is_last:
+            trusted = count // CLOSELY if engine.index.shortlist and not engine.exact else count - 1
+            bound = min(end, scored[min(trusted, len(scored) - 1)].score + ROUNDING)
+        yield from (it for it in scored if bound < it.score <= end)
         if is_last:
             return
-        count, end = 4 * count, min(end, bound) if scored else end
-        if by_codes and count > LONGEST_SHORTLIST:
-            by_codes, engine = False, replace(engine, exact=True)
-        (rows,) = candidate_rows(engine, xq, [len(xq)], count)
+        count, end = 4 * count, bound
+        engine = replace(engine, exact=engine.exact or count > LONGEST_SHORTLIST)
+        (rows,) = candidate_rows(engine, [xq], count)
 
 
 def location(path: str) -> str:
@@ -1782,26 +1741,21 @@ def location(path: str) -> str:
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
-def nearest_files(engine: Engine, query: Picture, scored: Iterable[Scored], k: int) -> list[Found]:
-    """The files nearest to the query, by score, then by path.
+def nearest_files(engine: Engine, query: Picture, rows: Iterable[int], k: int) -> list[Found]:
+    """The files nearest to the query, by score, then by path: at least k, and CANDIDATES contents.
 
-    It goes on until there are k files and CANDIDATES contents, and then to the end of equal scores. The query's own
-    file and files that have changed since they were indexed are left out.
+    The query's own file and files that have changed since they were indexed are left out.
     """
-    found, contents, own = list[Found](), 0, location(os.fsdecode(query.file.path))
-    for score, digest, view in scored:
-        if len(found) >= k and contents >= CANDIDATES and score < found[-1].score:
+    found, contents, own = list[Found](), set[bytes](), location(os.fsdecode(query.file.path))
+    for it in ranked(engine, query.pixels.features, rows):
+        if len(found) >= k and len(contents) >= CANDIDATES and it.score < found[-1].score:
             break
-        paths = list[str]()
-        for file in engine.store.files_with(digest):
+        for file in engine.store.files_with(it.digest):
             path = os.path.join(engine.images, os.fsdecode(file.path))
             with suppress(OSError):  # it is gone
-                if File.of(file.path, os.stat(path)) == file and (digest != query.digest or location(path) != own):
-                    paths.append(path)
-            if len(paths) == k:
-                break
-        found += [Found(score, digest, path, query.pixels.views[view]) for path in paths]
-        contents += bool(paths) and digest != query.digest
+                if File.of(file.path, os.stat(path)) == file and (it.digest != query.digest or location(path) != own):
+                    found.append(it._replace(path=path))
+                    contents |= {it.digest} - {query.digest}
     return sorted(found, key=lambda it: (-it.score, it.path))
 
 
@@ -1812,80 +1766,60 @@ def read_local(path: str, digest: bytes) -> LocalFeatures | None:
     return read.pixels if read.digest == digest and not read.vanished else None
 
 
-def copies_among(query: Picture, found: Sequence[Found]) -> dict[bytes, Region]:
-    """Where the first CANDIDATES contents are copies of the query, by content."""
+def verified(query: Picture, found: Sequence[Found]) -> list[Found]:
+    """The same files, with the region of those that are copies. The best CANDIDATES contents are looked at."""
     paths = {it.digest: it.path for it in reversed(found)}
     best = [digest for digest in dict.fromkeys(it.digest for it in found) if digest != query.digest][:CANDIDATES]
 
     def aligned(digest: bytes) -> Region | None:
         candidate = read_local(paths[digest], digest)
-        region, (left, top) = align(query.pixels.local, candidate) if candidate else None, query.pixels.corner
-        return region and region._replace(outline=[(x + left, y + top) for x, y in region.outline])
+        return align(query.pixels.local, candidate) if candidate else None
 
     with ThreadPoolExecutor(usable_cores(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        return {digest: region for digest, region in zip(best, threads.map(aligned, best)) if region}
+        regions = dict(zip(best, threads.map(aligned, best)))
+    return [it._replace(region=regions.get(it.digest)) for it in found]
 
 
 def compared(
     queries: Iterable[str | Path], engine: Engine, k: int, views: str, crop: Sequence[float] | None = None
-) -> Iterator[tuple[Picture, list[Found], dict[bytes, Region]]]:
-    """For each query: the picture, at least k nearest files by score, and the Region of each copy by its hash."""
-    model, one_query = engine.model, threading.Lock()
+) -> Iterator[tuple[Picture, list[Found]]]:
+    """Each query with at least k nearest files, by score, its copies verified."""
 
     def look_at(image: Image.Image) -> Seen:
         image, *corner = cut_out(image, crop) if crop else (image, 0, 0)
         with one_torch_thread():
-            # A JPEG is decoded once: large enough for both, or the views would differ from what was indexed.
-            local = local_features(image, QUERY_AREA, QUERY_POINTS, model.side)
-            seen = query_views(image, model, views)
-        with nullcontext() if model.network is describe else one_query:  # a network uses all cores, or the GPU
-            return Seen([view.name for view in seen], features_of_views(seen, model), local, corner)
+            local = local_features(image, QUERY_AREA, QUERY_POINTS, engine.model.side)
+            seen = query_views(image, engine.model, views)
+        return Seen([view.name for view in seen], features_of_views(seen, engine.model), local, corner)
 
-    read = partial(read_picture, root=b"", transform=look_at)
     files = (File(os.fsencode(name), 0, 0) for name in queries)
-    pictures = read_ahead(read, files, QUERY_THREADS, TOGETHER)
+    pictures = read_ahead(partial(read_picture, root=b"", transform=look_at), files, QUERY_THREADS, TOGETHER)
     while group := list(itertools.islice(pictures, TOGETHER)):
-        features = [picture.pixels.features for picture in group if picture.pixels]
-        splits = [len(part) for part in features]
-        lists: dict[int, list[Found]] = {}
+        usable = [query for query in group if query.pixels]
         with engine.store.db:  # all that is read comes from one state: --rebuild, say, replaces rows meanwhile
             engine.store.db.execute("BEGIN")
-            rows = candidate_rows(engine, np.concatenate(features), splits, first_list(engine)) if features else []
-            of_rows = iter(rows)
-            for i, query in enumerate(group):
-                if query.pixels:
-                    scored = ranked(engine, query.pixels.features, next(of_rows))
-                    lists[i] = nearest_files(engine, query, scored, k)
-        for i, query in enumerate(group):
+            features = [query.pixels.features for query in usable]
+            lists = candidate_rows(engine, features, engine.first_list) if usable else []
+            found = iter([nearest_files(engine, query, rows, k) for query, rows in zip(usable, lists)])
+        for query in group:
             query = query._replace(digest=None) if crop else query  # a part is not identical to the file
-            yield query, lists.get(i, []), copies_among(query, lists.get(i, []))
+            yield query, verified(query, next(found)) if query.pixels else []
 
 
 def is_mirrored(corners: Sequence[tuple[float, float]]) -> bool:
     """Whether these corners, of a picture from its top left clockwise, run the other way round in another picture."""
-    (x0, y0), (x1, y1), _, (x3, y3) = corners
-    return (x1 - x0) * (y3 - y0) < (y1 - y0) * (x3 - x0)
+    return bool(np.linalg.det(np.array(corners)[[1, 3]] - corners[0]) < 0)
 
 
-def ranked_matches(
-    query: Picture, found: Sequence[Found], copies: dict[bytes, Region], threshold: float | str
-) -> list[Match]:
-    """The matches of a query: identical files first, then copies, then the rest, each by score.
-
-    copies     where the contents that are copies show the query
-    threshold  score, or label, that a match has at least
-    """
-    kept = []
-    for score, digest, path, view in found:
-        label = "identical" if digest == query.digest else "copy" if digest in copies else ""
-        if label in LABELS[LABELS.index(threshold) :] if isinstance(threshold, str) else round(score, 3) >= threshold:
-            region = copies.get(digest)
-            if region:  # the alignment knows whether the copy is mirrored; the view only scored best
-                words = [word for word in view.split(", ") if word not in ("", "mirrored")]
-                view = ", ".join(["mirrored"] * is_mirrored(region.corners) + words)
-            kept.append(Match(0, path, score, label == "identical", label, view, region))
-    kept.sort(key=lambda match: (("identical", "copy", "").index(match.label), -match.score, match.path))
-    return [match._replace(rank=rank) for rank, match in enumerate(kept, start=1)]
+def as_match(query: Picture, found: Found) -> Match:
+    view, region = query.pixels.views[found.view], found.region
+    label = "identical" if found.digest == query.digest else "copy" if region else ""
+    if region:  # the alignment knows whether the copy is mirrored; the view only scored best
+        words = [word for word in view.split(", ") if word not in ("", "mirrored")]
+        view = ", ".join(["mirrored"] * is_mirrored(region.corners) + words)
+        left, top = query.pixels.corner
+        region = region._replace(outline=[(x + left, y + top) for x, y in region.outline])
+    return Match(0, found.path, found.score, label == "identical", label, view, region)
 
 
 def search(
@@ -1895,49 +1829,50 @@ def search(
 ) -> Iterator[Answer]:  # fmt: skip
     """What looks like each of the image files `queries`: an Answer for each, in their order.
 
-    engine     by default `initialize_reverse_image_search()`
     k          matches at most; a picture that is there under several names gives several
     threshold  cosine similarity, -1 to 1, that a match has at least, or label: copy, identical
     views      none, auto or all: the edits that a query is searched with, see `query_views`
     crop       the part of each query to search with: left, top, right, bottom, see `cut_out`
 
-    Identical files and verified copies come first, then the others by score, equal scores by path. The query's own file
-    is left out, and so is a file that is no longer what was indexed. Scores are exact; in a large collection a match
-    may be missed, see `coded_index`. A file that cannot be used gets an Answer with an `error`. Raises DeepVisionError
-    if features turn out to be damaged.
+    Identical files and copies come first, then the others by score, equal scores by path. The query's own file and
+    files that have changed are left out. Scores are exact; in a large collection a match may be missed, see
+    `coded_index`. A query that cannot be used gets an `error`. Raises DeepVisionError if features are damaged.
     """
     if k < 1 or views not in VIEWS or (isinstance(threshold, str) and threshold not in LABELS):
         raise ValueError(f"k={k}, threshold={threshold!r}, views={views!r}: see the documentation of search")
     engine = engine or initialize_reverse_image_search()
     names = [queries] if isinstance(queries, (str, os.PathLike)) else queries
+    labels = LABELS[LABELS.index(threshold) :] if isinstance(threshold, str) else ("", *LABELS)
+    least = -1.0 if isinstance(threshold, str) else threshold
     with engine.store.errors():
-        for query, found, copies in compared(names, engine, k, views, crop):
-            matches = ranked_matches(query, found, copies, threshold)[:k]
+        for query, found in compared(names, engine, k, views, crop):
+            matches = [as_match(query, it) for it in found]
+            matches.sort(key=lambda match: (("identical", "copy", "").index(match.label), -match.score, match.path))
+            kept = [match for match in matches if match.label in labels and round(match.score, 3) >= least][:k]
             error = None if query.pixels else query.reason or NOT_AN_IMAGE
-            yield Answer(os.fsdecode(query.file.path), matches, error)
+            ranks = itertools.count(1)
+            yield Answer(os.fsdecode(query.file.path), [it._replace(rank=next(ranks)) for it in kept], error)
 
 
 def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]:
-    """At most `count` groups of images that look alike, the largest first: each with its size and some of its images.
+    """At most `count` groups of images that look alike, by k-means over a sample, the largest group first.
 
-    k-means over a sample of the stored features. The images of a group stand in the order of their distance from its
-    centre. A size is exact if the sample holds the whole collection, else an estimate.
+    Each has its size, an estimate if the collection is larger than the sample, and the images nearest to its centre.
     """
-    # A digest is a hash: the first ones are a random sample.
-    sample = f"SELECT row, path FROM {USABLE.replace('WHERE', 'JOIN features USING (digest) WHERE')}"
-    with engine.store.errors():
-        files = engine.store.db.execute(f"{sample} ORDER BY digest, path LIMIT {SAMPLED}").fetchall()
-        rows, _, vectors = engine.store.features_of({row for row, _ in files})
-    xb = to_float32(vectors[np.searchsorted(rows, [row for row, _ in files])])
-    options: dict[str, Any] = {"niter": KMEANS_ROUNDS, "spherical": True, "min_points_per_centroid": 1}
-    kmeans, groups = faiss.Kmeans(engine.store.dim, min(count, len(xb)), **options), list[tuple[int, list[Match]]]()
+    files = f"SELECT row, path FROM {USABLE.replace('WHERE', 'JOIN features USING (digest) WHERE')}"
+    with engine.store.errors():  # a digest is a hash: the first ones are a random sample
+        rows, paths = zip(*engine.store.db.execute(f"{files} ORDER BY digest, path LIMIT {SAMPLED}"))
+        known, _, vectors = engine.store.features_of(set(rows))
+    xb = to_float32(vectors[np.searchsorted(known, rows)])
+    groups = list[tuple[int, list[Match]]]()
+    kmeans = faiss.Kmeans(xb.shape[1], min(count, len(xb)), niter=10, spherical=True, min_points_per_centroid=1)
     kmeans.train(xb)
-    D, I = kmeans.index.search(xb, 1)
-    for centre in set(I[:, 0].tolist()):
-        members = np.flatnonzero(I[:, 0] == centre)
-        nearest = members[np.argsort(-D[members, 0], kind="stable")][:MEMBERS].tolist()
-        paths = [os.path.join(engine.images, os.fsdecode(files[i][1])) for i in nearest]
-        images = [Match(n, path, float(D[i, 0]), False) for n, (i, path) in enumerate(zip(nearest, paths), start=1)]
+    D, I = kmeans.assign(xb)
+    for centre in set(I.tolist()):
+        members = np.flatnonzero(centre == I)
+        closest = members[np.argsort(-D[members], kind="stable")][:MEMBERS].tolist()
+        names = [os.path.join(engine.images, os.fsdecode(paths[i])) for i in closest]
+        images = [Match(n, name, float(D[i]), False) for n, (i, name) in enumerate(zip(closest, names), start=1)]
         groups.append((round(len(members) / len(xb) * engine.summary.images), images))
     return sorted(groups, key=lambda group: (-group[0], group[1][0].path))
 
@@ -1948,13 +1883,7 @@ NEIGHBOURS = 100  # files of a group that is found by score, at most
 WHOLE = 0.95  # share of a picture's area from which on it counts as all of it
 
 
-class Pair(NamedTuple):
-    """Two contents of the collection that belong together."""
-
-    keep: bytes
-    other: bytes
-    score: float
-    relation: str = ""  # what the other one is to the one to keep: "same picture", "mirrored", "crop, 60 %"
+Pairs = Iterator[tuple[bytes, bytes, Match]]  # a content to keep, another one, and what that is to it, without a path
 
 
 def different_files(engine: Engine, digest: bytes) -> list[str]:
@@ -1969,26 +1898,22 @@ def different_files(engine: Engine, digest: bytes) -> list[str]:
     return sorted(found.values())
 
 
-def pairs_by_score(engine: Engine, threshold: float) -> Iterator[Pair]:
-    """The contents of the collection that score `threshold` or more with each other."""
-    store, least = engine.store, threshold - 0.0005  # as it is printed
-    for rows, xb in progress_bar(store.blocks(), desc="comparing", unit="block"):
-        D, I = nearest(to_float32(xb), min(NEIGHBOURS + 1, store.count("features")), store.blocks())
-        one, place = np.nonzero((least <= D) & (rows[:, None] != I) & (I >= 0))
-        others = I[one, place]
-        known, digests, _ = store.features_of({*rows.tolist(), *others.tolist()})
-        digest_of = dict(zip(known.tolist(), digests))
-        for row, other, score in zip(rows[one].tolist(), others.tolist(), D[one, place].tolist()):
-            if row in digest_of and other in digest_of:
-                yield Pair(digest_of[row], digest_of[other], min(1.0, score))
+def pairs_by_score(engine: Engine, threshold: float) -> Pairs:
+    """The contents of the collection that score `threshold` or more, as it is printed, with each other."""
+    digests = dict(engine.store.db.execute("SELECT row, digest FROM features"))
+    for rows, xb in progress_bar(engine.store.blocks(), desc="comparing", unit="block"):
+        D, I = nearest(to_float32(xb), min(NEIGHBOURS + 1, len(digests)), engine.store.blocks())
+        for place in zip(*np.nonzero(threshold - 0.0005 <= D)):
+            keep, other = digests.get(rows[place[0]]), digests.get(I[place])
+            if keep and other and keep != other:
+                yield keep, other, Match(0, "", min(1.0, float(D[place])), False)
 
 
 def relation(corners: Sequence[tuple[float, float]], shown: float, inside: float) -> str:
-    """What a picture is to the one to keep: "same picture", "mirrored", "crop, 60 %", ...
+    """What a picture is to the one to keep: "same picture", "mirrored", "crop, 60 %"...
 
-    corners  its own corners in pixels of the picture to keep
-    shown    share of the picture to keep that is visible in this picture
-    inside   share of this picture that is visible in the picture to keep
+    corners        its own corners in pixels of the picture to keep
+    shown, inside  shares of the picture to keep, and of this one, that both show
     """
     (x0, y0), (x1, y1), *_ = corners
     mirrored = is_mirrored(corners)
@@ -1997,65 +1922,54 @@ def relation(corners: Sequence[tuple[float, float]], shown: float, inside: float
     if min(angle, 360 - angle) >= 3:
         words.append(f"turned {angle}°")
     if shown < WHOLE:
-        words.append(f"crop, {shown:.0%}".replace("%", " %"))
+        words.append(f"crop, {100 * shown:.0f} %")
     elif inside < WHOLE:
-        words.append(f"within a larger picture, {inside:.0%} of it".replace("%", " %"))
+        words.append(f"within a larger picture, {100 * inside:.0f} % of it")
     return ", ".join(words) or "same picture"
 
 
-def pairs_by_alignment(engine: Engine) -> Iterator[Pair]:
-    """Each two contents of the collection that are copies, as two Pairs: either one may be the one to keep."""
+def pairs_by_alignment(engine: Engine) -> Pairs:
+    """Each two contents of the collection that are copies, twice: either one may be the one to keep."""
     first = engine.store.db.execute(f"SELECT min(path) FROM {USABLE} GROUP BY digest ORDER BY 1").fetchall()
     queries = [os.path.join(engine.images, os.fsdecode(path)) for (path,) in first]
     answers = compared(queries, engine, 1, COPIES)
-    for query, found, copies in progress_bar(answers, total=len(queries), desc="comparing", unit="img"):
-        score = {it.digest: it.score for it in found}
-        for digest, region in copies.items():
-            size, mask = query.pixels.local.size, Image.new("1", (100, 100))
-            outline = 100 * np.array(region.outline) / size  # of the match, where the query measures 100 × 100
-            ImageDraw.Draw(mask).polygon([(x, y) for x, y in outline.tolist()], fill=1)
+    for query, found in progress_bar(answers, total=len(queries), desc="comparing", unit="img"):
+        for copy in {it.digest: it for it in found if it.region}.values():
+            mask = Image.new("1", (100, 100))
+            outline = 100 * np.array(copy.region.outline) / query.pixels.local.size  # the query measures 100 × 100
+            ImageDraw.Draw(mask).polygon(outline.ravel().tolist(), fill=1)
             common = float(np.asarray(mask).mean())
             share = common * 100**2 / abs(np.linalg.det(outline[[1, 3]] - outline[0]))  # of the match
-            yield Pair(digest, query.digest, score[digest], relation(region.corners, share, common))
-            yield Pair(query.digest, digest, score[digest], relation(region.outline, common, share))
+            match = Match(0, "", copy.score, False, "copy", relation(copy.region.outline, common, share))
+            yield query.digest, copy.digest, match
+            yield copy.digest, query.digest, match._replace(view=relation(copy.region.corners, share, common))
 
 
-def picture_size(path: str) -> int:
-    """Width × height of an image file, by its header; 0 if it cannot be read."""
-    try:
-        with open(path, "rb") as stream, Image.open(stream) as image:
-            return image.width * image.height
-    except Exception:  # Pillow raises anything at all on a malformed header
-        return 0
+def largest_first(path: str) -> tuple[int, int, str]:
+    """A key that sorts image files by their pixels, as the header tells, then by their bytes, then by path."""
+    with suppress(Exception), Image.open(path) as image:  # it is gone or changed meanwhile
+        return -image.width * image.height, -os.path.getsize(path), path
+    return 0, 0, path
 
 
-def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Pair]], label: str) -> Iterator[Group]:
-    """Groups of files that hold the same picture, those with the largest keeper first.
-
-    pairs  those that belong together: by the content to keep, then by the other one
-    label  of the files beside the one to keep, unless they are identical to it
+def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Match]]) -> Iterator[Group]:
+    """Groups of files that hold the same picture, the largest keeper first. `pairs`: by keeper, then by other.
 
     Every file of a group was compared with the one to keep. A copy of a copy does not join the group by that alone.
     """
-    repeated = engine.store.db.execute(f"SELECT digest FROM {USABLE} GROUP BY digest HAVING count(*) > 1").fetchall()
-    files = {digest: different_files(engine, digest) for digest in {*pairs, *(digest for (digest,) in repeated)}}
-    paths = {digest: found[0] for digest, found in files.items() if found}
-    order = dict[bytes, tuple[int, int, str]]()
-    for digest, path in paths.items():
-        with suppress(OSError):  # it is gone meanwhile
-            order[digest] = -picture_size(path), -os.path.getsize(path), path
-    done = set[bytes]()
-    for keep in sorted(order, key=lambda digest: order[digest]):
-        if keep in done:
+    repeated = engine.store.db.execute(f"SELECT digest FROM {USABLE} GROUP BY digest HAVING count(*) > 1")
+    contents = {*pairs, *(digest for (digest,) in repeated)}
+    left = {digest: files for digest in contents if (files := different_files(engine, digest))}
+    for _, keep in sorted((largest_first(files[0]), digest) for digest, files in left.items()):
+        if keep not in left:
             continue
-        done.add(keep)
-        found = [Match(0, path, 1.0, True, "identical") for path in files[keep][1:]]
-        others = [pair for other, pair in pairs.get(keep, {}).items() if other in order and other not in done]
-        for pair in sorted(others, key=lambda pair: (-pair.score, paths[pair.other])):
-            done.add(pair.other)
-            found += [Match(0, path, pair.score, False, label, pair.relation) for path in files[pair.other]]
+        first, *same = left.pop(keep)
+        found = [Match(0, path, 1.0, True, "identical") for path in same]
+        others = [(match, other) for other, match in pairs.get(keep, {}).items() if other in left]
+        for match, other in sorted(others, key=lambda pair: (-pair[0].score, left[pair[1]])):
+            found += [match._replace(path=path) for path in left.pop(other)]
         if found:
-            yield Group(paths[keep], [match._replace(rank=rank) for rank, match in enumerate(found, start=1)])
+            yield Group(first, [match._replace(rank=rank) for rank, match in enumerate(found, start=1)])
 
 
 def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator[Group]:
@@ -2066,13 +1980,13 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator
 
     Raises DeepVisionError if features turn out to be damaged.
     """
-    pairs: dict[bytes, dict[bytes, Pair]] = {}
+    pairs: dict[bytes, dict[bytes, Match]] = {}
     with engine.store.errors():
         if threshold != "identical":
-            for pair in pairs_by_alignment(engine) if threshold == "copy" else pairs_by_score(engine, float(threshold)):
-                others = pairs.setdefault(pair.keep, {})
-                others[pair.other] = max(pair, others.get(pair.other, pair), key=lambda pair: pair.score)
-        yield from grouped(engine, pairs, "copy" if threshold == "copy" else "")
+            found = pairs_by_alignment(engine) if threshold == "copy" else pairs_by_score(engine, float(threshold))
+            for keep, other, match in sorted(found, key=lambda pair: pair[2].score):  # the best one of two stays
+                pairs.setdefault(keep, {})[other] = match
+        yield from grouped(engine, pairs)
 
 
 # ---- Assembly --------------------------------------------------------------------------------------------------------
