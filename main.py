@@ -2616,7 +2616,8 @@ PAGE_PICTURES = 5000  # on a page, 30 MB; the rest is left to the other outputs
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{{ policy }}"><title>{{ title }} – DeepVision</title><style>
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
+{% if is_waiting %}<meta http-equiv="refresh" content="2">{% endif %}<title>{{ title }} – DeepVision</title><style>
 :root{color-scheme:light dark;--soft:light-dark(#565662,#a9a9b6);--card:light-dark(#f3f3f6,#1e1e23);
 --good:light-dark(#0f6a2b,#7fdc98);--bad:light-dark(#8a4b00,#f2bd70)}
 body{margin:auto;max-width:90rem;padding:1rem;font:1rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere;
@@ -2743,6 +2744,7 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
 
 UPLOAD_BYTES = 300_000_000  # of one file given to --ui: a photograph of 100 million pixels, uncompressed
 TILES = 24  # pictures that stand for the collection
+COMPARING = "Comparing all pictures: each takes a fraction of a second"  # the title of a page that reloads itself
 SCRIPT = """// Pictures that are given are sent one by one. The page then asks for them by the keys that come back.
 const given = document.querySelector("#given")
 const send = async files => {
@@ -2847,18 +2849,19 @@ class UI(socketserver.ThreadingTCPServer):
     def __init__(self, engine: Engine, port: int, top: int, folder: str) -> None:
         super().__init__(("127.0.0.1", port), Request)
         self.engine, self.top, self.folder = engine, top, folder  # the folder is for the pictures that are given
-        self.searching, self.comparing = threading.Lock(), threading.Lock()  # the store is for one thread at a time
+        self.searching = threading.Lock()  # the store is for one thread at a time
+        self.comparing = threading.Thread(target=self.compare, daemon=True)
+        self.duplicates: list[Any] = [Answer("", [], "the comparison has failed: the terminal says why")]
         self.paths = dict[str, str]()  # by key
 
     @cached_property
     def groups(self) -> list[tuple[int, list[Match]]]:
         return representatives(self.engine, TILES)
 
-    @cached_property
-    def duplicates(self) -> list[Group]:
-        old = self.engine.store
-        store = Store(old.folder, old.identity, old.dim)  # a connection of its own, so that searches go on meanwhile
-        return list(find_duplicates(replace(self.engine, store=store)))
+    def compare(self) -> None:
+        """Find the duplicates, with a connection to the store of its own: searches go on meanwhile."""
+        store = Store(self.engine.store.folder, self.engine.store.identity, self.engine.store.dim)
+        self.duplicates = list(find_duplicates(replace(self.engine, store=store)))
 
     def key(self, path: str) -> str:
         """A word that stands for a path."""
@@ -2868,43 +2871,44 @@ class UI(socketserver.ThreadingTCPServer):
 
     def page(self, query: str) -> str:
         """The page that the query of an address asks for."""
-        usual = {"k": [str(self.top)], "least": ["0"], "part": [""]}
-        asked = {**usual, **urllib.parse.parse_qs(query)}
-        k, least, part = (asked[name][0] for name in usual)
+        asked, usual = urllib.parse.parse_qs(query), {"k": str(self.top), "least": "0", "part": ""}
+        choices = {name: asked.get(name, [value])[0] for name, value in usual.items()}
         try:
-            title, found = self.find(asked)
+            title, found = self.find(asked, **choices)
         except (DeepVisionError, ValueError, IndexError, argparse.ArgumentTypeError) as error:
             title, found = "This cannot be done", [Answer("", [], str(error))]
-        kept, script = urllib.parse.urlencode({"k": k, "least": least}), hashlib.sha256(SCRIPT.encode()).digest()
+        kept = urllib.parse.urlencode({name: choices[name] for name in ("k", "least")})  # in all links
+        script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
         return render(
-            found, self.engine, title=title, about="click a picture to search from it",
-            policy=f"{POLICY}; connect-src 'self'; script-src 'sha256-{base64.b64encode(script).decode()}'",
+            found, self.engine, title=title, is_waiting=title == COMPARING, about="click a picture to search from it",
+            policy=f"{POLICY}; connect-src 'self'; script-src 'sha256-{script}'", script=SCRIPT,
             name=lambda path: decode_path(os.path.basename(path)), link=lambda path: f"?q={self.key(path)}&{kept}",
-            script=SCRIPT, queries=asked.get("q", []), k=k, least=least, part=part, kept=kept,
+            queries=asked.get("q", []), kept=kept, **choices,
         )  # fmt: skip
 
-    def find(self, asked: dict[str, list[str]]) -> tuple[str, list[Any]]:
+    def find(self, asked: dict[str, list[str]], k: str, least: str, part: str) -> tuple[str, list[Any]]:
         """A title, and what is asked for: duplicates, matches of the pictures `q`, a group, or the collection."""
         if "twice" in asked:
-            with self.comparing:
-                return f"{title_of(self.duplicates)}. Nothing is deleted", self.duplicates
+            with suppress(RuntimeError):  # it was started before
+                self.comparing.start()
+            self.comparing.join(1)
+            if self.comparing.is_alive():
+                return COMPARING, []
+            return f"{title_of(self.duplicates)}. Nothing is deleted", self.duplicates
         with self.searching:
             if "q" in asked:
-                return self.search(asked["q"], *(asked[name][0] for name in ("k", "least", "part")))
+                paths = [self.paths[key] for key in asked["q"] if key in self.paths]
+                if len(paths) < len(asked["q"]):
+                    raise DeepVisionError("this picture is not known any more: give it again")
+                crop = crop_box(part) if part else None
+                found = list(search(paths, self.engine, k=int(k), threshold=float(least), crop=crop))
+                return title_of(found), found
             if "group" in asked:
                 size, images = self.groups[int(asked["group"][0]) - 1]
                 return f"{counted(size, 'picture')} that look alike", [Group("", images)]
             tiles = [images[0]._replace(view=f"group of {size:,}") for size, images in self.groups]
             tiles = [match._replace(rank=rank) for rank, match in enumerate(tiles, start=1)]
             return "Pictures that stand for the collection", [Group("", tiles)]
-
-    def search(self, keys: list[str], k: str, least: str, part: str) -> tuple[str, list[Any]]:
-        paths = [self.paths[key] for key in keys if key in self.paths]
-        if len(paths) < len(keys):
-            raise DeepVisionError("this picture is not known any more: give it again")
-        crop = crop_box(part) if part else None
-        found = list(search(paths, self.engine, k=int(k), threshold=float(least), crop=crop))
-        return title_of(found), found
 
 
 def serve(engine: Engine, port: int, top: int) -> None:
