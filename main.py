@@ -2705,8 +2705,10 @@ def with_query(item: Answer | Group) -> list[Match]:
     return [Match(0, getattr(item, "file", "") or item[0], 1.0, False, region=region), *item.matches]
 
 
-def render(found: Sequence[Answer | Group], engine: Engine, **values: Any) -> str:
-    """The page. `values`: what else PAGE takes, and two of its filters: the `name` and the `link` of a path."""
+def render(
+    found: Sequence[Answer | Group], engine: Engine, name: Any = decode_path, link: Any = link_to, **values: Any
+) -> str:
+    """The page. `name` and `link`: what is shown of a path, and where it leads; `values`: what else PAGE takes."""
     room, shown = PAGE_PICTURES, list[tuple[Answer | Group, list[Match]]]()
     for item in found:
         matches = with_query(item)
@@ -2716,11 +2718,10 @@ def render(found: Sequence[Answer | Group], engine: Engine, **values: Any) -> st
     read, cores = partial(read_picture, root=b"", transform=thumbnail), usable_cores()
     pictures = dict(zip(paths, read_ahead(read, (File(os.fsencode(path), 0, 0) for path in paths), cores, 4 * cores)))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
-    filters = {"text": decode_path, "name": values.pop("name", decode_path), "link": values.pop("link", link_to)}
-    environment.filters.update(filters)
+    environment.filters.update(text=decode_path, name=name, link=link)
     values = {"title": title_of(found), "policy": POLICY, "verdict": verdict, "remark_on": remark_on, **values}
-    template = environment.from_string(PAGE)
-    return template.render(shown=shown, pictures=pictures, left_out=max(0, -room), engine=engine, **values)
+    values |= {"shown": shown, "pictures": pictures, "left_out": max(0, -room), "engine": engine}
+    return environment.from_string(PAGE).render(values)
 
 
 def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine, seconds: float) -> None:
@@ -2728,11 +2729,12 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
 
     Raises DeepVisionError if it cannot be written; what was there is untouched then.
     """
-    target, about = Path(os.path.realpath(path)), f"{time.strftime('%Y-%m-%d %H:%M')}, {seconds:.1f} s"
+    target = Path(os.path.realpath(path))
     try:
         if target.exists() and not target.is_file():
             raise FileExistsError(errno.EEXIST, "it exists and is not a regular file")
         with whole_file(target, f".{os.getpid()}") as stream:
+            about = f"{time.strftime('%Y-%m-%d %H:%M')}, {seconds:.1f} s"
             stream.write(render(found, engine, about=about).encode())
     except OSError as error:
         why = error.strerror or first_line(error)
@@ -2844,7 +2846,8 @@ class Request(http.server.BaseHTTPRequestHandler):
 class UI(socketserver.ThreadingTCPServer):
     """The server of the UI. A browser knows pictures by keys, and gets nothing but small copies of them."""
 
-    daemon_threads, allow_reuse_address = True, os.name == "posix"  # on Windows two programs would share the port
+    daemon_threads = True
+    allow_reuse_address = os.name == "posix"  # on Windows two programs would share the port
 
     def __init__(self, engine: Engine, port: int, top: int, folder: str) -> None:
         super().__init__(("127.0.0.1", port), Request)
@@ -2852,11 +2855,8 @@ class UI(socketserver.ThreadingTCPServer):
         self.searching = threading.Lock()  # the store is for one thread at a time
         self.comparing = threading.Thread(target=self.compare, daemon=True)
         self.duplicates: list[Any] = [Answer("", [], "the comparison has failed: the terminal says why")]
+        self.groups = representatives(engine, TILES)
         self.paths = dict[str, str]()  # by key
-
-    @cached_property
-    def groups(self) -> list[tuple[int, list[Match]]]:
-        return representatives(self.engine, TILES)
 
     def compare(self) -> None:
         """Find the duplicates, with a connection to the store of its own: searches go on meanwhile."""
@@ -2871,7 +2871,8 @@ class UI(socketserver.ThreadingTCPServer):
 
     def page(self, query: str) -> str:
         """The page that the query of an address asks for."""
-        asked, usual = urllib.parse.parse_qs(query), {"k": str(self.top), "least": "0", "part": ""}
+        asked = urllib.parse.parse_qs(query)
+        usual = {"k": str(self.top), "least": "0", "part": ""}
         choices = {name: asked.get(name, [value])[0] for name, value in usual.items()}
         try:
             title, found = self.find(asked, **choices)
@@ -3032,9 +3033,10 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 def save_query(name: str, path: str) -> str | None:
     """Write the query `name`, an address or - for stdin, to the file `path`; why that cannot be done, or None."""
-    end, opener = time.monotonic() + FETCH_SECONDS, urllib.request.build_opener(Redirects)
+    end = time.monotonic() + FETCH_SECONDS
     try:
         stdin = getattr(sys.stdin, "buffer", io.BytesIO())  # Python has none if it was closed
+        opener = urllib.request.build_opener(Redirects)
         source: Any = nullcontext(stdin) if name == "-" else opener.open(name, timeout=CONNECT_SECONDS)
         with source as stream, open(path, "wb") as target:
             # Not `read`: it waits for all that it is asked for, however slowly a server sends.
@@ -3136,7 +3138,8 @@ def run(options: argparse.Namespace) -> int:
 
 def print_answers(options: argparse.Namespace, engine: Engine) -> int:
     """Answer the queries, or list the duplicates, and write the page; the exit status."""
-    found, start, is_search = list[Answer | Group](), time.perf_counter(), options.duplicates is None
+    start, found = time.perf_counter(), list[Answer | Group]()
+    is_search = options.duplicates is None
     is_fetched = any(name == "-" or ADDRESS.match(name) for name in options.queries)
     with tempfile.TemporaryDirectory() if is_fetched else nullcontext("") as folder:
         for item in answers(options, engine, folder) if is_search else find_duplicates(engine, options.duplicates):
