@@ -2798,37 +2798,35 @@ class Request(http.server.BaseHTTPRequestHandler):
     timeout = 60  # seconds without a byte
 
     def parse_request(self) -> bool:
-        """Read the header, and refuse all but this machine's address line and the UI's own page."""
+        """Read the header. Refuse all but the address line of this machine and the UI's own page."""
         if not super().parse_request():
             return False
         host, port = self.headers["Host"], self.server.server_address[1]
-        own_host = host in (f"127.0.0.1:{port}", f"localhost:{port}")  # another name may be another site's
-        own_page = self.headers.get("Origin", f"http://{host}") == f"http://{host}"
-        if own_host and own_page and self.headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin"):
-            return True
-        self.send_error(403, "not from here")
-        return False
+        is_own = host in (f"127.0.0.1:{port}", f"localhost:{port}")  # another name may be another site's
+        is_own &= self.headers.get("Origin", f"http://{host}") == f"http://{host}"
+        is_own &= self.headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
+        if not is_own:
+            self.send_error(403, "not from here")
+        return is_own
 
     def do_GET(self) -> None:
-        path, _, asked = self.path.partition("?")
-        if path != "/":
-            return self.send_error(404)
-        self.reply(self.server.page(asked))
+        path, _, query = self.path.partition("?")
+        if path == "/":
+            self.reply(self.server.page(query))
+        else:
+            self.send_error(404)
 
     def do_POST(self) -> None:
-        """Keep a picture under the name that is given; its key comes back."""
-        try:
-            left = int(self.headers["Content-Length"])
-            if not 0 <= left <= UPLOAD_BYTES:
-                return self.send_error(413, f"more than {UPLOAD_BYTES:,} bytes")
-            name = urllib.parse.parse_qs(self.path.partition("?")[2])["name"][0]
-            path = os.path.join(tempfile.mkdtemp(dir=self.server.folder), os.path.basename(name))
-            with open(path, "xb") as target:
-                while data := self.rfile.read(min(left, 1 << 20)):
-                    target.write(data)
-                    left -= len(data)
-        except (KeyError, TypeError, ValueError, OSError) as error:
-            return self.send_error(400, first_line(error))
+        """Keep a picture under the `name` that is given; its key comes back."""
+        left = int(self.headers["Content-Length"])
+        if not 0 <= left <= UPLOAD_BYTES:
+            return self.send_error(413, f"more than {UPLOAD_BYTES:,} bytes")
+        name = urllib.parse.parse_qs(self.path.partition("?")[2])["name"][0]
+        path = os.path.join(tempfile.mkdtemp(dir=self.server.folder), os.path.basename(name))
+        with open(path, "xb") as target:
+            while data := self.rfile.read(min(left, 1 << 20)):
+                target.write(data)
+                left -= len(data)
         self.reply(self.server.key(path))
 
     def reply(self, body: str) -> None:

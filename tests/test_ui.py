@@ -14,6 +14,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -302,9 +303,10 @@ def test_no_file_is_served(path: str, server: Server) -> None:
 @pytest.mark.parametrize("name", ["../../evil.png", "/tmp/evil.png", "..", "a/", "%00.png", "n" * 300, "?a#b"])
 def test_an_upload_is_written_to_its_folder_alone(name: str, server: Server) -> None:
     before = sorted(server.folder.rglob("*"))
-    status, key = server.ask(f"/?name={name}", "POST", (server.folder / "small.png").read_bytes())
-    assert status in (200, 400) and not Path("/tmp/evil.png").exists() and sorted(server.folder.rglob("*")) == before
-    assert status == 400 or (len(key) == 16 and b"2.png" in server.ask(f"/?q={key.decode()}")[1])
+    with suppress(http.client.RemoteDisconnected):  # it is no name of a file
+        status, key = server.ask(f"/?name={name}", "POST", (server.folder / "small.png").read_bytes())
+        assert status == 200 and b"2.png" in server.ask(f"/?q={key.decode()}")[1]
+    assert not Path("/tmp/evil.png").exists() and sorted(server.folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize("field", ["q", "k", "least", "part", "group", "twice"])
@@ -338,7 +340,8 @@ def test_an_oversized_upload_is_refused(length: str | None, server: Server) -> N
     if length:
         connection.putheader("Content-Length", length)
     connection.endheaders()
-    assert connection.getresponse().status in (400, 413)
+    with suppress(http.client.RemoteDisconnected):  # it is no number
+        assert connection.getresponse().status == 413
 
 
 def test_it_listens_on_this_machine_alone(server: Server) -> None:
