@@ -2632,7 +2632,8 @@ figure{margin:0;height:100%;border-radius:.5rem;background:var(--card)}figcaptio
 .identical figure,.copy figure{outline:3px solid var(--good)}small{display:block;color:var(--soft)}
 figure>a{display:block;position:relative;aspect-ratio:1}img,svg{position:absolute;width:100%;height:100%}
 img{object-fit:contain}polygon{fill:none;stroke:#19b35a;stroke-width:3;vector-effect:non-scaling-stroke}
-nav,form{display:flex;flex-wrap:wrap;gap:.5rem 1.5rem;margin-top:1rem}.query a{touch-action:none;cursor:crosshair}
+nav,form{display:flex;flex-wrap:wrap;gap:.5rem 1.5rem;margin-top:1rem}input[type=number]{width:5rem}
+.query a{touch-action:none;cursor:crosshair}
 </style></head><body><header><h1>{{ title }}</h1>
 {{ "{:,}".format(engine.summary.images) }} images in {{ engine.images|text }} ·
 {{ engine.model.name }} on {{ engine.model.device }} · {{ about }}
@@ -2879,7 +2880,8 @@ class UI(socketserver.ThreadingTCPServer):
         kept = urllib.parse.urlencode({name: choices[name] for name in ("k", "least")})  # in all links
         script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
         return render(
-            found, self.engine, title=title, is_waiting=title == COMPARING, about="click a picture to search from it",
+            found, self.engine, title=title, is_waiting=title == COMPARING,
+            about="click a picture to search from it, or draw on a query to search with a part of it",
             policy=f"{POLICY}; connect-src 'self'; script-src 'sha256-{script}'", script=SCRIPT,
             name=lambda path: decode_path(os.path.basename(path)), link=lambda path: f"?q={self.key(path)}&{kept}",
             queries=asked.get("q", []), kept=kept, **choices,
