@@ -2895,7 +2895,7 @@ class UI(socketserver.ThreadingTCPServer):
             self.comparing.join(1)
             if self.comparing.is_alive():
                 return COMPARING, []
-            return f"{title_of(self.duplicates)}. Nothing is deleted", self.duplicates
+            return title_of(self.duplicates), self.duplicates
         with self.searching:
             if "q" in asked:
                 paths = [self.paths[key] for key in asked["q"] if key in self.paths]
@@ -2956,15 +2956,10 @@ def crop_box(text: str) -> tuple[float, ...]:
     raise argparse.ArgumentTypeError(f"{text!r} is not LEFT,TOP,RIGHT,BOTTOM, in pixels or as shares of the picture")
 
 
-def positive(text: str) -> int:
-    with suppress(ValueError):
-        if int(text) >= 1:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-
-
-def check_combination(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """End the program with a usage error if two options that were given do not go together."""
+def check_options(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """End the program with a usage error if an option is out of range, or two options do not go together."""
+    if any(number is not None and number < 1 for number in (options.top, options.batch_size, options.workers)):
+        parser.error("--top, --batch-size and --workers must be above 0")
     given = {name for name, value in vars(options).items() if value not in (parser.get_default(name), [])}
     for option, other in ((option, other) for option, others in EXCLUDED.items() for other in others):
         if {option, other} <= given:
@@ -2980,15 +2975,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--images", default=IMAGES, metavar="DIR", help="the collection (default: %(default)s/)")
     add("--exclude", action="append", default=[], metavar="PATTERN", help="leave out paths that match; may be repeated")
     add("--index-dir", default=INDEX_DIR, metavar="DIR", help="the cache (default: %(default)s/)")
-    add("-k", "--top", type=positive, default=TOP, metavar="N", help="matches per query (default: %(default)s)")
+    add("-k", "--top", type=int, default=TOP, metavar="N", help="matches per query (default: %(default)s)")
     add("--threshold", type=score_or_label, default=-1.0, metavar="S", help="least cosine, or label: copy, identical")
     add("--views", choices=VIEWS, default="auto", help="edits of the query to undo (default: auto, the useful ones)")
     add("--crop", type=crop_box, metavar="L,T,R,B", help="a part of the query: its sides, in pixels or as shares")
     add("--model", metavar="NAME", help=f"{MODEL} (default), any torchvision classification model, timm:NAME, offline")
     add("--weights", metavar="NAME|FILE", help=f"torchvision weights (default: {WEIGHTS}) or a local file")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
-    add("--batch-size", type=positive, metavar="N", help="images that the model takes at once (default: by device)")
-    add("--workers", type=positive, metavar="N", help="threads that read and decode (default: one a core)")
+    add("--batch-size", type=int, metavar="N", help="images that the model takes at once (default: by device)")
+    add("--workers", type=int, metavar="N", help="threads that read and decode (default: one a core)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--index-only", action="store_true", help="update the index, search nothing")
     alike = "groups of the same picture; S: copy (default), identical, or the least cosine"
@@ -3011,7 +3006,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     # -0 is replaced here: if argparse knew it as an option, it would take the -0.5 of `--threshold -0.5` for one too.
     given = sys.argv[1:] if argv is None else argv
     options = parser.parse_intermixed_args(["--null" if arg == "-0" else arg for arg in given])
-    check_combination(options, parser)
+    check_options(options, parser)
     return options
 
 
