@@ -2918,7 +2918,8 @@ def serve(engine: Engine, port: int, top: int) -> None:
         try:
             server = UI(engine, port, top, folder)
         except (OSError, OverflowError) as error:
-            raise DeepVisionError(f"port {port} cannot be used ({error}): choose another with --port") from error
+            why = getattr(error, "strerror", None) or error
+            raise DeepVisionError(f"port {port} cannot be used ({why}): choose another with --port") from error
         log.info("http://127.0.0.1:%d", server.server_address[1])
         with server, suppress(KeyboardInterrupt):  # the way to end it
             server.serve_forever()
@@ -3043,7 +3044,8 @@ def save_query(name: str, path: str) -> str | None:
                     return f"not there after {FETCH_SECONDS} seconds"
             return None if target.tell() else "it is empty"
     except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
-        return escape_controls(first_line(error)) or type(error).__name__  # a server's words
+        words = first_line(error).removeprefix("<urlopen error ").removesuffix(">")
+        return escape_controls(words) or type(error).__name__  # they may be a server's
 
 
 def find_queries(names: Iterable[str], folder: str) -> Iterator[Answer]:
@@ -3093,7 +3095,8 @@ def write_export(engine: Engine, folder: Path) -> None:
                     for name in names:
                         paths.write(name.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r") + b"\n")
     except (OSError, sqlite3.Error, DamageError) as error:
-        raise DeepVisionError(f"--export {folder}: {first_line(error)}") from error
+        advice = "run it again, or choose another folder"
+        raise DeepVisionError(f"--export {folder}: {first_line(error)}; {advice}") from error
     log.info("%s: %d × %d features and their paths", escape_controls(str(folder)), len(files), store.dim)
 
 

@@ -271,22 +271,6 @@ def test_groups_stand_for_the_collection(collection: Callable[[int], Path]) -> N
     assert len(main.representatives(engine, 100)) > 24
 
 
-def test_two_tabs_keep_their_own_queries(tab: Tab, server: Server) -> None:
-    browser = tab.browser
-    tab.give("small.png")
-    tab.until(lambda: tab.names()[:2] == ["small.png", "2.png"])
-    first = browser.current_window_handle
-    browser.switch_to.new_window("tab")
-    other = Tab(browser, server)
-    other.give("edited.jpg")
-    other.until(lambda: other.headings() == FOUND)
-    browser.close()
-    browser.switch_to.window(first)
-    assert tab.names()[:2] == ["small.png", "2.png"]
-    tab.all("figure > a")[1].click()
-    tab.until(lambda: tab.names()[:1] == ["2.png"])
-
-
 # ---- What it refuses -------------------------------------------------------------------------------------------------
 
 
