@@ -2913,16 +2913,17 @@ class UI(socketserver.ThreadingTCPServer):
 
 
 def serve(engine: Engine, port: int, top: int) -> None:
-    """Serve the UI, to this machine alone, until it is interrupted."""
+    """Serve the UI, to this machine alone, until an interrupt ends the process."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             server = UI(engine, port, top, folder)
         except (OSError, OverflowError) as error:
             why = getattr(error, "strerror", None) or error
             raise DeepVisionError(f"port {port} cannot be used ({why}): choose another with --port") from error
-        log.info("http://127.0.0.1:%d", server.server_address[1])
-        with server, suppress(KeyboardInterrupt):  # the way to end it
+        with server, suppress(KeyboardInterrupt):
+            log.info("http://127.0.0.1:%d", server.server_address[1])
             server.serve_forever()
+    os._exit(0)  # torch aborts a process that ends while a thread is at work
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------

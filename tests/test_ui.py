@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -344,12 +345,14 @@ def test_a_port_that_is_taken_is_one_line(server: Server, run: Run, collection: 
     assert outcome.stderr.startswith("error: port ") and "--port" in outcome.stderr and outcome.stderr.count("\n") == 1
 
 
-def test_an_interruption_ends_it(tmp_path: Path, collection: Callable[[int], Path]) -> None:
+@pytest.mark.parametrize("at_work", [False, True])
+def test_an_interruption_ends_it(at_work: bool, tmp_path: Path, collection: Callable[[int], Path]) -> None:
+    collection(60)
     command = [sys.executable, MAIN, "--model", "offline", "--ui", "--port", "0"]
-    collection(1)
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    next(line for line in iter(process.stderr.readline, "") if line.startswith("http"))
-    time.sleep(1)
+    url = next(line.strip() for line in iter(process.stderr.readline, "") if line.startswith("http"))
+    if at_work:
+        assert "Comparing" in urllib.request.urlopen(f"{url}/?twice=1").read().decode()
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=WAIT)
     assert (process.returncode, stderr) == (0, "")
