@@ -255,7 +255,7 @@ def test_it_fits_a_phone_and_a_desk_by_day_and_by_night(tab: Tab, server: Server
 def test_groups_stand_for_the_collection(collection: Callable[[int], Path]) -> None:
     """Of three kinds of vectors, in files of three folders, among them a file that is gone."""
     collection(1)
-    engine = main.initialize_reverse_image_search(model=main.offline_model("cpu"))
+    engine = main.initialize_reverse_image_search(model=main.load_model("offline"))
     random, dim, sizes = np.random.default_rng(0), engine.model.dim, [50, 20, 10]
     centres, files = random.normal(size=(3, dim)), []
     for kind, number in ((kind, number) for kind, size in enumerate(sizes) for number in range(size)):
