@@ -2559,7 +2559,7 @@ def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
 
 
 def verdict(found: Answer | Group) -> str:
-    """What the matches amount to; empty if there is a copy. Else the best of many would pass for the picture."""
+    """What a heading says of the matches; empty if the first one is a copy."""
     if isinstance(found, Group):
         return f"keep: the best of {len(found.matches) + 1}"
     if not found.matches:
@@ -2698,7 +2698,7 @@ def title_of(found: Sequence[Answer | Group]) -> str:
 
 
 def with_query(item: Answer | Group) -> list[Match]:
-    """The matches, and before them, with rank 0, the query or the file to keep, outlined where the best copy lies."""
+    """The matches, and before them, with rank 0, the query or the file to keep. Its outline shows the best copy."""
     if item.error or not item[0]:
         return item.matches
     region = next((match.region for match in item.matches if match.region), None)
@@ -2709,7 +2709,7 @@ def with_query(item: Answer | Group) -> list[Match]:
 def render(
     found: Sequence[Answer | Group], engine: Engine, name: Any = decode_path, link: Any = link_to, **values: Any
 ) -> str:
-    """The page. `name` and `link`: what is shown of a path, and where it leads; `values`: what else PAGE takes."""
+    """The page. `name` and `link` make of a path the text and the address shown; `values`: what else PAGE takes."""
     room, shown = PAGE_PICTURES, list[tuple[Answer | Group, list[Match]]]()
     for item in found:
         matches = with_query(item)
@@ -2726,9 +2726,9 @@ def render(
 
 
 def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine, seconds: float) -> None:
-    """Write all that was found, to look at: one file that needs no other, no script and no network.
+    """Write the page: one file that needs no other, no script and no network.
 
-    Raises DeepVisionError if it cannot be written; what was there is untouched then.
+    Raises DeepVisionError if it cannot be written. An older page stays then.
     """
     target = Path(os.path.realpath(path))
     try:
@@ -2748,7 +2748,7 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
 UPLOAD_BYTES = 300_000_000  # of one file given to --ui: a photograph of 100 million pixels, uncompressed
 TILES = 24  # pictures that stand for the collection
 COMPARING = "Comparing all pictures: each takes a fraction of a second"  # the title of a page that reloads itself
-SCRIPT = """// Pictures that are given are sent one by one. The page then asks for them by the keys that come back.
+SCRIPT = """// Pictures that a person gives are sent one by one. The server answers with keys; the next page asks for them.
 const given = document.querySelector("#given")
 const send = async files => {
     const asked = new URLSearchParams(location.search)
@@ -2767,7 +2767,7 @@ document.onpaste = event => send(event.clipboardData.files)
 ondragover = event => event.preventDefault()
 ondrop = event => { event.preventDefault(); send(event.dataTransfer.files) }
 
-// A rectangle that is drawn on a query is searched with, in pixels of that query.
+// A rectangle that a person draws on a query starts a search with that part of it.
 let svg, from, part
 const place = event => {
     const {x, y} = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse())
@@ -2793,13 +2793,13 @@ onclick = event => { if (part) event.preventDefault() }
 
 
 class Request(http.server.BaseHTTPRequestHandler):
-    """A request to the UI. No other site may ask, and no path that is sent is ever opened."""
+    """A request to the UI. Requests of other sites are refused. No path that a browser sends is opened."""
 
     server: UI
     timeout = 60  # seconds without a byte
 
     def parse_request(self) -> bool:
-        """Read the header. Refuse all but the address line of this machine and the UI's own page."""
+        """Read the header. Refuse what comes neither from this machine's address line nor from the UI's own page."""
         if not super().parse_request():
             return False
         host, port = self.headers["Host"], self.server.server_address[1]
@@ -2818,7 +2818,7 @@ class Request(http.server.BaseHTTPRequestHandler):
             self.send_error(404)
 
     def do_POST(self) -> None:
-        """Keep a picture under the `name` that is given; its key comes back."""
+        """Save the picture that is sent, and answer with its key. Its name is in the address."""
         left = int(self.headers["Content-Length"])
         if not 0 <= left <= UPLOAD_BYTES:
             return self.send_error(413, f"more than {UPLOAD_BYTES:,} bytes")
@@ -2843,7 +2843,7 @@ class Request(http.server.BaseHTTPRequestHandler):
 
 
 class UI(socketserver.ThreadingTCPServer):
-    """The server of the UI. A browser knows pictures by keys, and gets nothing but small copies of them."""
+    """The server of the UI. It gives a browser small copies of pictures, and keys in place of paths."""
 
     daemon_threads = True
     allow_reuse_address = os.name == "posix"  # on Windows two programs would share the port
@@ -2858,12 +2858,12 @@ class UI(socketserver.ThreadingTCPServer):
         self.paths = dict[str, str]()  # by key
 
     def compare(self) -> None:
-        """Find the duplicates, with a connection to the store of its own: searches go on meanwhile."""
+        """Find the duplicates. A thread of its own does it, with a connection of its own, so that searches go on."""
         store = Store(self.engine.store.folder, self.engine.store.identity, self.engine.store.dim)
         self.duplicates = list(find_duplicates(replace(self.engine, store=store)))
 
     def key(self, path: str) -> str:
-        """A word that stands for a path."""
+        """The key that stands for a path."""
         key = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
         self.paths[key] = path
         return key
@@ -2888,7 +2888,7 @@ class UI(socketserver.ThreadingTCPServer):
         )  # fmt: skip
 
     def find(self, asked: dict[str, list[str]], k: str, least: str, part: str) -> tuple[str, list[Any]]:
-        """A title, and what is asked for: duplicates, matches of the pictures `q`, a group, or the collection."""
+        """The title and the content of a page: duplicates (`twice`), a search (`q`), a `group`, or the collection."""
         if "twice" in asked:
             with suppress(RuntimeError):  # it was started before
                 self.comparing.start()
@@ -2928,7 +2928,7 @@ def serve(engine: Engine, port: int, top: int) -> None:
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-ADDRESS = re.compile("https?://", re.IGNORECASE)  # nothing else is fetched, after a redirect neither
+ADDRESS = re.compile("https?://", re.IGNORECASE)  # nothing else is fetched, not even after a redirect
 FETCHED_BYTES = 300_000_000  # of one query that comes from an address or from stdin
 FETCH_SECONDS = 600  # for one address: FETCHED_BYTES at 0.5 MB/s
 NO_MEMORY = re.compile("alloc|memory|start new thread|map segment")  # in the words of torch, FAISS, Python and ld.so
@@ -3019,7 +3019,7 @@ def rank_of_ranks() -> tuple[int, int]:
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to addresses alone. urllib itself also follows those to ftp."""
+    """Follows redirects to http and https alone. urllib itself also follows those to ftp."""
 
     def redirect_request(self, request: Any, body: Any, code: int, reason: str, headers: Any, address: str) -> Any:
         body.close()  # else urllib reads it into memory, however long it is
@@ -3029,14 +3029,14 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def save_query(name: str, path: str) -> str | None:
-    """Write the query `name`, an address or - for stdin, to the file `path`; why that cannot be done, or None."""
+    """Save the query `name`, an address or - for stdin, as the file `path`. Returns None, or why that failed."""
     end = time.monotonic() + FETCH_SECONDS
     try:
         stdin = getattr(sys.stdin, "buffer", io.BytesIO())  # Python has none if it was closed
         opener = urllib.request.build_opener(Redirects)
         source: Any = nullcontext(stdin) if name == "-" else opener.open(name, timeout=CONNECT_SECONDS)
         with source as stream, open(path, "wb") as target:
-            # Not `read`: it waits for all that it is asked for, however slowly a server sends.
+            # `read` would wait until it has all bytes that it is asked for, however slowly a server sends them.
             while data := stream.read1(1 << 16):
                 target.write(data)
                 if target.tell() > FETCHED_BYTES:
@@ -3050,7 +3050,7 @@ def save_query(name: str, path: str) -> str | None:
 
 
 def find_queries(names: Iterable[str], folder: str) -> Iterator[Answer]:
-    """The queries, as Answers without matches. Addresses and stdin are saved in `folder`; folders give their files."""
+    """The queries, as Answers without matches. Addresses and stdin are saved in `folder`. A folder gives its files."""
     unlisted = list[OSError]()
     for number, name in enumerate(names):
         if name == "-" or ADDRESS.match(name):
@@ -3067,7 +3067,7 @@ def find_queries(names: Iterable[str], folder: str) -> Iterator[Answer]:
 
 
 def answers(options: argparse.Namespace, engine: Engine, folder: str) -> Iterator[Answer]:
-    """An Answer for each query, and for each folder that cannot be listed. Other files in a folder are passed over."""
+    """An Answer for each query, and for each folder that cannot be listed. Files that are no images are passed over."""
     names = options.queries or filter(os.path.isdir, [QUERIES])
     queries, again = itertools.tee(find_queries(names, folder))
     choices = {"k": options.top, "threshold": options.threshold, "views": options.views, "crop": options.crop}
@@ -3078,7 +3078,7 @@ def answers(options: argparse.Namespace, engine: Engine, folder: str) -> Iterato
 
 
 def write_export(engine: Engine, folder: Path) -> None:
-    """Write features.npy, float16 (n, dim), and paths.txt, a line for each row. The first is there only if both are."""
+    """Write paths.txt, a line for each image, and features.npy, float16 (n, dim), which is there only if both are."""
     store = engine.store
     try:
         with store.locked():  # nobody else changes the store meanwhile
@@ -3136,7 +3136,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def print_answers(options: argparse.Namespace, engine: Engine) -> int:
-    """Answer the queries, or list the duplicates, and write the page; the exit status."""
+    """Print the answers to the queries, or the duplicates, write the page, and return the exit status."""
     start, found = time.perf_counter(), list[Answer | Group]()
     is_search = options.duplicates is None
     is_fetched = any(name == "-" or ADDRESS.match(name) for name in options.queries)
@@ -3158,7 +3158,7 @@ def print_answers(options: argparse.Namespace, engine: Engine) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status: 0 all queries answered, 1 something failed, 2 usage, 130 interrupted."""
+    """Run the command line. Returns the exit status: 0 all answered, 1 something failed, 2 usage, 130 interrupted."""
     options = parse_arguments(argv)
     log.handlers = [logging.StreamHandler()]
     log.setLevel(options.level)
