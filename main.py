@@ -2748,7 +2748,7 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
 UPLOAD_BYTES = 300_000_000  # of one file given to --ui: a photograph of 100 million pixels, uncompressed
 TILES = 24  # pictures that stand for the collection
 COMPARING = "Comparing all pictures: each takes a fraction of a second"  # the title of a page that reloads itself
-SCRIPT = """// Pictures that a person gives are sent one by one. The server answers with keys; the next page asks for them.
+SCRIPT = """// Pictures that a person gives are sent one by one. The answers are keys, which the next page asks for.
 const given = document.querySelector("#given")
 const send = async files => {
     const asked = new URLSearchParams(location.search)
