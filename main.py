@@ -33,9 +33,9 @@ import errno
 import faulthandler
 import fnmatch
 import hashlib
-import html
 import http.client
-import importlib.util
+import http.server
+import importlib
 import io
 import itertools
 import json
@@ -47,6 +47,7 @@ import re
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import stat
 import subprocess
@@ -55,6 +56,7 @@ import tempfile
 import threading
 import time
 import unicodedata
+import urllib.parse
 import urllib.request
 import warnings
 import zlib
@@ -78,9 +80,6 @@ if TYPE_CHECKING:
     import tqdm
     from PIL import Image, ImageCms, ImageDraw, ImageOps
 
-    fastapi: Any
-    gradio: Any
-    uvicorn: Any
 else:
 
     class Lazy:
@@ -96,10 +95,8 @@ else:
                 raise DeepVisionError(f"{error}: to install it, run `pip install -r requirements.txt`") from error
 
     faiss, np, torch, torchvision, tqdm = map(Lazy, ("faiss", "numpy", "torch", "torchvision", "tqdm"))
-    Image, ImageCms = map(Lazy, ("PIL.Image", "PIL.ImageCms"))
-    ImageDraw, ImageOps = map(Lazy, ("PIL.ImageDraw", "PIL.ImageOps"))
+    Image, ImageCms, ImageDraw, ImageOps = map(Lazy, ("PIL.Image", "PIL.ImageCms", "PIL.ImageDraw", "PIL.ImageOps"))
     filelock, jinja2 = map(Lazy, ("filelock", "jinja2"))  # torch requires them, so they are there
-    gradio, fastapi, uvicorn = map(Lazy, ("gradio", "fastapi", "uvicorn"))  # only after `import_gradio`
 
 # The defaults that an option changes
 IMAGES = "bulk_images"  # --images
@@ -293,37 +290,40 @@ one_large_image = threading.Lock()
 def find_images(
     folder: str | Path, onerror: OnError, without: Sequence[str | Path] = (), exclude: Sequence[str] = ()
 ) -> Iterator[File]:
-    """Every file below `folder` that may be an image, folder by folder, by name. No folder is listed twice.
+    """Every file below `folder` that may be an image, in the order of paths. No folder is listed twice.
 
     onerror is called for what cannot be listed. Folders in `without`, and relative paths that fit one of the shell
     patterns in `exclude`, are left out. Links are followed.
     """
     root, separator = os.fsencode(folder), os.fsencode(os.sep)
     visited = {os.stat(path)[1:3] for path in without}  # inode and device
-    folders = [b""]  # relative to the root; the list grows while the loop goes through it
-    for above in folders:
+    waiting = [File(separator, 0, 0)]  # files, and folders with a separator at the end: a stack, the next one last
+    while waiting:
+        file = waiting.pop()
+        if not file.path.endswith(separator):
+            yield file
+            continue
+        found, above = list[File](), file.path.removeprefix(separator)
         try:
             here = os.path.join(root, above)
-            if (identity := os.stat(here)[1:3]) in visited:
-                continue
-            visited.add(identity)
-            entries = sorted(os.scandir(here), key=operator.attrgetter("name"))
+            identity = os.stat(here)[1:3]
+            entries = () if identity in visited else list(os.scandir(here))
         except OSError as error:
             onerror(error)
             continue
+        visited.add(identity)
         for entry in entries:
             path, name = above + entry.name, entry.name.lower()
-            is_excluded = any(fnmatch.fnmatch(os.fsdecode(path), pattern) for pattern in exclude)
-            if is_excluded or name.startswith(b".") or name in PASSED_OVER:
+            excluded = any(fnmatch.fnmatch(os.fsdecode(path), pattern) for pattern in exclude)
+            if name.startswith(b".") or name in PASSED_OVER or excluded:
                 continue
             try:
-                if entry.is_dir():
-                    folders.append(path + separator)
-                else:
-                    yield File.of(path, entry.stat())
+                info = entry.stat()
+                found.append(File.of(path + separator if stat.S_ISDIR(info.st_mode) else path, info))
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ELOOP):  # a broken link, or a file that is gone by now
                     onerror(error)
+        waiting += sorted(found, reverse=True)
 
 
 @cache
@@ -2188,25 +2188,26 @@ def initialize_reverse_image_search(
 
 
 def verdict(found: Answer | Group) -> str:
-    """What the matches amount to; empty if there is a copy. Else the best of many would pass for the picture."""
+    """What a heading says of the matches; empty if the first one is a copy."""
     if isinstance(found, Group):
         return f"keep: the best of {len(found.matches) + 1}"
-    return ("" if found.matches[0].label else "no copy found") if found.matches else "no match"
+    if not found.matches:
+        return "no match"
+    return "" if found.matches[0].label else "no copy found"
 
 
 def remark_on(match: Match) -> str:
     """What is said of a match: its label, how much of it the query shows, and the edit that was undone."""
-    covers = f"covers {match.region.covers:.0%}".replace("%", " %") if match.region else ""
+    covers = f"covers {100 * match.region.covers:.0f} %" if match.region else ""
     return ", ".join(filter(None, (match.label, covers, match.view)))
 
 
-def as_text(found: Answer | Group, engine: Engine, colour: bool = False) -> str:
+def as_text(found: Answer | Group, engine: Engine, colour: bool) -> str:
     """A heading line, then `rank  score  path  label, view` for each match."""
     bold, green, plain = ("\x1b[1m", "\x1b[32m", "\x1b[0m") if colour else ("", "", "")
-    about = [f"({engine.model.name}, {engine.summary.images:,} images)", verdict(found)]
-    if isinstance(found, Group):
-        about = [f"({verdict(found)})"]
-    lines = [f"{bold}{escape_controls(found[0])}{plain}  {': '.join(filter(None, about))}"]
+    about = f"{engine.model.name}, {engine.summary.images:,} images"
+    about = f"({verdict(found)})" if isinstance(found, Group) else f"({about}): {verdict(found)}".removesuffix(": ")
+    lines = [f"{bold}{escape_controls(found[0])}{plain}  {about}"]
     for match in found.matches:
         remark = f"{green}{remark_on(match)}{plain}" if match.label else remark_on(match)
         rank = str(match.rank).rjust(len(str(len(found.matches))))
@@ -2229,7 +2230,7 @@ def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
     """Print on stdout, at once. `form`: text, json, or null: the paths byte for byte, each with a NUL at its end."""
     if form == "json":
         print(as_json(found, engine), flush=True)
-    elif form == "null" and not found.error:
+    elif form == "null":
         sys.stdout.buffer.write(b"".join(os.fsencode(match.path) + b"\0" for match in found.matches))
         sys.stdout.buffer.flush()
     elif not found.error:
@@ -2239,156 +2240,132 @@ def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
 
 # ---- Page ------------------------------------------------------------------------------------------------------------
 
-THUMBNAIL, THUMBNAIL_BYTES = 256, 6200  # pixels of the longer side; at most, so that 100 queries × 10 make 10 MB
-QUALITIES = (70, 40, 15, 0)  # of WebP: a photograph takes 5 KB with the first, nearly always
-PROFILE_BYTES = 1000  # the largest colour profile kept: Display P3 and Adobe RGB take 560, the usual sRGB 3144
-PAGE_PICTURES = 5000  # on a page, 40 MB; the rest is left to the other outputs
-PAGE_SKIPPED = 100  # reasons listed on a page
-STYLE = """
-*{box-sizing:border-box;--soft:light-dark(#565662,#a9a9b6);--good:light-dark(#0f6a2b,#7fdc98);
---bad:light-dark(#8a4b00,#f2bd70);--card:light-dark(#f3f3f6,#1e1e23)}
-h1,h2{font-size:1.4rem;margin:0;font-weight:600}h2{font-size:1.1rem;margin-bottom:.7rem}
-section{margin-top:1rem;padding-top:1rem;border-top:1px solid var(--soft);overflow-wrap:anywhere}
-b.good,b.bad{padding:.1em .6em;border:2px solid;border-radius:1em}.good{color:var(--good)}.bad{color:var(--bad)}
-ol{display:grid;gap:.9rem;list-style:none;margin:0;padding:0}
-ol.large{grid-template-columns:repeat(auto-fill,minmax(min(15rem,46%),1fr))}
-ol.small{margin-top:.9rem;grid-template-columns:repeat(auto-fill,minmax(min(8rem,29%),1fr));font-size:.85em}
-figure{margin:0;height:100%;border-radius:.5rem;overflow:hidden;background:var(--card)}
-.identical figure,.copy figure{outline:3px solid var(--good)}figcaption{padding:.5rem .6rem;font-size:.9em}
-figure>:first-child{display:block;position:relative;width:100%;aspect-ratio:1}
-:focus-visible{outline:3px solid var(--bad);outline-offset:-3px}small{display:block;color:var(--soft)}
-figure img,svg,.none{position:absolute;inset:0;width:100%;height:100%;object-fit:contain}.none{padding:1rem}
-polygon{fill:none;stroke:#19b35a;stroke-width:3;vector-effect:non-scaling-stroke}
-"""
-SECTIONS = """
-{% if heading %}<h2>{{ heading|text }}</h2>{% endif %}
-{% for number, item, rows in found %}<section>{% if item[0] or item.error %}<h2>
-{% if item.error %}<b class="bad">✗ {{ item.error|text }}</b>{% elif item.keep %}{{ verdict(item) }}
-{% elif verdict(item) %}<b class="bad">✗ {{ verdict(item) }}</b>
-{% else %}<b class="good">✓ found</b>{% endif %} {{ item[0]|name }}</h2>{% endif %}
-{% for kind, row in rows.items() if row %}<ol class="{{ kind }}" role="list">
-{% for match, corners, picture in row %}<li class="{{ match.label }}"><figure>{% if in_ui %}
-<button data-item="{{ number }}" data-rank="{{ match.rank }}">{% else %}
-<a href="{{ match.path|address }}" title="{{ match.path|name }}">{% endif %}{% if picture.pixels %}
-<img src="data:image/webp;base64,{{ picture.pixels[0]|base64 }}" alt="{{ match.path|name }}" loading="lazy"
- {{ "draggable=false" if in_ui }}>{% if corners or in_ui %}
-<svg viewBox="0 0 {{ picture.pixels[1] }} {{ picture.pixels[2] }}" aria-hidden="true"><polygon points="
-{%- for x, y in corners %}{{ x }},{{ y }} {% endfor %}"/></svg>{% endif %}{% else %}
-<span class="none">{{ (picture.reason or "not there any more")|text }}</span>{% endif %}
-</{{ "button" if in_ui else "a" }}><figcaption>
-{% if match.rank and match.view and item.keep == "" %}
-<button data-item="0" data-rank="{{ match.rank }}" data-group="1">{{ match.view }}</button>
-{% elif match.rank %}{{ match.rank }} · <b>{{ "%.3f" % match.score }}</b> <span class="{{ 'good' if match.label }}">
-{{ remark_on(match) }}</span>{% else %}<b>{{ "keep" if item.keep else "query" }}</b>{% endif %}
-{% if in_ui and not match.rank and not item.keep %}
-<input data-item="{{ number }}" data-rank="0" placeholder="part: left, top, right, bottom"
- aria-label="Search with a part of it: left, top, right, bottom, in pixels">{% endif %}
-<br>{{ match.path|name }}{% if picture.pixels %}<small>
-{{ "{1:,} × {2:,} px, {0:,.0f} KB".format(picture.file.size / 1000, *picture.pixels[1:]) }}</small>{% endif %}
-</figcaption></figure></li>{% endfor %}</ol>{% endfor %}</section>
-{% endfor %}"""
+THUMBNAIL, QUALITY = 256, 60  # pixels of the longer side, and of WebP: 4 KB a photograph
+PAGE_PICTURES = 5000  # on a page, 30 MB; the rest is left to the other outputs
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{{ title }} – DeepVision</title><style>
-:root{color-scheme:light dark;background:light-dark(#fff,#121215);color:light-dark(#1a1a1f,#e8e8ee)}
-body{margin:auto;max-width:90rem;padding:1rem;font:1rem/1.45 system-ui,sans-serif}{{ style|safe }}
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
+{% if is_waiting %}<meta http-equiv="refresh" content="2">{% endif %}<title>{{ title }} – DeepVision</title><style>
+:root{color-scheme:light dark;--soft:light-dark(#565662,#a9a9b6);--card:light-dark(#f3f3f6,#1e1e23);
+--good:light-dark(#0f6a2b,#7fdc98);--bad:light-dark(#8a4b00,#f2bd70)}
+body{margin:auto;max-width:90rem;padding:1rem;font:1rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere;
+background:light-dark(#fff,#121215);color:light-dark(#1a1a1f,#e8e8ee)}a{color:inherit}
+h1{font-size:1.4rem;margin:0}h2{font-size:1.1rem;margin:0 0 .7rem}
+h2 b{padding:.1em .6em;border:2px solid;border-radius:1em}.good{color:var(--good)}.bad{color:var(--bad)}
+section{margin-top:1rem;padding-top:1rem;border-top:1px solid var(--soft)}
+ol{display:grid;gap:.9rem;list-style:none;margin:0 0 .9rem;padding:0}
+.large{grid-template-columns:repeat(auto-fill,minmax(min(15rem,46%),1fr))}
+.small{grid-template-columns:repeat(auto-fill,minmax(min(8rem,29%),1fr));font-size:.85em}
+figure{margin:0;height:100%;border-radius:.5rem;background:var(--card)}figcaption{padding:.5rem .6rem;font-size:.9em}
+.identical figure,.copy figure{outline:3px solid var(--good)}small{display:block;color:var(--soft)}
+figure>a{display:block;position:relative;aspect-ratio:1}img,svg{position:absolute;width:100%;height:100%}
+img{object-fit:contain}polygon{fill:none;stroke:#19b35a;stroke-width:3;vector-effect:non-scaling-stroke}
+nav,form{display:flex;flex-wrap:wrap;gap:.5rem 1.5rem;margin-top:1rem}input[type=number]{width:5rem}
+.query a{touch-action:none;cursor:crosshair}
 </style></head><body><header><h1>{{ title }}</h1>
 {{ "{:,}".format(engine.summary.images) }} images in {{ engine.images|text }} ·
 {{ engine.model.name }} on {{ engine.model.device }} · {{ about }}
-{% if skipped %}<details><summary>{{ "{:,}".format(engine.summary.skipped) }} skipped</summary><ul>
-{% for path, reason in skipped %}<li>{{ path|text }}: {{ reason|text }}</li>{% endfor %}
-{% if engine.summary.skipped > skipped|length %}<li>and more, which -v lists</li>{% endif %}</ul></details>{% endif %}
-</header><main>{% include "sections" %}</main>
+{% if script %}<nav><a href="?{{ kept }}">The collection</a><a href="?twice=1&{{ kept }}">The same picture twice</a>
+<label>Drop, paste or choose pictures <input type="file" id="given" multiple></label></nav>{% endif %}
+{% if queries %}<form>{% for key in queries %}<input type="hidden" name="q" value="{{ key }}">{% endfor %}
+<label>How many <input type="number" name="k" min="1" value="{{ k }}"></label>
+<label>From which score <input type="number" name="least" min="-1" max="1" step="any" value="{{ least }}"></label>
+<label>Part of the query <input name="part" placeholder="left, top, right, bottom" value="{{ part }}"></label>
+<button>Search</button></form>{% endif %}
+</header><main>{% for item, matches in shown %}<section>{% if item[0] or item.error %}
+{% set bad = item.error or (item.query and verdict(item)) %}
+<h2><b class="{{ "bad" if bad else "good" }}">{{ "✗" if bad else "✓" }} {{ (bad or verdict(item) or "found")|text }}</b>
+{{ item[0]|name }}</h2>{% endif %}
+{% for kind in ("large", "small") %}<ol class="{{ kind }}">
+{% for match in matches if (kind == "large") == (match.label != "" or match.rank == 0) %}
+{% set path, picture = match.path if match.rank else item[0], pictures[match.path] %}
+<li class="{{ match.label if match.rank or item.keep else "query" }}"><figure>
+<a href="{{ path|link }}" draggable="false">{% if picture.pixels %}
+<img src="data:image/webp;base64,{{ picture.pixels[0] }}" alt="{{ path|name }}" loading="lazy">
+<svg viewBox="0 0 {{ picture.pixels[1] }} {{ picture.pixels[2] }}"><polygon points="
+{%- for x, y in (match.region or {}).corners %}{{ x|round(1) }},{{ y|round(1) }} {% endfor %}"/></svg>
+{% else %}{{ (picture.reason or "not there any more")|text }}{% endif %}</a>
+<figcaption>{% if not match.rank %}<b>{{ "query" if item.query else "keep" }}</b>
+{% elif match.view and item.keep == "" %}<a href="?group={{ match.rank }}&{{ kept }}">{{ match.view }}</a>
+{% else %}{{ match.rank }} · <b>{{ "%.3f" % match.score }}</b>
+<span class="{{ "good" if match.label }}">{{ remark_on(match) }}</span>{% endif %}<br>{{ path|name }}
+{% if picture.pixels %}<small>{{ "{:,} × {:,} px".format(*picture.pixels[1:]) }},
+{{ "{:,.0f} KB".format(picture.file.size / 1000) }}</small>{% endif %}</figcaption></figure></li>
+{% endfor %}</ol>{% endfor %}</section>{% endfor %}</main>
 {% if left_out %}<footer>{{ "{:,}".format(left_out) }} more pictures are left out: --json lists all</footer>{% endif %}
-</body></html>
+{% if script %}<script>{{ script|safe }}</script>{% endif %}</body></html>
 """
 
 
-def thumbnail(image: Image.Image) -> tuple[bytes, int, int]:
-    """A small upright picture, WebP, and the width and height of the whole picture."""
+def thumbnail(image: Image.Image) -> tuple[str, int, int]:
+    """A small upright picture, WebP in base64, and the width and height of the whole picture."""
     width, height = image.size
-    profile = (image.mode == "RGB" and image.info.get("icc_profile")) or b""
     picture = to_rgb(image, THUMBNAIL)
     if (picture.width - picture.height) * (width - height) < 0:  # turned by EXIF
         width, height = height, width
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    for quality in QUALITIES:
-        kept = profile if len(profile) <= PROFILE_BYTES else b""
-        picture.save(stream := io.BytesIO(), "WEBP", quality=quality, icc_profile=kept, exif=b"", xmp=b"")
-        if stream.tell() <= THUMBNAIL_BYTES:
-            break
-    return stream.getvalue(), width, height
+    picture.save(stream := io.BytesIO(), "WEBP", quality=QUALITY, xmp=b"")
+    return base64.b64encode(stream.getvalue()).decode(), width, height
 
 
-def with_thumbnails(found: Sequence[Answer | Group]) -> Iterator[tuple[int, Answer | Group, dict[str, list[Any]]]]:
-    """Each item with its number and its rows of pictures: "large", the query and its copies, and "small", the rest.
-
-    A picture is a tuple: a Match (of rank 0 for the query), the corners of the outline to draw, and the Picture read,
-    whose `pixels` are the thumbnail.
-    """
-    read, workers = partial(read_picture, root=b"", transform=thumbnail), usable_cores()
-    good = [item for item in found if not item.error]
-    shown = ([getattr(item, "file", "") or item[0], *(match.path for match in item.matches)] for item in good)
-    paths = filter(None, itertools.chain.from_iterable(shown))
-    pictures = read_ahead(read, (File(os.fsencode(path), 0, 0) for path in paths), workers, 4 * workers)
-    for number, item in enumerate(found):
-        regions, rows = [match.region for match in item.matches], {"large": list[Any](), "small": list[Any]()}
-        corners = [next((it.outline for it in regions if it), []), *(it.corners if it else [] for it in regions)]
-        query = [Match(0, item[0], 1.0, False)] if item[0] else []
-        for match in [] if item.error else query + item.matches:
-            is_large = match.label or not match.rank
-            rows["large" if is_large else "small"].append((match, corners[match.rank], next(pictures)))
-        yield number, item, rows
-
-
-def decode_path(path: str | Path | bytes) -> str:
+def decode_path(path: str | Path) -> str:
     """A path as text, whatever it holds."""
     return escape_controls(os.fsencode(path).decode("utf-8", "replace"))
 
 
-def address(path: str) -> str:
-    """Where a link to a path, or to a query that came from an address or from stdin, leads."""
-    return path if ADDRESS.match(path) else "" if path == "-" else Path(path).absolute().as_uri()
+def link_to(path: str) -> str:
+    return path if ADDRESS.match(path) else Path(path).absolute().as_uri()
 
 
-def template(name: str, path_name: Callable[[str], str] = decode_path) -> jinja2.Template:
-    """The template `page` or `sections`. `path_name`: how a path is shown."""
-    loader = jinja2.DictLoader({"page": PAGE, "sections": SECTIONS})
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
-    environment.filters.update(text=decode_path, name=path_name, address=address)
-    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
-    return environment.get_template(name, globals={"verdict": verdict, "remark_on": remark_on, "style": STYLE})
+def title_of(found: Sequence[Answer | Group]) -> str:
+    if not found:
+        return "No picture is there twice"
+    if isinstance(found[0], Group):
+        return counted(len(found), "group")
+    return f"{counted(len(found), 'query', 'queries')}, {sum(not verdict(item) for item in found):,} found"
 
 
-def fitting(found: Sequence[Answer | Group], room: int) -> tuple[list[Answer | Group], int]:
-    """The first items with at most `room` pictures, and how many pictures are left out."""
-    kept = list[Answer | Group]()
+def with_query(item: Answer | Group) -> list[Match]:
+    """The matches, and before them, with rank 0, the query or the file to keep. Its outline shows the best copy."""
+    if item.error or not item[0]:
+        return item.matches
+    region = next((match.region for match in item.matches if match.region), None)
+    region = region and region._replace(corners=region.outline)
+    return [Match(0, getattr(item, "file", "") or item[0], 1.0, False, region=region), *item.matches]
+
+
+def render(
+    found: Sequence[Answer | Group], engine: Engine, name: Any = decode_path, link: Any = link_to, **values: Any
+) -> str:
+    """The page. `name` and `link` make of a path the text and the address shown; `values`: what else PAGE takes."""
+    room, shown = PAGE_PICTURES, list[tuple[Answer | Group, list[Match]]]()
     for item in found:
-        if room > 0:
-            kept.append(item._replace(matches=item.matches[: room - 1]))
-        room -= 1 + len(item.matches)
-    return kept, max(0, -room)
+        matches = with_query(item)
+        shown.append((item, matches[: max(0, room)]))
+        room -= len(matches)
+    paths = list(dict.fromkeys(match.path for _, matches in shown for match in matches))
+    read, cores = partial(read_picture, root=b"", transform=thumbnail), usable_cores()
+    pictures = dict(zip(paths, read_ahead(read, (File(os.fsencode(path), 0, 0) for path in paths), cores, 4 * cores)))
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
+    environment.filters.update(text=decode_path, name=name, link=link)
+    values = {"title": title_of(found), "policy": POLICY, "verdict": verdict, "remark_on": remark_on, **values}
+    values |= {"shown": shown, "pictures": pictures, "left_out": max(0, -room), "engine": engine}
+    return environment.from_string(PAGE).render(values)
 
 
 def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine, seconds: float) -> None:
-    """Write all that was found, to look at: one file that needs no other, no script and no network.
+    """Write the page: one file that needs no other, no script and no network.
 
-    Pictures are read while it is written: memory holds those of one item. Raises DeepVisionError if it cannot be
-    written; what was there is untouched then.
+    Raises DeepVisionError if it cannot be written. An older page stays then.
     """
-    target, (kept, left_out) = Path(os.path.realpath(path)), fitting(found, PAGE_PICTURES)
-    title = f"{counted(len(found), 'query', 'queries')}, {sum(not verdict(item) for item in found):,} found"
-    if not found or isinstance(found[0], Group):
-        title = counted(len(found), "group") if found else "No picture is there twice"
+    target = Path(os.path.realpath(path))
     try:
         if target.exists() and not target.is_file():
             raise FileExistsError(errno.EEXIST, "it exists and is not a regular file")
         with whole_file(target, f".{os.getpid()}") as stream:
-            template("page").stream(
-                found=with_thumbnails(kept), left_out=left_out, title=title, engine=engine,
-                about=f"{time.strftime('%Y-%m-%d %H:%M')}, {seconds:.1f} s", skipped=engine.store.skipped(PAGE_SKIPPED),
-            ).dump(stream, "utf-8")  # fmt: skip
+            about = f"{time.strftime('%Y-%m-%d %H:%M')}, {seconds:.1f} s"
+            stream.write(render(found, engine, about=about).encode())
     except OSError as error:
         why = error.strerror or first_line(error)
         advice = "choose another place with --report FILE, or --no-report"
@@ -2398,266 +2375,199 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
 # ---- UI --------------------------------------------------------------------------------------------------------------
 
 UPLOAD_BYTES = 300_000_000  # of one file given to --ui: a photograph of 100 million pixels, uncompressed
-UI_PICTURES = 500  # of --duplicates that the UI shows, 4 MB
 TILES = 24  # pictures that stand for the collection
-FULL_SIDE = 1 << 20  # pixels, for `to_rgb`: no JPEG is made smaller
-UI_STYLE = """.dark{color-scheme:dark}footer{display:none!important}
-.large [data-rank="0"]{touch-action:none;cursor:crosshair}[data-group]{text-decoration:underline}
-input[data-item]{width:100%;background:none;border:1px solid;border-radius:.3rem;padding:.1rem .4rem}"""
-# A pasted picture is given like a chosen file. The browser's history keeps the number of each view: its Back works.
-PAGE_SCRIPT = """() => {
-    history.replaceState({view: 0}, "")
-    addEventListener("popstate", () => document.querySelector("#back").click())
-    document.addEventListener("paste", event => {
-        const input = document.querySelector("#given input[type=file]")
-        if (!event.clipboardData.files.length) return
-        input.files = event.clipboardData.files
-        input.dispatchEvent(new Event("change", {bubbles: true}))
-    })
-}"""
-NEW_VIEW = '(here) => history.pushState({view: here}, "")'
-OLD_VIEW = "(views, k, least, here) => [views, k, least, history.state?.view || 0]"
-# A click sends the number of the picture, so that the browser needs no path. A rectangle that is drawn on a query, or
-# written into the field below it, is sent in pixels of that picture. A drag by touch ends without a click.
-CLICK_SCRIPT = """let svg, from, part
+COMPARING = "Comparing all pictures: each takes a fraction of a second"  # the title of a page that reloads itself
+SCRIPT = """// Pictures that a person gives are sent one by one. The answers are keys, which the next page asks for.
+const given = document.querySelector("#given")
+const send = async files => {
+    const asked = new URLSearchParams(location.search)
+    for (const name of ["q", "part", "group", "twice"]) asked.delete(name)
+    for (const file of files) {
+        const request = fetch("/?" + new URLSearchParams({name: file.name}), {method: "POST", body: file})
+        const answer = await request.catch(error => ({statusText: error.message}))
+        if (answer.ok) asked.append("q", await answer.text())
+        else alert(`${file.name} is not taken: ${answer.statusText}`)
+    }
+    if (asked.has("q")) location.search = asked
+}
+given.onclick = () => { given.value = "" }
+given.onchange = () => send(given.files)
+document.onpaste = event => send(event.clipboardData.files)
+ondragover = event => event.preventDefault()
+ondrop = event => { event.preventDefault(); send(event.dataTransfer.files) }
+
+// A rectangle that a person draws on a query starts a search with that part of it.
+let svg, from, part
 const place = event => {
     const {x, y} = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse())
-    return [x, y]
+    const {width, height} = svg.viewBox.baseVal
+    return [Math.min(Math.max(x, 0), width), Math.min(Math.max(y, 0), height)].map(Math.round)
 }
-element.addEventListener("pointerdown", event => {
+onpointerdown = event => {
     part = null
-    svg = event.target.closest(".large [data-rank='0']")?.querySelector("svg")
-    if (!svg) return
-    from = place(event)
-    event.target.setPointerCapture(event.pointerId)
-})
-element.addEventListener("pointermove", event => {
+    svg = event.target.closest(".query a")?.querySelector("svg")
+    if (svg) from = place(event)
+}
+onpointermove = event => {
     if (!svg || !event.buttons) return
     const [x, y, X, Y] = [...from, ...place(event)]
     svg.firstElementChild.setAttribute("points", [x, y, X, y, X, Y, x, Y])
-    part = Math.min(Math.abs(X - x), Math.abs(Y - y)) > 8 ? [x, y, X, Y].join() : null
-})
-element.addEventListener("pointerup", event => {
-    if (part) trigger("click", {...svg.closest("button").dataset, part})
-})
-element.addEventListener("click", event => {
-    const button = event.target.closest("button")
-    if (button && !part) trigger("click", {...button.dataset})
-    part = null
-})
-element.addEventListener("change", event => {
-    if (event.target.value) trigger("click", {...event.target.dataset, part: event.target.value})
-    event.target.value = ""
-})"""
+    part = [Math.min(x, X), Math.min(y, Y), Math.max(x, X), Math.max(y, Y)]
+}
+onpointerup = () => {
+    if (part && part[2] - part[0] > 8 && part[3] - part[1] > 8) location = svg.closest("a").href + "&part=" + part
+}
+onclick = event => { if (part) event.preventDefault() }
+"""
 
 
-def import_gradio() -> None:
-    """Raise DeepVisionError if Gradio is not installed; else have it tell nobody that it is used."""
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
-    if not importlib.util.find_spec("gradio"):
-        raise DeepVisionError("--ui needs Gradio: run `pip install gradio`")
+class Request(http.server.BaseHTTPRequestHandler):
+    """A request to the UI. Requests of other sites are refused. No path that a browser sends is opened."""
+
+    server: UI
+    timeout = 60  # seconds without a byte
+
+    def parse_request(self) -> bool:
+        """Read the header. Refuse what comes neither from this machine's address line nor from the UI's own page."""
+        if not super().parse_request():
+            return False
+        host, port = self.headers["Host"], self.server.server_address[1]
+        is_own = host in (f"127.0.0.1:{port}", f"localhost:{port}")  # another name may be another site's
+        is_own &= self.headers.get("Origin", f"http://{host}") == f"http://{host}"
+        is_own &= self.headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
+        if not is_own:
+            self.send_error(403, "not from here")
+        return is_own
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        if path == "/":
+            self.reply(self.server.page(query))
+        else:
+            self.send_error(404)
+
+    def do_POST(self) -> None:
+        """Save the picture that is sent, and answer with its key. Its name is in the address."""
+        left = int(self.headers["Content-Length"])
+        if not 0 <= left <= UPLOAD_BYTES:
+            return self.send_error(413, f"more than {UPLOAD_BYTES:,} bytes")
+        name = urllib.parse.parse_qs(self.path.partition("?")[2])["name"][0]
+        path = os.path.join(tempfile.mkdtemp(dir=self.server.folder), os.path.basename(name))
+        with open(path, "xb") as target:
+            while data := self.rfile.read(min(left, 1 << 20)):
+                target.write(data)
+                left -= len(data)
+        self.reply(self.server.key(path))
+
+    def reply(self, body: str) -> None:
+        with suppress(ConnectionError):  # the browser has gone
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("X-Frame-Options", "DENY")  # the page's policy cannot say this
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing."""
 
 
-class Desk:
-    """What all tabs of the UI share: the engine, and a lock, since its store is for one thread at a time."""
+class UI(socketserver.ThreadingTCPServer):
+    """The server of the UI. It gives a browser small copies of pictures, and keys in place of paths."""
 
-    def __init__(self, engine: Engine, work: Work) -> None:
-        self.engine, self.lock = engine, threading.Lock()
-        self.groups = list[tuple[int, list[Match]]]()  # of the collection, once it was shown
-        self.work = replace(work, update=True, rebuild=False, prune=False, rank=0, ranks=1)
+    daemon_threads = True
+    allow_reuse_address = os.name == "posix"  # on Windows two programs would share the port
 
-    def update(self) -> None:
-        """Bring the index up to date, while the old one goes on answering."""
-        old, folder = self.engine, self.engine.store.folder.parent
-        torch.set_num_threads(torch_threads())  # a new thread begins with the number that was set last, perhaps 1
+    def __init__(self, engine: Engine, port: int, top: int, folder: str) -> None:
+        super().__init__(("127.0.0.1", port), Request)
+        self.engine, self.top, self.folder = engine, top, folder  # the folder is for the pictures that are given
+        self.searching = threading.Lock()  # the store is for one thread at a time
+        self.comparing = threading.Thread(target=self.compare, daemon=True)
+        self.duplicates: list[Any] = [Answer("", [], "the comparison has failed: the terminal says why")]
+        self.groups = representatives(engine, TILES)
+        self.paths = dict[str, str]()  # by key
+
+    def compare(self) -> None:
+        """Find the duplicates. A thread of its own does it, with a connection of its own, so that searches go on."""
+        store = Store(self.engine.store.folder, self.engine.store.identity, self.engine.store.dim)
+        self.duplicates = list(find_duplicates(replace(self.engine, store=store)))
+
+    def key(self, path: str) -> str:
+        """The key that stands for a path."""
+        key = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+        self.paths[key] = path
+        return key
+
+    def page(self, query: str) -> str:
+        """The page that the query of an address asks for."""
+        asked = urllib.parse.parse_qs(query)
+        usual = {"k": str(self.top), "least": "0", "part": ""}
+        choices = {name: asked.get(name, [value])[0] for name, value in usual.items()}
         try:
-            new = initialize_reverse_image_search(old.images, folder, model=old.model, work=self.work)
-        except DeepVisionError as error:
-            raise gradio.Error(html.escape(str(error)), print_exception=False) from error
-        with self.lock:
-            self.engine, self.groups = new, []
-            old.store.db.close()
-
-    def view(self, shown: list[str] | int, k: int, least: float) -> tuple[str, list[Any]]:
-        """HTML, and what it shows: the Answers to queries, the group of this number, or with 0 the whole collection."""
-        heading, found = "", list[Any]()
-        try:
-            with self.lock:
-                if isinstance(shown, list):
-                    found = list(search(shown, self.engine, k=int(k), threshold=float(least)))
-                else:
-                    self.groups = self.groups or representatives(self.engine, TILES)
-                    heading, images = self.collection()
-                    if shown:
-                        size, images = self.groups[shown - 1]
-                        heading = f"{counted(size, 'picture')} that look alike"
-                    found = [Group("", images)]
-        except DeepVisionError as error:
-            found = [Answer("", [], str(error))]
-        return as_html(found, heading), found
-
-    def collection(self) -> tuple[str, list[Match]]:
-        """A heading, and one image of each group, with the size of the group as its view."""
-        summary, model = self.engine.summary, self.engine.model
-        where = f"{counted(summary.images, 'image')} in {self.engine.images}, {summary.skipped:,} skipped"
-        heading = f"{where}; {model.name} on {model.device}. Click one to search from it, or its group to see that"
-        firsts = [images[0]._replace(view=f"group of {size:,}") for size, images in self.groups]
-        return heading, [match._replace(rank=rank) for rank, match in enumerate(firsts, start=1)]
-
-    def duplicates(self) -> tuple[str, list[Any]]:
-        """HTML, and the groups of files that hold the same picture."""
-        old = self.engine.store
-        store = Store(old.folder, old.identity, old.dim)  # a connection of its own, so that searches go on meanwhile
-        try:
-            kept, left_out = fitting(list(find_duplicates(replace(self.engine, store=store))), UI_PICTURES)
-        except DeepVisionError as error:
-            return as_html([Answer("", [], str(error))]), []
-        finally:
-            store.db.close()
-        more = f"; {left_out:,} more pictures have no room here: see --duplicates" if left_out else ""
-        return as_html(kept, f"{counted(len(kept), 'group')}. Nothing is deleted{more}"), kept
-
-    def cut(self, path: str, part: str) -> str:
-        """A file with a part of a picture: left, top, right, bottom, in pixels."""
-        file = File(os.fsencode(path), 0, 0)
-        read = read_picture(file, b"", lambda image: to_rgb(image, FULL_SIDE))
-        try:
-            x, y, X, Y = (int(float(number)) for number in part.split(","))
-            width, height = read.pixels.size
-            box = max(0, min(x, X)), max(0, min(y, Y)), min(width, max(x, X)), min(height, max(y, Y))
-            if box[0] >= box[2] or box[1] >= box[3]:
-                raise ValueError("it is empty")
-        except (ValueError, OverflowError, AttributeError) as error:  # the last: the file cannot be read
-            words = f"{part!r} is no part of the picture; expected are its pixels: left, top, right, bottom"
-            raise gradio.Error(html.escape(read.reason or words), print_exception=False) from error
-        target = os.path.join(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"]), "part of a picture.png")
-        read.pixels.crop(box).save(target)
-        return target
-
-    # What the events of the page call. `views` are those of one browser tab, `here` is the number of the one it shows.
-
-    def visit(self, view: list[str] | int, views: list[Any], k: int, least: float, here: int) -> Any:
-        """Show a new view, which takes the place of those after `here`."""
-        views = [*views[: int(here) + 1], view]
-        return views, len(views) - 1, *self.view(view, k, least), gradio.Tabs(selected="search")
-
-    def again(self, views: list[Any], k: int, least: float, here: int) -> Any:
-        """Show the view `here`."""
-        here = min(int(here), len(views) - 1)
-        return here, *self.view(views[here], k, least)
-
-    def from_given(self, given: list[str], *rest: Any) -> Any:
-        """Search with the files that were given, and empty their field. `rest`: what `visit` takes after the view."""
-        return None, *self.visit([*given], *rest)
-
-    def from_found(self, event: gradio.EventData, found: list[Any], *rest: Any) -> Any:
-        """Search from a picture that was clicked, or from a part of it, or show its group."""
-        item, rank, part = found[int(event.item)], int(event.rank), getattr(event, "part", None)
-        if getattr(event, "group", None):
-            return self.visit(rank, *rest)
-        path = item.matches[rank - 1].path if rank else item[0]
-        return self.visit([self.cut(path, part) if part else path], *rest)
-
-
-def as_html(found: Sequence[Answer | Group], heading: str = "") -> str:
-    """The sections of the page for the browser: with names instead of paths, and buttons instead of links."""
-    sections = template("sections", lambda path: decode_path(os.path.basename(path)))
-    return sections.render(found=with_thumbnails(found), heading=heading, in_ui=True)
-
-
-def user_interface(desk: Desk, top: int) -> Any:
-    """The page in the browser, as Gradio Blocks."""
-    sections = partial(gradio.HTML, css_template=STYLE, js_on_load=CLICK_SCRIPT, apply_default_css=False)
-    with gradio.Blocks(title="DeepVision", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        views, found, groups = gradio.State([0]), gradio.State([]), gradio.State([])  # they stay on this side
-        progress = gradio.Progress(track_tqdm=True)
-        here, back = gradio.Number(0, visible=False), gradio.Button(visible="hidden", elem_id="back")
-        with gradio.Tabs() as tabs:
-            with gradio.Tab("Search", id="search"), gradio.Row():
-                with gradio.Column(scale=1, min_width=260):
-                    label = "Drop, paste or choose pictures"
-                    given = gradio.File(label=label, file_count="multiple", height=170, elem_id="given")
-                    k = gradio.Slider(1, 100, min(top, 100), step=1, label="How many", elem_id="top")
-                    least = gradio.Slider(0, 1, 0, step=0.01, label="From which score", elem_id="least")
-                    start = gradio.Button("Show the collection", elem_id="start")
-                    renew = gradio.Button("Update the index", elem_id="update")
-                with gradio.Column(scale=3):
-                    shown = sections(elem_id="found")
-            with gradio.Tab("The same picture twice", id="twice"):
-                look, twice = gradio.Button("Look for them", elem_id="look"), sections(elem_id="twice")
-
-        def update(progress: Any = progress) -> None:
-            desk.update()
-
-        def duplicates(progress: Any = progress) -> Any:
-            return desk.duplicates()
-
-        private = {"api_visibility": "private"}
-        rest, then = [views, k, least, here], [views, here, shown, found, tabs]
-        visits = [
-            given.upload(desk.from_given, [given, *rest], [given, *then], **private),
-            shown.click(desk.from_found, [found, *rest], then, **private),
-            twice.click(desk.from_found, [groups, *rest], then, **private),
-            start.click(partial(desk.visit, 0), rest, then, **private),
-            renew.click(update, **private).success(partial(desk.visit, 0), rest, then, **private),
-        ]
-        for visited in visits:
-            visited.success(None, here, js=NEW_VIEW, **private)
-        gradio.on([k.release, least.release], desk.again, rest, [here, shown, found], **private)
-        gradio.on([page.load, back.click], desk.again, rest, [here, shown, found], js=OLD_VIEW, **private)
-        look.click(duplicates, None, [twice, groups], **private)
-    return page
-
-
-def guarded(app: Any, port: int) -> Any:
-    """An ASGI application for this machine's own browser: no other site may ask it, and its page asks no other site."""
-    hosts = {f"{name}:{port}".encode() for name in ("127.0.0.1", "localhost")}
-    policy = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
-
-    async def guard(scope: Any, receive: Any, send: Any) -> None:
-        async def send_with_policy(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"content-security-policy", policy)]
-            await send(message)
-
-        headers = dict(scope.get("headers", ()))
-        origin = headers.get(b"origin", b"http://" + headers.get(b"host", b"")).removeprefix(b"http://")
-        if scope["type"] == "lifespan" or {headers.get(b"host"), origin} <= hosts:
-            return await app(scope, receive, send_with_policy)
-        await fastapi.Response("not from here", 403)(scope, receive, send)
-
-    return guard
-
-
-def serve(engine: Engine, work: Work, port: int, top: int) -> None:
-    """Serve the UI, to this machine alone, until it is interrupted."""
-    with socket.socket() as listening, tempfile.TemporaryDirectory() as folder:  # of what is uploaded
-        try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name == "posix"))
-            listening.bind(("127.0.0.1", port))
-            listening.listen()  # a browser that connects too early waits
-        except OSError as error:
-            raise DeepVisionError(f"port {port} is not free ({error.strerror}): choose another with --port") from error
-        port, os.environ["GRADIO_TEMP_DIR"] = listening.getsockname()[1], folder
-        page = user_interface(Desk(engine, work), top)
-        app = gradio.mount_gradio_app(
-            fastapi.FastAPI(openapi_url=None), page, "/", "127.0.0.1", port, footer_links=[], run_history=False,
-            max_file_size=UPLOAD_BYTES, ssr_mode=False, enable_monitoring=False, show_error=True, css=UI_STYLE,
-            js=PAGE_SCRIPT,
+            title, found = self.find(asked, **choices)
+        except (DeepVisionError, ValueError, IndexError, argparse.ArgumentTypeError) as error:
+            title, found = "This cannot be done", [Answer("", [], str(error))]
+        kept = urllib.parse.urlencode({name: choices[name] for name in ("k", "least")})  # in all links
+        script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+        return render(
+            found, self.engine, title=title, is_waiting=title == COMPARING,
+            about="click a picture to search from it, or draw on a query to search with a part of it",
+            policy=f"{POLICY}; connect-src 'self'; script-src 'sha256-{script}'", script=SCRIPT,
+            name=lambda path: decode_path(os.path.basename(path)), link=lambda path: f"?q={self.key(path)}&{kept}",
+            queries=asked.get("q", []), kept=kept, **choices,
         )  # fmt: skip
-        page.has_launched = True  # or Gradio would take any path on this machine for an uploaded one
-        log.info("http://127.0.0.1:%d", port)
-        config = uvicorn.Config(guarded(app, port), log_level="error", timeout_graceful_shutdown=1)
-        with suppress(KeyboardInterrupt):  # the way to end it
-            uvicorn.Server(config).run([listening])
+
+    def find(self, asked: dict[str, list[str]], k: str, least: str, part: str) -> tuple[str, list[Any]]:
+        """The title and the content of a page: duplicates (`twice`), a search (`q`), a `group`, or the collection."""
+        if "twice" in asked:
+            with suppress(RuntimeError):  # it was started before
+                self.comparing.start()
+            self.comparing.join(1)
+            if self.comparing.is_alive():
+                return COMPARING, []
+            return title_of(self.duplicates), self.duplicates
+        with self.searching:
+            if "q" in asked:
+                paths = [self.paths[key] for key in asked["q"] if key in self.paths]
+                if len(paths) < len(asked["q"]):
+                    raise DeepVisionError("this picture is not known any more: give it again")
+                crop = crop_box(part) if part else None
+                found = list(search(paths, self.engine, k=int(k), threshold=float(least), crop=crop))
+                return title_of(found), found
+            if "group" in asked:
+                size, images = self.groups[int(asked["group"][0]) - 1]
+                return f"{counted(size, 'picture')} that look alike", [Group("", images)]
+            tiles = [images[0]._replace(view=f"group of {size:,}") for size, images in self.groups]
+            tiles = [match._replace(rank=rank) for rank, match in enumerate(tiles, start=1)]
+            return "Pictures that stand for the collection", [Group("", tiles)]
+
+
+def serve(engine: Engine, port: int, top: int) -> None:
+    """Serve the UI, to this machine alone, until an interrupt ends the process."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            server = UI(engine, port, top, folder)
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise DeepVisionError(f"port {port} cannot be used ({why}): choose another with --port") from error
+        with server, suppress(KeyboardInterrupt):
+            log.info("http://127.0.0.1:%d", server.server_address[1])
+            server.serve_forever()
+    os._exit(0)  # torch aborts a process that ends while a thread is at work
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-ADDRESS = re.compile("https?://", re.IGNORECASE)  # nothing else is fetched, after a redirect neither
+ADDRESS = re.compile("https?://", re.IGNORECASE)  # nothing else is fetched, not even after a redirect
 FETCHED_BYTES = 300_000_000  # of one query that comes from an address or from stdin
-FETCH_SECONDS = 600  # for one address: FETCHED_BYTES at 0.5 MB/s. A server that sends byte by byte knows no other end
+FETCH_SECONDS = 600  # for one address: FETCHED_BYTES at 0.5 MB/s
 NO_MEMORY = re.compile("alloc|memory|start new thread|map segment")  # in the words of torch, FAISS, Python and ld.so
+EXCLUDED = {  # by option: those that cannot be combined with it
+    "no_update": ("index_only", "rebuild", "prune", "exclude"),
+    "index_only": ("queries", "crop"),
+    "export": ("queries", "crop"),
+    "ui": ("queries", "crop", "threshold", "views", "form"),
+    "duplicates": ("queries", "crop", "threshold", "views", "top"),
+}
 
 
 def score_or_label(text: str) -> float | str:
@@ -2677,43 +2587,29 @@ def crop_box(text: str) -> tuple[float, ...]:
     raise argparse.ArgumentTypeError(f"{text!r} is not LEFT,TOP,RIGHT,BOTTOM, in pixels or as shares of the picture")
 
 
-def check_combination(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    chosen = {"--duplicates": options.duplicates is not None, "--ui": options.ui, "--export": options.export}
-    mode = next((option for option, given in chosen.items() if given), "--index-only" if options.index_only else None)
-    if options.no_update and (options.index_only or options.rebuild or options.prune or options.exclude):
-        parser.error("--no-update cannot be combined with --index-only, --rebuild, --prune or --exclude")
-    if options.queries and mode:
-        parser.error(f"{mode} takes no QUERY: {options.queries[0]}")
-    if options.ui and (options.threshold, options.views) != (-1.0, "auto"):
-        parser.error("--ui does not take --threshold or --views")
-    if options.ui and options.form != "text":
-        parser.error("--ui prints nothing: leave out --json and --null")
-    if options.port is not None and not options.ui:
-        parser.error("--port works only with --ui")
-    if options.duplicates is not None and (options.threshold, options.top, options.views) != (-1.0, TOP, "auto"):
-        parser.error("--duplicates does not take --threshold, --top or --views; for a score: --duplicates 0.9")
-    if options.crop and mode:
-        parser.error(f"--crop applies to a QUERY, and {mode} takes no QUERY")
+def check_options(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """End the program with a usage error if an option is out of range, or two options do not go together."""
+    if any(number is not None and number < 1 for number in (options.top, options.batch_size, options.workers)):
+        parser.error("--top, --batch-size and --workers must be above 0")
+    given = {name for name, value in vars(options).items() if value not in (parser.get_default(name), [])}
+    for option, other in ((option, other) for option, others in EXCLUDED.items() for other in others):
+        if {option, other} <= given:
+            names = {"queries": "a QUERY", "form": "--json or --null"}
+            first, second = (names.get(name, f"--{name.replace('_', '-')}") for name in (option, other))
+            parser.error(f"{first} cannot be combined with {second}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add(
-        "queries",
-        nargs="*",
-        metavar="QUERY",
-        help=f"image files, folders, addresses, or - for stdin (default: {QUERIES}/)",
-    )
+    add("queries", nargs="*", metavar="QUERY", help=f"images, folders, addresses, - for stdin (default: {QUERIES}/)")
     add("--images", default=IMAGES, metavar="DIR", help="the collection (default: %(default)s/)")
     add("--exclude", action="append", default=[], metavar="PATTERN", help="leave out paths that match; may be repeated")
     add("--index-dir", default=INDEX_DIR, metavar="DIR", help="the cache (default: %(default)s/)")
     add("-k", "--top", type=int, default=TOP, metavar="N", help="matches per query (default: %(default)s)")
-    below = "leave out matches below S: a cosine, -1 to 1, or copy, identical"
-    add("--threshold", type=score_or_label, default=-1.0, metavar="S", help=below)
+    add("--threshold", type=score_or_label, default=-1.0, metavar="S", help="least cosine, or label: copy, identical")
     add("--views", choices=VIEWS, default="auto", help="edits of the query to undo (default: auto, the useful ones)")
-    part = "search with a part of the query: LEFT,TOP,RIGHT,BOTTOM, in pixels, or as shares of the picture up to 1"
-    add("--crop", type=crop_box, metavar="L,T,R,B", help=part)
+    add("--crop", type=crop_box, metavar="L,T,R,B", help="a part of the query: its sides, in pixels or as shares")
     add("--model", metavar="NAME", help=f"{MODEL} (default), any torchvision classification model, timm:NAME, offline")
     add("--weights", metavar="NAME|FILE", help=f"torchvision weights (default: {WEIGHTS}) or a local file")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
@@ -2721,48 +2617,28 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, metavar="N", help="threads that read and decode (default: one a core)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--index-only", action="store_true", help="update the index, search nothing")
-    alike = "list groups of the same picture in the collection; S: copy (default), identical, or the least score"
+    alike = "groups of the same picture; S: copy (default), identical, or the least cosine"
     mode.add_argument("--duplicates", type=score_or_label, nargs="?", const="copy", metavar="S", help=alike)
-    mode.add_argument("--ui", action="store_true", help="search in the browser; needs Gradio")
+    mode.add_argument("--ui", action="store_true", help="search in the browser")
     mode.add_argument("--export", metavar="DIR", help="features.npy and paths.txt, for any other vector database")
-    add("--port", type=int, metavar="N", help=f"of --ui, on this machine alone (default: {PORT}; 0: any)")
+    add("--port", type=int, default=PORT, metavar="N", help="of --ui (default: %(default)s; 0: any that is free)")
     add("--no-update", action="store_true", help="search the index as it is, without a look at the collection")
     add("--exact", action="store_true", help="compare with every image, however many there are")
     add("--rebuild", action="store_true", help="start again from the images")
     add("--prune", action="store_true", help="forget files that are gone, and their features")
-    form = parser.add_mutually_exclusive_group()
-    add_form = partial(form.add_argument, dest="form", default="text", action="store_const")
+    add_form = partial(add, dest="form", default="text", action="store_const")
     add_form("--json", const="json", help="one JSON object per query, a line each")
     add_form("--null", const="null", help="or -0: the paths found alone, each with a NUL at its end")
-    page = parser.add_mutually_exclusive_group()
-    page.add_argument("--report", default=REPORT, metavar="FILE", help="the page to look at (default: %(default)s)")
-    page.add_argument("--no-report", dest="report", action="store_const", const=None, help="write no page")
-    volume = parser.add_mutually_exclusive_group()
-    add_level = partial(volume.add_argument, dest="level", default=logging.INFO, action="store_const")
+    add("--report", default=REPORT, metavar="FILE", help="the page to look at (default: %(default)s)")
+    add("--no-report", dest="report", action="store_const", const=None, help="write no page")
+    add_level = partial(add, dest="level", default=logging.INFO, action="store_const")
     add_level("-q", "--quiet", const=logging.WARNING, help="warnings and errors alone")
     add_level("-v", "--verbose", const=logging.DEBUG, help="name the files that were skipped")
     # -0 is replaced here: if argparse knew it as an option, it would take the -0.5 of `--threshold -0.5` for one too.
     given = sys.argv[1:] if argv is None else argv
     options = parser.parse_intermixed_args(["--null" if arg == "-0" else arg for arg in given])
-    if options.port is not None and not 0 <= options.port < 65536:
-        parser.error(f"--port takes a number from 0 to 65535, not {options.port}")
-    if not (options.images and options.index_dir) or options.report == "":
-        parser.error("--images and --index-dir take a folder, and --report a file")
-    for option in ("top", "batch_size", "workers"):
-        if (value := getattr(options, option)) is not None and value < 1:
-            parser.error(f"--{option.replace('_', '-')} must be 1 or more, not {value}")
-    check_combination(options, parser)
+    check_options(options, parser)
     return options
-
-
-def find_queries(names: Iterable[str], onerror: OnError) -> Iterator[str]:
-    """The files named, and those in the folders named."""
-    for name in names:
-        if os.path.isdir(name):
-            for file in find_images(name, onerror):
-                yield os.path.join(name, os.fsdecode(file.path))
-        else:
-            yield name
 
 
 def rank_of_ranks() -> tuple[int, int]:
@@ -2772,7 +2648,7 @@ def rank_of_ranks() -> tuple[int, int]:
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to addresses alone. urllib itself also follows ftp: where there is a proxy for it."""
+    """Follows redirects to http and https alone. urllib itself also follows those to ftp."""
 
     def redirect_request(self, request: Any, body: Any, code: int, reason: str, headers: Any, address: str) -> Any:
         body.close()  # else urllib reads it into memory, however long it is
@@ -2782,117 +2658,115 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def save_query(name: str, path: str) -> str | None:
-    """Write the query `name`, an address or - for stdin, to the file `path`; why that cannot be done, or None."""
-    opener, buffer = urllib.request.OpenerDirector(), memoryview(bytearray(1 << 20))
-    for handler in ("Proxy", "HTTP", "HTTPS", "HTTPDefaultError", "Unknown"):
-        opener.add_handler(getattr(urllib.request, f"{handler}Handler")())
-    opener.add_handler(urllib.request.HTTPErrorProcessor())
-    opener.add_handler(Redirects())
+    """Save the query `name`, an address or - for stdin, as the file `path`. Returns None, or why that failed."""
+    end = time.monotonic() + FETCH_SECONDS
     try:
         stdin = getattr(sys.stdin, "buffer", io.BytesIO())  # Python has none if it was closed
+        opener = urllib.request.build_opener(Redirects)
         source: Any = nullcontext(stdin) if name == "-" else opener.open(name, timeout=CONNECT_SECONDS)
         with source as stream, open(path, "wb") as target:
-            # Not `read`: http.client takes a chunk of -1 bytes for all that comes, and reads it into memory.
-            while (count := stream.readinto(buffer)) and target.tell() <= FETCHED_BYTES:
-                target.write(buffer[:count])
-            size = target.tell()
+            # `read` would wait until it has all bytes that it is asked for, however slowly a server sends them.
+            while data := stream.read1(1 << 16):
+                target.write(data)
+                if target.tell() > FETCHED_BYTES:
+                    return f"more than {FETCHED_BYTES:,} bytes"
+                if name != "-" and time.monotonic() > end:
+                    return f"not there after {FETCH_SECONDS} seconds"
+            return None if target.tell() else "it is empty"
     except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
-        return escape_controls(first_line(error)) or type(error).__name__  # a server's words
-    return "it is empty" if not size else f"more than {FETCHED_BYTES:,} bytes" if size > FETCHED_BYTES else None
+        words = first_line(error).removeprefix("<urlopen error ").removesuffix(">")
+        return escape_controls(words) or type(error).__name__  # they may be a server's
 
 
-def fetch(name: str, path: str) -> str | None:
-    """As `save_query`, for an address, in at most FETCH_SECONDS."""
-    outcome: list[str | None] = [f"not there after {FETCH_SECONDS} seconds"]
-    thread = threading.Thread(target=lambda: outcome.append(save_query(name, path)), daemon=True)
-    thread.start()
-    thread.join(FETCH_SECONDS)
-    return outcome[-1]
-
-
-def answers(options: argparse.Namespace, engine: Engine, folder: str) -> Iterator[Answer | Group]:
-    """An Answer for each query, or the groups of --duplicates. Queries that are not on disk are put into `folder`.
-
-    Raises DeepVisionError if there was no query.
-    """
-    if options.duplicates is not None:
-        count = copies = 0
-        for group in find_duplicates(engine, options.duplicates):
-            count, copies = count + 1, copies + len(group.matches)
-            yield group
-        return log.info("%s, %s beside those to keep", counted(count, "group"), counted(copies, "file"))
-    fetched, unlisted, answered = dict[str, tuple[str, str | None]](), list[OSError](), False
-
-    def on_disk(name: str) -> str:
-        if name != "-" and not ADDRESS.match(name):
-            return name
-        path = os.path.join(folder, str(len(fetched)))
-        fetched[path] = name, (save_query if name == "-" else fetch)(name, path)
-        if fetched[path][1]:
-            with suppress(OSError):  # no such file, or it is still being written
-                os.unlink(path)
-        return path
-
-    names = find_queries(options.queries or filter(os.path.isdir, [QUERIES]), unlisted.append)
-    choices = {"k": options.top, "threshold": options.threshold, "views": options.views, "crop": options.crop}
-    for answer in search(map(on_disk, names), engine, **choices):
-        if answer.error == NOT_AN_IMAGE and answer.query not in (*options.queries, *fetched):
-            continue  # some other file in a folder of queries
-        name, error = fetched.get(answer.query, (answer.query, None))
-        answered, answer = True, answer._replace(query=name, error=error or answer.error, file=answer.query)
-        if answer.error:
-            log.error("%s: %s", escape_controls(name), answer.error)
-        yield answer
+def find_queries(names: Iterable[str], folder: str) -> Iterator[Answer]:
+    """The queries, as Answers without matches. Addresses and stdin are saved in `folder`. A folder gives its files."""
+    unlisted = list[OSError]()
+    for number, name in enumerate(names):
+        if name == "-" or ADDRESS.match(name):
+            path = os.path.join(folder, str(number))
+            yield Answer(name, [], save_query(name, path), path)
+        elif os.path.isdir(name):
+            paths = (os.path.join(name, os.fsdecode(file.path)) for file in find_images(name, unlisted.append))
+            yield from (Answer(path, [], file=path) for path in paths)
+        else:
+            yield Answer(name, [], file=name)
     for failure in unlisted:
-        name, error = os.fsdecode(failure.filename), f"cannot be listed ({failure.strerror})"
-        log.error("%s %s", escape_controls(name), error)
-        yield Answer(name, [], error)
-    if not answered and not unlisted:
-        where = ", ".join(options.queries) or f"{QUERIES}/"
-        raise DeepVisionError(f"no image to search with in {where}: put one there, or name it: main.py photo.jpg")
+        name = os.fsdecode(failure.filename)
+        yield Answer(name, [], f"cannot be listed ({failure.strerror})", name)
+
+
+def answers(options: argparse.Namespace, engine: Engine, folder: str) -> Iterator[Answer]:
+    """An Answer for each query, and for each folder that cannot be listed. Files that are no images are passed over."""
+    names = options.queries or filter(os.path.isdir, [QUERIES])
+    queries, again = itertools.tee(find_queries(names, folder))
+    choices = {"k": options.top, "threshold": options.threshold, "views": options.views, "crop": options.crop}
+    for query, answer in zip(again, search((query.file for query in queries), engine, **choices)):
+        error = query.error or answer.error
+        if error != NOT_AN_IMAGE or query.query in options.queries:
+            yield query._replace(matches=[] if error else answer.matches, error=error)
 
 
 def write_export(engine: Engine, folder: Path) -> None:
-    """Write features.npy, float16 (n, dim), and paths.txt, a line for each row. The first is there only if both are."""
+    """Write paths.txt, a line for each image, and features.npy, float16 (n, dim), which is there only if both are."""
     store = engine.store
     try:
         with store.locked():  # nobody else changes the store meanwhile
-            n = store.count("files JOIN features USING (digest) WHERE there")
+            joined = "files JOIN features USING (digest) WHERE there"
+            files = store.db.execute(f"SELECT row, path FROM {joined} ORDER BY row, path").fetchall()
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "features.npy").unlink(missing_ok=True)
             with whole_file(folder / "features.npy") as features, whole_file(folder / "paths.txt") as paths:
-                header = {"descr": "<f2", "fortran_order": False, "shape": (n, store.dim)}
+                header = {"descr": "<f2", "fortran_order": False, "shape": (len(files), store.dim)}
                 np.lib.format.write_array_header_1_0(features, header)
-                for rows, _ in store.blocks():
-                    for digest, vector in zip(*store.features_of(rows)[1:]):
-                        for file in store.files_with(digest):
-                            features.write(vector.tobytes())
-                            name = file.path.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
-                            paths.write(name + b"\n")
+                for start in range(0, len(files), BLOCK):
+                    wanted, names = zip(*files[start : start + BLOCK])
+                    rows, _, vectors = store.features_of(set(wanted))
+                    features.write(vectors[np.searchsorted(rows, wanted)].tobytes())
+                    for name in names:
+                        paths.write(name.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r") + b"\n")
     except (OSError, sqlite3.Error, DamageError) as error:
-        raise DeepVisionError(f"--export {folder}: {first_line(error)}") from error
-    log.info("%s: %d × %d features and their paths", escape_controls(str(folder)), n, store.dim)
+        advice = "run it again, or choose another folder"
+        raise DeepVisionError(f"--export {folder}: {first_line(error)}; {advice}") from error
+    log.info("%s: %d × %d features and their paths", escape_controls(str(folder)), len(files), store.dim)
 
 
 def report_update(engine: Engine, options: argparse.Namespace) -> None:
     """Say on stderr what the update found and did."""
-    summary, model, images = engine.summary, engine.model, options.images
+    summary, model, images = engine.summary, engine.model, escape_controls(str(engine.images))
     done = f"{summary.images:,} images, not checked for changes (--no-update)" if options.no_update else summary
     log.info("%s: %s (%s on %s, %s)", images, done, model.name, model.device, model.precision)
     if engine.index.recall and not engine.exact:
         how = "the search is approximate (recall@%d is %.3f); --exact compares with every image"
         log.info(how, TOP, engine.index.recall)
-    first = engine.store.db.execute(f"SELECT path FROM {USABLE} LIMIT {BLOCK}").fetchall() if options.no_update else ()
-    if first and not any(os.path.exists(os.path.join(images, os.fsdecode(path))) for (path,) in first):
-        log.warning("none of the first images in the index is in %s any more: is --images the right folder?", images)
-    for path, reason in engine.store.skipped() if log.isEnabledFor(logging.DEBUG) else ():
-        log.debug("skipped %s: %s", escape_controls(os.path.join(images, os.fsdecode(path))), reason)
+    if log.isEnabledFor(logging.DEBUG):
+        for path, reason in engine.store.skipped():
+            log.debug("skipped %s: %s", escape_controls(os.path.join(engine.images, os.fsdecode(path))), reason)
+
+
+def print_answers(options: argparse.Namespace, engine: Engine) -> int:
+    """Print the answers to the queries, or the duplicates, write the page, and return the exit status."""
+    start, found = time.perf_counter(), list[Answer | Group]()
+    is_search = options.duplicates is None
+    is_fetched = any(name == "-" or ADDRESS.match(name) for name in options.queries)
+    with tempfile.TemporaryDirectory() if is_fetched else nullcontext("") as folder:
+        for item in answers(options, engine, folder) if is_search else find_duplicates(engine, options.duplicates):
+            found.append(item)
+            print_found(item, engine, options.form)
+            if item.error:
+                log.error("%s: %s", escape_controls(item[0]), item.error)
+        if is_search and not found:
+            where = ", ".join(options.queries) or f"{QUERIES}/"
+            raise DeepVisionError(f"no image to search with in {where}: put one there, or name it: main.py photo.jpg")
+        if not is_search:
+            log.info("%s", title_of(found))
+        if options.report:
+            write_page(options.report, found, engine, time.perf_counter() - start)
+            log.info("%s", escape_controls(options.report))
+    return 1 if any(item.error for item in found) else 0
 
 
 def run(options: argparse.Namespace) -> int:
     """Do what the options ask for, and return the exit status."""
-    if options.ui:
-        import_gradio()  # or it would be missed when all is done
     model, (rank, ranks) = load_model(options.model, options.weights, options.device), rank_of_ranks()
     of_update = options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update
     work = Work(*of_update, options.exact, exclude=tuple(options.exclude), rank=rank, ranks=ranks)
@@ -2904,24 +2778,15 @@ def run(options: argparse.Namespace) -> int:
     report_update(engine, options)
     if options.export:
         write_export(engine, Path(options.export))
-    if options.ui:
-        serve(engine, work, PORT if options.port is None else options.port, options.top)
-    if options.index_only or options.export or options.ui:
-        return 0
-    found, start = list[Answer | Group](), time.perf_counter()
-    is_fetched = any(name == "-" or ADDRESS.match(name) for name in options.queries)
-    with tempfile.TemporaryDirectory() if is_fetched else nullcontext("") as folder:
-        for item in answers(options, engine, folder):
-            found.append(item)
-            print_found(item, engine, options.form)
-        if options.report:
-            write_page(options.report, found, engine, time.perf_counter() - start)
-            log.info("%s", escape_controls(options.report))
-    return 1 if any(item.error for item in found) else 0
+    elif options.ui:
+        serve(engine, options.port, options.top)
+    elif not options.index_only:
+        return print_answers(options, engine)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status: 0 all queries answered, 1 something failed, 2 usage, 130 interrupted."""
+    """Run the command line. Returns the exit status: 0 all answered, 1 something failed, 2 usage, 130 interrupted."""
     options = parse_arguments(argv)
     log.handlers = [logging.StreamHandler()]
     log.setLevel(options.level)
@@ -2930,11 +2795,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="tqdm:")  # its monitor thread failed; not needed
     warnings.filterwarnings("ignore", module="PIL")  # what Pillow doubts is either read or skipped with a reason
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that is not UTF-8 comes out byte for byte; what an older code page lacks, as an escape.
+        utf8 = sys.stdout.encoding.lower() in ("utf-8", "utf8")
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     try:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            # A name that is not UTF-8 comes out byte for byte; what an older code page lacks, as an escape.
-            utf8 = sys.stdout.encoding.lower() in ("utf-8", "utf8")
-            sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
         return run(options)
     except (DeepVisionError, sqlite3.Error) as error:
         log.error("error: %s", escape_controls(str(error)))
