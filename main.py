@@ -90,7 +90,9 @@ else:
 
         def __getattr__(self, attribute: str) -> Any:
             try:
-                return getattr(importlib.import_module(self._name), attribute)
+                value = getattr(importlib.import_module(self._name), attribute)
+                setattr(self, attribute, value)
+                return value
             except ModuleNotFoundError as error:
                 raise DeepVisionError(f"{error}: to install it, run `pip install -r requirements.txt`") from error
 
@@ -436,9 +438,9 @@ def usable_cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def read_ahead(read: Callable[[File], Picture], files: Iterable[File], workers: int, ahead: int) -> Iterator[Picture]:
+def read_ahead(read: Callable[[Any], Any], files: Iterable[Any], workers: int, ahead: int) -> Iterator[Any]:
     """`read(file)` for each file, in order, computed by `workers` threads. At most `ahead` results wait."""
-    threads, pending = ThreadPoolExecutor(workers), deque[Future[Picture]]()
+    threads, pending = ThreadPoolExecutor(workers), deque[Future[Any]]()
     try:
         for file in files:
             pending.append(threads.submit(read, file))
@@ -544,7 +546,7 @@ def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
 def offline_model() -> Model:
     """The built-in descriptor, a model like any other. It runs on the CPU, where the threads that read compute it."""
     dim = (2 * len(ORDERS) - 1) * (EDGE_CELLS**2 - 1) + 3 * (COLOUR_CELLS**2 - 1) + 4
-    return Model(OFFLINE, f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", OFFLINE_SIDE, dim, "cpu", describe)
+    return Model(OFFLINE, f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", OFFLINE_SIDE, dim, "cpu", describe, batch=4)
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
@@ -859,16 +861,13 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
 def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Iterator[list[Picture]]:
     """The pictures with their features, `size` at a time and in order.
 
-    A GPU is given the next batch before the features of the last one are awaited. Those of the descriptor are in
-    `pixels` already: the reading threads have computed them.
+    A GPU is given the next batch before the features of the last one are awaited.
     """
     under_way: deque[tuple[list[Picture], torch.Tensor]] = deque()
     while (batch := list(itertools.islice(pictures, size))) or under_way:
         if batch:
             pixels = [picture.pixels for picture in batch if picture.pixels is not None]
-            found = torch.stack(pixels) if pixels else torch.empty(0)
-            if pixels and model.network is not describe:
-                found, size = launch(found, model, size)
+            found, size = launch(torch.stack(pixels), model, size) if pixels else (torch.empty(0), size)
             under_way.append((batch, found))
         if not batch or len(under_way) > (model.device != "cpu"):
             done, found = under_way.popleft()
@@ -2019,15 +2018,19 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
     It saves every few seconds, and also when an error or an interrupt ends the run. If a decoder crashes the process,
     faulthandler writes that into the lock file, for `skip_crashing_file`.
     """
-    to_pixels = get_transform(model.side, model.resample)
-    describes = model.network is describe  # small operations gain nothing from cores: the threads that read do them
-    transform = (lambda image: launch(to_pixels(image)[None], model, 1)[0][0]) if describes else to_pixels
-    read = partial(read_picture, root=os.fsencode(images), transform=transform)
+    read = partial(read_picture, root=os.fsencode(images), transform=get_transform(model.side, model.resample))
     if not work.rebuild:
         read = partial(read, known=store.is_known)
     size, workers = work.batch_size or model.batch, work.workers or usable_cores()
     files = [file for file in unread if zlib.crc32(file.path) % work.ranks == work.rank]
-    pictures = read_ahead(read, files, workers, min(AHEAD_BATCHES * size + workers, AHEAD_MOST))
+    if model.network is describe:  # small operations gain nothing from cores: each thread describes what it reads
+        groups = [files[i : i + size] for i in range(0, len(files), size)]
+        batches = read_ahead(
+            lambda group: next(with_features(map(read, group), model, size)), groups, workers, AHEAD_MOST // size
+        )
+    else:
+        pictures = read_ahead(read, files, workers, min(AHEAD_BATCHES * size + workers, AHEAD_MOST))
+        batches = with_features(pictures, model, size)
     summary, into, unsaved = Summary(), store, list[Picture]()
     if work.ranks > 1:
         into = Store(store.folder, store.identity, store.dim, f"rank-{work.rank}.sqlite")
@@ -2037,7 +2040,7 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
     with open(store.lock_file.lock_file, "ab") as last_words, bar:
         faulthandler.enable(last_words)
         try:
-            for batch in with_features(pictures, model, size):
+            for batch in batches:
                 unsaved += batch
                 summary.add(batch)
                 bar.update(len(batch))
