@@ -1688,8 +1688,9 @@ def nearest(xq: np.ndarray, k: int, blocks: Blocks) -> tuple[np.ndarray, np.ndar
     """Scores D and rows I, (nq, k), of the rows nearest to xq, float32 (nq, dim), best first; -1: there are fewer."""
     heap = faiss.ResultHeap(len(xq), k, keep_max=True)
     for rows, xb in blocks:
-        D, I = faiss.knn(xq, to_float32(xb), min(k, len(xb)), metric=faiss.METRIC_INNER_PRODUCT)
-        heap.add_result(D, rows[I])
+        S = torch.from_numpy(xq) @ torch.from_numpy(to_float32(xb)).T  # several times as fast as FAISS multiplies
+        D, I = S.topk(min(k, len(xb)))
+        heap.add_result(D.numpy(), rows[I.numpy()])
     heap.finalize()
     return heap.D, heap.I
 
@@ -1709,11 +1710,15 @@ def coded_index(store: Store, last: int) -> Index:
     width = min(CODED_DIM, store.dim, len(xt)) // 2 * 2
     codes = faiss.index_factory(store.dim, f"PCAR{width},PQ{width // 2}x4fs")
     faiss.downcast_index(codes.index).pq.cp.min_points_per_centroid = 1  # no warning about a small collection
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)  # in steps so small threads only wait for each other: 12 times as long, if others work
     codes.train(xt)
+    faiss.omp_set_num_threads(threads)
     index = faiss.IndexIDMap(codes)
 
     def added() -> Blocks:
-        for block in progress_bar(store.blocks(last=last), desc="compact codes", unit="block"):
+        for rows, xb in progress_bar(store.blocks(last=last), desc="compact codes", unit="block"):
+            block = rows, to_float32(xb)
             build_index([block], index)
             yield block
 
