@@ -153,7 +153,7 @@ def batch(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     xq = queries_for(dim, n)
 
     def found_by(engine: main.Engine, xq: np.ndarray) -> list[set[bytes]]:
-        lists = main.candidate_rows(engine, xq, [1] * len(xq), main.first_list(engine))
+        lists = main.candidate_rows(engine, xq[:, None], engine.first_list)
         ranked = (main.ranked(engine, x[None], rows) for x, rows in zip(xq, lists))
         return [{it.digest for it in itertools.islice(scored, main.TOP)} for scored in ranked]
 

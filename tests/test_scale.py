@@ -412,7 +412,7 @@ def test_an_export_that_fails_is_one_line_and_leaves_no_features_beside_other_pa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(main.Store, "files_with", full)
+        patch.setattr(main.Store, "features_of", full)
         outcome = run(*OFFLINE, "--export", "out")
     assert outcome.status == 1 and "No space left" in outcome.stderr and "Traceback" not in outcome.stderr
     assert os.listdir("out") == ["paths.txt"]  # of the export before
