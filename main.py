@@ -1527,8 +1527,9 @@ def nearest(xq: np.ndarray, k: int, blocks: Blocks) -> tuple[np.ndarray, np.ndar
     """Scores D and rows I, (nq, k), of the rows nearest to xq, float32 (nq, dim), best first; -1: there are fewer."""
     heap = faiss.ResultHeap(len(xq), k, keep_max=True)
     for rows, xb in blocks:
-        D, I = faiss.knn(xq, to_float32(xb), min(k, len(xb)), metric=faiss.METRIC_INNER_PRODUCT)
-        heap.add_result(D, rows[I])
+        S = torch.from_numpy(xq) @ torch.from_numpy(to_float32(xb)).T  # several times as fast as FAISS multiplies
+        D, I = S.topk(min(k, len(xb)))
+        heap.add_result(D.numpy(), rows[I.numpy()])
     heap.finalize()
     return heap.D, heap.I
 
@@ -1536,10 +1537,9 @@ def nearest(xq: np.ndarray, k: int, blocks: Blocks) -> tuple[np.ndarray, np.ndar
 def coded_index(store: Store, last: int) -> Index:
     """An index of compact codes, 64 bytes a vector, with its measured recall.
 
-    Vectors are projected on their principal components, rotated at random so that all weigh alike, and coded by product
-    quantization in 4 bits. A search scans all codes (André, Kermarrec & Le Scouarnec, VLDB 2015) by L2 distance, which
-    ranks vectors of length 1 as the inner product does. The codes only choose the rows whose exact scores are computed.
-    This shortlist grows until it holds nearly all of the true ten nearest of held-out vectors.
+    The principal components, rotated so that all weigh alike, are coded by product quantization in 4 bits (André,
+    Kermarrec & Le Scouarnec, VLDB 2015). A search scans all codes. They only choose the rows whose exact scores are
+    computed: this shortlist grows until it holds nearly all of the true ten nearest of held-out vectors.
     """
     # A digest is a hash: the first ones are a random sample.
     own, _, sample = store.features("row <= ? ORDER BY digest LIMIT ?", last, TRAINED_ON + HELD_OUT)
@@ -1548,11 +1548,15 @@ def coded_index(store: Store, last: int) -> Index:
     width = min(CODED_DIM, store.dim, len(xt)) // 2 * 2
     codes = faiss.index_factory(store.dim, f"PCAR{width},PQ{width // 2}x4fs")
     faiss.downcast_index(codes.index).pq.cp.min_points_per_centroid = 1  # no warning about a small collection
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)  # for steps as small as these, threads only wait for each other
     codes.train(xt)
+    faiss.omp_set_num_threads(threads)
     index = faiss.IndexIDMap(codes)
 
     def added() -> Blocks:
-        for block in progress_bar(store.blocks(last=last), desc="compact codes", unit="block"):
+        for rows, xb in progress_bar(store.blocks(last=last), desc="compact codes", unit="block"):
+            block = rows, to_float32(xb)
             build_index([block], index)
             yield block
 
