@@ -33,9 +33,9 @@ import errno
 import faulthandler
 import fnmatch
 import hashlib
-import html
 import http.client
-import importlib.util
+import http.server
+import importlib
 import io
 import itertools
 import json
@@ -47,6 +47,7 @@ import re
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import stat
 import subprocess
@@ -55,6 +56,7 @@ import tempfile
 import threading
 import time
 import unicodedata
+import urllib.parse
 import urllib.request
 import warnings
 import zlib
@@ -78,9 +80,6 @@ if TYPE_CHECKING:
     import tqdm
     from PIL import Image, ImageCms, ImageDraw, ImageOps
 
-    fastapi: Any
-    gradio: Any
-    uvicorn: Any
 else:
 
     class Lazy:
@@ -96,10 +95,8 @@ else:
                 raise DeepVisionError(f"{error}: to install it, run `pip install -r requirements.txt`") from error
 
     faiss, np, torch, torchvision, tqdm = map(Lazy, ("faiss", "numpy", "torch", "torchvision", "tqdm"))
-    Image, ImageCms = map(Lazy, ("PIL.Image", "PIL.ImageCms"))
-    ImageDraw, ImageOps = map(Lazy, ("PIL.ImageDraw", "PIL.ImageOps"))
+    Image, ImageCms, ImageDraw, ImageOps = map(Lazy, ("PIL.Image", "PIL.ImageCms", "PIL.ImageDraw", "PIL.ImageOps"))
     filelock, jinja2 = map(Lazy, ("filelock", "jinja2"))  # torch requires them, so they are there
-    gradio, fastapi, uvicorn = map(Lazy, ("gradio", "fastapi", "uvicorn"))  # only after `import_gradio`
 
 # The defaults that an option changes
 IMAGES = "bulk_images"  # --images
@@ -125,8 +122,9 @@ class DeepVisionError(Exception):
     """What went wrong, where, and what to do about it, in one line."""
 
 
-class DamageError(Exception):
-    """The store does not hold what was written to it. It is repaired, and the work starts again."""
+class DamageError(DeepVisionError):
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} is damaged ({reason}). Run the command again to repair it")
 
 
 def counted(number: int, one: str, many: str = "") -> str:
@@ -226,9 +224,6 @@ class Model:
     batch: int = 32  # images at once
     resample: str = "bilinear"
     precision: str = "fp32"
-    in_threads: bool = (
-        False  # the threads that read also compute the features: small operations gain nothing from cores
-    )
 
 
 @dataclass(frozen=True)
@@ -246,10 +241,6 @@ class Work:
     rank: int = 0  # of this process, among `ranks` that torchrun started; rank 0 commits
     ranks: int = 1
 
-    def is_mine(self, file: File) -> bool:
-        """Whether this rank reads the file. The answer depends on the path alone."""
-        return zlib.crc32(file.path) % self.ranks == self.rank
-
 
 @dataclass
 class Summary:
@@ -262,9 +253,7 @@ class Summary:
     opened: int = 0  # files, in this run
     new: int = 0  # usable ones among them, new or changed
     recognised: int = 0  # of those, by content: moved, copied, or back again
-    reading: float = 0.0  # seconds that the model, or the run, waited for pictures
-    computing: float = 0.0  # seconds in the model; 0: the threads that read did its work
-    recall: float | None = None  # share of the true nearest that the compact codes find; None: the search is exact
+    seconds: float = 0.0  # of reading and of the model; 0: the ranks of torchrun have read
 
     def add(self, pictures: Sequence[Picture]) -> None:
         usable = [picture for picture in pictures if picture.digest and not picture.vanished]
@@ -272,21 +261,13 @@ class Summary:
         self.new += len(usable)
         self.recognised += sum(picture.vector is None for picture in usable)
 
-    @property
-    def balance(self) -> str:
-        """What the time went to. It tells whether more cores or a GPU would help."""
-        share = self.reading / (self.reading + self.computing or 1.0)
-        return f"{share:.0%} waiting for decoding, {1 - share:.0%} for the network" if self.computing else ""
-
     def __str__(self) -> str:
         known = f" ({self.recognised:,} recognised by content)" if self.recognised else ""
         pruned = f", {self.forgotten:,} forgotten" if self.forgotten else ""
-        seconds = self.reading + self.computing  # 0: the ranks of torchrun have read
-        rate = f"{self.opened / seconds:,.1f} images/s" if seconds else "read by all ranks"
-        spent = [rate, self.balance] if self.opened else ["no image was opened"]
+        rate = f"{self.opened / self.seconds:,.1f} images/s" if self.seconds else "read by all ranks"
         return (
             f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged, "
-            f"{self.skipped:,} skipped, {self.gone:,} gone{pruned}; {', '.join(filter(None, spent))}"
+            f"{self.skipped:,} skipped, {self.gone:,} gone{pruned}; {rate if self.opened else 'no image was opened'}"
         )
 
 
@@ -296,13 +277,7 @@ NOT_AN_IMAGE = "not an image"  # the reason given for a query that was never mea
 MAX_PIXELS = 100_000_000  # pixels to decode, after JPEG scaling: 0.4 GB in memory; phones reach 200 million in JPEG
 COSTLY_FORMATS = {"WEBP", "JPEG2000"}  # their decoders hold an image four times: half of MAX_PIXELS is their limit
 LARGE_PIXELS = 24_000_000  # pixels; larger images are decoded one at a time, which bounds memory
-BAND_PIXELS = 4_000_000  # pixels; images are converted in bands of this size, which bounds memory
-# A JPEG is decoded at no less than this many times the model's side. At 3 times, thin stripes differ from full
-# decoding by at most 1.4 of 255 levels in the mean; at 2 times, by at most 11
-DRAFT_SCALE = 3
-# Reads that opening a file may take, half a second. Pillow searches a broken JPEG for its next marker byte by byte,
-# which can take hours
-HEADER_READS = 1_000_000
+DRAFT_SCALE = 3  # times the model's side: a JPEG is decoded no smaller; with 2, thin stripes come out differently
 DIGEST_BYTES = 16  # bytes of the SHA-256 that identifies a content
 PREPROCESSING = 2  # version, part of a model's identity; raise it when the same file would get other pixels
 PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
@@ -315,39 +290,36 @@ one_large_image = threading.Lock()
 def find_images(
     folder: str | Path, onerror: OnError, without: Sequence[str | Path] = (), exclude: Sequence[str] = ()
 ) -> Iterator[File]:
-    """Every file below `folder` that may be an image, in the order of paths.
+    """Every file below `folder` that may be an image, in the order of paths. No folder is listed twice.
 
-    onerror  is called for what cannot be listed
-    without  folders that are left out
-    exclude  patterns, as of a shell, of relative paths that are left out
-
-    Links are followed, and each folder is listed once.
+    onerror is called for what cannot be listed. Folders in `without`, and relative paths that fit one of the shell
+    patterns in `exclude`, are left out. Links are followed.
     """
-    is_excluded = re.compile("|".join(map(fnmatch.translate, exclude))).match
     root, separator = os.fsencode(folder), os.fsencode(os.sep)
-    visited = {(info.st_dev, info.st_ino) for info in map(os.stat, without)}
-    waiting = [File(separator, 0, 0)]  # a stack, its last entry first in order; a folder's path ends with a separator
+    visited = {os.stat(path)[1:3] for path in without}  # inode and device
+    waiting = [File(separator, 0, 0)]  # files, and folders with a separator at the end: a stack, the next one last
     while waiting:
         file = waiting.pop()
         if not file.path.endswith(separator):
             yield file
             continue
-        above, found = file.path.removeprefix(separator), list[File]()
+        found, above = list[File](), file.path.removeprefix(separator)
         try:
-            info = os.stat(here := os.path.join(root, above.removesuffix(separator)))
-            entries = () if (info.st_dev, info.st_ino) in visited else list(os.scandir(here))
+            here = os.path.join(root, above)
+            identity = os.stat(here)[1:3]
+            entries = () if identity in visited else list(os.scandir(here))
         except OSError as error:
             onerror(error)
             continue
-        visited.add((info.st_dev, info.st_ino))
+        visited.add(identity)
         for entry in entries:
-            if entry.name.startswith(b".") or entry.name.lower() in PASSED_OVER:
-                continue
-            if exclude and is_excluded(os.fsdecode(above + entry.name)):
+            path, name = above + entry.name, entry.name.lower()
+            excluded = any(fnmatch.fnmatch(os.fsdecode(path), pattern) for pattern in exclude)
+            if name.startswith(b".") or name in PASSED_OVER or excluded:
                 continue
             try:
-                end = separator if stat.S_ISDIR((info := entry.stat()).st_mode) else b""
-                found.append(File.of(above + entry.name + end, info))
+                info = entry.stat()
+                found.append(File.of(path + separator if stat.S_ISDIR(info.st_mode) else path, info))
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ELOOP):  # a broken link, or a file that is gone by now
                     onerror(error)
@@ -367,22 +339,6 @@ def image_formats() -> tuple[list[str], set[str], str]:
         version += f", pillow_heif {heif.__version__}"
     formats = [name for name in Image.ID if name not in NOT_DECODED]
     return formats, {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
-
-
-class ImageFile(io.BufferedReader):
-    """A file, opened for reading. Before `reads_left` is lifted, it can be read only so many times."""
-
-    reads_left: float = HEADER_READS
-
-    def __init__(self, path: bytes) -> None:
-        nonblocking = getattr(os, "O_NONBLOCK", 0)  # without it, opening a FIFO would wait for a writer forever
-        super().__init__(io.FileIO(path, opener=lambda path, flags: os.open(path, flags | nonblocking)))
-
-    def read(self, size: int | None = -1) -> bytes:
-        self.reads_left -= 1
-        if self.reads_left < 0:
-            raise ValueError("broken: its header could not be read in reasonable time")
-        return super().read(size)
 
 
 def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
@@ -414,23 +370,19 @@ def content_hash(stream: BinaryIO) -> bytes:
 def read_picture(
     file: File, root: bytes, transform: Callable[[Image.Image], Any], known: Callable[[bytes], bool] = lambda _: False
 ) -> Picture:
-    """The file's hash, and as `pixels` what `transform` makes of its image; or the reason why it cannot be used.
-
-    A content whose hash is `known` is not decoded. No error in a file reaches the caller.
-    """
+    """The file's hash, and what `transform` makes of its image if the hash is not `known`; or why it is not usable."""
+    path = os.path.join(root, file.path)
     try:
-        path = os.path.join(root, file.path)
-        with ImageFile(path) as stream:
-            info = os.fstat(stream.fileno())
-            file = File.of(file.path, info)
-            if not stat.S_ISREG(info.st_mode):
-                return Picture(file, reason="not a regular file")
+        info = os.stat(path)
+        file = File.of(file.path, info)
+        if not stat.S_ISREG(info.st_mode):
+            return Picture(file, reason="not a regular file")  # opening a FIFO would wait for a writer forever
+        with open(path, "rb") as stream:
             if (image := open_image(stream, os.fsdecode(path))) is None:
                 return Picture(file)
-            stream.reads_left = math.inf
             digest = content_hash(stream)
             pixels = None if known(digest) else transform(image)
-            return Picture(file, digest, pixels, vanished=file != File.of(file.path, os.fstat(stream.fileno())))
+        return Picture(file, digest, pixels, vanished=file != File.of(file.path, os.stat(path)))
     except sqlite3.Error:
         raise  # from `known`: the database failed, not the file
     except Exception as error:  # decoders raise anything at all on a malformed file
@@ -440,32 +392,20 @@ def read_picture(
         return Picture(file, reason=reason, vanished=isinstance(error, FileNotFoundError))
 
 
-def bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
-    """Boxes that cut the image into horizontal bands of at most BAND_PIXELS."""
-    height = max(1, BAND_PIXELS // image.width)
-    for top in range(0, image.height, height):
-        yield 0, top, image.width, min(top + height, image.height)
-
-
 def to_8_bits(image: Image.Image) -> Image.Image:
     """A grey image of 16 or 32 bits (I;16, I) or floating point (F) in 8 bits. Pillow itself would clip the values."""
-
-    def values_in(box: tuple[int, int, int, int]) -> np.ndarray:
-        values = np.asarray(image.crop(box), np.float32)
-        return np.where(np.isfinite(values), values, 0)
-
-    # Pillow's own extremes may be NaN for F, and are missing for I;16B.
-    extremes = [float(extreme(values_in(box))) for box in bands(image) for extreme in (np.min, np.max)]
-    low, high = min(0.0, *extremes), max(extremes)
+    values = np.array(image, np.float32)
+    values[~np.isfinite(values)] = 0
+    is_clear = values == image.info.get("transparency", math.nan)
+    low, high = min(0.0, float(values.min())), float(values.max())
     scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)  # the usual values of white
     white = next((scale for scale in scales if high <= scale), high)
-    grey = Image.new("L", image.size)
-    for box in bands(image):
-        values = values_in(box)
-        levels = ((values - low) * (255 / (white - low)) + 0.5).astype(np.uint8)
-        levels[values == image.info.get("transparency")] = 255
-        grey.paste(Image.fromarray(levels), box)
-    return grey
+    values -= low
+    values *= 255 / (white - low)
+    values += 0.5
+    levels = values.astype(np.uint8)
+    levels[is_clear] = 255
+    return Image.fromarray(levels)
 
 
 def to_rgb(image: Image.Image, side: int) -> Image.Image:
@@ -481,18 +421,13 @@ def to_rgb(image: Image.Image, side: int) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":
             image = to_8_bits(image)
-        if image.mode == "RGB" and not image.has_transparency_data:
-            return image
-        rgb = Image.new("RGB", image.size)
-        for box in bands(image):
-            band = image.crop(box)
-            if band.mode == "LAB":
-                lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-                band = ImageCms.profileToProfile(band, lab, srgb, outputMode="RGB") or band
-            elif band.has_transparency_data:
-                band = Image.alpha_composite(Image.new("RGBA", band.size, "white"), band.convert("RGBA"))
-            rgb.paste(band.convert("RGB"), box)
-        return rgb
+        if image.mode == "LAB":
+            lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+            image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
+        elif image.has_transparency_data:
+            image = image if image.mode == "RGBA" else image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def usable_cores() -> int:
@@ -524,78 +459,65 @@ SHARPNESS = 5  # how often the cosine is squared; a direction then responds to e
 EDGE_POWER = 0.3  # of the counts: a strong edge says little more than a weak one
 ORDERS = (0.5, 1.0, 1.0, 1.3, 1.3, 1.7, 1.7)  # weight of each Fourier order over the directions
 BRIGHTNESS_WEIGHT, HUE_WEIGHT, MEAN_WEIGHT = 0.2, 0.3, 0.02  # of the colours, where the edges have 1
+LEAST_COSINE, TINY = 0.25, 1e-12  # less counts as this, and a weight as 0: denormal numbers took half of the time
 FAINT = 100.0  # a part of a lesser norm is noise (a photograph's is 200 and more) and stays small
 OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # brightness, red-green, yellow-blue
 
 
 @cache
-def cell_weights(cells: int, n: int, start: int, device: torch.device) -> torch.Tensor:
-    """The Gaussian weight of each pixel in each cell along one side, (cells, n), for the pixels from `start` on.
-
-    The weights of a cell add up to 1 over the whole side.
-    """
+def cell_grid(cells: int, top: int, left: int, height: int, width: int) -> tuple[torch.Tensor, ...]:
+    """Gaussian weights of the rows, (cells, height), and columns, (width, cells), of a rectangle in each cell; and how
+    much of each cell lies inside the rectangle, (cells, cells)."""
     distance = (torch.arange(OFFLINE_SIDE) + 0.5) * cells / OFFLINE_SIDE - (torch.arange(cells)[:, None] + 0.5)
     weights = torch.exp(-2 * distance**2)  # sigma is half a cell
-    return (weights / weights.sum(1, keepdim=True))[:, start : start + n].to(device)
+    weights = torch.where(weights > TINY, weights / weights.sum(1, keepdim=True), 0)
+    rows, columns = weights[:, top : top + height], weights[:, left : left + width]
+    return rows.contiguous(), columns.T.contiguous(), rows.sum(1)[:, None] * columns.sum(1)
 
 
 @cache
-def directions(device: torch.device) -> torch.Tensor:
-    """Cosine and sine of each direction, (2, DIRECTIONS, 1, 1)."""
-    angle = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None, None]
-    return torch.stack([angle.cos(), angle.sin()]).to(device)
-
-
-@cache
-def fourier(device: torch.device) -> torch.Tensor:
-    """A matrix that turns values by direction into weighted Fourier coefficients, (DIRECTIONS, 2 * len(ORDERS) - 1)."""
+def fourier() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cosine and sine of each direction, (DIRECTIONS, 1, 1), and a matrix that turns values by direction into weighted
+    Fourier coefficients, (DIRECTIONS, 2 * len(ORDERS) - 1)."""
     phase = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None] * torch.arange(len(ORDERS))
-    even, odd = torch.tensor(ORDERS) * torch.stack([phase.cos(), phase.sin()])
-    return torch.cat([even[:, :1] / math.sqrt(2), even[:, 1:], odd[:, 1:]], 1).to(device)
+    cosine, sine = phase.cos(), phase.sin()
+    even, odd = torch.tensor(ORDERS) * cosine, torch.tensor(ORDERS) * sine
+    matrix = torch.cat([even[:, :1] / math.sqrt(2), even[:, 1:], odd[:, 1:]], 1)
+    return cosine[:, 1, None, None], sine[:, 1, None, None], matrix
 
 
 @cache
-def cosine_transform(cells: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrix of a cosine transform, (cells, cells), and a weight for each coefficient, (cells, cells).
-
-    The weight grows with the frequency, since pictures have most of their energy in the low ones.
-    """
+def cosine_transform(cells: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matrix of a cosine transform, and a weight of each coefficient: most of a picture is in low frequencies."""
     k = torch.arange(cells, dtype=torch.float32)
     cosines = torch.cos(math.pi / cells * k[:, None] * (k + 0.5))
     cosines[0] /= math.sqrt(2)
-    return cosines.to(device), (1 + torch.hypot(k[:, None], k)).to(device)
+    return cosines, 1 + torch.hypot(k[:, None], k)
 
 
-def cell_means(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """The mean of the planes (..., n, n) in each cell, (..., cells, cells).
-
-    `rows` and `columns` are the `cell_weights` of the two sides. A cell that lies partly outside gets the mean of its
-    part inside.
-    """
-    return rows @ planes @ columns.T / (rows.sum(1)[:, None] * columns.sum(1) + 1e-9)
+def cell_means(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """The mean of the planes (..., h, w) in each cell, (..., cells, cells), of its part inside the pixels."""
+    return rows @ (planes @ columns) / (inside + 1e-9)
 
 
 def edge_strengths(light: torch.Tensor) -> torch.Tensor:
-    """The strength of the edge at each pixel in each direction, (B, DIRECTIONS, n, n), of brightness (B, 1, n, n)."""
+    """The strength of the edge at each pixel in each direction, (B, DIRECTIONS, h, w), of brightness (B, 1, h, w)."""
     framed = torch.nn.functional.pad(light, (1, 1, 1, 1), mode="replicate")
     dx, dy = framed[..., 1:-1, 2:] - framed[..., 1:-1, :-2], framed[..., 2:, 1:-1] - framed[..., :-2, 1:-1]
     slope = torch.hypot(dx, dy) + 1e-3  # of 255: no division by 0 where it is flat
-    cosine, sine = directions(light.device)
-    share = (dx / slope * cosine).addcmul_(dy / slope, sine).clamp_(min=0)
+    scale = slope ** (0.5**SHARPNESS - 1)  # what is squared below is the cosine times a root of the slope
+    cosine, sine, _ = fourier()
+    strength = (dx * scale * cosine).addcmul_(dy * scale, sine).clamp_(min=LEAST_COSINE)
     for _ in range(SHARPNESS):
-        share.square_()  # twice as fast as a power
-    return share.mul_(slope)
+        strength.square_()  # twice as fast as a power
+    return strength
 
 
-def whiten(maps: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Maps (B, c, cells, cells) as weighted cosine coefficients, (B, c, cells² - 1), after their mean is removed.
-
-    `rows` and `columns` are the `cell_weights` of the two sides. A cell counts by its share inside the pixels.
-    """
-    known = rows.sum(1)[:, None] * columns.sum(1)
-    maps = (maps - (maps * known).sum((2, 3), keepdim=True) / known.sum()) * known
-    cosines, weight = cosine_transform(len(known), maps.device)
-    return (cosines @ maps @ cosines.T * weight).flatten(2)[:, :, 1:]
+def whiten(maps: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Maps (B, c, cells, cells) less their mean as weighted cosine coefficients, (B, c, cells² - 1)."""
+    maps = (maps - (maps * inside).sum((2, 3), keepdim=True) / inside.sum()) * inside
+    cosines, weight = cosine_transform(len(inside))
+    return (cosines @ (maps @ cosines.T) * weight).flatten(2)[:, :, 1:]
 
 
 def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
@@ -607,26 +529,22 @@ def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
 
     A smaller rectangle stands for the part at (top, left) of a picture whose rest is unknown.
     """
-    normalize, (height, width), device = torch.nn.functional.normalize, pixels.shape[-2:], pixels.device
-    planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT, device=device), pixels.float())
-    edge_grid, colour_grid = (
-        (cell_weights(cells, height, top, device), cell_weights(cells, width, left, device))
-        for cells in (EDGE_CELLS, COLOUR_CELLS)
-    )
+    normalize = torch.nn.functional.normalize
+    planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT), pixels.float())
+    edge_grid, colour_grid = (cell_grid(cells, top, left, *pixels.shape[2:]) for cells in (EDGE_CELLS, COLOUR_CELLS))
     counts = cell_means(edge_strengths(planes[:, :1]), *edge_grid)
-    edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier(device)), *edge_grid)
-    colours = whiten(cell_means(planes, *colour_grid), *colour_grid)
+    edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier()[2]), edge_grid[2])
+    colours = whiten(cell_means(planes, *colour_grid), colour_grid[2])
     mean = planes.mean((2, 3)) / 255  # nearly nothing, but all that a blank picture has
     weighted = (1.0, edges), (BRIGHTNESS_WEIGHT, colours[:, :1]), (HUE_WEIGHT, colours[:, 1:])
     parts = [weight * normalize(part.flatten(1), eps=FAINT) for weight, part in weighted]
     return torch.cat([*parts, MEAN_WEIGHT * mean, torch.full_like(mean[:, :1], MEAN_WEIGHT)], 1)
 
 
-def offline_model(device: str) -> Model:
-    """The built-in descriptor, a model like any other."""
+def offline_model() -> Model:
+    """The built-in descriptor, a model like any other. It runs on the CPU, where the threads that read compute it."""
     dim = (2 * len(ORDERS) - 1) * (EDGE_CELLS**2 - 1) + 3 * (COLOUR_CELLS**2 - 1) + 4
-    identity, in_threads = f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", device == "cpu"
-    return Model(OFFLINE, identity, OFFLINE_SIDE, dim, device, describe, in_threads=in_threads)
+    return Model(OFFLINE, f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", OFFLINE_SIDE, dim, "cpu", describe)
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
@@ -637,22 +555,16 @@ CONNECT_SECONDS = 10  # seconds; torch.hub has no timeout, and would hang for mi
 SIDE = 224  # pixels; the side of ResNet50's input
 REDUCING_GAP = 32.0  # Image.resize(reducing_gap=): huge images are box-averaged first, which bounds memory
 GPU_BATCH = {"cuda": 256, "mps": 64}  # images at once
-CPU_BATCH_PER_CORE = 4  # images at once for each core: a layer's output stays in its cache
-CPU_BATCH_MOST = 32  # images at once on a CPU
+CPU_BATCH_PER_CORE, CPU_BATCH_MOST = 4, 32  # images at once; with 4 for each core, a layer's output stays in its cache
 MIN_COSINE = 0.999  # of a fast network's features with those of the plain one in fp32; if less, the plain one stays
-AHEAD_BATCHES = 4  # batches that are decoded ahead of the model: enough to overlap, bounded in memory
-AHEAD_MOST = 1024  # files that are read ahead, at most
-
-# How a network wants its pixels: side, mean and standard deviation of each channel (white is 1), resampling
-Recipe = tuple[int, Sequence[float], Sequence[float], str]
+AHEAD_BATCHES, AHEAD_MOST = 4, 1024  # batches that are decoded ahead of the model, and how many files that is at most
+Recipe = tuple[int, Sequence[float], Sequence[float], str]  # side, mean and deviation of each channel, resampling
 
 
-def load_weights(network: torch.nn.Module, path: Path, *heads: str) -> None:
-    """Load a file's tensors into a network whose classifier, `heads`, was removed.
+def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> None:
+    """Load a file's tensors into a network whose classifier, `heads`, was removed. Nothing is left untrained.
 
-    The tensors are plain, wrapped as `state_dict`, or saved as `module.` by several GPUs. Those of the classifier are
-    left out. Raises DeepVisionError if the file holds anything but tensors, or if a tensor is missing, left over or of
-    another shape: nothing is ever left untrained.
+    The tensors are plain, wrapped as `state_dict`, or saved as `module.` by several GPUs.
     """
     unused = (*(f"{head}." for head in heads), "aux1.", "aux2.", "AuxLogits.")  # aux: classifiers for training alone
     try:
@@ -663,69 +575,52 @@ def load_weights(network: torch.nn.Module, path: Path, *heads: str) -> None:
             name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name)  # DenseNet's old names
             if not name.startswith(unused):
                 state[name] = value
-        have = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
-    except Exception as error:  # a corrupt file raises anything at all
-        advice = "expected are tensors as torch.save writes them; if it was downloaded, delete it and try again"
-        reason = first_line(error).partition(". ")[0]  # torch goes on with advice to load the file unsafely
-        raise DeepVisionError(f"{path} cannot be read as weights: {advice} ({reason})") from error
-    want = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    try:
         network.load_state_dict(state, assign=True)
-    except (RuntimeError, ValueError) as error:
-        wrong = [key for key in {**want, **have} if want.get(key) != have.get(key)] or ["?"]
-        first = f"{wrong[0]} should be {want.get(wrong[0], 'absent')} and is {have.get(wrong[0], 'missing')}"
-        raise DeepVisionError(f"{path} does not fit the model: {len(wrong)} tensors differ; {first}") from error
+    except Exception as error:  # a file that holds something else raises anything at all
+        reason = " ".join(str(error).split()).partition(". ")[0]  # torch goes on with advice to load the file unsafely
+        advice = "if it was downloaded, delete it and try again"
+        raise DeepVisionError(f"{path} does not hold the weights of this model: {reason[:500]}; {advice}") from error
     network.float()
 
 
-def is_call(network: torch.fx.GraphModule, node: Any, layer: str, *functions: Any) -> bool:
-    """Whether this node of the network's graph calls a layer of the class `layer`, or one of the functions."""
-    if getattr(node, "op", "") == "call_module":
-        return type(network.get_submodule(node.target)).__name__ == layer
-    return getattr(node, "target", None) in functions
+def one_kernel(layer: Any, then: str) -> Callable[..., torch.Tensor]:
+    """A function that computes a convolution, the sum with a second tensor if one is given, and "relu" or "none"."""
+    geometry, kernels = (layer.padding, layer.stride, layer.dilation, layer.groups), torch.ops.mkldnn
 
+    @cache
+    def weight(*shape: int) -> torch.Tensor:
+        """The weights in the order in which the kernel reads them."""
+        return kernels._reorder_convolution_weight(layer.weight, *geometry, shape)
 
-def use_one_kernel(network: torch.fx.GraphModule, convolution: Any, last: Any, addends: Sequence[Any] = ()) -> None:
-    """Replace three nodes by one oneDNN kernel: `convolution`, its sum with `addends`, and the ReLU `last`.
+    def compute(x: torch.Tensor, *other: torch.Tensor) -> torch.Tensor:
+        args = (*other, weight(1, *x.shape[1:]), layer.bias, *geometry)
+        if other:
+            return kernels._convolution_pointwise.binary(x, *args, "add", 1.0, then, [], None)
+        return kernels._convolution_pointwise.default(x, *args, then, [], "")
 
-    For a convolution alone, give it as `last` too. The weights are stored in the order in which the kernel reads them.
-    """
-    layer: Any = network.get_submodule(convolution.target)
-    (before,), graph = convolution.args, network.graph
-    geometry = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
-    shape, name = list(before.meta["tensor_meta"].shape), f"weight_of_{convolution.name}"
-    packed = torch.ops.mkldnn._reorder_convolution_weight(layer.weight.data, *geometry, shape)
-    network.register_buffer(name, packed)
-    then: tuple[Any, ...] = "relu", [], ""
-    kernel = torch.ops.mkldnn._convolution_pointwise.default
-    if last is convolution:
-        then = "none", [], ""
-    elif addends:
-        kernel, then = torch.ops.mkldnn._convolution_pointwise.binary, ("add", 1.0, "relu", [], None)
-    with graph.inserting_before(last):
-        bias = None if layer.bias is None else graph.get_attr(f"{convolution.target}.bias")
-        fused = graph.call_function(kernel, (before, *addends, graph.get_attr(name), bias, *geometry, *then))
-    fused.meta = last.meta
-    last.replace_all_uses_with(fused)
-    graph.erase_node(last)
+    return compute
 
 
 def fuse_convolutions(network: torch.fx.GraphModule) -> None:
-    """Compute each convolution, the sum after it and the ReLU after that by one kernel.
+    """Compute each convolution, the sum after it and the ReLU after that by one kernel, whatever the batch size.
 
-    torch.compile does the same. It is 5 % faster still, but takes 17 s to start. With this function, the features of an
-    image are the same bit for bit whatever the batch size.
+    torch.compile does the same. It is 5 % faster still, but takes 17 s to start.
     """
-    graph, functional = network.graph, torch.nn.functional
-    for relu in [node for node in graph.nodes if is_call(network, node, "ReLU", functional.relu, torch.relu)]:
-        convolution, addends = relu.args[0], list[Any]()
-        if is_call(network, convolution, "", operator.add, operator.iadd, torch.add) and len(convolution.users) == 1:
-            *addends, convolution = sorted(convolution.args, key=lambda node: is_call(network, node, "Conv2d"))
-        if is_call(network, convolution, "Conv2d") and len(convolution.users) == 1:
-            use_one_kernel(network, convolution, relu, addends)
+    graph, relu, add = network.graph, (torch.nn.functional.relu, torch.relu), (operator.add, operator.iadd, torch.add)
+    layers = {node: network.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
+    convolutions = [node for node, layer in layers.items() if isinstance(layer, torch.nn.Conv2d)]
+    for last in list(reversed(graph.nodes)):
+        convolution, addends, then = last, list[Any](), "none"
+        if isinstance(layers.get(last), torch.nn.ReLU) or last.target in relu:
+            convolution, then = last.args[0], "relu"
+            if convolution.target in add and len(convolution.users) == 1:
+                *addends, convolution = sorted(convolution.args, key=convolutions.__contains__)
+        if convolution in convolutions and (convolution is last or len(convolution.users) == 1):
+            with graph.inserting_before(last):
+                kernel = one_kernel(layers[convolution], then)
+                last.replace_all_uses_with(graph.call_function(kernel, (*convolution.args, *addends)))
+            graph.erase_node(last)
     graph.eliminate_dead_code()
-    for convolution in [node for node in graph.nodes if is_call(network, node, "Conv2d")]:
-        use_one_kernel(network, convolution, convolution)
     network.recompile()
 
 
@@ -738,26 +633,18 @@ def forward(
 
 
 def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor) -> tuple[partial[torch.Tensor], int]:
-    """The fastest form of `plain`, which is `forward` in fp32, and the dimension of the features.
+    """The fastest form of `plain`, which is `forward` in fp32, that keeps the features of `sample`; their dimension.
 
-    It fuses layers, and uses half precision where the device has it. A form that changes the features of `sample` is
-    rejected. If all are, `plain` itself is returned.
+    It fuses layers, and uses half precision where the device has it.
     """
-    device = sample.device.type
-    try:
-        traced = torch.fx.symbolic_trace(plain.keywords["network"])
-        noting_shapes = importlib.import_module("torch.fx.passes.shape_prop").ShapeProp(traced)
-        expected = plain(sample, network=noting_shapes.propagate)  # the kernels depend on the shapes
-    except Exception:  # a network that looks at its pixels cannot be traced, and raises anything at all
-        return plain, plain(sample).shape[1]
+    expected, device, half = plain(sample), sample.device.type, [torch.float16]
     fold_batch_norms = importlib.import_module("torch.fx.experimental.optimization").fuse
-    dtypes = [torch.float16, torch.float32]
     if device == "cpu":  # emulated bf16 takes four times as long as fp32
         native = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        dtypes = [torch.bfloat16, torch.float32] if native else [torch.float32]
-    for dtype in dtypes:
-        with suppress(Exception):  # fusing raises anything at all
-            network = fold_batch_norms(traced, no_trace=True).to(dtype).to(memory_format=torch.channels_last)
+        half = [torch.bfloat16] if native else []
+    for dtype in [*half, torch.float32]:
+        with suppress(Exception):  # a network that looks at its pixels cannot be fused, and raises anything at all
+            network = fold_batch_norms(plain.keywords["network"]).to(dtype).to(memory_format=torch.channels_last)
             if device == "cpu" and torch.backends.mkldnn.is_available():
                 fuse_convolutions(network)
             fast = partial(plain, network=network, dtype=dtype)
@@ -795,19 +682,15 @@ def timm_model(name: str, weights: str | Path | None, device: str) -> Model:
     except (OSError, RuntimeError, ValueError) as error:  # no such model, or its weights cannot be had
         raise DeepVisionError(f"--model {name}: {first_line(error)}") from error
     if weights is not None:
-        if not Path(weights).is_file():
-            raise DeepVisionError(f"--weights {weights}: no such file")
         heads = network.pretrained_cfg["classifier"]
-        load_weights(network, Path(weights), *([heads] if isinstance(heads, str) else heads))
+        load_weights(network, weights, *([heads] if isinstance(heads, str) else heads))
     config = timm.data.resolve_model_data_config(network)
     recipe = config["input_size"][1], config["mean"], config["std"], config["interpolation"]
     return assemble_model(name, network, recipe, device)
 
 
 def downloaded(url: str, name: str) -> Path:
-    """The file of `url` in torch's own cache. It is downloaded and its hash checked if it is not there yet.
-
-    Raises ConnectionError, which names the model, if it cannot be had."""
+    """The file of `url` in torch's own cache, downloaded and hash-checked if need be; or a ConnectionError."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if path.exists():
         return path
@@ -834,23 +717,21 @@ def torchvision_model(name: str, weights: str | Path | None, device: str) -> Mod
     by_file = {Path(entry.url).name: entry for entry in listed.values()}  # a copy of such a file gets the same pixels
     entry = {**by_file, **listed}.get(Path(weights or WEIGHTS).name, listed["DEFAULT"])
     if weights is None or str(weights) in listed:
-        path = downloaded(entry.url, name)
-    elif not (path := Path(weights)).is_file():
+        weights = downloaded(entry.url, name)
+    elif not Path(weights).is_file():
         raise DeepVisionError(f"--weights {weights}: no such file, nor weights of {name} ({', '.join(listed)})")
     options: dict[str, Any] = {}  # those that torchvision itself sets for models with weights
     if name in ("googlenet", "inception_v3"):
         options = {"transform_input": True, "init_weights": False, "aux_logits": False}
     elif name.startswith("vit_"):
         options = {"image_size": entry.meta["min_size"][0]}
-    try:
-        with torch.device("meta"):  # drawing weights at random would take 0.2 s for ResNet50
-            network = models.get_model(name, weights=None, **options)
-    except NotImplementedError:  # RegNet computes its widths with tensors
+    # Drawing weights at random would take 0.2 s for ResNet50. RegNet computes its widths with tensors.
+    with nullcontext() if name.startswith("regnet") else torch.device("meta"):
         network = models.get_model(name, weights=None, **options)
-    layers = (torch.nn.Linear, torch.nn.Conv2d)
+    layers = torch.nn.Linear, torch.nn.Conv2d
     *_, head = (name for name, layer in network.named_modules() if isinstance(layer, layers))  # gives the classes
     network.set_submodule(head, torch.nn.Identity())
-    load_weights(network, path, head)
+    load_weights(network, weights, head)
     preset = entry.transforms()
     recipe = preset.crop_size[0], preset.mean, preset.std, preset.interpolation.value
     return assemble_model(name, network, recipe, device)
@@ -858,7 +739,7 @@ def torchvision_model(name: str, weights: str | Path | None, device: str) -> Mod
 
 def choose_device(device: str) -> str:
     """cpu, cuda or mps; for `auto` the GPU if there is one. Raises DeepVisionError for a device that is not there."""
-    reason, _ = "", torch_threads()
+    reason = ""
     if device in ("auto", "cuda"):
         try:  # only use shows a driver that does not fit torch
             torch.ones(1, device="cuda").sum().item()
@@ -870,8 +751,7 @@ def choose_device(device: str) -> str:
         if device == "cpu" and (shutil.which("nvidia-smi") or os.path.exists("/dev/nvidia0")):
             log.warning("there is a GPU, but torch %s cannot use it: %s", torch.__version__, reason)
     elif not there[device]:
-        why = f": {reason}" if reason else ""
-        raise DeepVisionError(f"--device {device}: torch {torch.__version__} finds none here{why}; try --device auto")
+        raise DeepVisionError(f"--device {device}: torch finds none here, try --device auto{reason and f' ({reason})'}")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.set_float32_matmul_precision("high")  # TF32 where fp16 is not used
@@ -884,15 +764,16 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
     name     resnet50, any classification model of torchvision, timm:NAME, or offline. By default resnet50, and where
              its weights cannot be had, offline, with a warning
     weights  the name of torchvision weights (IMAGENET1K_V1), hash-checked when downloaded, or a local file of tensors
-    device   auto, cpu, cuda or mps
+    device   auto, cpu, cuda or mps; offline runs on the CPU
 
     Raises DeepVisionError for an unknown name or device, and for weights that are missing, corrupt or do not fit.
     """
+    torch_threads()
     device = choose_device(device)
     if name == OFFLINE and weights:
         raise DeepVisionError(f"--weights {weights}: --model offline takes no weights, leave one out")
     if name == OFFLINE:
-        return offline_model(device)
+        return offline_model()
     try:
         if name and name.startswith("timm:"):
             return timm_model(name, weights, device)
@@ -905,7 +786,7 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
         what = "it finds copies, edits, and similar layouts and colours, but does not recognise what a picture shows"
         ways = f"To use {MODEL}, go online once or give --weights FILE. To hide this, give --model offline"
         log.warning("%s. The built-in offline descriptor is used instead: %s. %s", error, what, ways)
-        return offline_model(device)
+        return offline_model()
 
 
 def squeeze(image: Image.Image, width: int, height: int, resample: str) -> torch.Tensor:
@@ -915,9 +796,7 @@ def squeeze(image: Image.Image, width: int, height: int, resample: str) -> torch
 
 
 def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Image.Image], torch.Tensor]:
-    """A function from any Pillow image to the pixels that a model takes, uint8 (3, side, side).
-
-    side, resample  as the model has them: `get_transform(model.side, model.resample)`; by default those of ResNet50
+    """A function from any Pillow image to the pixels of `model.side` and `model.resample`, uint8 (3, side, side).
 
     The whole picture is squeezed into a square: a crop of its centre would lose what stands at the edges.
     """
@@ -932,10 +811,7 @@ def torch_threads() -> int:
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Have torch compute with one thread in this context.
-
-    Use it for small operations. With more threads these take up to five times as long on a busy machine.
-    """
+    """Have torch compute small operations with one thread: more take up to five times as long on a busy machine."""
     torch.set_num_threads(1)
     try:
         yield
@@ -944,24 +820,20 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def launch(pixels: torch.Tensor, model: Model, size: int, *where: int) -> tuple[torch.Tensor, int]:
-    """Run the model: the features (B, dim), each of length 1, on the device, and the batch size that fitted.
-
-    It starts with `size` images at once, and halves that while the GPU has too little memory. A GPU may still be
-    computing when this returns. `where`: top and left of `describe`, if the pixels are a part of a picture.
-    """
-    pixels, asked = pixels.pin_memory() if model.device == "cuda" else pixels, size
+    """Run the model on `size` images at once, or less if the GPU's memory is short: the features (B, dim), each of
+    length 1, and the size that fitted. A GPU may still be computing. `where`: top and left of `describe`."""
+    pixels = pixels.pin_memory() if model.device == "cuda" else pixels
     while True:
         try:
             with torch.inference_mode(), one_torch_thread() if model.network is describe else nullcontext():
                 parts = (part.to(model.device, non_blocking=True) for part in pixels.split(size))
-                found = torch.cat([torch.nn.functional.normalize(model.network(part, *where)) for part in parts])
-            if size < asked:
-                log.warning("the GPU has too little memory: the batch size is reduced to %d images", size)
-            return found, size
+                found = [torch.nn.functional.normalize(model.network(part, *where)) for part in parts]
+                return torch.cat(found), size
         except torch.OutOfMemoryError as error:
             if size == 1:
                 raise DeepVisionError(f"the GPU has too little memory for {model.name}: try --device cpu") from error
-            size = (size + 1) // 2
+        size = (size + 1) // 2
+        log.warning("the GPU has too little memory: the batch size is reduced to %d images", size)
 
 
 def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | None = None) -> np.ndarray:
@@ -984,33 +856,24 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
     return launch(images, model, model.batch)[0].cpu().numpy()
 
 
-def with_features(pictures: Iterator[Picture], model: Model, size: int, summary: Summary) -> Iterator[list[Picture]]:
-    """The pictures with their features, `size` at a time and in order. The time spent is added to `summary`.
+def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Iterator[list[Picture]]:
+    """The pictures with their features, `size` at a time and in order.
 
-    On a GPU, the next batch is started before the features of the last one are awaited; a list may then be empty. For
-    a model `in_threads`, the reading threads have computed the features and put them into `pixels`.
+    A GPU is given the next batch before the features of the last one are awaited. Those of the descriptor are in
+    `pixels` already: the reading threads have computed them.
     """
     under_way: deque[tuple[list[Picture], torch.Tensor]] = deque()
-    start = time.perf_counter()
     while (batch := list(itertools.islice(pictures, size))) or under_way:
-        summary.reading += (middle := time.perf_counter()) - start
         if batch:
             pixels = [picture.pixels for picture in batch if picture.pixels is not None]
             found = torch.stack(pixels) if pixels else torch.empty(0)
-            if pixels and not model.in_threads:
-                found, fits = launch(found, model, size)
-                size = min(size, fits)
+            if pixels and model.network is not describe:
+                found, size = launch(found, model, size)
             under_way.append((batch, found))
-        done: list[Picture] = []
         if not batch or len(under_way) > (model.device != "cpu"):
             done, found = under_way.popleft()
             vectors = iter(found.cpu().numpy().astype(np.float16))
-            done = [p if p.pixels is None else p._replace(pixels=None, vector=next(vectors)) for p in done]
-        spent = time.perf_counter() - middle
-        summary.computing += 0.0 if model.in_threads else spent
-        size = max(1, size // 2) if spent > SAVE_SECONDS else size  # features under way are not saved yet
-        yield done
-        start = time.perf_counter()
+            yield [p if p.pixels is None else p._replace(pixels=None, vector=next(vectors)) for p in done]
 
 
 # ---- Query views -----------------------------------------------------------------------------------------------------
@@ -1321,43 +1184,18 @@ SCHEMA = [
     " WITHOUT ROWID",
     "CREATE INDEX files_by_digest ON files (digest, there, reason)",  # all that is counted: a million in 50 ms
 ]
+FEATURE_COLUMNS, FILE_COLUMNS = "row, digest, vector, checksum", "path, size, mtime, digest, reason, there"
 USABLE = "files WHERE there AND digest IS NOT NULL"
 SKIPPED = "files WHERE there AND reason IS NOT NULL"
 GONE = """files AS old WHERE NOT there AND digest IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM files WHERE digest = old.digest AND there)"""  # a renamed file is not gone
-ORPHANED = """files WHERE digest IS NOT NULL
+DAMAGED = "features WHERE checksum IS NOT crc(digest, vector)"
+ORPHANED = """files WHERE digest IS NOT NULL AND mtime != -1
     AND NOT EXISTS (SELECT 1 FROM features WHERE features.digest = files.digest)"""
-FOUND = """DROP TABLE IF EXISTS temp.changes; DROP TABLE IF EXISTS temp.found;
-    CREATE TEMP TABLE found (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER) WITHOUT ROWID"""
 CRASHES = "its decoder crashes"  # the reason given for such a file; --rebuild does not try it again
-# How what a scan found differs from what is stored: files to read (`there` is NULL), gone (0), and back unchanged (1).
-CHANGES = f"""CREATE TEMP TABLE changes AS SELECT path, size, mtime, back AS there FROM (
-        SELECT path, found.size, found.mtime, files.there AS known,
-            CASE WHEN files.size = found.size AND files.mtime = found.mtime AND NOT (:retry AND files.digest IS NULL)
-                AND (NOT :everything OR files.reason = '{CRASHES}') THEN 1 END AS back
-        FROM found LEFT JOIN files USING (path)) WHERE back IS NULL OR NOT known
-    UNION ALL SELECT path, size, mtime, 0 FROM files
-    WHERE files.there AND NOT EXISTS (SELECT 1 FROM found WHERE found.path = files.path)"""
-UNREAD = "changes WHERE there IS NULL"
+LAST_PATH = b"\xff" * 5000  # no path comes after it
 
-
-@contextmanager
-def damage_noticed() -> Iterator[None]:
-    """Turn SQLite's errors about damage into a DamageError. Those about a full disk or permissions pass through."""
-    try:
-        yield
-    except sqlite3.OperationalError:
-        raise
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter quotes a damaged schema
-        raise DamageError(first_line(error)) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names of the files in the folder durable. POSIX keeps a new name only after that."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+Blocks = Iterator[tuple["np.ndarray", "np.ndarray"]]  # rows, int64 (n,), and features (n, dim)
 
 
 @contextmanager
@@ -1376,131 +1214,111 @@ def whole_file(path: Path, mark: object = "") -> Iterator[BinaryIO]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if os.name == "posix":  # the new name is durable only once its folder is synced
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
-Blocks = Iterator[tuple["np.ndarray", "np.ndarray"]]  # rows, int64 (n,), and features (n, dim)
+class Changes(NamedTuple):
+    """How a collection differs from the store."""
+
+    unread: list[File]  # new and changed files
+    gone: list[bytes]  # paths
+    back: list[bytes]  # paths of files that were gone and are unchanged
 
 
 class Store:
     """The files of a collection and their features, by one model: an SQLite database.
 
     A file and its features are stored in one transaction. A vector is used only after its checksum was seen to hold.
-    `folder` is created. `identity` and `dim` are those of the model. Each rank of torchrun has a database by its own
-    `name`.
+    `folder` is created. Each rank of torchrun has a database by its own `name`.
     """
 
     def __init__(self, folder: Path, identity: str, dim: int, name: str = "index.sqlite") -> None:
         self.folder, self.identity, self.dim = folder, identity, dim
         self.path, self.index = folder / name, folder / "index.faiss"
         self.salt = zlib.crc32(identity.encode())  # no vector holds in the store of another model
-        folder.mkdir(parents=True, exist_ok=True)
-        self.lock_file, self.one_lookup = filelock.FileLock(folder / "lock"), threading.Lock()
+        self.lock_file, self.one_thread = filelock.FileLock(folder / "lock"), threading.Lock()
         self.last_words = b""  # the crash report that faulthandler left in the lock file; taking the lock empties it
-        self.scanned = (0, 0)  # the version that the last scan was compared with
-        self.connect()
+        with self.errors():
+            folder.mkdir(parents=True, exist_ok=True)
+            self.connect()
 
     def connect(self) -> None:
         if not self.path.exists():
             self.path.touch()
         self.inode = self.path.stat().st_ino
-        connect = partial(sqlite3.connect, self.path, timeout=WAIT_SECONDS, check_same_thread=False)
-        self.db, self.lookup = connect(), connect()
+        self.db = sqlite3.connect(self.path, timeout=WAIT_SECONDS, check_same_thread=False)
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
-        with suppress(DamageError), damage_noticed():  # `check` says what is wrong
-            self.db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
-
-    def close(self) -> None:
-        self.db.close()
-        self.lookup.close()
+        self.db.create_function("crc", 2, self.crc)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the lock of the one run that writes."""
+    def errors(self) -> Iterator[None]:
+        """Turn errors of the disk and of SQLite into a DeepVisionError. Damage is marked for the next run to repair."""
+        try:
+            yield
+        except (OSError, NotImplementedError, sqlite3.OperationalError) as error:  # the second: a disk without locks
+            advice = "Check the free space and the permissions, or choose another folder with --index-dir"
+            raise DeepVisionError(
+                f"the index in {self.folder} cannot be used: {first_line(error)}. {advice}"
+            ) from error
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter quotes a damaged schema
+            with suppress(sqlite3.Error):
+                self.db.rollback()
+                self.db.execute("PRAGMA user_version = 0")
+            raise DamageError(self.path, first_line(error)) from error
+
+    @contextmanager
+    def locked(self) -> Iterator[bool]:
+        """Hold the lock of the one run that writes. True: another run held it before."""
         with suppress(OSError):  # there is none yet
             self.last_words = Path(self.lock_file.lock_file).read_bytes()
         try:
-            held = self.lock_file.acquire(timeout=0)
+            held, waited = self.lock_file.acquire(timeout=0), False
         except filelock.Timeout:
             log.warning("another run is writing %s: waiting for it", self.folder)
-            held = self.lock_file.acquire()
+            held, waited = self.lock_file.acquire(), True
         with held:
             if not self.path.exists() or self.path.stat().st_ino != self.inode:  # another run has repaired it
-                self.close()
+                self.db.close()
                 self.connect()
-            yield
-
-    @contextmanager
-    def snapshot(self) -> Iterator[None]:
-        """Have all that is read in this context come from one state, whatever other runs save meanwhile.
-
-        Rows that --rebuild replaces would be missed otherwise. Other runs wait with their commits.
-        """
-        self.db.execute("BEGIN")
-        try:
-            yield
-        finally:
-            self.db.rollback()
-
-    def version(self) -> tuple[int, int]:
-        """A value that is another one whenever another run has written."""
-        return self.inode, self.value("PRAGMA data_version")
-
-    # Values
+            yield waited
 
     def value(self, query: str, *arguments: Any) -> Any:
         """The first value that the query gives, or None."""
         return (self.db.execute(query, arguments).fetchone() or [None])[0]
 
-    def get_meta(self, key: str) -> Any:
-        return self.value("SELECT value FROM meta WHERE key = ?", key)
-
-    def put_meta(self, key: str, value: Any) -> None:
-        with self.db:
-            self.db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
-
     def count(self, table: str) -> int:
         return self.value(f"SELECT count(*) FROM {table}")
 
-    def any(self, table: str) -> bool:
-        return bool(self.value(f"SELECT EXISTS (SELECT 1 FROM {table})"))
+    def get_meta(self, key: str) -> Any:
+        return self.value("SELECT value FROM meta WHERE key = ?", key)
 
     def last_row(self) -> int:
         """The highest row number in use; 0: there are no features."""
         return self.value("SELECT max(row) FROM features") or 0
 
-    # Features
-
-    def checksum(self, digest: bytes, vector: bytes) -> int:
-        """CRC-32 of model identity, digest and vector."""
+    def crc(self, digest: Any, vector: Any) -> int:
+        """CRC-32 of model identity, digest and vector; -1 if damage has changed a type or a length."""
+        if not (isinstance(digest, bytes) and isinstance(vector, bytes) and len(vector) == 2 * self.dim):
+            return -1
         return zlib.crc32(vector, zlib.crc32(digest, self.salt))
 
-    def is_intact(self, row: Sequence[Any]) -> bool:
-        """Whether (row, digest, vector, checksum), as it was read, is what was written."""
-        _, digest, vector, checksum = row
-        is_whole = isinstance(digest, bytes) and isinstance(vector, bytes) and len(vector) == 2 * self.dim
-        return is_whole and self.checksum(digest, vector) == checksum
-
     def features(self, condition: str, *arguments: Any) -> tuple[np.ndarray, list[bytes], np.ndarray]:
-        """Rows, int64 (n,), content hashes, and features, fp16 (n, dim), for which the SQL condition holds, by row.
+        """Rows, int64 (n,), content hashes, and features, fp16 (n, dim), for which the SQL condition holds.
 
-        Raises DamageError if one of them is not what was written. It is deleted then: the next update reads its files.
+        Raises DamageError if one of them is not what was written. The next update then reads its files again.
         """
-        query = f"SELECT row, digest, vector, checksum FROM features WHERE {condition}"
-        found = self.db.execute(query, arguments).fetchall()
-        if broken := [(row[0],) for row in found if not self.is_intact(row)]:
-            with self.db:
-                which = "digest = (SELECT digest FROM features WHERE row = ?)"
-                self.db.executemany(f"UPDATE files SET mtime = -1 WHERE {which}", broken)
-                self.db.executemany("DELETE FROM features WHERE row = ?", broken)
-            damaged = counted(len(broken), "feature is", "features are")
-            log.warning("%s: %s damaged, to be extracted again", self.path, damaged)
-            raise DamageError(f"{counted(len(broken), 'feature')} did not match the checksum")
+        found = self.db.execute(f"SELECT {FEATURE_COLUMNS} FROM features WHERE {condition}", arguments).fetchall()
+        if not all(self.crc(digest, vector) == checksum for _, digest, vector, checksum in found):
+            self.discard_damaged()
+            raise DamageError(self.path, "features do not match their checksums")
         vectors = np.frombuffer(bytearray().join(row[2] for row in found), np.float16).reshape(-1, self.dim)
         return np.array([row[0] for row in found], np.int64), [row[1] for row in found], vectors
 
     def features_of(self, rows: Iterable[int]) -> tuple[np.ndarray, list[bytes], np.ndarray]:
-        """Those of `rows` that are still there, as `features` gives them."""
+        """Those of `rows` that are still there, by row, as `features` gives them."""
         among = json.dumps(sorted(map(int, rows)))
         return self.features("row IN (SELECT value FROM json_each(?)) ORDER BY row", among)
 
@@ -1514,76 +1332,65 @@ class Store:
             yield rows, vectors
             first = int(rows[-1]) + 1
 
-    def is_known(self, digest: bytes, after: int = 0) -> bool:
-        """Whether a row above `after` holds features of this content. Reading threads call it.
+    def is_known(self, digest: bytes) -> bool:
+        """Whether there are features of this content. Reading threads call it."""
+        with self.one_thread:  # Python 3.13 fails now and then where threads share a connection
+            return bool(self.value("SELECT 1 FROM features WHERE digest = ?", digest))
 
-        With --rebuild, `after` is the last row of before, so that only new features count.
-        """
-        with self.one_lookup:  # Python 3.13 fails now and then where threads share a connection
-            query = "SELECT 1 FROM features WHERE digest = ? AND row > ?"
-            return self.lookup.execute(query, (digest, after)).fetchone() is not None
-
-    def save(self, pictures: Sequence[Picture], replace: bool = False) -> None:
-        """Store files and their features in one transaction. `replace`: new features take the place of stored ones."""
-        verb, kept = "REPLACE" if replace else "IGNORE", [picture for picture in pictures if not picture.vanished]
-        features = {p.digest: p.vector.tobytes() for p in kept if p.digest and p.vector is not None}
-        with self.db:
-            self.db.executemany(
-                f"INSERT OR {verb} INTO features (digest, vector, checksum) VALUES (?, ?, ?)",
-                ((digest, vector, self.checksum(digest, vector)) for digest, vector in features.items()),
-            )
-            self.db.executemany(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", ((*p.file, p.digest, p.reason) for p in kept)
-            )
-            vanished = [(picture.file.path,) for picture in pictures if picture.vanished]
+    def save(self, pictures: Sequence[Picture]) -> None:
+        """Store files and their features in one transaction. New features take the place of stored ones."""
+        kept = [picture for picture in pictures if not picture.vanished]
+        features = {picture.digest: picture.vector.tobytes() for picture in kept if picture.vector is not None}
+        files = ((*picture.file, picture.digest, picture.reason) for picture in kept)
+        vanished = ((picture.file.path,) for picture in pictures if picture.vanished)
+        with self.one_thread, self.db:
+            columns = "(digest, vector, checksum) VALUES (?1, ?2, crc(?1, ?2))"
+            self.db.executemany(f"INSERT OR REPLACE INTO features {columns}", features.items())
+            self.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", files)
             self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", vanished)
 
-    def merge_rank(self, share: Path) -> None:
-        """Add the files and features of a rank's database. They take the place of stored ones."""
-        self.db.execute("ATTACH ? AS share", (os.fsencode(share),))
-        try:
-            with self.db:
-                columns = "digest, vector, checksum"
-                new = f"SELECT {columns} FROM share.features ORDER BY row"
-                self.db.execute(f"INSERT OR REPLACE INTO main.features ({columns}) {new}")
-                self.db.execute("INSERT OR REPLACE INTO main.files SELECT * FROM share.files")
-        finally:
-            self.db.execute("DETACH share")
+    def scan(self, images: Path, work: Work) -> Changes:
+        """How the folder `images` differs from the store.
 
-    # Files
-
-    def scan(self, files: Iterable[File], everything: bool) -> int:
-        """Compare `files`, in the order of their paths, with the store, and fill the table `changes`; how many differ.
-
-        New and changed files are to be read. So are unusable files if the decoders have changed, files without features
-        if the database is small, and with `everything` all files.
+        Unread are new and changed files, unusable ones if the decoders have changed, and with `work.rebuild` all.
         """
-        self.scanned = self.version()
-        if self.is_small() and self.any(ORPHANED):  # their digest is damaged
-            with self.db:
-                self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
-        retry = self.get_meta("decoders") not in (None, image_formats()[2])  # None: no update has come to its end yet
-        self.db.executescript(FOUND)
-        with self.db:
-            self.db.executemany("INSERT INTO found VALUES (?, ?, ?)", files)
-            self.db.execute(CHANGES, {"everything": everything, "retry": retry})
-            self.db.execute("DROP TABLE found")
-        return self.count("changes")
 
-    def unread(self) -> list[File]:
-        return [File(*found) for found in self.db.execute(f"SELECT path, size, mtime FROM {UNREAD}")]
+        def unlisted(error: OSError) -> None:
+            what = f"{escape_controls(os.fsdecode(error.filename))} cannot be listed ({error.strerror})"
+            if work.prune:  # what lies in it would be forgotten
+                raise DeepVisionError(f"{what}: nothing was pruned")
+            log.warning("%s", what)
 
-    def mark_presence(self) -> bool:
-        """Mark files as gone or back, as the scan found them. Returns False, and changes nothing, if no usable image
-        would remain."""
+        changes = Changes([], [], [])
+        start: bytes | str = ""  # damage may have made a path text, which SQLite puts before bytes
+        files = find_images(images, unlisted, [self.folder.parent], work.exclude)  # in the order of their paths
+        other_decoders = self.get_meta("decoders") != image_formats()[2]
+        while start != LAST_PATH:
+            found = {file.path: file for file in itertools.islice(files, BLOCK)}
+            end = max(found, default=LAST_PATH)
+            query = f"SELECT {FILE_COLUMNS} FROM files WHERE path > ? AND path <= ?"
+            for path, size, mtime, digest, reason, there in self.db.execute(query, (start, end)).fetchall():
+                file, again = found.pop(path, None), other_decoders and digest is None
+                if file is None:
+                    if there:
+                        changes.gone.append(path)
+                elif file != (path, size, mtime) or again or (work.rebuild and reason != CRASHES):
+                    changes.unread.append(file)
+                elif not there:
+                    changes.back.append(path)
+            changes.unread.extend(found.values())
+            start = end
+        return changes
+
+    def mark_presence(self, changes: Changes) -> bool:
+        """Mark files as gone or back. Returns False, and changes nothing, if no usable image would remain."""
         with self.db:
-            changed = "SELECT there, path FROM changes WHERE there IS NOT NULL"
-            self.db.executemany("UPDATE files SET there = ? WHERE path = ?", self.db.execute(changed).fetchall())
-            if remains := self.any(USABLE):
-                self.db.execute("INSERT OR REPLACE INTO meta VALUES ('decoders', ?)", (image_formats()[2],))
-            else:
+            for there, paths in enumerate((changes.gone, changes.back)):
+                self.db.executemany("UPDATE files SET there = ? WHERE path = ?", ((there, path) for path in paths))
+            self.db.execute("INSERT OR REPLACE INTO meta VALUES ('decoders', ?)", (image_formats()[2],))
+            if not (remain := self.count(USABLE)):
                 self.db.rollback()
-        return remains
+        return remain > 0
 
     def prune(self) -> None:
         """Forget the files that are gone, and the features that belong to no file."""
@@ -1603,94 +1410,73 @@ class Store:
         """The path of each skipped file, with its reason."""
         return self.db.execute(f"SELECT path, reason FROM {SKIPPED} ORDER BY path LIMIT ?", (limit,)).fetchall()
 
-    # Damage
-
-    def is_small(self) -> bool:
-        return self.path.stat().st_size <= CHECKED_BYTES
-
-    @damage_noticed()
     def check(self, whole: bool) -> None:
-        """Raise DamageError if this is not a sound database of this format. Damaged rows alone are discarded.
-
-        A large database, or one that is not to be checked `whole`, is looked at where it is used.
-        """
-        version = self.value("PRAGMA user_version")
-        if version > FORMAT:
-            raise DeepVisionError(
-                f"{self.folder} was written by a newer DeepVision (format {version}, this one knows {FORMAT}): update "
-                "DeepVision, or choose another --index-dir"
-            )
-        tables = "sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%' ORDER BY rowid"
-        schema = [sql for (sql,) in self.db.execute(f"SELECT sql FROM {tables}").fetchall()]
-        if version < FORMAT or schema != SCHEMA:
-            raise DamageError("it is not a database of this format")
-        if self.get_meta("identity") != self.identity:
-            raise DamageError("it belongs to another model")
-        if whole and self.is_small():
+        """Raise DamageError if this is no sound database of this format. `whole`: look at all of it, if it is small."""
+        if (version := self.value("PRAGMA user_version")) > FORMAT:
+            newer = f"was written by a newer DeepVision (format {version}, this one knows {FORMAT})"
+            raise DeepVisionError(f"{self.folder} {newer}: update DeepVision, or choose another --index-dir")
+        schema = {sql for (sql,) in self.db.execute("SELECT sql FROM sqlite_master")}
+        if version < FORMAT or not schema.issuperset(SCHEMA) or self.get_meta("identity") != self.identity:
+            raise DamageError(self.path, "it is not a database of this format, or of another model")
+        self.db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
+        if whole and self.path.stat().st_size <= CHECKED_BYTES:
             if (verdict := self.value("PRAGMA integrity_check(1)")) != "ok":  # quick_check does not compare indexes
-                raise DamageError(str(verdict).splitlines()[0])
-            is_checked = False
-            while not is_checked:
-                with suppress(DamageError):  # the damaged features of one block, which are deleted now
-                    deque(self.blocks(), 0)
-                    is_checked = True
+                raise DamageError(self.path, str(verdict).splitlines()[0])
+            self.discard_damaged()
 
-    def salvage(self) -> None:
-        """Copy the intact rows of a damaged database into a new one, which replaces it. Call it with the lock held."""
+    def discard_damaged(self) -> None:
+        """Delete features that are not what was written. The next update reads the files that have none."""
+        if self.count(DAMAGED) or self.count(ORPHANED):
+            with self.db:
+                self.db.execute(f"DELETE FROM {DAMAGED}")
+                marked = self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
+            files = counted(marked.rowcount, "file")
+            log.warning("%s: features of %s are damaged or missing, to be extracted again", self.folder, files)
 
-        def readable(columns: str, table: str, key: str) -> Iterator[tuple[Any, ...]]:
-            for order in ("ASC", "DESC"):  # from its beginning and from its end, each up to the damage
-                try:
-                    with damage_noticed():
-                        yield from self.db.execute(f"SELECT {columns} FROM {table} ORDER BY {key} {order}")
-                    return
-                except (DamageError, sqlite3.OperationalError) as error:
-                    if isinstance(error, sqlite3.OperationalError) and "no such" not in str(error):
-                        raise
-
-        part = self.path.with_name(f"{self.path.name}.part")
-        for left in (part, part.with_name(f"{part.name}-journal")):
-            left.unlink(missing_ok=True)
-        new = Store(self.folder, self.identity, self.dim, part.name)
-        new.db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
-        new.db.executescript(f"BEGIN; {';'.join(SCHEMA)}; PRAGMA user_version = {FORMAT}; COMMIT")
-        new.put_meta("identity", self.identity)
-        with new.db:
-            rows = (row for row in readable("row, digest, vector, checksum", "features", "row") if self.is_intact(row))
-            new.db.executemany("INSERT OR IGNORE INTO features VALUES (?, ?, ?, ?)", rows)
-            files = readable("path, size, mtime, digest, reason, there", "files", "path")
-            new.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
-            new.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
-        new.close()
-        self.close()
-        self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)  # SQLite would replay it
-        os.replace(part, self.path)
-        sync_folder(self.folder)
-        self.connect()
-
-    def make_sound(self) -> None:
-        """Check the database, and repair it, or create it if it is new. Call it with the lock held."""
-        try:
-            self.check(whole=True)
-        except DamageError as error:
-            is_new = not self.path.stat().st_size
-            self.salvage()
-            if not is_new:
-                rows = counted(self.count("features"), "feature holds", "features hold")
-                log.warning("%s: %s. Repaired: %s", self.path, error, rows)
+    def readable(self, columns: str, table: str) -> Iterator[tuple[Any, ...]]:
+        """The rows of a damaged table, from its beginning and from its end, each up to the damage."""
+        for order in ("ASC", "DESC"):
+            with suppress(sqlite3.Error, UnicodeDecodeError):
+                yield from self.db.execute(f"SELECT {columns} FROM {table} ORDER BY 1 {order}")
+                return
 
     def repair(self) -> None:
-        with self.locked():  # another run may repair it meanwhile
-            self.make_sound()
+        """Replace a damaged, or new, database by a sound one with all that can be read. Call it with the lock held."""
+        try:
+            with self.errors():
+                return self.check(whole=True)  # another run has repaired it
+        except DamageError:
+            old = [path for path in map(self.folder.joinpath, OLD_FILES) if path.exists()]
+            is_new = not self.path.stat().st_size and not old
+        Path(f"{self.path}.part-journal").unlink(missing_ok=True)
+        with whole_file(self.path) as stream:
+            new = Store(self.folder, self.identity, self.dim, os.path.basename(stream.name))
+            schema = [f"PRAGMA page_size = {PAGE_BYTES}", "BEGIN", *SCHEMA, f"PRAGMA user_version = {FORMAT}", "COMMIT"]
+            new.db.executescript(";".join(schema))
+            with new.db:
+                meta = ("identity", self.identity), ("decoders", image_formats()[2])
+                new.db.executemany("INSERT INTO meta VALUES (?, ?)", meta)
+                features, files = self.readable(FEATURE_COLUMNS, "features"), self.readable(FILE_COLUMNS, "files")
+                new.db.executemany("INSERT OR IGNORE INTO features VALUES (?, ?, ?, ?)", features)
+                new.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
+            new.discard_damaged()
+            new.db.close()
+            self.db.close()
+            Path(f"{self.path}-journal").unlink(missing_ok=True)  # SQLite would replay it
+        self.connect()
+        for path in old:
+            path.unlink()
+        if not is_new:
+            kept = self.count("features")
+            log.warning("%s was damaged, or of an older format. Repaired: %d features are kept", self.path, kept)
 
 
 # ---- Index -----------------------------------------------------------------------------------------------------------
 
-FEWEST_CODED = 64  # vectors; fewer do not train the codes
 CODED_DIM = 256  # principal components in the codes, of 2 bits each
 TRAINED_ON, HELD_OUT = 30_000, 500  # vectors; more gain nothing, fewer measure recall less exactly than to 0.001
-OUTGROWN = 2  # the codes are trained again once the collection has grown this many times
-SHORTLIST, LONGEST_SHORTLIST = 384, 32_768  # codes whose exact scores are computed: at first, at most
+OUTGROWN = 2  # the index is made anew once it holds this many times the vectors that it was made of, or that are left
+SHORTLIST, LONGEST_SHORTLIST = 160, 32_768  # codes whose exact scores are computed: at first, at most
 RECALL = 0.998  # share of the true ten nearest that the shortlist must hold
 GPU_RESERVE = 3 << 30  # bytes left to the model and to FAISS's own work
 
@@ -1702,7 +1488,7 @@ class Index(NamedTuple):
     last: int  # the last row in it; later ones are compared one by one
     shortlist: int = 0  # codes whose exact scores are computed; 0: the index holds the features themselves
     recall: float | None = None  # share of the true ten nearest in the shortlist, measured
-    trained: int = 0  # vectors in the collection when the codes were trained
+    made_of: int = 0  # vectors in the store when it was made
     file: Any = None  # the index file in memory, which `faiss` looks into
 
 
@@ -1738,59 +1524,51 @@ def progress_bar(steps: Iterable[Any] | None = None, **options: Any) -> tqdm.tqd
     return tqdm.tqdm(steps, disable=None if log.isEnabledFor(logging.INFO) else True, **options)
 
 
-class Nearest:
-    """The k rows nearest to each of `xq`, float32 (nq, dim), among all blocks that pass through `watch`."""
-
-    def __init__(self, xq: np.ndarray, k: int) -> None:
-        self.xq, self.k, self.heap = xq, k, faiss.ResultHeap(len(xq), k, keep_max=True)
-
-    def watch(self, blocks: Blocks) -> Blocks:
-        """Yield the blocks unchanged, and remember the nearest rows that passed."""
-        for rows, xb in blocks:
-            D, I = faiss.knn(self.xq, to_float32(xb), min(self.k, len(xb)), metric=faiss.METRIC_INNER_PRODUCT)
-            self.heap.add_result(D, rows[I])
-            yield rows, xb
-        self.heap.finalize()
-
-    def among(self, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
-        """D and I, (nq, k), best first; I is -1 where there are fewer."""
-        deque(self.watch(blocks), 0)
-        return self.heap.D, self.heap.I
+def nearest(xq: np.ndarray, k: int, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    """Scores D and rows I, (nq, k), of the rows nearest to xq, float32 (nq, dim), best first; -1: there are fewer."""
+    heap = faiss.ResultHeap(len(xq), k, keep_max=True)
+    for rows, xb in blocks:
+        D, I = faiss.knn(xq, to_float32(xb), min(k, len(xb)), metric=faiss.METRIC_INNER_PRODUCT)
+        heap.add_result(D, rows[I])
+    heap.finalize()
+    return heap.D, heap.I
 
 
-def coded_index(store: Store) -> Index:
+def coded_index(store: Store, last: int) -> Index:
     """An index of compact codes, 64 bytes a vector, with its measured recall.
 
     Vectors are projected on their principal components, rotated at random so that all weigh alike, and coded by product
-    quantization in 4 bits. A search scans all codes (André, Kermarrec & Le Scouarnec, VLDB 2015). It compares by L2
-    distance, which ranks vectors of length 1 as the inner product does. The codes only choose the rows whose exact
-    scores are computed. The shortlist grows until it holds nearly all of the true ten nearest of held-out vectors.
+    quantization in 4 bits. A search scans all codes (André, Kermarrec & Le Scouarnec, VLDB 2015) by L2 distance, which
+    ranks vectors of length 1 as the inner product does. The codes only choose the rows whose exact scores are computed.
+    This shortlist grows until it holds nearly all of the true ten nearest of held-out vectors.
     """
-    every = np.fromiter((row for (row,) in store.db.execute("SELECT row FROM features ORDER BY row")), np.int64)
-    chosen = np.sort(np.random.default_rng(0).permutation(every)[: TRAINED_ON + HELD_OUT])
-    sample = np.concatenate([store.features_of(part)[2] for part in np.array_split(chosen, 16)])
-    held = np.arange(len(chosen)) % (len(chosen) // min(HELD_OUT, len(chosen) // 2)) == 0
-    width = min(CODED_DIM, store.dim, int(sum(~held))) // 2 * 2
+    # A digest is a hash: the first ones are a random sample.
+    own, _, sample = store.features("row <= ? ORDER BY digest LIMIT ?", last, TRAINED_ON + HELD_OUT)
+    held = min(HELD_OUT, len(own) // 2)
+    xq, xt = to_float32(sample[:held]), to_float32(sample[held:])
+    width = min(CODED_DIM, store.dim, len(xt)) // 2 * 2
     codes = faiss.index_factory(store.dim, f"PCAR{width},PQ{width // 2}x4fs")
     faiss.downcast_index(codes.index).pq.cp.min_points_per_centroid = 1  # no warning about a small collection
-    codes.train(to_float32(sample[~held]))
-    nearest, index = Nearest(to_float32(sample[held]), min(TOP + 1, len(every))), faiss.IndexIDMap(codes)
-    blocks = store.blocks(last=int(every[-1]))  # SQLite would store and compare a NumPy integer as a BLOB
-    build_index(nearest.watch(progress_bar(blocks, desc="compact codes", unit="block")), index)
-    true, shortlist = [set(I) - {own} for I, own in zip(nearest.heap.I.tolist(), chosen[held].tolist())], SHORTLIST
+    codes.train(xt)
+    index = faiss.IndexIDMap(codes)
+
+    def added() -> Blocks:
+        for block in progress_bar(store.blocks(last=last), desc="compact codes", unit="block"):
+            build_index([block], index)
+            yield block
+
+    _, I = nearest(xq, min(TOP + 1, len(own)), added())
+    true, shortlist = [set(row) - {this} for row, this in zip(I.tolist(), own.tolist())], SHORTLIST
     while True:
-        found = index.search(nearest.xq, min(shortlist, index.ntotal))[1].tolist()
+        found = index.search(xq, min(shortlist, index.ntotal))[1].tolist()
         recall = sum(len(t & set(f)) for t, f in zip(true, found)) / sum(map(len, true))
         if recall >= RECALL or shortlist >= index.ntotal or 2 * shortlist > LONGEST_SHORTLIST:
-            return Index(index, int(every[-1]), shortlist, round(recall, 4), len(every))
+            return Index(index, last, shortlist, round(recall, 4), index.ntotal)
         shortlist *= 2
 
 
-def read_index(store: Store, to_add: bool = False) -> Index | None:
-    """The stored index; None if there is none, or if it does not match the checksum that the store noted.
-
-    `to_add`: vectors can be added to it, at the price of a copy in memory.
-    """
+def read_index(store: Store) -> Index | None:
+    """The stored index; None if there is none, or if it does not match the checksum that the store noted."""
     size, checksum, *notes = json.loads(store.get_meta("index") or "[0, 0]")
     if not (notes and store.index.is_file()):
         return None
@@ -1798,54 +1576,45 @@ def read_index(store: Store, to_add: bool = False) -> Index | None:
     if zlib.crc32(data) != checksum:
         log.warning("%s is damaged or out of date: it is made again", store.index)
         return None
-    if to_add:
-        return Index(faiss.read_index(faiss.PyCallbackIOReader(io.BytesIO(data).read)), *notes)
     return Index(faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size)), *notes)._replace(file=data)
 
 
-def write_index(store: Store, index: Index) -> None:
-    """Write the index file, then note its size, checksum and contents in the store."""
-    data = faiss.serialize_index(index.faiss)
-    with whole_file(store.index) as stream:
-        stream.write(data)
-    store.put_meta("index", json.dumps([len(data), zlib.crc32(data), *index[1:-1]]))
-
-
-def updated_index(store: Store, index: Index | None, coded: bool) -> Index:
-    """The index with all rows of the store in it: added to, or made anew where that serves better."""
-    rows, last = store.count("features"), store.last_row()
-    if index and bool(index.shortlist) == coded and rows <= OUTGROWN * (index.trained or rows):
-        build_index(store.blocks(index.last + 1, last), index.faiss)
-        if index.faiss.ntotal <= 2 * rows:  # else most of it belongs to rows that are gone
-            return index._replace(last=last)
-    if coded:
-        return coded_index(store)
-    return Index(build_index(progress_bar(store.blocks(last=last), desc="index", unit="block")), last)
-
-
 def open_index(store: Store, work: Work = Work()) -> Index:
-    """The FAISS index of the store, brought up to date. Without `work.update` a stored one is taken as it is."""
-    rows, last = store.count("features"), store.last_row()
-    if not last:
+    """The FAISS index of the store, added to or made anew if need be. Without `work.update` a stored one is kept."""
+    rows, last, index = store.count("features"), store.last_row(), read_index(store)
+    if not rows:
         raise DeepVisionError(f"{store.folder} holds no features yet: run without --no-update")
-    coded = rows >= FEWEST_CODED and rows * store.dim * 2 > work.exact_bytes
-    index = read_index(store)
-    if index and (not work.update or (index.last == last and bool(index.shortlist) == coded)):
+    coded = rows * store.dim * 2 > work.exact_bytes
+    if index and work.update and bool(index.shortlist) != coded:
+        index = None
+    if index and (index.last == last or not work.update):
         return index
     with store.locked():
-        index = updated_index(store, read_index(store, to_add=True), coded)
-        write_index(store, index)
+        new = store.count(f"features WHERE row > {index.last}") if index else 0
+        if index and index.faiss.ntotal + new < OUTGROWN * min(rows, index.made_of):
+            copy = faiss.deserialize_index(index.file)  # vectors cannot be added to an index that looks into a file
+            index = index._replace(faiss=build_index(store.blocks(index.last + 1, last), copy), last=last)
+        elif coded:
+            index = coded_index(store, last)
+        else:
+            blocks = progress_bar(store.blocks(last=last), desc="index", unit="block")
+            index = Index(build_index(blocks), last, made_of=rows)
+        data = faiss.serialize_index(index.faiss)
+        with whole_file(store.index) as stream:
+            stream.write(data)
+        notes = json.dumps([len(data), zlib.crc32(data), *index[1:-1]])
+        with store.db:
+            store.db.execute("INSERT OR REPLACE INTO meta VALUES ('index', ?)", (notes,))
     return index
 
 
 def index_on_gpus(store: Store, last: int) -> faiss.Index | None:
     """The features up to row `last` as fp16, spread over the GPUs; None if there is no GPU, or not enough memory."""
-    count, rows = faiss.get_num_gpus(), store.count("features")
-    if not count or not torch.cuda.is_available():
+    if not (count := faiss.get_num_gpus()) or not torch.cuda.is_available():
         return None
     share = -(-last // count)
     if any(torch.cuda.mem_get_info(gpu)[0] < 2 * share * store.dim + GPU_RESERVE for gpu in range(count)):
-        log.warning("the %d features do not fit into the memory of the GPU: the search runs on the CPU", rows)
+        log.warning("the features do not fit into the memory of the GPU: the search runs on the CPU")
         return None
     index = faiss.IndexShards(store.dim, True, False)  # in threads; the ids are rows already
     for gpu in range(count):
@@ -1863,7 +1632,7 @@ QUERY_THREADS = 2  # that read queries; few, since each query has many views
 TOGETHER = 16  # queries compared at once: each costs a third of what it costs alone
 SCAN_VIEWS = 20  # from so many views on, FAISS compares blocks by multiplying matrices: quicker than the exact index
 FIRST_LIST = 64  # rows of the first list of an exact search
-CLOSELY = 20  # codes rank inexactly: of the rows that they choose for a list, only the best 1 in 20 are yielded
+CLOSELY = 10  # codes rank inexactly: of the rows that they choose for a list, only the best 1 in 10 are yielded
 ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
 CANDIDATES = 10  # contents that are aligned with a query, whatever k is
 SAMPLED = 8000  # images that `representatives` looks at: 0.7 s with 2048 dimensions, and sizes within 10 %
@@ -1924,7 +1693,7 @@ def candidate_rows(engine: Engine, queries: Sequence[np.ndarray], count: int) ->
         found.append((-D if index.shortlist and not on_gpus else D, I))  # codes give distances
     if scans or last > index.last:
         blocks = engine.store.blocks(0 if scans else index.last + 1, last)
-        found.append(Nearest(xq, min(count, last)).among(blocks))
+        found.append(nearest(xq, min(count, last), blocks))
     ends = np.cumsum([len(views) for views in queries])[:-1]
     lists = [list[int]() for _ in queries]
     for D, I in found:
@@ -2027,7 +1796,8 @@ def compared(
     pictures = read_ahead(partial(read_picture, root=b"", transform=look_at), files, QUERY_THREADS, TOGETHER)
     while group := list(itertools.islice(pictures, TOGETHER)):
         usable = [query for query in group if query.pixels]
-        with engine.store.snapshot():
+        with engine.store.db:  # all that is read comes from one state: --rebuild, say, replaces rows meanwhile
+            engine.store.db.execute("BEGIN")
             features = [query.pixels.features for query in usable]
             lists = candidate_rows(engine, features, engine.first_list) if usable else []
             found = iter([nearest_files(engine, query, rows, k) for query, rows in zip(usable, lists)])
@@ -2052,16 +1822,6 @@ def as_match(query: Picture, found: Found) -> Match:
     return Match(0, found.path, found.score, label == "identical", label, view, region)
 
 
-@contextmanager
-def damage_reported(store: Store) -> Iterator[None]:
-    """Turn damage of the store into a DeepVisionError that says what to do."""
-    try:
-        with damage_noticed():
-            yield
-    except DamageError as error:
-        raise DeepVisionError(f"{store.path} is damaged ({error}). Run the command again to repair it") from error
-
-
 def search(
     queries: str | Path | Iterable[str | Path], engine: Engine | None = None, *,
     k: int = TOP, threshold: float | str = -1.0, views: str = "auto",
@@ -2084,7 +1844,7 @@ def search(
     names = [queries] if isinstance(queries, (str, os.PathLike)) else queries
     labels = LABELS[LABELS.index(threshold) :] if isinstance(threshold, str) else ("", *LABELS)
     least = -1.0 if isinstance(threshold, str) else threshold
-    with damage_reported(engine.store):
+    with engine.store.errors():
         for query, found in compared(names, engine, k, views, crop):
             matches = [as_match(query, it) for it in found]
             matches.sort(key=lambda match: (("identical", "copy", "").index(match.label), -match.score, match.path))
@@ -2100,7 +1860,7 @@ def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]
     Each has its size, an estimate if the collection is larger than the sample, and the images nearest to its centre.
     """
     files = f"SELECT row, path FROM {USABLE.replace('WHERE', 'JOIN features USING (digest) WHERE')}"
-    with damage_reported(engine.store):  # a digest is a hash: the first ones are a random sample
+    with engine.store.errors():  # a digest is a hash: the first ones are a random sample
         rows, paths = zip(*engine.store.db.execute(f"{files} ORDER BY digest, path LIMIT {SAMPLED}"))
         known, _, vectors = engine.store.features_of(set(rows))
     xb = to_float32(vectors[np.searchsorted(known, rows)])
@@ -2110,9 +1870,9 @@ def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]
     D, I = kmeans.assign(xb)
     for centre in set(I.tolist()):
         members = np.flatnonzero(centre == I)
-        nearest = members[np.argsort(-D[members], kind="stable")][:MEMBERS].tolist()
-        names = [os.path.join(engine.images, os.fsdecode(paths[i])) for i in nearest]
-        images = [Match(n, name, float(D[i]), False) for n, (i, name) in enumerate(zip(nearest, names), start=1)]
+        closest = members[np.argsort(-D[members], kind="stable")][:MEMBERS].tolist()
+        names = [os.path.join(engine.images, os.fsdecode(paths[i])) for i in closest]
+        images = [Match(n, name, float(D[i]), False) for n, (i, name) in enumerate(zip(closest, names), start=1)]
         groups.append((round(len(members) / len(xb) * engine.summary.images), images))
     return sorted(groups, key=lambda group: (-group[0], group[1][0].path))
 
@@ -2142,7 +1902,7 @@ def pairs_by_score(engine: Engine, threshold: float) -> Pairs:
     """The contents of the collection that score `threshold` or more, as it is printed, with each other."""
     digests = dict(engine.store.db.execute("SELECT row, digest FROM features"))
     for rows, xb in progress_bar(engine.store.blocks(), desc="comparing", unit="block"):
-        D, I = Nearest(to_float32(xb), min(NEIGHBOURS + 1, len(digests))).among(engine.store.blocks())
+        D, I = nearest(to_float32(xb), min(NEIGHBOURS + 1, len(digests)), engine.store.blocks())
         for place in zip(*np.nonzero(threshold - 0.0005 <= D)):
             keep, other = digests.get(rows[place[0]]), digests.get(I[place])
             if keep and other and keep != other:
@@ -2221,7 +1981,7 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator
     Raises DeepVisionError if features turn out to be damaged.
     """
     pairs: dict[bytes, dict[bytes, Match]] = {}
-    with damage_reported(engine.store):
+    with engine.store.errors():
         if threshold != "identical":
             found = pairs_by_alignment(engine) if threshold == "copy" else pairs_by_score(engine, float(threshold))
             for keep, other, match in sorted(found, key=lambda pair: pair[2].score):  # the best one of two stays
@@ -2241,71 +2001,55 @@ for path in sys.stdin.buffer.read().split(b"\\0"):
     main.read_picture(main.File(path, 0, 0), b"", lambda image: main.to_rgb(image, 224))"""
 
 
-def skip_crashing_file(store: Store, images: Path, work: Work) -> None:
+def skip_crashing_file(store: Store, unread: list[File], images: Path, work: Work) -> None:
     """If a decoder has crashed the run before, find the file in a process of its own and note it as skipped."""
     if CRASH not in store.last_words:
         return
-    files = {os.path.join(os.fsencode(images), it.path): it for it in store.unread()}
-    at_risk = list(
-        itertools.islice(files, None if work.rebuild else 2 * BLOCK * work.ranks)
-    )  # no run reads more than this before it saves
-    path = filter(None, [os.path.dirname(os.path.abspath(__file__)), os.environ.get("PYTHONPATH")])
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    command = [sys.executable, "-c", READ_EACH]
-    done = subprocess.run(command, input=b"\0".join(at_risk), capture_output=True, env=here)
+    at_risk = unread[: None if work.rebuild else 2 * BLOCK * work.ranks]  # no run reads more before it saves
+    paths = b"\0".join(os.path.join(os.path.abspath(os.fsencode(images)), file.path) for file in at_risk)
+    here = os.path.dirname(os.path.abspath(__file__))  # `main` is imported from there
+    done = subprocess.run([sys.executable, "-c", READ_EACH], cwd=here, input=paths, capture_output=True)
     if done.stdout and done.returncode not in (0, 1):
-        bad = files[at_risk[len(done.stdout) - 1]]
-        store.save([Picture(bad, reason=CRASHES)])
-        with store.db:
-            store.db.execute("DELETE FROM changes WHERE path = ?", (bad.path,))
+        store.save([Picture(unread.pop(len(done.stdout) - 1), reason=CRASHES)])
 
 
-def read_new(store: Store, into: Store, images: Path, model: Model, work: Work) -> Summary:
-    """Read the files that the last scan of `store` chose, and save their features in the store `into`.
+def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, work: Work) -> Summary:
+    """Read these files, and save them with their features: in the store, or as a rank of torchrun in its own.
 
     It saves every few seconds, and also when an error or an interrupt ends the run. If a decoder crashes the process,
     faulthandler writes that into the lock file, for `skip_crashing_file`.
     """
-    known = partial(store.is_known, after=store.last_row() if work.rebuild else 0)
     to_pixels = get_transform(model.side, model.resample)
-    transform = (lambda image: launch(to_pixels(image)[None], model, 1)[0][0]) if model.in_threads else to_pixels
-    read = partial(read_picture, root=os.fsencode(images), transform=transform, known=known)
+    describes = model.network is describe  # small operations gain nothing from cores: the threads that read do them
+    transform = (lambda image: launch(to_pixels(image)[None], model, 1)[0][0]) if describes else to_pixels
+    read = partial(read_picture, root=os.fsencode(images), transform=transform)
+    if not work.rebuild:
+        read = partial(read, known=store.is_known)
     size, workers = work.batch_size or model.batch, work.workers or usable_cores()
-    files, summary = filter(work.is_mine, store.unread()), Summary()
+    files = [file for file in unread if zlib.crc32(file.path) % work.ranks == work.rank]
     pictures = read_ahead(read, files, workers, min(AHEAD_BATCHES * size + workers, AHEAD_MOST))
-    unsaved, saved = list[Picture](), time.monotonic()
-    label = f"{model.name} on {model.device}, {model.precision}"
-    bar = progress_bar(total=store.count(UNREAD) // work.ranks, desc=label, unit="img")
+    summary, into, unsaved = Summary(), store, list[Picture]()
+    if work.ranks > 1:
+        into = Store(store.folder, store.identity, store.dim, f"rank-{work.rank}.sqlite")
+        into.repair()  # it is new
+    start = saved = time.perf_counter()
+    bar = progress_bar(total=len(files), desc=f"{model.name} on {model.device}, {model.precision}", unit="img")
     with open(store.lock_file.lock_file, "ab") as last_words, bar:
         faulthandler.enable(last_words)
         try:
-            for batch in with_features(pictures, model, size, summary):
+            for batch in with_features(pictures, model, size):
                 unsaved += batch
                 summary.add(batch)
-                bar.set_postfix_str(summary.balance, refresh=False)
                 bar.update(len(batch))
-                if time.monotonic() - saved > SAVE_SECONDS or len(unsaved) > BLOCK:
+                if time.perf_counter() - saved > SAVE_SECONDS or len(unsaved) > BLOCK:
                     whole, unsaved = unsaved, []  # if saving fails, it is not tried again below
-                    into.save(whole, work.rebuild)
-                    saved = time.monotonic()
+                    into.save(whole)
+                    saved = time.perf_counter()
         finally:
             faulthandler.disable()
             if unsaved:
-                into.save(unsaved, work.rebuild)
-    return summary
-
-
-def scan(store: Store, images: Path, work: Work) -> int:
-    """Compare the folder `images`, which may be missing, with the store; how many files differ."""
-
-    def unlisted(error: OSError) -> None:
-        what = f"{escape_controls(os.fsdecode(error.filename))} cannot be listed ({error.strerror})"
-        if work.prune:  # what lies in it would be forgotten
-            raise DeepVisionError(f"{what}: nothing was pruned")
-        log.warning("%s", what)
-
-    files = find_images(images, unlisted, [store.folder.parent], work.exclude) if images.is_dir() else ()
-    return store.scan(files, work.rebuild)
+                into.save(unsaved)
+    return replace(summary, seconds=time.perf_counter() - start)
 
 
 def merge_ranks(store: Store) -> Summary:
@@ -2313,38 +2057,65 @@ def merge_ranks(store: Store) -> Summary:
     summary = Summary()
     for path in sorted(store.folder.glob("rank-*.sqlite")):
         share = Store(store.folder, store.identity, store.dim, path.name)
-        share.make_sound()  # its rank may have been stopped
-        summary.opened += share.count("files")
-        summary.new += share.count(USABLE)
-        share.close()
-        store.merge_rank(path)
-        for done in store.folder.glob(f"{path.name}*"):  # a rank that was killed may have left its journal, too
-            done.unlink()
+        with suppress(DamageError), share.errors(), store.db:  # what is damaged is read again
+            share.check(whole=False)
+            features = share.db.execute("SELECT NULL, digest, vector, checksum FROM features ORDER BY row")
+            store.db.executemany("INSERT OR REPLACE INTO features VALUES (?, ?, ?, ?)", features)  # NULL: a new row
+            files = share.db.execute("SELECT * FROM files")
+            store.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
+            summary.opened += share.count("files")
+            summary.new += share.count(USABLE)
+            summary.recognised += share.count(ORPHANED)
+        share.db.close()
+    for left in (*store.folder.glob("rank-*"), *store.folder.glob("*.part*")):  # the latter: of a stopped run
+        left.unlink(missing_ok=True)
     return summary
 
 
-def store_changes(store: Store, images: Path, model: Model, work: Work) -> Summary | None:
-    """Read what is new, and note what is gone. If no usable image would remain, note nothing and return None."""
-    with store.locked():
-        shares = merge_ranks(store)
-        if shares.opened or store.scanned != store.version():
-            scan(store, images, work)
-        skip_crashing_file(store, images, work)
-        before = store.last_row()
-        summary = read_new(store, store, images, model, work)
-        if work.ranks > 1:  # else they are what a stopped run has left
-            summary.opened, summary.new = summary.opened + shares.opened, summary.new + shares.new
-        if not store.mark_presence():
-            return None
-        known = f"features JOIN files USING (digest) WHERE there AND row <= {before}"
-        if not work.rebuild and store.any(GONE) and not store.any(known):
+def wait_for_ranks(work: Work) -> None:
+    """Wait until all ranks of torchrun have come here."""
+    if work.ranks == 1:
+        return
+    try:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=RANKS_WAIT))
+        torch.distributed.barrier()
+    except RuntimeError as error:
+        raise DeepVisionError("another rank of torchrun has stopped: run it again, what was done is saved") from error
+
+
+def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
+    """As a rank of torchrun other than the first: read a share of the new files, for the first rank to take in."""
+    wait_for_ranks(work)  # for the first rank, which makes the store sound, and holds the lock for all
+    store = Store(folder, model.identity, model.dim)
+    with store.errors():
+        read_new(store, store.scan(images, work).unread, images, model, work)
+    wait_for_ranks(work)
+
+
+def store_changes(store: Store, changes: Changes, images: Path, model: Model, work: Work) -> Summary:
+    """Read what is new. Note what is gone, but only if a usable image remains: else the summary counts no images."""
+    with store.locked() as waited:
+        if merge_ranks(store).opened or waited:
+            changes = store.scan(images, work)
+        skip_crashing_file(store, changes.unread, images, work)
+        wait_for_ranks(work)  # from here on, they read
+        summary = read_new(store, changes.unread, images, model, work)
+        wait_for_ranks(work)
+        if work.ranks > 1:
+            summary = merge_ranks(store)
+        if not store.mark_presence(changes):
+            return summary
+        summary.images, summary.gone = store.count(USABLE), store.count(GONE)
+        if summary.gone and summary.new - summary.recognised == summary.images and not work.rebuild:
             strange = f"of the images that {store.folder} knows, none is in {images}"
             if work.prune:
                 raise DeepVisionError(f"{strange}: nothing was pruned")
             log.warning("%s. If that is another collection, give it an --index-dir of its own", strange)
         if work.prune:
-            summary.forgotten = store.count(GONE)
             store.prune()
+            summary.forgotten, summary.gone = summary.gone, 0
+        summary.skipped = store.count(SKIPPED)
     return summary
 
 
@@ -2353,58 +2124,31 @@ def update(store: Store, images: Path, model: Model, work: Work) -> Summary:
 
     Raises DeepVisionError if no usable image is there. The store keeps what it has: the drive may only be unplugged.
     """
-    summary: Summary | None = Summary()
-    if scan(store, images, work) or work.prune or work.ranks > 1 or store.get_meta("decoders") is None:
-        summary = store_changes(store, images, model, work)
-    skipped = store.count(SKIPPED)
-    if summary and store.any(USABLE):
-        return replace(summary, images=store.count(USABLE), skipped=skipped, gone=store.count(GONE))
-    there = "has no usable image" if images.is_dir() else "is not a folder" if images.exists() else "is missing"
+    changes = store.scan(images, work)
+    if any(changes) or work.prune or work.ranks > 1:
+        summary = store_changes(store, changes, images, model, work)
+    else:
+        summary = Summary(store.count(USABLE), store.count(SKIPPED), store.count(GONE))
+    if summary.images:
+        return summary
     advice = "put images to search in there, or name another folder with --images"
     if known := store.count("files WHERE digest IS NOT NULL"):
-        there += f", but the index knows {known:,}"
-        advice = "is a drive not connected, or is --images another folder? Nothing was changed; to start afresh, "
-        advice += f"delete {store.folder}"
-    elif skipped:
-        query = f"SELECT count(*), reason FROM {SKIPPED} GROUP BY reason ORDER BY 1 DESC, 2 LIMIT 3"
-        there += f", all {skipped:,} were skipped"
-        advice = "; ".join(f"{n:,} × {reason}" for n, reason in store.db.execute(query))
-    raise DeepVisionError(f"{images} {there}: {advice}")
-
-
-@contextmanager
-def store_errors(folder: Path) -> Iterator[None]:
-    """Turn an error of the disk or the database into a DeepVisionError."""
-    try:
-        yield
-    except (OSError, sqlite3.Error, DamageError, NotImplementedError) as error:  # the last: a disk without locks
-        raise DeepVisionError(
-            f"the index in {folder} cannot be used: {first_line(error)}. Check the free space and the permissions, "
-            "or choose another folder with --index-dir"
-        ) from error
-
-
-def open_store(folder: Path, model: Model, whole: bool) -> Store:
-    """The store in the folder, made or repaired if need be. `whole`: it is checked whole, unless it is large."""
-    if any((folder / name).exists() for name in OLD_FILES):
-        log.warning("%s holds an index of an older format: all images are indexed anew", folder)
-    store = Store(folder, model.identity, model.dim)
-    try:
-        store.check(whole)
-    except DamageError:  # or it is new
-        store.repair()
-    return store
+        advice = (
+            f"but the index knows {known:,}: is a drive not connected, or is it another folder? Nothing was changed"
+        )
+    elif skipped := store.skipped(1):
+        advice = f"all were skipped, {os.fsdecode(skipped[0][0])} for one: {skipped[0][1]}"
+    raise DeepVisionError(f"{images} has no usable image: {advice}")
 
 
 def prepare(store: Store, images: Path, model: Model, work: Work) -> Engine:
-    """Update the store, open its index: the engine of a search."""
-    with damage_noticed():
-        known = Summary(store.count(USABLE), store.count(SKIPPED))
-        summary = update(store, images, model, work) if work.update else known
-        index = open_index(store, work)
-    return Engine(
-        images, model, store, index, work.exact, replace(summary, recall=None if work.exact else index.recall)
-    )
+    """Update the store and open its index: the engine of a search."""
+    with store.errors():
+        store.check(whole=work.update)
+        summary = Summary(store.count(USABLE), store.count(SKIPPED))
+        if work.update:
+            summary = update(store, images, model, work)
+        return Engine(images, model, store, open_index(store, work), work.exact, summary)
 
 
 def initialize_reverse_image_search(
@@ -2419,82 +2163,51 @@ def initialize_reverse_image_search(
 
     Raises DeepVisionError if there is no usable image, or the cache cannot be written or is a newer version's.
     """
+    images = Path(images)
     if os.path.realpath(images) == os.path.realpath(index_dir):
         raise DeepVisionError(f"--index-dir {index_dir} is the collection itself: choose another folder for the cache")
-    model, images = model or load_model(), Path(images)
+    if work.update and not os.path.isdir(images):
+        there = "is not a folder" if os.path.exists(images) else "is missing"
+        raise DeepVisionError(f"{images} {there}: put images to search in there, or name another folder with --images")
+    model = model or load_model()
     folder = Path(index_dir, model.identity)
     if not (work.update or Path(folder, "index.sqlite").exists()):
         raise DeepVisionError(f"there is no index of {images} by {model.name} in {index_dir}: run without --no-update")
     if model.name == MODEL and not folder.exists() and any(Path(index_dir).glob(f"{OFFLINE}-*")):
         log.warning("the weights of %s are here now: all images are indexed with it; the offline index is kept", MODEL)
-    with store_errors(folder):
-        store = open_store(folder, model, whole=work.update)
-        try:
-            engine = prepare(store, images, model, work)
-        except DamageError:
-            store.repair()
-            engine = prepare(store, images, model, work)
-        for name in OLD_FILES:
-            (folder / name).unlink(missing_ok=True)
-    return engine
-
-
-def wait_for_ranks() -> None:
-    """Wait until all ranks of torchrun have come here."""
+    store = Store(folder, model.identity, model.dim)
     try:
-        torch.distributed.barrier()
-    except RuntimeError as error:
-        raise DeepVisionError("another rank of torchrun has stopped: run it again, what was done is saved") from error
-
-
-def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
-    """As a rank of torchrun: read a share of the new files into a database that the next update takes in.
-
-    All ranks meet twice: once rank 0 has made the store sound and holds its lock, and when all have read.
-    """
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=RANKS_WAIT))
-    with store_errors(folder):
-        if work.rank:
-            wait_for_ranks()  # for rank 0, which makes the store sound, and holds the lock for all ranks
-        store = open_store(folder, model, whole=not work.rank)
-        with nullcontext() if work.rank else store.locked():
-            if not work.rank:
-                merge_ranks(store)
-                scan(store, images, work)
-                skip_crashing_file(store, images, work)
-                wait_for_ranks()
-            share = Store(folder, model.identity, model.dim, f"rank-{work.rank}.sqlite")
-            share.make_sound()  # it is new
-            scan(store, images, work)
-            read_new(store, share, images, model, work)
-            share.close()
-            wait_for_ranks()
-        store.close()
+        return prepare(store, images, model, work)
+    except DamageError:  # or the store is new
+        with store.errors(), store.locked():
+            store.repair()
+        return prepare(store, images, model, work)
 
 
 # ---- Output ----------------------------------------------------------------------------------------------------------
 
 
 def verdict(found: Answer | Group) -> str:
-    """What the matches amount to; empty if there is a copy. Else the best of many would pass for the picture."""
+    """What a heading says of the matches; empty if the first one is a copy."""
     if isinstance(found, Group):
         return f"keep: the best of {len(found.matches) + 1}"
-    return ("" if found.matches[0].label else "no copy found") if found.matches else "no match"
+    if not found.matches:
+        return "no match"
+    return "" if found.matches[0].label else "no copy found"
 
 
 def remark_on(match: Match) -> str:
     """What is said of a match: its label, how much of it the query shows, and the edit that was undone."""
-    covers = f"covers {match.region.covers:.0%}".replace("%", " %") if match.region else ""
+    covers = f"covers {100 * match.region.covers:.0f} %" if match.region else ""
     return ", ".join(filter(None, (match.label, covers, match.view)))
 
 
-def as_text(found: Answer | Group, engine: Engine, colour: bool = False) -> str:
+def as_text(found: Answer | Group, engine: Engine, colour: bool) -> str:
     """A heading line, then `rank  score  path  label, view` for each match."""
     bold, green, plain = ("\x1b[1m", "\x1b[32m", "\x1b[0m") if colour else ("", "", "")
-    about = [f"({engine.model.name}, {engine.summary.images:,} images)", verdict(found)]
-    if isinstance(found, Group):
-        about = [f"({verdict(found)})"]
-    lines = [f"{bold}{escape_controls(found[0])}{plain}  {': '.join(filter(None, about))}"]
+    about = f"{engine.model.name}, {engine.summary.images:,} images"
+    about = f"({verdict(found)})" if isinstance(found, Group) else f"({about}): {verdict(found)}".removesuffix(": ")
+    lines = [f"{bold}{escape_controls(found[0])}{plain}  {about}"]
     for match in found.matches:
         remark = f"{green}{remark_on(match)}{plain}" if match.label else remark_on(match)
         rank = str(match.rank).rjust(len(str(len(found.matches))))
@@ -2517,7 +2230,7 @@ def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
     """Print on stdout, at once. `form`: text, json, or null: the paths byte for byte, each with a NUL at its end."""
     if form == "json":
         print(as_json(found, engine), flush=True)
-    elif form == "null" and not found.error:
+    elif form == "null":
         sys.stdout.buffer.write(b"".join(os.fsencode(match.path) + b"\0" for match in found.matches))
         sys.stdout.buffer.flush()
     elif not found.error:
@@ -2527,156 +2240,132 @@ def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
 
 # ---- Page ------------------------------------------------------------------------------------------------------------
 
-THUMBNAIL, THUMBNAIL_BYTES = 256, 6200  # pixels of the longer side; at most, so that 100 queries × 10 make 10 MB
-QUALITIES = (70, 40, 15, 0)  # of WebP: a photograph takes 5 KB with the first, nearly always
-PROFILE_BYTES = 1000  # the largest colour profile kept: Display P3 and Adobe RGB take 560, the usual sRGB 3144
-PAGE_PICTURES = 5000  # on a page, 40 MB; the rest is left to the other outputs
-PAGE_SKIPPED = 100  # reasons listed on a page
-STYLE = """
-*{box-sizing:border-box;--soft:light-dark(#565662,#a9a9b6);--good:light-dark(#0f6a2b,#7fdc98);
---bad:light-dark(#8a4b00,#f2bd70);--card:light-dark(#f3f3f6,#1e1e23)}
-h1,h2{font-size:1.4rem;margin:0;font-weight:600}h2{font-size:1.1rem;margin-bottom:.7rem}
-section{margin-top:1rem;padding-top:1rem;border-top:1px solid var(--soft);overflow-wrap:anywhere}
-b.good,b.bad{padding:.1em .6em;border:2px solid;border-radius:1em}.good{color:var(--good)}.bad{color:var(--bad)}
-ol{display:grid;gap:.9rem;list-style:none;margin:0;padding:0}
-ol.large{grid-template-columns:repeat(auto-fill,minmax(min(15rem,46%),1fr))}
-ol.small{margin-top:.9rem;grid-template-columns:repeat(auto-fill,minmax(min(8rem,29%),1fr));font-size:.85em}
-figure{margin:0;height:100%;border-radius:.5rem;overflow:hidden;background:var(--card)}
-.identical figure,.copy figure{outline:3px solid var(--good)}figcaption{padding:.5rem .6rem;font-size:.9em}
-figure>:first-child{display:block;position:relative;width:100%;aspect-ratio:1}
-:focus-visible{outline:3px solid var(--bad);outline-offset:-3px}small{display:block;color:var(--soft)}
-figure img,svg,.none{position:absolute;inset:0;width:100%;height:100%;object-fit:contain}.none{padding:1rem}
-polygon{fill:none;stroke:#19b35a;stroke-width:3;vector-effect:non-scaling-stroke}
-"""
-SECTIONS = """
-{% if heading %}<h2>{{ heading|text }}</h2>{% endif %}
-{% for number, item, rows in found %}<section>{% if item[0] or item.error %}<h2>
-{% if item.error %}<b class="bad">✗ {{ item.error|text }}</b>{% elif item.keep %}{{ verdict(item) }}
-{% elif verdict(item) %}<b class="bad">✗ {{ verdict(item) }}</b>
-{% else %}<b class="good">✓ found</b>{% endif %} {{ item[0]|name }}</h2>{% endif %}
-{% for kind, row in rows.items() if row %}<ol class="{{ kind }}" role="list">
-{% for match, corners, picture in row %}<li class="{{ match.label }}"><figure>{% if in_ui %}
-<button data-item="{{ number }}" data-rank="{{ match.rank }}">{% else %}
-<a href="{{ match.path|address }}" title="{{ match.path|name }}">{% endif %}{% if picture.pixels %}
-<img src="data:image/webp;base64,{{ picture.pixels[0]|base64 }}" alt="{{ match.path|name }}" loading="lazy"
- {{ "draggable=false" if in_ui }}>{% if corners or in_ui %}
-<svg viewBox="0 0 {{ picture.pixels[1] }} {{ picture.pixels[2] }}" aria-hidden="true"><polygon points="
-{%- for x, y in corners %}{{ x }},{{ y }} {% endfor %}"/></svg>{% endif %}{% else %}
-<span class="none">{{ (picture.reason or "not there any more")|text }}</span>{% endif %}
-</{{ "button" if in_ui else "a" }}><figcaption>
-{% if match.rank and match.view and item.keep == "" %}
-<button data-item="0" data-rank="{{ match.rank }}" data-group="1">{{ match.view }}</button>
-{% elif match.rank %}{{ match.rank }} · <b>{{ "%.3f" % match.score }}</b> <span class="{{ 'good' if match.label }}">
-{{ remark_on(match) }}</span>{% else %}<b>{{ "keep" if item.keep else "query" }}</b>{% endif %}
-{% if in_ui and not match.rank and not item.keep %}
-<input data-item="{{ number }}" data-rank="0" placeholder="part: left, top, right, bottom"
- aria-label="Search with a part of it: left, top, right, bottom, in pixels">{% endif %}
-<br>{{ match.path|name }}{% if picture.pixels %}<small>
-{{ "{1:,} × {2:,} px, {0:,.0f} KB".format(picture.file.size / 1000, *picture.pixels[1:]) }}</small>{% endif %}
-</figcaption></figure></li>{% endfor %}</ol>{% endfor %}</section>
-{% endfor %}"""
+THUMBNAIL, QUALITY = 256, 60  # pixels of the longer side, and of WebP: 4 KB a photograph
+PAGE_PICTURES = 5000  # on a page, 30 MB; the rest is left to the other outputs
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{{ title }} – DeepVision</title><style>
-:root{color-scheme:light dark;background:light-dark(#fff,#121215);color:light-dark(#1a1a1f,#e8e8ee)}
-body{margin:auto;max-width:90rem;padding:1rem;font:1rem/1.45 system-ui,sans-serif}{{ style|safe }}
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
+{% if is_waiting %}<meta http-equiv="refresh" content="2">{% endif %}<title>{{ title }} – DeepVision</title><style>
+:root{color-scheme:light dark;--soft:light-dark(#565662,#a9a9b6);--card:light-dark(#f3f3f6,#1e1e23);
+--good:light-dark(#0f6a2b,#7fdc98);--bad:light-dark(#8a4b00,#f2bd70)}
+body{margin:auto;max-width:90rem;padding:1rem;font:1rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere;
+background:light-dark(#fff,#121215);color:light-dark(#1a1a1f,#e8e8ee)}a{color:inherit}
+h1{font-size:1.4rem;margin:0}h2{font-size:1.1rem;margin:0 0 .7rem}
+h2 b{padding:.1em .6em;border:2px solid;border-radius:1em}.good{color:var(--good)}.bad{color:var(--bad)}
+section{margin-top:1rem;padding-top:1rem;border-top:1px solid var(--soft)}
+ol{display:grid;gap:.9rem;list-style:none;margin:0 0 .9rem;padding:0}
+.large{grid-template-columns:repeat(auto-fill,minmax(min(15rem,46%),1fr))}
+.small{grid-template-columns:repeat(auto-fill,minmax(min(8rem,29%),1fr));font-size:.85em}
+figure{margin:0;height:100%;border-radius:.5rem;background:var(--card)}figcaption{padding:.5rem .6rem;font-size:.9em}
+.identical figure,.copy figure{outline:3px solid var(--good)}small{display:block;color:var(--soft)}
+figure>a{display:block;position:relative;aspect-ratio:1}img,svg{position:absolute;width:100%;height:100%}
+img{object-fit:contain}polygon{fill:none;stroke:#19b35a;stroke-width:3;vector-effect:non-scaling-stroke}
+nav,form{display:flex;flex-wrap:wrap;gap:.5rem 1.5rem;margin-top:1rem}input[type=number]{width:5rem}
+.query a{touch-action:none;cursor:crosshair}
 </style></head><body><header><h1>{{ title }}</h1>
 {{ "{:,}".format(engine.summary.images) }} images in {{ engine.images|text }} ·
 {{ engine.model.name }} on {{ engine.model.device }} · {{ about }}
-{% if skipped %}<details><summary>{{ "{:,}".format(engine.summary.skipped) }} skipped</summary><ul>
-{% for path, reason in skipped %}<li>{{ path|text }}: {{ reason|text }}</li>{% endfor %}
-{% if engine.summary.skipped > skipped|length %}<li>and more, which -v lists</li>{% endif %}</ul></details>{% endif %}
-</header><main>{% include "sections" %}</main>
+{% if script %}<nav><a href="?{{ kept }}">The collection</a><a href="?twice=1&{{ kept }}">The same picture twice</a>
+<label>Drop, paste or choose pictures <input type="file" id="given" multiple></label></nav>{% endif %}
+{% if queries %}<form>{% for key in queries %}<input type="hidden" name="q" value="{{ key }}">{% endfor %}
+<label>How many <input type="number" name="k" min="1" value="{{ k }}"></label>
+<label>From which score <input type="number" name="least" min="-1" max="1" step="any" value="{{ least }}"></label>
+<label>Part of the query <input name="part" placeholder="left, top, right, bottom" value="{{ part }}"></label>
+<button>Search</button></form>{% endif %}
+</header><main>{% for item, matches in shown %}<section>{% if item[0] or item.error %}
+{% set bad = item.error or (item.query and verdict(item)) %}
+<h2><b class="{{ "bad" if bad else "good" }}">{{ "✗" if bad else "✓" }} {{ (bad or verdict(item) or "found")|text }}</b>
+{{ item[0]|name }}</h2>{% endif %}
+{% for kind in ("large", "small") %}<ol class="{{ kind }}">
+{% for match in matches if (kind == "large") == (match.label != "" or match.rank == 0) %}
+{% set path, picture = match.path if match.rank else item[0], pictures[match.path] %}
+<li class="{{ match.label if match.rank or item.keep else "query" }}"><figure>
+<a href="{{ path|link }}" draggable="false">{% if picture.pixels %}
+<img src="data:image/webp;base64,{{ picture.pixels[0] }}" alt="{{ path|name }}" loading="lazy">
+<svg viewBox="0 0 {{ picture.pixels[1] }} {{ picture.pixels[2] }}"><polygon points="
+{%- for x, y in (match.region or {}).corners %}{{ x|round(1) }},{{ y|round(1) }} {% endfor %}"/></svg>
+{% else %}{{ (picture.reason or "not there any more")|text }}{% endif %}</a>
+<figcaption>{% if not match.rank %}<b>{{ "query" if item.query else "keep" }}</b>
+{% elif match.view and item.keep == "" %}<a href="?group={{ match.rank }}&{{ kept }}">{{ match.view }}</a>
+{% else %}{{ match.rank }} · <b>{{ "%.3f" % match.score }}</b>
+<span class="{{ "good" if match.label }}">{{ remark_on(match) }}</span>{% endif %}<br>{{ path|name }}
+{% if picture.pixels %}<small>{{ "{:,} × {:,} px".format(*picture.pixels[1:]) }},
+{{ "{:,.0f} KB".format(picture.file.size / 1000) }}</small>{% endif %}</figcaption></figure></li>
+{% endfor %}</ol>{% endfor %}</section>{% endfor %}</main>
 {% if left_out %}<footer>{{ "{:,}".format(left_out) }} more pictures are left out: --json lists all</footer>{% endif %}
-</body></html>
+{% if script %}<script>{{ script|safe }}</script>{% endif %}</body></html>
 """
 
 
-def thumbnail(image: Image.Image) -> tuple[bytes, int, int]:
-    """A small upright picture, WebP, and the width and height of the whole picture."""
+def thumbnail(image: Image.Image) -> tuple[str, int, int]:
+    """A small upright picture, WebP in base64, and the width and height of the whole picture."""
     width, height = image.size
-    profile = (image.mode == "RGB" and image.info.get("icc_profile")) or b""
     picture = to_rgb(image, THUMBNAIL)
     if (picture.width - picture.height) * (width - height) < 0:  # turned by EXIF
         width, height = height, width
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    for quality in QUALITIES:
-        kept = profile if len(profile) <= PROFILE_BYTES else b""
-        picture.save(stream := io.BytesIO(), "WEBP", quality=quality, icc_profile=kept, exif=b"", xmp=b"")
-        if stream.tell() <= THUMBNAIL_BYTES:
-            break
-    return stream.getvalue(), width, height
+    picture.save(stream := io.BytesIO(), "WEBP", quality=QUALITY, xmp=b"")
+    return base64.b64encode(stream.getvalue()).decode(), width, height
 
 
-def with_thumbnails(found: Sequence[Answer | Group]) -> Iterator[tuple[int, Answer | Group, dict[str, list[Any]]]]:
-    """Each item with its number and its rows of pictures: "large", the query and its copies, and "small", the rest.
-
-    A picture is a tuple: a Match (of rank 0 for the query), the corners of the outline to draw, and the Picture read,
-    whose `pixels` are the thumbnail.
-    """
-    read, workers = partial(read_picture, root=b"", transform=thumbnail), usable_cores()
-    good = [item for item in found if not item.error]
-    shown = ([getattr(item, "file", "") or item[0], *(match.path for match in item.matches)] for item in good)
-    paths = filter(None, itertools.chain.from_iterable(shown))
-    pictures = read_ahead(read, (File(os.fsencode(path), 0, 0) for path in paths), workers, 4 * workers)
-    for number, item in enumerate(found):
-        regions, rows = [match.region for match in item.matches], {"large": list[Any](), "small": list[Any]()}
-        corners = [next((it.outline for it in regions if it), []), *(it.corners if it else [] for it in regions)]
-        query = [Match(0, item[0], 1.0, False)] if item[0] else []
-        for match in [] if item.error else query + item.matches:
-            is_large = match.label or not match.rank
-            rows["large" if is_large else "small"].append((match, corners[match.rank], next(pictures)))
-        yield number, item, rows
-
-
-def decode_path(path: str | Path | bytes) -> str:
+def decode_path(path: str | Path) -> str:
     """A path as text, whatever it holds."""
     return escape_controls(os.fsencode(path).decode("utf-8", "replace"))
 
 
-def address(path: str) -> str:
-    """Where a link to a path, or to a query that came from an address or from stdin, leads."""
-    return path if ADDRESS.match(path) else "" if path == "-" else Path(path).absolute().as_uri()
+def link_to(path: str) -> str:
+    return path if ADDRESS.match(path) else Path(path).absolute().as_uri()
 
 
-def template(name: str, path_name: Callable[[str], str] = decode_path) -> jinja2.Template:
-    """The template `page` or `sections`. `path_name`: how a path is shown."""
-    loader = jinja2.DictLoader({"page": PAGE, "sections": SECTIONS})
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
-    environment.filters.update(text=decode_path, name=path_name, address=address)
-    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
-    return environment.get_template(name, globals={"verdict": verdict, "remark_on": remark_on, "style": STYLE})
+def title_of(found: Sequence[Answer | Group]) -> str:
+    if not found:
+        return "No picture is there twice"
+    if isinstance(found[0], Group):
+        return counted(len(found), "group")
+    return f"{counted(len(found), 'query', 'queries')}, {sum(not verdict(item) for item in found):,} found"
 
 
-def fitting(found: Sequence[Answer | Group], room: int) -> tuple[list[Answer | Group], int]:
-    """The first items with at most `room` pictures, and how many pictures are left out."""
-    kept = list[Answer | Group]()
+def with_query(item: Answer | Group) -> list[Match]:
+    """The matches, and before them, with rank 0, the query or the file to keep. Its outline shows the best copy."""
+    if item.error or not item[0]:
+        return item.matches
+    region = next((match.region for match in item.matches if match.region), None)
+    region = region and region._replace(corners=region.outline)
+    return [Match(0, getattr(item, "file", "") or item[0], 1.0, False, region=region), *item.matches]
+
+
+def render(
+    found: Sequence[Answer | Group], engine: Engine, name: Any = decode_path, link: Any = link_to, **values: Any
+) -> str:
+    """The page. `name` and `link` make of a path the text and the address shown; `values`: what else PAGE takes."""
+    room, shown = PAGE_PICTURES, list[tuple[Answer | Group, list[Match]]]()
     for item in found:
-        if room > 0:
-            kept.append(item._replace(matches=item.matches[: room - 1]))
-        room -= 1 + len(item.matches)
-    return kept, max(0, -room)
+        matches = with_query(item)
+        shown.append((item, matches[: max(0, room)]))
+        room -= len(matches)
+    paths = list(dict.fromkeys(match.path for _, matches in shown for match in matches))
+    read, cores = partial(read_picture, root=b"", transform=thumbnail), usable_cores()
+    pictures = dict(zip(paths, read_ahead(read, (File(os.fsencode(path), 0, 0) for path in paths), cores, 4 * cores)))
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
+    environment.filters.update(text=decode_path, name=name, link=link)
+    values = {"title": title_of(found), "policy": POLICY, "verdict": verdict, "remark_on": remark_on, **values}
+    values |= {"shown": shown, "pictures": pictures, "left_out": max(0, -room), "engine": engine}
+    return environment.from_string(PAGE).render(values)
 
 
 def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine, seconds: float) -> None:
-    """Write all that was found, to look at: one file that needs no other, no script and no network.
+    """Write the page: one file that needs no other, no script and no network.
 
-    Pictures are read while it is written: memory holds those of one item. Raises DeepVisionError if it cannot be
-    written; what was there is untouched then.
+    Raises DeepVisionError if it cannot be written. An older page stays then.
     """
-    target, (kept, left_out) = Path(os.path.realpath(path)), fitting(found, PAGE_PICTURES)
-    title = f"{counted(len(found), 'query', 'queries')}, {sum(not verdict(item) for item in found):,} found"
-    if not found or isinstance(found[0], Group):
-        title = counted(len(found), "group") if found else "No picture is there twice"
+    target = Path(os.path.realpath(path))
     try:
         if target.exists() and not target.is_file():
             raise FileExistsError(errno.EEXIST, "it exists and is not a regular file")
         with whole_file(target, f".{os.getpid()}") as stream:
-            template("page").stream(
-                found=with_thumbnails(kept), left_out=left_out, title=title, engine=engine,
-                about=f"{time.strftime('%Y-%m-%d %H:%M')}, {seconds:.1f} s", skipped=engine.store.skipped(PAGE_SKIPPED),
-            ).dump(stream, "utf-8")  # fmt: skip
+            about = f"{time.strftime('%Y-%m-%d %H:%M')}, {seconds:.1f} s"
+            stream.write(render(found, engine, about=about).encode())
     except OSError as error:
         why = error.strerror or first_line(error)
         advice = "choose another place with --report FILE, or --no-report"
@@ -2686,266 +2375,199 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
 # ---- UI --------------------------------------------------------------------------------------------------------------
 
 UPLOAD_BYTES = 300_000_000  # of one file given to --ui: a photograph of 100 million pixels, uncompressed
-UI_PICTURES = 500  # of --duplicates that the UI shows, 4 MB
 TILES = 24  # pictures that stand for the collection
-FULL_SIDE = 1 << 20  # pixels, for `to_rgb`: no JPEG is made smaller
-UI_STYLE = """.dark{color-scheme:dark}footer{display:none!important}
-.large [data-rank="0"]{touch-action:none;cursor:crosshair}[data-group]{text-decoration:underline}
-input[data-item]{width:100%;background:none;border:1px solid;border-radius:.3rem;padding:.1rem .4rem}"""
-# A pasted picture is given like a chosen file. The browser's history keeps the number of each view: its Back works.
-PAGE_SCRIPT = """() => {
-    history.replaceState({view: 0}, "")
-    addEventListener("popstate", () => document.querySelector("#back").click())
-    document.addEventListener("paste", event => {
-        const input = document.querySelector("#given input[type=file]")
-        if (!event.clipboardData.files.length) return
-        input.files = event.clipboardData.files
-        input.dispatchEvent(new Event("change", {bubbles: true}))
-    })
-}"""
-NEW_VIEW = '(here) => history.pushState({view: here}, "")'
-OLD_VIEW = "(views, k, least, here) => [views, k, least, history.state?.view || 0]"
-# A click sends the number of the picture, so that the browser needs no path. A rectangle that is drawn on a query, or
-# written into the field below it, is sent in pixels of that picture. A drag by touch ends without a click.
-CLICK_SCRIPT = """let svg, from, part
+COMPARING = "Comparing all pictures: each takes a fraction of a second"  # the title of a page that reloads itself
+SCRIPT = """// Pictures that a person gives are sent one by one. The answers are keys, which the next page asks for.
+const given = document.querySelector("#given")
+const send = async files => {
+    const asked = new URLSearchParams(location.search)
+    for (const name of ["q", "part", "group", "twice"]) asked.delete(name)
+    for (const file of files) {
+        const request = fetch("/?" + new URLSearchParams({name: file.name}), {method: "POST", body: file})
+        const answer = await request.catch(error => ({statusText: error.message}))
+        if (answer.ok) asked.append("q", await answer.text())
+        else alert(`${file.name} is not taken: ${answer.statusText}`)
+    }
+    if (asked.has("q")) location.search = asked
+}
+given.onclick = () => { given.value = "" }
+given.onchange = () => send(given.files)
+document.onpaste = event => send(event.clipboardData.files)
+ondragover = event => event.preventDefault()
+ondrop = event => { event.preventDefault(); send(event.dataTransfer.files) }
+
+// A rectangle that a person draws on a query starts a search with that part of it.
+let svg, from, part
 const place = event => {
     const {x, y} = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse())
-    return [x, y]
+    const {width, height} = svg.viewBox.baseVal
+    return [Math.min(Math.max(x, 0), width), Math.min(Math.max(y, 0), height)].map(Math.round)
 }
-element.addEventListener("pointerdown", event => {
+onpointerdown = event => {
     part = null
-    svg = event.target.closest(".large [data-rank='0']")?.querySelector("svg")
-    if (!svg) return
-    from = place(event)
-    event.target.setPointerCapture(event.pointerId)
-})
-element.addEventListener("pointermove", event => {
+    svg = event.target.closest(".query a")?.querySelector("svg")
+    if (svg) from = place(event)
+}
+onpointermove = event => {
     if (!svg || !event.buttons) return
     const [x, y, X, Y] = [...from, ...place(event)]
     svg.firstElementChild.setAttribute("points", [x, y, X, y, X, Y, x, Y])
-    part = Math.min(Math.abs(X - x), Math.abs(Y - y)) > 8 ? [x, y, X, Y].join() : null
-})
-element.addEventListener("pointerup", event => {
-    if (part) trigger("click", {...svg.closest("button").dataset, part})
-})
-element.addEventListener("click", event => {
-    const button = event.target.closest("button")
-    if (button && !part) trigger("click", {...button.dataset})
-    part = null
-})
-element.addEventListener("change", event => {
-    if (event.target.value) trigger("click", {...event.target.dataset, part: event.target.value})
-    event.target.value = ""
-})"""
+    part = [Math.min(x, X), Math.min(y, Y), Math.max(x, X), Math.max(y, Y)]
+}
+onpointerup = () => {
+    if (part && part[2] - part[0] > 8 && part[3] - part[1] > 8) location = svg.closest("a").href + "&part=" + part
+}
+onclick = event => { if (part) event.preventDefault() }
+"""
 
 
-def import_gradio() -> None:
-    """Raise DeepVisionError if Gradio is not installed; else have it tell nobody that it is used."""
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
-    if not importlib.util.find_spec("gradio"):
-        raise DeepVisionError("--ui needs Gradio: run `pip install gradio`")
+class Request(http.server.BaseHTTPRequestHandler):
+    """A request to the UI. Requests of other sites are refused. No path that a browser sends is opened."""
+
+    server: UI
+    timeout = 60  # seconds without a byte
+
+    def parse_request(self) -> bool:
+        """Read the header. Refuse what comes neither from this machine's address line nor from the UI's own page."""
+        if not super().parse_request():
+            return False
+        host, port = self.headers["Host"], self.server.server_address[1]
+        is_own = host in (f"127.0.0.1:{port}", f"localhost:{port}")  # another name may be another site's
+        is_own &= self.headers.get("Origin", f"http://{host}") == f"http://{host}"
+        is_own &= self.headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
+        if not is_own:
+            self.send_error(403, "not from here")
+        return is_own
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        if path == "/":
+            self.reply(self.server.page(query))
+        else:
+            self.send_error(404)
+
+    def do_POST(self) -> None:
+        """Save the picture that is sent, and answer with its key. Its name is in the address."""
+        left = int(self.headers["Content-Length"])
+        if not 0 <= left <= UPLOAD_BYTES:
+            return self.send_error(413, f"more than {UPLOAD_BYTES:,} bytes")
+        name = urllib.parse.parse_qs(self.path.partition("?")[2])["name"][0]
+        path = os.path.join(tempfile.mkdtemp(dir=self.server.folder), os.path.basename(name))
+        with open(path, "xb") as target:
+            while data := self.rfile.read(min(left, 1 << 20)):
+                target.write(data)
+                left -= len(data)
+        self.reply(self.server.key(path))
+
+    def reply(self, body: str) -> None:
+        with suppress(ConnectionError):  # the browser has gone
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("X-Frame-Options", "DENY")  # the page's policy cannot say this
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing."""
 
 
-class Desk:
-    """What all tabs of the UI share: the engine, and a lock, since its store is for one thread at a time."""
+class UI(socketserver.ThreadingTCPServer):
+    """The server of the UI. It gives a browser small copies of pictures, and keys in place of paths."""
 
-    def __init__(self, engine: Engine, work: Work) -> None:
-        self.engine, self.lock = engine, threading.Lock()
-        self.groups = list[tuple[int, list[Match]]]()  # of the collection, once it was shown
-        self.work = replace(work, update=True, rebuild=False, prune=False, rank=0, ranks=1)
+    daemon_threads = True
+    allow_reuse_address = os.name == "posix"  # on Windows two programs would share the port
 
-    def update(self) -> None:
-        """Bring the index up to date, while the old one goes on answering."""
-        old, folder = self.engine, self.engine.store.folder.parent
-        torch.set_num_threads(torch_threads())  # a new thread begins with the number that was set last, perhaps 1
+    def __init__(self, engine: Engine, port: int, top: int, folder: str) -> None:
+        super().__init__(("127.0.0.1", port), Request)
+        self.engine, self.top, self.folder = engine, top, folder  # the folder is for the pictures that are given
+        self.searching = threading.Lock()  # the store is for one thread at a time
+        self.comparing = threading.Thread(target=self.compare, daemon=True)
+        self.duplicates: list[Any] = [Answer("", [], "the comparison has failed: the terminal says why")]
+        self.groups = representatives(engine, TILES)
+        self.paths = dict[str, str]()  # by key
+
+    def compare(self) -> None:
+        """Find the duplicates. A thread of its own does it, with a connection of its own, so that searches go on."""
+        store = Store(self.engine.store.folder, self.engine.store.identity, self.engine.store.dim)
+        self.duplicates = list(find_duplicates(replace(self.engine, store=store)))
+
+    def key(self, path: str) -> str:
+        """The key that stands for a path."""
+        key = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+        self.paths[key] = path
+        return key
+
+    def page(self, query: str) -> str:
+        """The page that the query of an address asks for."""
+        asked = urllib.parse.parse_qs(query)
+        usual = {"k": str(self.top), "least": "0", "part": ""}
+        choices = {name: asked.get(name, [value])[0] for name, value in usual.items()}
         try:
-            new = initialize_reverse_image_search(old.images, folder, model=old.model, work=self.work)
-        except DeepVisionError as error:
-            raise gradio.Error(html.escape(str(error)), print_exception=False) from error
-        with self.lock:
-            self.engine, self.groups = new, []
-            old.store.close()
-
-    def view(self, shown: list[str] | int, k: int, least: float) -> tuple[str, list[Any]]:
-        """HTML, and what it shows: the Answers to queries, the group of this number, or with 0 the whole collection."""
-        heading, found = "", list[Any]()
-        try:
-            with self.lock:
-                if isinstance(shown, list):
-                    found = list(search(shown, self.engine, k=int(k), threshold=float(least)))
-                else:
-                    self.groups = self.groups or representatives(self.engine, TILES)
-                    heading, images = self.collection()
-                    if shown:
-                        size, images = self.groups[shown - 1]
-                        heading = f"{counted(size, 'picture')} that look alike"
-                    found = [Group("", images)]
-        except DeepVisionError as error:
-            found = [Answer("", [], str(error))]
-        return as_html(found, heading), found
-
-    def collection(self) -> tuple[str, list[Match]]:
-        """A heading, and one image of each group, with the size of the group as its view."""
-        summary, model = self.engine.summary, self.engine.model
-        where = f"{counted(summary.images, 'image')} in {self.engine.images}, {summary.skipped:,} skipped"
-        heading = f"{where}; {model.name} on {model.device}. Click one to search from it, or its group to see that"
-        firsts = [images[0]._replace(view=f"group of {size:,}") for size, images in self.groups]
-        return heading, [match._replace(rank=rank) for rank, match in enumerate(firsts, start=1)]
-
-    def duplicates(self) -> tuple[str, list[Any]]:
-        """HTML, and the groups of files that hold the same picture."""
-        old = self.engine.store
-        store = Store(old.folder, old.identity, old.dim)  # a connection of its own, so that searches go on meanwhile
-        try:
-            kept, left_out = fitting(list(find_duplicates(replace(self.engine, store=store))), UI_PICTURES)
-        except DeepVisionError as error:
-            return as_html([Answer("", [], str(error))]), []
-        finally:
-            store.close()
-        more = f"; {left_out:,} more pictures have no room here: see --duplicates" if left_out else ""
-        return as_html(kept, f"{counted(len(kept), 'group')}. Nothing is deleted{more}"), kept
-
-    def cut(self, path: str, part: str) -> str:
-        """A file with a part of a picture: left, top, right, bottom, in pixels."""
-        file = File(os.fsencode(path), 0, 0)
-        read = read_picture(file, b"", lambda image: to_rgb(image, FULL_SIDE))
-        try:
-            x, y, X, Y = (int(float(number)) for number in part.split(","))
-            width, height = read.pixels.size
-            box = max(0, min(x, X)), max(0, min(y, Y)), min(width, max(x, X)), min(height, max(y, Y))
-            if box[0] >= box[2] or box[1] >= box[3]:
-                raise ValueError("it is empty")
-        except (ValueError, OverflowError, AttributeError) as error:  # the last: the file cannot be read
-            words = f"{part!r} is no part of the picture; expected are its pixels: left, top, right, bottom"
-            raise gradio.Error(html.escape(read.reason or words), print_exception=False) from error
-        target = os.path.join(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"]), "part of a picture.png")
-        read.pixels.crop(box).save(target)
-        return target
-
-    # What the events of the page call. `views` are those of one browser tab, `here` is the number of the one it shows.
-
-    def visit(self, view: list[str] | int, views: list[Any], k: int, least: float, here: int) -> Any:
-        """Show a new view, which takes the place of those after `here`."""
-        views = [*views[: int(here) + 1], view]
-        return views, len(views) - 1, *self.view(view, k, least), gradio.Tabs(selected="search")
-
-    def again(self, views: list[Any], k: int, least: float, here: int) -> Any:
-        """Show the view `here`."""
-        here = min(int(here), len(views) - 1)
-        return here, *self.view(views[here], k, least)
-
-    def from_given(self, given: list[str], *rest: Any) -> Any:
-        """Search with the files that were given, and empty their field. `rest`: what `visit` takes after the view."""
-        return None, *self.visit([*given], *rest)
-
-    def from_found(self, event: gradio.EventData, found: list[Any], *rest: Any) -> Any:
-        """Search from a picture that was clicked, or from a part of it, or show its group."""
-        item, rank, part = found[int(event.item)], int(event.rank), getattr(event, "part", None)
-        if getattr(event, "group", None):
-            return self.visit(rank, *rest)
-        path = item.matches[rank - 1].path if rank else item[0]
-        return self.visit([self.cut(path, part) if part else path], *rest)
-
-
-def as_html(found: Sequence[Answer | Group], heading: str = "") -> str:
-    """The sections of the page for the browser: with names instead of paths, and buttons instead of links."""
-    sections = template("sections", lambda path: decode_path(os.path.basename(path)))
-    return sections.render(found=with_thumbnails(found), heading=heading, in_ui=True)
-
-
-def user_interface(desk: Desk, top: int) -> Any:
-    """The page in the browser, as Gradio Blocks."""
-    sections = partial(gradio.HTML, css_template=STYLE, js_on_load=CLICK_SCRIPT, apply_default_css=False)
-    with gradio.Blocks(title="DeepVision", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        views, found, groups = gradio.State([0]), gradio.State([]), gradio.State([])  # they stay on this side
-        progress = gradio.Progress(track_tqdm=True)
-        here, back = gradio.Number(0, visible=False), gradio.Button(visible="hidden", elem_id="back")
-        with gradio.Tabs() as tabs:
-            with gradio.Tab("Search", id="search"), gradio.Row():
-                with gradio.Column(scale=1, min_width=260):
-                    label = "Drop, paste or choose pictures"
-                    given = gradio.File(label=label, file_count="multiple", height=170, elem_id="given")
-                    k = gradio.Slider(1, 100, min(top, 100), step=1, label="How many", elem_id="top")
-                    least = gradio.Slider(0, 1, 0, step=0.01, label="From which score", elem_id="least")
-                    start = gradio.Button("Show the collection", elem_id="start")
-                    renew = gradio.Button("Update the index", elem_id="update")
-                with gradio.Column(scale=3):
-                    shown = sections(elem_id="found")
-            with gradio.Tab("The same picture twice", id="twice"):
-                look, twice = gradio.Button("Look for them", elem_id="look"), sections(elem_id="twice")
-
-        def update(progress: Any = progress) -> None:
-            desk.update()
-
-        def duplicates(progress: Any = progress) -> Any:
-            return desk.duplicates()
-
-        private = {"api_visibility": "private"}
-        rest, then = [views, k, least, here], [views, here, shown, found, tabs]
-        visits = [
-            given.upload(desk.from_given, [given, *rest], [given, *then], **private),
-            shown.click(desk.from_found, [found, *rest], then, **private),
-            twice.click(desk.from_found, [groups, *rest], then, **private),
-            start.click(partial(desk.visit, 0), rest, then, **private),
-            renew.click(update, **private).success(partial(desk.visit, 0), rest, then, **private),
-        ]
-        for visited in visits:
-            visited.success(None, here, js=NEW_VIEW, **private)
-        gradio.on([k.release, least.release], desk.again, rest, [here, shown, found], **private)
-        gradio.on([page.load, back.click], desk.again, rest, [here, shown, found], js=OLD_VIEW, **private)
-        look.click(duplicates, None, [twice, groups], **private)
-    return page
-
-
-def guarded(app: Any, port: int) -> Any:
-    """An ASGI application for this machine's own browser: no other site may ask it, and its page asks no other site."""
-    hosts = {f"{name}:{port}".encode() for name in ("127.0.0.1", "localhost")}
-    policy = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
-
-    async def guard(scope: Any, receive: Any, send: Any) -> None:
-        async def send_with_policy(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"content-security-policy", policy)]
-            await send(message)
-
-        headers = dict(scope.get("headers", ()))
-        origin = headers.get(b"origin", b"http://" + headers.get(b"host", b"")).removeprefix(b"http://")
-        if scope["type"] == "lifespan" or {headers.get(b"host"), origin} <= hosts:
-            return await app(scope, receive, send_with_policy)
-        await fastapi.Response("not from here", 403)(scope, receive, send)
-
-    return guard
-
-
-def serve(engine: Engine, work: Work, port: int, top: int) -> None:
-    """Serve the UI, to this machine alone, until it is interrupted."""
-    with socket.socket() as listening, tempfile.TemporaryDirectory() as folder:  # of what is uploaded
-        try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name == "posix"))
-            listening.bind(("127.0.0.1", port))
-            listening.listen()  # a browser that connects too early waits
-        except OSError as error:
-            raise DeepVisionError(f"port {port} is not free ({error.strerror}): choose another with --port") from error
-        port, os.environ["GRADIO_TEMP_DIR"] = listening.getsockname()[1], folder
-        page = user_interface(Desk(engine, work), top)
-        app = gradio.mount_gradio_app(
-            fastapi.FastAPI(openapi_url=None), page, "/", "127.0.0.1", port, footer_links=[], run_history=False,
-            max_file_size=UPLOAD_BYTES, ssr_mode=False, enable_monitoring=False, show_error=True, css=UI_STYLE,
-            js=PAGE_SCRIPT,
+            title, found = self.find(asked, **choices)
+        except (DeepVisionError, ValueError, IndexError, argparse.ArgumentTypeError) as error:
+            title, found = "This cannot be done", [Answer("", [], str(error))]
+        kept = urllib.parse.urlencode({name: choices[name] for name in ("k", "least")})  # in all links
+        script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+        return render(
+            found, self.engine, title=title, is_waiting=title == COMPARING,
+            about="click a picture to search from it, or draw on a query to search with a part of it",
+            policy=f"{POLICY}; connect-src 'self'; script-src 'sha256-{script}'", script=SCRIPT,
+            name=lambda path: decode_path(os.path.basename(path)), link=lambda path: f"?q={self.key(path)}&{kept}",
+            queries=asked.get("q", []), kept=kept, **choices,
         )  # fmt: skip
-        page.has_launched = True  # or Gradio would take any path on this machine for an uploaded one
-        log.info("http://127.0.0.1:%d", port)
-        config = uvicorn.Config(guarded(app, port), log_level="error", timeout_graceful_shutdown=1)
-        with suppress(KeyboardInterrupt):  # the way to end it
-            uvicorn.Server(config).run([listening])
+
+    def find(self, asked: dict[str, list[str]], k: str, least: str, part: str) -> tuple[str, list[Any]]:
+        """The title and the content of a page: duplicates (`twice`), a search (`q`), a `group`, or the collection."""
+        if "twice" in asked:
+            with suppress(RuntimeError):  # it was started before
+                self.comparing.start()
+            self.comparing.join(1)
+            if self.comparing.is_alive():
+                return COMPARING, []
+            return title_of(self.duplicates), self.duplicates
+        with self.searching:
+            if "q" in asked:
+                paths = [self.paths[key] for key in asked["q"] if key in self.paths]
+                if len(paths) < len(asked["q"]):
+                    raise DeepVisionError("this picture is not known any more: give it again")
+                crop = crop_box(part) if part else None
+                found = list(search(paths, self.engine, k=int(k), threshold=float(least), crop=crop))
+                return title_of(found), found
+            if "group" in asked:
+                size, images = self.groups[int(asked["group"][0]) - 1]
+                return f"{counted(size, 'picture')} that look alike", [Group("", images)]
+            tiles = [images[0]._replace(view=f"group of {size:,}") for size, images in self.groups]
+            tiles = [match._replace(rank=rank) for rank, match in enumerate(tiles, start=1)]
+            return "Pictures that stand for the collection", [Group("", tiles)]
+
+
+def serve(engine: Engine, port: int, top: int) -> None:
+    """Serve the UI, to this machine alone, until an interrupt ends the process."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            server = UI(engine, port, top, folder)
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise DeepVisionError(f"port {port} cannot be used ({why}): choose another with --port") from error
+        with server, suppress(KeyboardInterrupt):
+            log.info("http://127.0.0.1:%d", server.server_address[1])
+            server.serve_forever()
+    os._exit(0)  # torch aborts a process that ends while a thread is at work
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-ADDRESS = re.compile("https?://", re.IGNORECASE)  # nothing else is fetched, after a redirect neither
+ADDRESS = re.compile("https?://", re.IGNORECASE)  # nothing else is fetched, not even after a redirect
 FETCHED_BYTES = 300_000_000  # of one query that comes from an address or from stdin
-FETCH_SECONDS = 600  # for one address: FETCHED_BYTES at 0.5 MB/s. A server that sends byte by byte knows no other end
+FETCH_SECONDS = 600  # for one address: FETCHED_BYTES at 0.5 MB/s
 NO_MEMORY = re.compile("alloc|memory|start new thread|map segment")  # in the words of torch, FAISS, Python and ld.so
+EXCLUDED = {  # by option: those that cannot be combined with it
+    "no_update": ("index_only", "rebuild", "prune", "exclude"),
+    "index_only": ("queries", "crop"),
+    "export": ("queries", "crop"),
+    "ui": ("queries", "crop", "threshold", "views", "form"),
+    "duplicates": ("queries", "crop", "threshold", "views", "top"),
+}
 
 
 def score_or_label(text: str) -> float | str:
@@ -2965,43 +2587,29 @@ def crop_box(text: str) -> tuple[float, ...]:
     raise argparse.ArgumentTypeError(f"{text!r} is not LEFT,TOP,RIGHT,BOTTOM, in pixels or as shares of the picture")
 
 
-def check_combination(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    chosen = {"--duplicates": options.duplicates is not None, "--ui": options.ui, "--export": options.export}
-    mode = next((option for option, given in chosen.items() if given), "--index-only" if options.index_only else None)
-    if options.no_update and (options.index_only or options.rebuild or options.prune or options.exclude):
-        parser.error("--no-update cannot be combined with --index-only, --rebuild, --prune or --exclude")
-    if options.queries and mode:
-        parser.error(f"{mode} takes no QUERY: {options.queries[0]}")
-    if options.ui and (options.threshold, options.views) != (-1.0, "auto"):
-        parser.error("--ui does not take --threshold or --views")
-    if options.ui and options.form != "text":
-        parser.error("--ui prints nothing: leave out --json and --null")
-    if options.port is not None and not options.ui:
-        parser.error("--port works only with --ui")
-    if options.duplicates is not None and (options.threshold, options.top, options.views) != (-1.0, TOP, "auto"):
-        parser.error("--duplicates does not take --threshold, --top or --views; for a score: --duplicates 0.9")
-    if options.crop and mode:
-        parser.error(f"--crop applies to a QUERY, and {mode} takes no QUERY")
+def check_options(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """End the program with a usage error if an option is out of range, or two options do not go together."""
+    if any(number is not None and number < 1 for number in (options.top, options.batch_size, options.workers)):
+        parser.error("--top, --batch-size and --workers must be above 0")
+    given = {name for name, value in vars(options).items() if value not in (parser.get_default(name), [])}
+    for option, other in ((option, other) for option, others in EXCLUDED.items() for other in others):
+        if {option, other} <= given:
+            names = {"queries": "a QUERY", "form": "--json or --null"}
+            first, second = (names.get(name, f"--{name.replace('_', '-')}") for name in (option, other))
+            parser.error(f"{first} cannot be combined with {second}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add(
-        "queries",
-        nargs="*",
-        metavar="QUERY",
-        help=f"image files, folders, addresses, or - for stdin (default: {QUERIES}/)",
-    )
+    add("queries", nargs="*", metavar="QUERY", help=f"images, folders, addresses, - for stdin (default: {QUERIES}/)")
     add("--images", default=IMAGES, metavar="DIR", help="the collection (default: %(default)s/)")
     add("--exclude", action="append", default=[], metavar="PATTERN", help="leave out paths that match; may be repeated")
     add("--index-dir", default=INDEX_DIR, metavar="DIR", help="the cache (default: %(default)s/)")
     add("-k", "--top", type=int, default=TOP, metavar="N", help="matches per query (default: %(default)s)")
-    below = "leave out matches below S: a cosine, -1 to 1, or copy, identical"
-    add("--threshold", type=score_or_label, default=-1.0, metavar="S", help=below)
+    add("--threshold", type=score_or_label, default=-1.0, metavar="S", help="least cosine, or label: copy, identical")
     add("--views", choices=VIEWS, default="auto", help="edits of the query to undo (default: auto, the useful ones)")
-    part = "search with a part of the query: LEFT,TOP,RIGHT,BOTTOM, in pixels, or as shares of the picture up to 1"
-    add("--crop", type=crop_box, metavar="L,T,R,B", help=part)
+    add("--crop", type=crop_box, metavar="L,T,R,B", help="a part of the query: its sides, in pixels or as shares")
     add("--model", metavar="NAME", help=f"{MODEL} (default), any torchvision classification model, timm:NAME, offline")
     add("--weights", metavar="NAME|FILE", help=f"torchvision weights (default: {WEIGHTS}) or a local file")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: %(default)s")
@@ -3009,48 +2617,28 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, metavar="N", help="threads that read and decode (default: one a core)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--index-only", action="store_true", help="update the index, search nothing")
-    alike = "list groups of the same picture in the collection; S: copy (default), identical, or the least score"
+    alike = "groups of the same picture; S: copy (default), identical, or the least cosine"
     mode.add_argument("--duplicates", type=score_or_label, nargs="?", const="copy", metavar="S", help=alike)
-    mode.add_argument("--ui", action="store_true", help="search in the browser; needs Gradio")
+    mode.add_argument("--ui", action="store_true", help="search in the browser")
     mode.add_argument("--export", metavar="DIR", help="features.npy and paths.txt, for any other vector database")
-    add("--port", type=int, metavar="N", help=f"of --ui, on this machine alone (default: {PORT}; 0: any)")
+    add("--port", type=int, default=PORT, metavar="N", help="of --ui (default: %(default)s; 0: any that is free)")
     add("--no-update", action="store_true", help="search the index as it is, without a look at the collection")
     add("--exact", action="store_true", help="compare with every image, however many there are")
     add("--rebuild", action="store_true", help="start again from the images")
     add("--prune", action="store_true", help="forget files that are gone, and their features")
-    form = parser.add_mutually_exclusive_group()
-    add_form = partial(form.add_argument, dest="form", default="text", action="store_const")
+    add_form = partial(add, dest="form", default="text", action="store_const")
     add_form("--json", const="json", help="one JSON object per query, a line each")
     add_form("--null", const="null", help="or -0: the paths found alone, each with a NUL at its end")
-    page = parser.add_mutually_exclusive_group()
-    page.add_argument("--report", default=REPORT, metavar="FILE", help="the page to look at (default: %(default)s)")
-    page.add_argument("--no-report", dest="report", action="store_const", const=None, help="write no page")
-    volume = parser.add_mutually_exclusive_group()
-    add_level = partial(volume.add_argument, dest="level", default=logging.INFO, action="store_const")
+    add("--report", default=REPORT, metavar="FILE", help="the page to look at (default: %(default)s)")
+    add("--no-report", dest="report", action="store_const", const=None, help="write no page")
+    add_level = partial(add, dest="level", default=logging.INFO, action="store_const")
     add_level("-q", "--quiet", const=logging.WARNING, help="warnings and errors alone")
     add_level("-v", "--verbose", const=logging.DEBUG, help="name the files that were skipped")
     # -0 is replaced here: if argparse knew it as an option, it would take the -0.5 of `--threshold -0.5` for one too.
     given = sys.argv[1:] if argv is None else argv
     options = parser.parse_intermixed_args(["--null" if arg == "-0" else arg for arg in given])
-    if options.port is not None and not 0 <= options.port < 65536:
-        parser.error(f"--port takes a number from 0 to 65535, not {options.port}")
-    if not (options.images and options.index_dir) or options.report == "":
-        parser.error("--images and --index-dir take a folder, and --report a file")
-    for option in ("top", "batch_size", "workers"):
-        if (value := getattr(options, option)) is not None and value < 1:
-            parser.error(f"--{option.replace('_', '-')} must be 1 or more, not {value}")
-    check_combination(options, parser)
+    check_options(options, parser)
     return options
-
-
-def find_queries(names: Iterable[str], onerror: OnError) -> Iterator[str]:
-    """The files named, and those in the folders named."""
-    for name in names:
-        if os.path.isdir(name):
-            for file in find_images(name, onerror):
-                yield os.path.join(name, os.fsdecode(file.path))
-        else:
-            yield name
 
 
 def rank_of_ranks() -> tuple[int, int]:
@@ -3060,7 +2648,7 @@ def rank_of_ranks() -> tuple[int, int]:
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to addresses alone. urllib itself also follows ftp: where there is a proxy for it."""
+    """Follows redirects to http and https alone. urllib itself also follows those to ftp."""
 
     def redirect_request(self, request: Any, body: Any, code: int, reason: str, headers: Any, address: str) -> Any:
         body.close()  # else urllib reads it into memory, however long it is
@@ -3070,147 +2658,135 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def save_query(name: str, path: str) -> str | None:
-    """Write the query `name`, an address or - for stdin, to the file `path`; why that cannot be done, or None."""
-    opener, buffer = urllib.request.OpenerDirector(), memoryview(bytearray(1 << 20))
-    for handler in ("Proxy", "HTTP", "HTTPS", "HTTPDefaultError", "Unknown"):
-        opener.add_handler(getattr(urllib.request, f"{handler}Handler")())
-    opener.add_handler(urllib.request.HTTPErrorProcessor())
-    opener.add_handler(Redirects())
+    """Save the query `name`, an address or - for stdin, as the file `path`. Returns None, or why that failed."""
+    end = time.monotonic() + FETCH_SECONDS
     try:
         stdin = getattr(sys.stdin, "buffer", io.BytesIO())  # Python has none if it was closed
+        opener = urllib.request.build_opener(Redirects)
         source: Any = nullcontext(stdin) if name == "-" else opener.open(name, timeout=CONNECT_SECONDS)
         with source as stream, open(path, "wb") as target:
-            # Not `read`: http.client takes a chunk of -1 bytes for all that comes, and reads it into memory.
-            while (count := stream.readinto(buffer)) and target.tell() <= FETCHED_BYTES:
-                target.write(buffer[:count])
-            size = target.tell()
+            # `read` would wait until it has all bytes that it is asked for, however slowly a server sends them.
+            while data := stream.read1(1 << 16):
+                target.write(data)
+                if target.tell() > FETCHED_BYTES:
+                    return f"more than {FETCHED_BYTES:,} bytes"
+                if name != "-" and time.monotonic() > end:
+                    return f"not there after {FETCH_SECONDS} seconds"
+            return None if target.tell() else "it is empty"
     except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
-        return escape_controls(first_line(error)) or type(error).__name__  # a server's words
-    return "it is empty" if not size else f"more than {FETCHED_BYTES:,} bytes" if size > FETCHED_BYTES else None
+        words = first_line(error).removeprefix("<urlopen error ").removesuffix(">")
+        return escape_controls(words) or type(error).__name__  # they may be a server's
 
 
-def fetch(name: str, path: str) -> str | None:
-    """As `save_query`, for an address, in at most FETCH_SECONDS."""
-    outcome: list[str | None] = [f"not there after {FETCH_SECONDS} seconds"]
-    thread = threading.Thread(target=lambda: outcome.append(save_query(name, path)), daemon=True)
-    thread.start()
-    thread.join(FETCH_SECONDS)
-    return outcome[-1]
-
-
-def answers(options: argparse.Namespace, engine: Engine, folder: str) -> Iterator[Answer | Group]:
-    """An Answer for each query, or the groups of --duplicates. Queries that are not on disk are put into `folder`.
-
-    Raises DeepVisionError if there was no query.
-    """
-    if options.duplicates is not None:
-        count = copies = 0
-        for group in find_duplicates(engine, options.duplicates):
-            count, copies = count + 1, copies + len(group.matches)
-            yield group
-        return log.info("%s, %s beside those to keep", counted(count, "group"), counted(copies, "file"))
-    fetched, unlisted, answered = dict[str, tuple[str, str | None]](), list[OSError](), False
-
-    def on_disk(name: str) -> str:
-        if name != "-" and not ADDRESS.match(name):
-            return name
-        path = os.path.join(folder, str(len(fetched)))
-        fetched[path] = name, (save_query if name == "-" else fetch)(name, path)
-        if fetched[path][1]:
-            with suppress(OSError):  # no such file, or it is still being written
-                os.unlink(path)
-        return path
-
-    names = find_queries(options.queries or filter(os.path.isdir, [QUERIES]), unlisted.append)
-    choices = {"k": options.top, "threshold": options.threshold, "views": options.views, "crop": options.crop}
-    for answer in search(map(on_disk, names), engine, **choices):
-        if answer.error == NOT_AN_IMAGE and answer.query not in (*options.queries, *fetched):
-            continue  # some other file in a folder of queries
-        name, error = fetched.get(answer.query, (answer.query, None))
-        answered, answer = True, answer._replace(query=name, error=error or answer.error, file=answer.query)
-        if answer.error:
-            log.error("%s: %s", escape_controls(name), answer.error)
-        yield answer
+def find_queries(names: Iterable[str], folder: str) -> Iterator[Answer]:
+    """The queries, as Answers without matches. Addresses and stdin are saved in `folder`. A folder gives its files."""
+    unlisted = list[OSError]()
+    for number, name in enumerate(names):
+        if name == "-" or ADDRESS.match(name):
+            path = os.path.join(folder, str(number))
+            yield Answer(name, [], save_query(name, path), path)
+        elif os.path.isdir(name):
+            paths = (os.path.join(name, os.fsdecode(file.path)) for file in find_images(name, unlisted.append))
+            yield from (Answer(path, [], file=path) for path in paths)
+        else:
+            yield Answer(name, [], file=name)
     for failure in unlisted:
-        name, error = os.fsdecode(failure.filename), f"cannot be listed ({failure.strerror})"
-        log.error("%s %s", escape_controls(name), error)
-        yield Answer(name, [], error)
-    if not answered and not unlisted:
-        where = ", ".join(options.queries) or f"{QUERIES}/"
-        raise DeepVisionError(f"no image to search with in {where}: put one there, or name it: main.py photo.jpg")
+        name = os.fsdecode(failure.filename)
+        yield Answer(name, [], f"cannot be listed ({failure.strerror})", name)
+
+
+def answers(options: argparse.Namespace, engine: Engine, folder: str) -> Iterator[Answer]:
+    """An Answer for each query, and for each folder that cannot be listed. Files that are no images are passed over."""
+    names = options.queries or filter(os.path.isdir, [QUERIES])
+    queries, again = itertools.tee(find_queries(names, folder))
+    choices = {"k": options.top, "threshold": options.threshold, "views": options.views, "crop": options.crop}
+    for query, answer in zip(again, search((query.file for query in queries), engine, **choices)):
+        error = query.error or answer.error
+        if error != NOT_AN_IMAGE or query.query in options.queries:
+            yield query._replace(matches=[] if error else answer.matches, error=error)
 
 
 def write_export(engine: Engine, folder: Path) -> None:
-    """Write features.npy, float16 (n, dim), and paths.txt, a line for each row. The first is there only if both are."""
+    """Write paths.txt, a line for each image, and features.npy, float16 (n, dim), which is there only if both are."""
     store = engine.store
     try:
         with store.locked():  # nobody else changes the store meanwhile
-            n = store.count("files JOIN features USING (digest) WHERE there")
+            joined = "files JOIN features USING (digest) WHERE there"
+            files = store.db.execute(f"SELECT row, path FROM {joined} ORDER BY row, path").fetchall()
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "features.npy").unlink(missing_ok=True)
             with whole_file(folder / "features.npy") as features, whole_file(folder / "paths.txt") as paths:
-                header = {"descr": "<f2", "fortran_order": False, "shape": (n, store.dim)}
+                header = {"descr": "<f2", "fortran_order": False, "shape": (len(files), store.dim)}
                 np.lib.format.write_array_header_1_0(features, header)
-                for rows, _ in store.blocks():
-                    for digest, vector in zip(*store.features_of(rows)[1:]):
-                        for file in store.files_with(digest):
-                            features.write(vector.tobytes())
-                            name = file.path.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
-                            paths.write(name + b"\n")
+                for start in range(0, len(files), BLOCK):
+                    wanted, names = zip(*files[start : start + BLOCK])
+                    rows, _, vectors = store.features_of(set(wanted))
+                    features.write(vectors[np.searchsorted(rows, wanted)].tobytes())
+                    for name in names:
+                        paths.write(name.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r") + b"\n")
     except (OSError, sqlite3.Error, DamageError) as error:
-        raise DeepVisionError(f"--export {folder}: {first_line(error)}") from error
-    log.info("%s: %d × %d features and their paths", escape_controls(str(folder)), n, store.dim)
+        advice = "run it again, or choose another folder"
+        raise DeepVisionError(f"--export {folder}: {first_line(error)}; {advice}") from error
+    log.info("%s: %d × %d features and their paths", escape_controls(str(folder)), len(files), store.dim)
 
 
 def report_update(engine: Engine, options: argparse.Namespace) -> None:
     """Say on stderr what the update found and did."""
-    summary, model, images = engine.summary, engine.model, options.images
+    summary, model, images = engine.summary, engine.model, escape_controls(str(engine.images))
     done = f"{summary.images:,} images, not checked for changes (--no-update)" if options.no_update else summary
     log.info("%s: %s (%s on %s, %s)", images, done, model.name, model.device, model.precision)
-    if summary.recall is not None:
+    if engine.index.recall and not engine.exact:
         how = "the search is approximate (recall@%d is %.3f); --exact compares with every image"
-        log.info(how, TOP, summary.recall)
-    first = engine.store.db.execute(f"SELECT path FROM {USABLE} LIMIT {BLOCK}").fetchall() if options.no_update else ()
-    if first and not any(os.path.exists(os.path.join(images, os.fsdecode(path))) for (path,) in first):
-        log.warning("none of the first images in the index is in %s any more: is --images the right folder?", images)
-    for path, reason in engine.store.skipped() if log.isEnabledFor(logging.DEBUG) else ():
-        log.debug("skipped %s: %s", escape_controls(os.path.join(images, os.fsdecode(path))), reason)
+        log.info(how, TOP, engine.index.recall)
+    if log.isEnabledFor(logging.DEBUG):
+        for path, reason in engine.store.skipped():
+            log.debug("skipped %s: %s", escape_controls(os.path.join(engine.images, os.fsdecode(path))), reason)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Do what the options ask for, and return the exit status."""
-    if options.ui:
-        import_gradio()  # or it would be missed when all is done
-    model, (rank, ranks) = load_model(options.model, options.weights, options.device), rank_of_ranks()
-    of_update = options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update
-    work = Work(*of_update, options.exact, exclude=tuple(options.exclude), rank=rank, ranks=ranks)
-    if ranks > 1 and work.update:  # torchrun
-        read_share(Path(options.images), Path(options.index_dir, model.identity), model, work)
-        work = replace(work, rebuild=False)
-    if rank:
-        return 0
-    engine = initialize_reverse_image_search(options.images, options.index_dir, model=model, work=work)
-    report_update(engine, options)
-    if options.export:
-        write_export(engine, Path(options.export))
-    if options.ui:
-        serve(engine, work, PORT if options.port is None else options.port, options.top)
-    if options.index_only or options.export or options.ui:
-        return 0
-    found, start = list[Answer | Group](), time.perf_counter()
+def print_answers(options: argparse.Namespace, engine: Engine) -> int:
+    """Print the answers to the queries, or the duplicates, write the page, and return the exit status."""
+    start, found = time.perf_counter(), list[Answer | Group]()
+    is_search = options.duplicates is None
     is_fetched = any(name == "-" or ADDRESS.match(name) for name in options.queries)
     with tempfile.TemporaryDirectory() if is_fetched else nullcontext("") as folder:
-        for item in answers(options, engine, folder):
+        for item in answers(options, engine, folder) if is_search else find_duplicates(engine, options.duplicates):
             found.append(item)
             print_found(item, engine, options.form)
+            if item.error:
+                log.error("%s: %s", escape_controls(item[0]), item.error)
+        if is_search and not found:
+            where = ", ".join(options.queries) or f"{QUERIES}/"
+            raise DeepVisionError(f"no image to search with in {where}: put one there, or name it: main.py photo.jpg")
+        if not is_search:
+            log.info("%s", title_of(found))
         if options.report:
             write_page(options.report, found, engine, time.perf_counter() - start)
             log.info("%s", escape_controls(options.report))
     return 1 if any(item.error for item in found) else 0
 
 
+def run(options: argparse.Namespace) -> int:
+    """Do what the options ask for, and return the exit status."""
+    model, (rank, ranks) = load_model(options.model, options.weights, options.device), rank_of_ranks()
+    of_update = options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update
+    work = Work(*of_update, options.exact, exclude=tuple(options.exclude), rank=rank, ranks=ranks)
+    if rank:  # of torchrun
+        if work.update:
+            read_share(Path(options.images), Path(options.index_dir, model.identity), model, work)
+        return 0
+    engine = initialize_reverse_image_search(options.images, options.index_dir, model=model, work=work)
+    report_update(engine, options)
+    if options.export:
+        write_export(engine, Path(options.export))
+    elif options.ui:
+        serve(engine, options.port, options.top)
+    elif not options.index_only:
+        return print_answers(options, engine)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status: 0 all queries answered, 1 something failed, 2 usage, 130 interrupted."""
+    """Run the command line. Returns the exit status: 0 all answered, 1 something failed, 2 usage, 130 interrupted."""
     options = parse_arguments(argv)
     log.handlers = [logging.StreamHandler()]
     log.setLevel(options.level)
@@ -3219,11 +2795,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="tqdm:")  # its monitor thread failed; not needed
     warnings.filterwarnings("ignore", module="PIL")  # what Pillow doubts is either read or skipped with a reason
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that is not UTF-8 comes out byte for byte; what an older code page lacks, as an escape.
+        utf8 = sys.stdout.encoding.lower() in ("utf-8", "utf8")
+        sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     try:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            # A name that is not UTF-8 comes out byte for byte; what an older code page lacks, as an escape.
-            utf8 = sys.stdout.encoding.lower() in ("utf-8", "utf8")
-            sys.stdout.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
         return run(options)
     except (DeepVisionError, sqlite3.Error) as error:
         log.error("error: %s", escape_controls(str(error)))
