@@ -172,9 +172,9 @@ class View(NamedTuple):
     """A query as it may have looked before an edit."""
 
     name: str  # the edit that is undone; empty: the query as it is
-    pixels: torch.Tensor  # uint8 (3, side, side); smaller for a part of a larger picture
-    top: int = 0  # where that part lies in the larger picture, in pixels of the model's side
-    left: int = 0
+    pixels: torch.Tensor  # uint8 (3, h, w); h and w are the model's side, unless one of the next is not 0
+    tops: Sequence[int] = (0,)  # where the pixels begin in a picture of the model's side: a view for each top and left;
+    lefts: Sequence[int] = (0,)  # negative: the picture is a part of the pixels
 
 
 class Region(NamedTuple):
@@ -466,15 +466,19 @@ FAINT = 100.0  # a part of a lesser norm is noise (a photograph's is 200 and mor
 OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # brightness, red-green, yellow-blue
 
 
-@cache
-def cell_grid(cells: int, top: int, left: int, height: int, width: int) -> tuple[torch.Tensor, ...]:
-    """Gaussian weights of the rows, (cells, height), and columns, (width, cells), of a rectangle in each cell; and how
-    much of each cell lies inside the rectangle, (cells, cells)."""
+@lru_cache(maxsize=64)
+def cell_grid(cells: int, tops: Sequence[int], lefts: Sequence[int], height: int, width: int) -> list[torch.Tensor]:
+    """Gaussian weights of the rows, (tops * cells, height), and columns, (width, lefts * cells), of a rectangle in the
+    cells of each picture; and how much of each cell lies inside the rectangle, (tops * lefts, 1, cells, cells)."""
     distance = (torch.arange(OFFLINE_SIDE) + 0.5) * cells / OFFLINE_SIDE - (torch.arange(cells)[:, None] + 0.5)
     weights = torch.exp(-2 * distance**2)  # sigma is half a cell
     weights = torch.where(weights > TINY, weights / weights.sum(1, keepdim=True), 0)
-    rows, columns = weights[:, top : top + height], weights[:, left : left + width]
-    return rows.contiguous(), columns.T.contiguous(), rows.sum(1)[:, None] * columns.sum(1)
+    rows, columns = (  # a negative padding cuts
+        torch.cat([torch.nn.functional.pad(weights, (-start, start + length - OFFLINE_SIDE)) for start in starts])
+        for starts, length in ((tops, height), (lefts, width))
+    )
+    inside = torch.einsum("ti,lj->tlij", *(side.sum(1).view(-1, cells) for side in (rows, columns)))
+    return [rows, columns.T.contiguous(), inside.reshape(-1, 1, cells, cells)]
 
 
 @cache
@@ -498,8 +502,13 @@ def cosine_transform(cells: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def cell_means(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """The mean of the planes (..., h, w) in each cell, (..., cells, cells), of its part inside the pixels."""
-    return rows @ (planes @ columns) / (inside + 1e-9)
+    """The mean of the planes (B, c, h, w) in each cell of each picture, of its part inside the pixels: see `cell_grid`.
+
+    (B * tops * lefts, c, cells, cells); of several pictures, B must be 1.
+    """
+    cells = inside.shape[3]
+    sums = (rows @ (planes @ columns)).unflatten(3, (-1, cells)).unflatten(2, (-1, cells))
+    return sums.permute(0, 2, 4, 1, 3, 5).flatten(0, 2) / (inside + 1e-9)
 
 
 def edge_strengths(light: torch.Tensor) -> torch.Tensor:
@@ -517,27 +526,28 @@ def edge_strengths(light: torch.Tensor) -> torch.Tensor:
 
 def whiten(maps: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     """Maps (B, c, cells, cells) less their mean as weighted cosine coefficients, (B, c, cells² - 1)."""
-    maps = (maps - (maps * inside).sum((2, 3), keepdim=True) / inside.sum()) * inside
-    cosines, weight = cosine_transform(len(inside))
+    maps = (maps - (maps * inside).sum((2, 3), keepdim=True) / inside.sum((2, 3), keepdim=True)) * inside
+    cosines, weight = cosine_transform(inside.shape[3])
     return (cosines @ (maps @ cosines.T) * weight).flatten(2)[:, :, 1:]
 
 
-def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
+def describe(pixels: torch.Tensor, tops: Sequence[int] = (0,), lefts: Sequence[int] = (0,)) -> torch.Tensor:
     """A vector that needs no weights and no training, from uint8 (B, 3, side, side) to float32 (B, dim).
 
     Directions of brightness edges, counted in soft cells as in HOG (Dalal & Triggs, CVPR 2005) and compressed by a
     power, and a layout of the colours. Both are whitened by a fixed rule, so that unrelated pictures score near 0: the
     mean is removed, cells and directions are transformed, and what is strong in every picture gets a low weight.
 
-    A smaller rectangle stands for the part at (top, left) of a picture whose rest is unknown.
+    Other pixels, (1, 3, h, w), give a vector for each of the tops and lefts: of the picture that has the pixels there.
+    What it has outside of them is unknown. With a negative top or left, the picture is a part of the pixels.
     """
     normalize = torch.nn.functional.normalize
     planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT), pixels.float())
-    edge_grid, colour_grid = (cell_grid(cells, top, left, *pixels.shape[2:]) for cells in (EDGE_CELLS, COLOUR_CELLS))
+    edge_grid, colour_grid = (cell_grid(cells, tops, lefts, *pixels.shape[2:]) for cells in (EDGE_CELLS, COLOUR_CELLS))
     counts = cell_means(edge_strengths(planes[:, :1]), *edge_grid)
     edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier()[2]), edge_grid[2])
     colours = whiten(cell_means(planes, *colour_grid), colour_grid[2])
-    mean = planes.mean((2, 3)) / 255  # nearly nothing, but all that a blank picture has
+    mean = planes.mean((2, 3)).expand(len(edges), 3) / 255  # nearly nothing, but all that a blank picture has
     weighted = (1.0, edges), (BRIGHTNESS_WEIGHT, colours[:, :1]), (HUE_WEIGHT, colours[:, 1:])
     parts = [weight * normalize(part.flatten(1), eps=FAINT) for weight, part in weighted]
     return torch.cat([*parts, MEAN_WEIGHT * mean, torch.full_like(mean[:, :1], MEAN_WEIGHT)], 1)
@@ -821,9 +831,9 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(torch_threads())
 
 
-def launch(pixels: torch.Tensor, model: Model, size: int, *where: int) -> tuple[torch.Tensor, int]:
+def launch(pixels: torch.Tensor, model: Model, size: int, *where: Sequence[int]) -> tuple[torch.Tensor, int]:
     """Run the model on `size` images at once, or less if the GPU's memory is short: the features (B, dim), each of
-    length 1, and the size that fitted. A GPU may still be computing. `where`: top and left of `describe`."""
+    length 1, and the size that fitted. A GPU may still be computing. `where`: see `describe`."""
     pixels = pixels.pin_memory() if model.device == "cuda" else pixels
     while True:
         try:
@@ -880,7 +890,9 @@ def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Itera
 # Width by height of the parts of a query that are searched for, and their size, where 1 is the largest that fits
 SHAPES, SIZES = (0.75, 1.33, 1.78), (1.0, 0.7, 0.5)
 SMALLEST_PART = 0.08  # of the query's area; a long query has too many smaller parts
-PLACES = 3  # steps of a part within its own width or height; with 2 a fifth of the small pictures are missed
+# Steps of a part within its own width or height: 3 miss a quarter of the pictures set in at 40 %, 5 a tenth. A network
+# computes each part by itself
+PLACES, NETWORK_PLACES = 5, 3
 LARGER = ((0.80, 2), (0.67, 3), (0.52, 5))  # side of the query within a larger picture, places along an axis
 TURNS = (-30, -20, -10, 10, 20, 30)  # degrees
 SMALLEST = 128  # pixels of the shorter side of a query that is searched by its parts
@@ -903,25 +915,24 @@ def cut_out(image: Image.Image, part: Sequence[float]) -> tuple[Image.Image, int
 def parts_of(picture: Image.Image, model: Model, sizes: Sequence[float]) -> Iterator[View]:
     """Parts of the query that may be pictures of their own. For each shape and size, the query is resized once."""
     side, (width, height) = model.side, picture.size
+    places = PLACES if model.name == OFFLINE else NETWORK_PLACES
     for shape, size in itertools.product(SHAPES, sizes):
         across, down = size * min(1.0, shape * height / width), size * min(1.0, width / shape / height)  # of the query
         if across * down >= SMALLEST_PART:
             whole = squeeze(picture, round(side / across), round(side / down), model.resample)
             tops, lefts = (
-                np.linspace(0, room, 1 + math.ceil(PLACES * room / side)).round().astype(int)
+                tuple(np.linspace(0, -room, 1 + math.ceil(places * room / side)).round().astype(int).tolist())
                 for room in (whole.shape[1] - side, whole.shape[2] - side)
             )
-            for top, left in itertools.product(tops, lefts):
-                yield View("part of the query", whole[:, top : top + side, left : left + side])
+            yield View("part of the query", whole, tops, lefts)
 
 
 def larger_views(picture: Image.Image, model: Model) -> Iterator[View]:
-    """Views that suppose that the query was cut out of a larger picture: each at one size and place in it."""
+    """Views that suppose that the query was cut out of a larger picture: each at one size and some places in it."""
     for share, places in LARGER:
         small = round(share * model.side)
-        pixels = squeeze(picture, small, small, model.resample)
-        starts = [round((2 * i + 1) / (2 * places) * (model.side - small)) for i in range(places)]
-        yield from (View("part", pixels, top, left) for top in starts for left in starts)
+        starts = tuple(round((2 * i + 1) / (2 * places) * (model.side - small)) for i in range(places))
+        yield View("part", squeeze(picture, small, small, model.resample), starts, starts)
 
 
 def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
@@ -954,12 +965,19 @@ def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
     return found + (list(larger_views(picture, model)) if offline else [])
 
 
-def features_of_views(views: Sequence[View], model: Model) -> np.ndarray:
-    """Features of a query in its views, float32 (views, dim), rounded to fp16 as they are in the store."""
-    whole = [view.pixels for view in views if view.pixels.shape[1:] == (model.side, model.side)]  # the first ones
-    features = [launch(torch.stack(whole), model, model.batch)[0]]
-    features += [launch(view.pixels[None], model, 1, view.top, view.left)[0] for view in views[len(whole) :]]
-    return to_float32(torch.cat(features).cpu().numpy().astype(np.float16))
+def features_of_views(views: Sequence[View], model: Model) -> tuple[list[str], np.ndarray]:
+    """Names and features of a query's views, float32 (views, dim), rounded to fp16 as they are in the store."""
+    names = [view.name for view in views for _ in itertools.product(view.tops, view.lefts)]
+    if model.network is describe:
+        features = [launch(view.pixels[None], model, 1, view.tops, view.lefts)[0] for view in views]
+    else:
+        parts = [
+            view.pixels[:, -top : model.side - top, -left : model.side - left]
+            for view in views
+            for top, left in itertools.product(view.tops, view.lefts)
+        ]
+        features = [launch(torch.stack(parts), model, model.batch)[0]]
+    return names, to_float32(torch.cat(features).cpu().numpy().astype(np.float16))
 
 
 # ---- Verification ----------------------------------------------------------------------------------------------------
@@ -979,9 +997,9 @@ CELL = 4.0  # pixels: points that are nearer to each other count as one
 FEWEST, AGREEING = 6, 14  # points to fit a transform to; points of a copy. Unrelated pairs have 3, drawn ones up to 10
 GRID, GRID_CELL = 48, 4  # samples along each side of the match, and of a cell in which the two pictures are correlated
 TEXTURE, CORRELATION = 4.0, 0.8  # of 255, standard deviation of a cell that shows anything; of a cell that agrees
-# Share of the common cells that agree in a copy. A caption, stickers or a curved screen leave 0.65. Two products before
-# one backdrop reach 0.58, two screenshots of one app 0.3
-AGREEMENT = 0.62
+# Share of the common cells that agree in a copy, and what each of up to 100 agreeing points adds. Large letters on a
+# plain product leave 0.57 + 0.09; two products before one backdrop reach 0.59 + 0.02, two screenshots of one app 0.3
+AGREEMENT, POINT_WORTH = 0.64, 0.001
 
 
 class LocalFeatures(NamedTuple):
@@ -1158,7 +1176,7 @@ def align(query: LocalFeatures, match: LocalFeatures) -> Region | None:
     tried = [(*best_transform(seen, match), seen, mirrored) for seen, mirrored in ways]
     points, H, seen, mirrored = max(tried, key=lambda fit: fit[0])
     agreement, covers = common_share(seen, match, H) if points else (0.0, 0.0)
-    if agreement < AGREEMENT:
+    if agreement + POINT_WORTH * min(points, 100) < AGREEMENT:
         return None
     if mirrored:  # H starts from the mirrored query
         H = H @ [(-1, 0, query.grey.shape[1]), (0, 1, 0), (0, 0, 1)]
@@ -1793,7 +1811,7 @@ def compared(
         with one_torch_thread():
             local = local_features(image, QUERY_AREA, QUERY_POINTS, engine.model.side)
             seen = query_views(image, engine.model, views)
-        return Seen([view.name for view in seen], features_of_views(seen, engine.model), local, corner)
+        return Seen(*features_of_views(seen, engine.model), local, corner)
 
     files = (File(os.fsencode(name), 0, 0) for name in queries)
     pictures = read_ahead(partial(read_picture, root=b"", transform=look_at), files, QUERY_THREADS, TOGETHER)
