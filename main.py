@@ -122,8 +122,9 @@ class DeepVisionError(Exception):
     """What went wrong, where, and what to do about it, in one line."""
 
 
-class DamageError(Exception):
-    """The store does not hold what was written to it. It is repaired, and the work starts again."""
+class DamageError(DeepVisionError):
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} is damaged ({reason}). Run the command again to repair it")
 
 
 def counted(number: int, one: str, many: str = "") -> str:
@@ -223,9 +224,6 @@ class Model:
     batch: int = 32  # images at once
     resample: str = "bilinear"
     precision: str = "fp32"
-    in_threads: bool = (
-        False  # the threads that read also compute the features: small operations gain nothing from cores
-    )
 
 
 @dataclass(frozen=True)
@@ -243,10 +241,6 @@ class Work:
     rank: int = 0  # of this process, among `ranks` that torchrun started; rank 0 commits
     ranks: int = 1
 
-    def is_mine(self, file: File) -> bool:
-        """Whether this rank reads the file. The answer depends on the path alone."""
-        return zlib.crc32(file.path) % self.ranks == self.rank
-
 
 @dataclass
 class Summary:
@@ -259,9 +253,7 @@ class Summary:
     opened: int = 0  # files, in this run
     new: int = 0  # usable ones among them, new or changed
     recognised: int = 0  # of those, by content: moved, copied, or back again
-    reading: float = 0.0  # seconds that the model, or the run, waited for pictures
-    computing: float = 0.0  # seconds in the model; 0: the threads that read did its work
-    recall: float | None = None  # share of the true nearest that the compact codes find; None: the search is exact
+    seconds: float = 0.0  # of reading and of the model; 0: the ranks of torchrun have read
 
     def add(self, pictures: Sequence[Picture]) -> None:
         usable = [picture for picture in pictures if picture.digest and not picture.vanished]
@@ -269,21 +261,13 @@ class Summary:
         self.new += len(usable)
         self.recognised += sum(picture.vector is None for picture in usable)
 
-    @property
-    def balance(self) -> str:
-        """What the time went to. It tells whether more cores or a GPU would help."""
-        share = self.reading / (self.reading + self.computing or 1.0)
-        return f"{share:.0%} waiting for decoding, {1 - share:.0%} for the network" if self.computing else ""
-
     def __str__(self) -> str:
         known = f" ({self.recognised:,} recognised by content)" if self.recognised else ""
         pruned = f", {self.forgotten:,} forgotten" if self.forgotten else ""
-        seconds = self.reading + self.computing  # 0: the ranks of torchrun have read
-        rate = f"{self.opened / seconds:,.1f} images/s" if seconds else "read by all ranks"
-        spent = [rate, self.balance] if self.opened else ["no image was opened"]
+        rate = f"{self.opened / self.seconds:,.1f} images/s" if self.seconds else "read by all ranks"
         return (
             f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged, "
-            f"{self.skipped:,} skipped, {self.gone:,} gone{pruned}; {', '.join(filter(None, spent))}"
+            f"{self.skipped:,} skipped, {self.gone:,} gone{pruned}; {rate if self.opened else 'no image was opened'}"
         )
 
 
@@ -293,13 +277,7 @@ NOT_AN_IMAGE = "not an image"  # the reason given for a query that was never mea
 MAX_PIXELS = 100_000_000  # pixels to decode, after JPEG scaling: 0.4 GB in memory; phones reach 200 million in JPEG
 COSTLY_FORMATS = {"WEBP", "JPEG2000"}  # their decoders hold an image four times: half of MAX_PIXELS is their limit
 LARGE_PIXELS = 24_000_000  # pixels; larger images are decoded one at a time, which bounds memory
-BAND_PIXELS = 4_000_000  # pixels; images are converted in bands of this size, which bounds memory
-# A JPEG is decoded at no less than this many times the model's side. At 3 times, thin stripes differ from full
-# decoding by at most 1.4 of 255 levels in the mean; at 2 times, by at most 11
-DRAFT_SCALE = 3
-# Reads that opening a file may take, half a second. Pillow searches a broken JPEG for its next marker byte by byte,
-# which can take hours
-HEADER_READS = 1_000_000
+DRAFT_SCALE = 3  # times the model's side: a JPEG is decoded no smaller; with 2, thin stripes come out differently
 DIGEST_BYTES = 16  # bytes of the SHA-256 that identifies a content
 PREPROCESSING = 2  # version, part of a model's identity; raise it when the same file would get other pixels
 PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
@@ -312,39 +290,36 @@ one_large_image = threading.Lock()
 def find_images(
     folder: str | Path, onerror: OnError, without: Sequence[str | Path] = (), exclude: Sequence[str] = ()
 ) -> Iterator[File]:
-    """Every file below `folder` that may be an image, in the order of paths.
+    """Every file below `folder` that may be an image, in the order of paths. No folder is listed twice.
 
-    onerror  is called for what cannot be listed
-    without  folders that are left out
-    exclude  patterns, as of a shell, of relative paths that are left out
-
-    Links are followed, and each folder is listed once.
+    onerror is called for what cannot be listed. Folders in `without`, and relative paths that fit one of the shell
+    patterns in `exclude`, are left out. Links are followed.
     """
-    is_excluded = re.compile("|".join(map(fnmatch.translate, exclude))).match
     root, separator = os.fsencode(folder), os.fsencode(os.sep)
-    visited = {(info.st_dev, info.st_ino) for info in map(os.stat, without)}
-    waiting = [File(separator, 0, 0)]  # a stack, its last entry first in order; a folder's path ends with a separator
+    visited = {os.stat(path)[1:3] for path in without}  # inode and device
+    waiting = [File(separator, 0, 0)]  # files, and folders with a separator at the end: a stack, the next one last
     while waiting:
         file = waiting.pop()
         if not file.path.endswith(separator):
             yield file
             continue
-        above, found = file.path.removeprefix(separator), list[File]()
+        found, above = list[File](), file.path.removeprefix(separator)
         try:
-            info = os.stat(here := os.path.join(root, above.removesuffix(separator)))
-            entries = () if (info.st_dev, info.st_ino) in visited else list(os.scandir(here))
+            here = os.path.join(root, above)
+            identity = os.stat(here)[1:3]
+            entries = () if identity in visited else list(os.scandir(here))
         except OSError as error:
             onerror(error)
             continue
-        visited.add((info.st_dev, info.st_ino))
+        visited.add(identity)
         for entry in entries:
-            if entry.name.startswith(b".") or entry.name.lower() in PASSED_OVER:
-                continue
-            if exclude and is_excluded(os.fsdecode(above + entry.name)):
+            path, name = above + entry.name, entry.name.lower()
+            excluded = any(fnmatch.fnmatch(os.fsdecode(path), pattern) for pattern in exclude)
+            if name.startswith(b".") or name in PASSED_OVER or excluded:
                 continue
             try:
-                end = separator if stat.S_ISDIR((info := entry.stat()).st_mode) else b""
-                found.append(File.of(above + entry.name + end, info))
+                info = entry.stat()
+                found.append(File.of(path + separator if stat.S_ISDIR(info.st_mode) else path, info))
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ELOOP):  # a broken link, or a file that is gone by now
                     onerror(error)
@@ -364,22 +339,6 @@ def image_formats() -> tuple[list[str], set[str], str]:
         version += f", pillow_heif {heif.__version__}"
     formats = [name for name in Image.ID if name not in NOT_DECODED]
     return formats, {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
-
-
-class ImageFile(io.BufferedReader):
-    """A file, opened for reading. Before `reads_left` is lifted, it can be read only so many times."""
-
-    reads_left: float = HEADER_READS
-
-    def __init__(self, path: bytes) -> None:
-        nonblocking = getattr(os, "O_NONBLOCK", 0)  # without it, opening a FIFO would wait for a writer forever
-        super().__init__(io.FileIO(path, opener=lambda path, flags: os.open(path, flags | nonblocking)))
-
-    def read(self, size: int | None = -1) -> bytes:
-        self.reads_left -= 1
-        if self.reads_left < 0:
-            raise ValueError("broken: its header could not be read in reasonable time")
-        return super().read(size)
 
 
 def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
@@ -411,23 +370,19 @@ def content_hash(stream: BinaryIO) -> bytes:
 def read_picture(
     file: File, root: bytes, transform: Callable[[Image.Image], Any], known: Callable[[bytes], bool] = lambda _: False
 ) -> Picture:
-    """The file's hash, and as `pixels` what `transform` makes of its image; or the reason why it cannot be used.
-
-    A content whose hash is `known` is not decoded. No error in a file reaches the caller.
-    """
+    """The file's hash, and what `transform` makes of its image if the hash is not `known`; or why it is not usable."""
+    path = os.path.join(root, file.path)
     try:
-        path = os.path.join(root, file.path)
-        with ImageFile(path) as stream:
-            info = os.fstat(stream.fileno())
-            file = File.of(file.path, info)
-            if not stat.S_ISREG(info.st_mode):
-                return Picture(file, reason="not a regular file")
+        info = os.stat(path)
+        file = File.of(file.path, info)
+        if not stat.S_ISREG(info.st_mode):
+            return Picture(file, reason="not a regular file")  # opening a FIFO would wait for a writer forever
+        with open(path, "rb") as stream:
             if (image := open_image(stream, os.fsdecode(path))) is None:
                 return Picture(file)
-            stream.reads_left = math.inf
             digest = content_hash(stream)
             pixels = None if known(digest) else transform(image)
-            return Picture(file, digest, pixels, vanished=file != File.of(file.path, os.fstat(stream.fileno())))
+        return Picture(file, digest, pixels, vanished=file != File.of(file.path, os.stat(path)))
     except sqlite3.Error:
         raise  # from `known`: the database failed, not the file
     except Exception as error:  # decoders raise anything at all on a malformed file
@@ -437,32 +392,20 @@ def read_picture(
         return Picture(file, reason=reason, vanished=isinstance(error, FileNotFoundError))
 
 
-def bands(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
-    """Boxes that cut the image into horizontal bands of at most BAND_PIXELS."""
-    height = max(1, BAND_PIXELS // image.width)
-    for top in range(0, image.height, height):
-        yield 0, top, image.width, min(top + height, image.height)
-
-
 def to_8_bits(image: Image.Image) -> Image.Image:
     """A grey image of 16 or 32 bits (I;16, I) or floating point (F) in 8 bits. Pillow itself would clip the values."""
-
-    def values_in(box: tuple[int, int, int, int]) -> np.ndarray:
-        values = np.asarray(image.crop(box), np.float32)
-        return np.where(np.isfinite(values), values, 0)
-
-    # Pillow's own extremes may be NaN for F, and are missing for I;16B.
-    extremes = [float(extreme(values_in(box))) for box in bands(image) for extreme in (np.min, np.max)]
-    low, high = min(0.0, *extremes), max(extremes)
+    values = np.array(image, np.float32)
+    values[~np.isfinite(values)] = 0
+    is_clear = values == image.info.get("transparency", math.nan)
+    low, high = min(0.0, float(values.min())), float(values.max())
     scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)  # the usual values of white
     white = next((scale for scale in scales if high <= scale), high)
-    grey = Image.new("L", image.size)
-    for box in bands(image):
-        values = values_in(box)
-        levels = ((values - low) * (255 / (white - low)) + 0.5).astype(np.uint8)
-        levels[values == image.info.get("transparency")] = 255
-        grey.paste(Image.fromarray(levels), box)
-    return grey
+    values -= low
+    values *= 255 / (white - low)
+    values += 0.5
+    levels = values.astype(np.uint8)
+    levels[is_clear] = 255
+    return Image.fromarray(levels)
 
 
 def to_rgb(image: Image.Image, side: int) -> Image.Image:
@@ -478,18 +421,13 @@ def to_rgb(image: Image.Image, side: int) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":
             image = to_8_bits(image)
-        if image.mode == "RGB" and not image.has_transparency_data:
-            return image
-        rgb = Image.new("RGB", image.size)
-        for box in bands(image):
-            band = image.crop(box)
-            if band.mode == "LAB":
-                lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-                band = ImageCms.profileToProfile(band, lab, srgb, outputMode="RGB") or band
-            elif band.has_transparency_data:
-                band = Image.alpha_composite(Image.new("RGBA", band.size, "white"), band.convert("RGBA"))
-            rgb.paste(band.convert("RGB"), box)
-        return rgb
+        if image.mode == "LAB":
+            lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+            image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
+        elif image.has_transparency_data:
+            image = image if image.mode == "RGBA" else image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def usable_cores() -> int:
@@ -521,78 +459,65 @@ SHARPNESS = 5  # how often the cosine is squared; a direction then responds to e
 EDGE_POWER = 0.3  # of the counts: a strong edge says little more than a weak one
 ORDERS = (0.5, 1.0, 1.0, 1.3, 1.3, 1.7, 1.7)  # weight of each Fourier order over the directions
 BRIGHTNESS_WEIGHT, HUE_WEIGHT, MEAN_WEIGHT = 0.2, 0.3, 0.02  # of the colours, where the edges have 1
+LEAST_COSINE, TINY = 0.25, 1e-12  # less counts as this, and a weight as 0: denormal numbers took half of the time
 FAINT = 100.0  # a part of a lesser norm is noise (a photograph's is 200 and more) and stays small
 OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # brightness, red-green, yellow-blue
 
 
 @cache
-def cell_weights(cells: int, n: int, start: int, device: torch.device) -> torch.Tensor:
-    """The Gaussian weight of each pixel in each cell along one side, (cells, n), for the pixels from `start` on.
-
-    The weights of a cell add up to 1 over the whole side.
-    """
+def cell_grid(cells: int, top: int, left: int, height: int, width: int) -> tuple[torch.Tensor, ...]:
+    """Gaussian weights of the rows, (cells, height), and columns, (width, cells), of a rectangle in each cell; and how
+    much of each cell lies inside the rectangle, (cells, cells)."""
     distance = (torch.arange(OFFLINE_SIDE) + 0.5) * cells / OFFLINE_SIDE - (torch.arange(cells)[:, None] + 0.5)
     weights = torch.exp(-2 * distance**2)  # sigma is half a cell
-    return (weights / weights.sum(1, keepdim=True))[:, start : start + n].to(device)
+    weights = torch.where(weights > TINY, weights / weights.sum(1, keepdim=True), 0)
+    rows, columns = weights[:, top : top + height], weights[:, left : left + width]
+    return rows.contiguous(), columns.T.contiguous(), rows.sum(1)[:, None] * columns.sum(1)
 
 
 @cache
-def directions(device: torch.device) -> torch.Tensor:
-    """Cosine and sine of each direction, (2, DIRECTIONS, 1, 1)."""
-    angle = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None, None]
-    return torch.stack([angle.cos(), angle.sin()]).to(device)
-
-
-@cache
-def fourier(device: torch.device) -> torch.Tensor:
-    """A matrix that turns values by direction into weighted Fourier coefficients, (DIRECTIONS, 2 * len(ORDERS) - 1)."""
+def fourier() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cosine and sine of each direction, (DIRECTIONS, 1, 1), and a matrix that turns values by direction into weighted
+    Fourier coefficients, (DIRECTIONS, 2 * len(ORDERS) - 1)."""
     phase = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None] * torch.arange(len(ORDERS))
-    even, odd = torch.tensor(ORDERS) * torch.stack([phase.cos(), phase.sin()])
-    return torch.cat([even[:, :1] / math.sqrt(2), even[:, 1:], odd[:, 1:]], 1).to(device)
+    cosine, sine = phase.cos(), phase.sin()
+    even, odd = torch.tensor(ORDERS) * cosine, torch.tensor(ORDERS) * sine
+    matrix = torch.cat([even[:, :1] / math.sqrt(2), even[:, 1:], odd[:, 1:]], 1)
+    return cosine[:, 1, None, None], sine[:, 1, None, None], matrix
 
 
 @cache
-def cosine_transform(cells: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrix of a cosine transform, (cells, cells), and a weight for each coefficient, (cells, cells).
-
-    The weight grows with the frequency, since pictures have most of their energy in the low ones.
-    """
+def cosine_transform(cells: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matrix of a cosine transform, and a weight of each coefficient: most of a picture is in low frequencies."""
     k = torch.arange(cells, dtype=torch.float32)
     cosines = torch.cos(math.pi / cells * k[:, None] * (k + 0.5))
     cosines[0] /= math.sqrt(2)
-    return cosines.to(device), (1 + torch.hypot(k[:, None], k)).to(device)
+    return cosines, 1 + torch.hypot(k[:, None], k)
 
 
-def cell_means(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """The mean of the planes (..., n, n) in each cell, (..., cells, cells).
-
-    `rows` and `columns` are the `cell_weights` of the two sides. A cell that lies partly outside gets the mean of its
-    part inside.
-    """
-    return rows @ planes @ columns.T / (rows.sum(1)[:, None] * columns.sum(1) + 1e-9)
+def cell_means(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """The mean of the planes (..., h, w) in each cell, (..., cells, cells), of its part inside the pixels."""
+    return rows @ (planes @ columns) / (inside + 1e-9)
 
 
 def edge_strengths(light: torch.Tensor) -> torch.Tensor:
-    """The strength of the edge at each pixel in each direction, (B, DIRECTIONS, n, n), of brightness (B, 1, n, n)."""
+    """The strength of the edge at each pixel in each direction, (B, DIRECTIONS, h, w), of brightness (B, 1, h, w)."""
     framed = torch.nn.functional.pad(light, (1, 1, 1, 1), mode="replicate")
     dx, dy = framed[..., 1:-1, 2:] - framed[..., 1:-1, :-2], framed[..., 2:, 1:-1] - framed[..., :-2, 1:-1]
     slope = torch.hypot(dx, dy) + 1e-3  # of 255: no division by 0 where it is flat
-    cosine, sine = directions(light.device)
-    share = (dx / slope * cosine).addcmul_(dy / slope, sine).clamp_(min=0)
+    scale = slope ** (0.5**SHARPNESS - 1)  # what is squared below is the cosine times a root of the slope
+    cosine, sine, _ = fourier()
+    strength = (dx * scale * cosine).addcmul_(dy * scale, sine).clamp_(min=LEAST_COSINE)
     for _ in range(SHARPNESS):
-        share.square_()  # twice as fast as a power
-    return share.mul_(slope)
+        strength.square_()  # twice as fast as a power
+    return strength
 
 
-def whiten(maps: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Maps (B, c, cells, cells) as weighted cosine coefficients, (B, c, cells² - 1), after their mean is removed.
-
-    `rows` and `columns` are the `cell_weights` of the two sides. A cell counts by its share inside the pixels.
-    """
-    known = rows.sum(1)[:, None] * columns.sum(1)
-    maps = (maps - (maps * known).sum((2, 3), keepdim=True) / known.sum()) * known
-    cosines, weight = cosine_transform(len(known), maps.device)
-    return (cosines @ maps @ cosines.T * weight).flatten(2)[:, :, 1:]
+def whiten(maps: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Maps (B, c, cells, cells) less their mean as weighted cosine coefficients, (B, c, cells² - 1)."""
+    maps = (maps - (maps * inside).sum((2, 3), keepdim=True) / inside.sum()) * inside
+    cosines, weight = cosine_transform(len(inside))
+    return (cosines @ (maps @ cosines.T) * weight).flatten(2)[:, :, 1:]
 
 
 def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
@@ -604,26 +529,22 @@ def describe(pixels: torch.Tensor, top: int = 0, left: int = 0) -> torch.Tensor:
 
     A smaller rectangle stands for the part at (top, left) of a picture whose rest is unknown.
     """
-    normalize, (height, width), device = torch.nn.functional.normalize, pixels.shape[-2:], pixels.device
-    planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT, device=device), pixels.float())
-    edge_grid, colour_grid = (
-        (cell_weights(cells, height, top, device), cell_weights(cells, width, left, device))
-        for cells in (EDGE_CELLS, COLOUR_CELLS)
-    )
+    normalize = torch.nn.functional.normalize
+    planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT), pixels.float())
+    edge_grid, colour_grid = (cell_grid(cells, top, left, *pixels.shape[2:]) for cells in (EDGE_CELLS, COLOUR_CELLS))
     counts = cell_means(edge_strengths(planes[:, :1]), *edge_grid)
-    edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier(device)), *edge_grid)
-    colours = whiten(cell_means(planes, *colour_grid), *colour_grid)
+    edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier()[2]), edge_grid[2])
+    colours = whiten(cell_means(planes, *colour_grid), colour_grid[2])
     mean = planes.mean((2, 3)) / 255  # nearly nothing, but all that a blank picture has
     weighted = (1.0, edges), (BRIGHTNESS_WEIGHT, colours[:, :1]), (HUE_WEIGHT, colours[:, 1:])
     parts = [weight * normalize(part.flatten(1), eps=FAINT) for weight, part in weighted]
     return torch.cat([*parts, MEAN_WEIGHT * mean, torch.full_like(mean[:, :1], MEAN_WEIGHT)], 1)
 
 
-def offline_model(device: str) -> Model:
-    """The built-in descriptor, a model like any other."""
+def offline_model() -> Model:
+    """The built-in descriptor, a model like any other. It runs on the CPU, where the threads that read compute it."""
     dim = (2 * len(ORDERS) - 1) * (EDGE_CELLS**2 - 1) + 3 * (COLOUR_CELLS**2 - 1) + 4
-    identity, in_threads = f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", device == "cpu"
-    return Model(OFFLINE, identity, OFFLINE_SIDE, dim, device, describe, in_threads=in_threads)
+    return Model(OFFLINE, f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", OFFLINE_SIDE, dim, "cpu", describe)
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
@@ -634,22 +555,16 @@ CONNECT_SECONDS = 10  # seconds; torch.hub has no timeout, and would hang for mi
 SIDE = 224  # pixels; the side of ResNet50's input
 REDUCING_GAP = 32.0  # Image.resize(reducing_gap=): huge images are box-averaged first, which bounds memory
 GPU_BATCH = {"cuda": 256, "mps": 64}  # images at once
-CPU_BATCH_PER_CORE = 4  # images at once for each core: a layer's output stays in its cache
-CPU_BATCH_MOST = 32  # images at once on a CPU
+CPU_BATCH_PER_CORE, CPU_BATCH_MOST = 4, 32  # images at once; with 4 for each core, a layer's output stays in its cache
 MIN_COSINE = 0.999  # of a fast network's features with those of the plain one in fp32; if less, the plain one stays
-AHEAD_BATCHES = 4  # batches that are decoded ahead of the model: enough to overlap, bounded in memory
-AHEAD_MOST = 1024  # files that are read ahead, at most
-
-# How a network wants its pixels: side, mean and standard deviation of each channel (white is 1), resampling
-Recipe = tuple[int, Sequence[float], Sequence[float], str]
+AHEAD_BATCHES, AHEAD_MOST = 4, 1024  # batches that are decoded ahead of the model, and how many files that is at most
+Recipe = tuple[int, Sequence[float], Sequence[float], str]  # side, mean and deviation of each channel, resampling
 
 
-def load_weights(network: torch.nn.Module, path: Path, *heads: str) -> None:
-    """Load a file's tensors into a network whose classifier, `heads`, was removed.
+def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> None:
+    """Load a file's tensors into a network whose classifier, `heads`, was removed. Nothing is left untrained.
 
-    The tensors are plain, wrapped as `state_dict`, or saved as `module.` by several GPUs. Those of the classifier are
-    left out. Raises DeepVisionError if the file holds anything but tensors, or if a tensor is missing, left over or of
-    another shape: nothing is ever left untrained.
+    The tensors are plain, wrapped as `state_dict`, or saved as `module.` by several GPUs.
     """
     unused = (*(f"{head}." for head in heads), "aux1.", "aux2.", "AuxLogits.")  # aux: classifiers for training alone
     try:
@@ -660,69 +575,52 @@ def load_weights(network: torch.nn.Module, path: Path, *heads: str) -> None:
             name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name)  # DenseNet's old names
             if not name.startswith(unused):
                 state[name] = value
-        have = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
-    except Exception as error:  # a corrupt file raises anything at all
-        advice = "expected are tensors as torch.save writes them; if it was downloaded, delete it and try again"
-        reason = first_line(error).partition(". ")[0]  # torch goes on with advice to load the file unsafely
-        raise DeepVisionError(f"{path} cannot be read as weights: {advice} ({reason})") from error
-    want = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    try:
         network.load_state_dict(state, assign=True)
-    except (RuntimeError, ValueError) as error:
-        wrong = [key for key in {**want, **have} if want.get(key) != have.get(key)] or ["?"]
-        first = f"{wrong[0]} should be {want.get(wrong[0], 'absent')} and is {have.get(wrong[0], 'missing')}"
-        raise DeepVisionError(f"{path} does not fit the model: {len(wrong)} tensors differ; {first}") from error
+    except Exception as error:  # a file that holds something else raises anything at all
+        reason = " ".join(str(error).split()).partition(". ")[0]  # torch goes on with advice to load the file unsafely
+        advice = "if it was downloaded, delete it and try again"
+        raise DeepVisionError(f"{path} does not hold the weights of this model: {reason[:500]}; {advice}") from error
     network.float()
 
 
-def is_call(network: torch.fx.GraphModule, node: Any, layer: str, *functions: Any) -> bool:
-    """Whether this node of the network's graph calls a layer of the class `layer`, or one of the functions."""
-    if getattr(node, "op", "") == "call_module":
-        return type(network.get_submodule(node.target)).__name__ == layer
-    return getattr(node, "target", None) in functions
+def one_kernel(layer: Any, then: str) -> Callable[..., torch.Tensor]:
+    """A function that computes a convolution, the sum with a second tensor if one is given, and "relu" or "none"."""
+    geometry, kernels = (layer.padding, layer.stride, layer.dilation, layer.groups), torch.ops.mkldnn
 
+    @cache
+    def weight(*shape: int) -> torch.Tensor:
+        """The weights in the order in which the kernel reads them."""
+        return kernels._reorder_convolution_weight(layer.weight, *geometry, shape)
 
-def use_one_kernel(network: torch.fx.GraphModule, convolution: Any, last: Any, addends: Sequence[Any] = ()) -> None:
-    """Replace three nodes by one oneDNN kernel: `convolution`, its sum with `addends`, and the ReLU `last`.
+    def compute(x: torch.Tensor, *other: torch.Tensor) -> torch.Tensor:
+        args = (*other, weight(1, *x.shape[1:]), layer.bias, *geometry)
+        if other:
+            return kernels._convolution_pointwise.binary(x, *args, "add", 1.0, then, [], None)
+        return kernels._convolution_pointwise.default(x, *args, then, [], "")
 
-    For a convolution alone, give it as `last` too. The weights are stored in the order in which the kernel reads them.
-    """
-    layer: Any = network.get_submodule(convolution.target)
-    (before,), graph = convolution.args, network.graph
-    geometry = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
-    shape, name = list(before.meta["tensor_meta"].shape), f"weight_of_{convolution.name}"
-    packed = torch.ops.mkldnn._reorder_convolution_weight(layer.weight.data, *geometry, shape)
-    network.register_buffer(name, packed)
-    then: tuple[Any, ...] = "relu", [], ""
-    kernel = torch.ops.mkldnn._convolution_pointwise.default
-    if last is convolution:
-        then = "none", [], ""
-    elif addends:
-        kernel, then = torch.ops.mkldnn._convolution_pointwise.binary, ("add", 1.0, "relu", [], None)
-    with graph.inserting_before(last):
-        bias = None if layer.bias is None else graph.get_attr(f"{convolution.target}.bias")
-        fused = graph.call_function(kernel, (before, *addends, graph.get_attr(name), bias, *geometry, *then))
-    fused.meta = last.meta
-    last.replace_all_uses_with(fused)
-    graph.erase_node(last)
+    return compute
 
 
 def fuse_convolutions(network: torch.fx.GraphModule) -> None:
-    """Compute each convolution, the sum after it and the ReLU after that by one kernel.
+    """Compute each convolution, the sum after it and the ReLU after that by one kernel, whatever the batch size.
 
-    torch.compile does the same. It is 5 % faster still, but takes 17 s to start. With this function, the features of an
-    image are the same bit for bit whatever the batch size.
+    torch.compile does the same. It is 5 % faster still, but takes 17 s to start.
     """
-    graph, functional = network.graph, torch.nn.functional
-    for relu in [node for node in graph.nodes if is_call(network, node, "ReLU", functional.relu, torch.relu)]:
-        convolution, addends = relu.args[0], list[Any]()
-        if is_call(network, convolution, "", operator.add, operator.iadd, torch.add) and len(convolution.users) == 1:
-            *addends, convolution = sorted(convolution.args, key=lambda node: is_call(network, node, "Conv2d"))
-        if is_call(network, convolution, "Conv2d") and len(convolution.users) == 1:
-            use_one_kernel(network, convolution, relu, addends)
+    graph, relu, add = network.graph, (torch.nn.functional.relu, torch.relu), (operator.add, operator.iadd, torch.add)
+    layers = {node: network.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
+    convolutions = [node for node, layer in layers.items() if isinstance(layer, torch.nn.Conv2d)]
+    for last in list(reversed(graph.nodes)):
+        convolution, addends, then = last, list[Any](), "none"
+        if isinstance(layers.get(last), torch.nn.ReLU) or last.target in relu:
+            convolution, then = last.args[0], "relu"
+            if convolution.target in add and len(convolution.users) == 1:
+                *addends, convolution = sorted(convolution.args, key=convolutions.__contains__)
+        if convolution in convolutions and (convolution is last or len(convolution.users) == 1):
+            with graph.inserting_before(last):
+                kernel = one_kernel(layers[convolution], then)
+                last.replace_all_uses_with(graph.call_function(kernel, (*convolution.args, *addends)))
+            graph.erase_node(last)
     graph.eliminate_dead_code()
-    for convolution in [node for node in graph.nodes if is_call(network, node, "Conv2d")]:
-        use_one_kernel(network, convolution, convolution)
     network.recompile()
 
 
@@ -735,26 +633,18 @@ def forward(
 
 
 def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor) -> tuple[partial[torch.Tensor], int]:
-    """The fastest form of `plain`, which is `forward` in fp32, and the dimension of the features.
+    """The fastest form of `plain`, which is `forward` in fp32, that keeps the features of `sample`; their dimension.
 
-    It fuses layers, and uses half precision where the device has it. A form that changes the features of `sample` is
-    rejected. If all are, `plain` itself is returned.
+    It fuses layers, and uses half precision where the device has it.
     """
-    device = sample.device.type
-    try:
-        traced = torch.fx.symbolic_trace(plain.keywords["network"])
-        noting_shapes = importlib.import_module("torch.fx.passes.shape_prop").ShapeProp(traced)
-        expected = plain(sample, network=noting_shapes.propagate)  # the kernels depend on the shapes
-    except Exception:  # a network that looks at its pixels cannot be traced, and raises anything at all
-        return plain, plain(sample).shape[1]
+    expected, device, half = plain(sample), sample.device.type, [torch.float16]
     fold_batch_norms = importlib.import_module("torch.fx.experimental.optimization").fuse
-    dtypes = [torch.float16, torch.float32]
     if device == "cpu":  # emulated bf16 takes four times as long as fp32
         native = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        dtypes = [torch.bfloat16, torch.float32] if native else [torch.float32]
-    for dtype in dtypes:
-        with suppress(Exception):  # fusing raises anything at all
-            network = fold_batch_norms(traced, no_trace=True).to(dtype).to(memory_format=torch.channels_last)
+        half = [torch.bfloat16] if native else []
+    for dtype in [*half, torch.float32]:
+        with suppress(Exception):  # a network that looks at its pixels cannot be fused, and raises anything at all
+            network = fold_batch_norms(plain.keywords["network"]).to(dtype).to(memory_format=torch.channels_last)
             if device == "cpu" and torch.backends.mkldnn.is_available():
                 fuse_convolutions(network)
             fast = partial(plain, network=network, dtype=dtype)
@@ -792,19 +682,15 @@ def timm_model(name: str, weights: str | Path | None, device: str) -> Model:
     except (OSError, RuntimeError, ValueError) as error:  # no such model, or its weights cannot be had
         raise DeepVisionError(f"--model {name}: {first_line(error)}") from error
     if weights is not None:
-        if not Path(weights).is_file():
-            raise DeepVisionError(f"--weights {weights}: no such file")
         heads = network.pretrained_cfg["classifier"]
-        load_weights(network, Path(weights), *([heads] if isinstance(heads, str) else heads))
+        load_weights(network, weights, *([heads] if isinstance(heads, str) else heads))
     config = timm.data.resolve_model_data_config(network)
     recipe = config["input_size"][1], config["mean"], config["std"], config["interpolation"]
     return assemble_model(name, network, recipe, device)
 
 
 def downloaded(url: str, name: str) -> Path:
-    """The file of `url` in torch's own cache. It is downloaded and its hash checked if it is not there yet.
-
-    Raises ConnectionError, which names the model, if it cannot be had."""
+    """The file of `url` in torch's own cache, downloaded and hash-checked if need be; or a ConnectionError."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if path.exists():
         return path
@@ -831,23 +717,21 @@ def torchvision_model(name: str, weights: str | Path | None, device: str) -> Mod
     by_file = {Path(entry.url).name: entry for entry in listed.values()}  # a copy of such a file gets the same pixels
     entry = {**by_file, **listed}.get(Path(weights or WEIGHTS).name, listed["DEFAULT"])
     if weights is None or str(weights) in listed:
-        path = downloaded(entry.url, name)
-    elif not (path := Path(weights)).is_file():
+        weights = downloaded(entry.url, name)
+    elif not Path(weights).is_file():
         raise DeepVisionError(f"--weights {weights}: no such file, nor weights of {name} ({', '.join(listed)})")
     options: dict[str, Any] = {}  # those that torchvision itself sets for models with weights
     if name in ("googlenet", "inception_v3"):
         options = {"transform_input": True, "init_weights": False, "aux_logits": False}
     elif name.startswith("vit_"):
         options = {"image_size": entry.meta["min_size"][0]}
-    try:
-        with torch.device("meta"):  # drawing weights at random would take 0.2 s for ResNet50
-            network = models.get_model(name, weights=None, **options)
-    except NotImplementedError:  # RegNet computes its widths with tensors
+    # Drawing weights at random would take 0.2 s for ResNet50. RegNet computes its widths with tensors.
+    with nullcontext() if name.startswith("regnet") else torch.device("meta"):
         network = models.get_model(name, weights=None, **options)
-    layers = (torch.nn.Linear, torch.nn.Conv2d)
+    layers = torch.nn.Linear, torch.nn.Conv2d
     *_, head = (name for name, layer in network.named_modules() if isinstance(layer, layers))  # gives the classes
     network.set_submodule(head, torch.nn.Identity())
-    load_weights(network, path, head)
+    load_weights(network, weights, head)
     preset = entry.transforms()
     recipe = preset.crop_size[0], preset.mean, preset.std, preset.interpolation.value
     return assemble_model(name, network, recipe, device)
@@ -855,7 +739,7 @@ def torchvision_model(name: str, weights: str | Path | None, device: str) -> Mod
 
 def choose_device(device: str) -> str:
     """cpu, cuda or mps; for `auto` the GPU if there is one. Raises DeepVisionError for a device that is not there."""
-    reason, _ = "", torch_threads()
+    reason = ""
     if device in ("auto", "cuda"):
         try:  # only use shows a driver that does not fit torch
             torch.ones(1, device="cuda").sum().item()
@@ -867,8 +751,7 @@ def choose_device(device: str) -> str:
         if device == "cpu" and (shutil.which("nvidia-smi") or os.path.exists("/dev/nvidia0")):
             log.warning("there is a GPU, but torch %s cannot use it: %s", torch.__version__, reason)
     elif not there[device]:
-        why = f": {reason}" if reason else ""
-        raise DeepVisionError(f"--device {device}: torch {torch.__version__} finds none here{why}; try --device auto")
+        raise DeepVisionError(f"--device {device}: torch finds none here, try --device auto{reason and f' ({reason})'}")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.set_float32_matmul_precision("high")  # TF32 where fp16 is not used
@@ -881,15 +764,16 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
     name     resnet50, any classification model of torchvision, timm:NAME, or offline. By default resnet50, and where
              its weights cannot be had, offline, with a warning
     weights  the name of torchvision weights (IMAGENET1K_V1), hash-checked when downloaded, or a local file of tensors
-    device   auto, cpu, cuda or mps
+    device   auto, cpu, cuda or mps; offline runs on the CPU
 
     Raises DeepVisionError for an unknown name or device, and for weights that are missing, corrupt or do not fit.
     """
+    torch_threads()
     device = choose_device(device)
     if name == OFFLINE and weights:
         raise DeepVisionError(f"--weights {weights}: --model offline takes no weights, leave one out")
     if name == OFFLINE:
-        return offline_model(device)
+        return offline_model()
     try:
         if name and name.startswith("timm:"):
             return timm_model(name, weights, device)
@@ -902,7 +786,7 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
         what = "it finds copies, edits, and similar layouts and colours, but does not recognise what a picture shows"
         ways = f"To use {MODEL}, go online once or give --weights FILE. To hide this, give --model offline"
         log.warning("%s. The built-in offline descriptor is used instead: %s. %s", error, what, ways)
-        return offline_model(device)
+        return offline_model()
 
 
 def squeeze(image: Image.Image, width: int, height: int, resample: str) -> torch.Tensor:
@@ -912,9 +796,7 @@ def squeeze(image: Image.Image, width: int, height: int, resample: str) -> torch
 
 
 def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Image.Image], torch.Tensor]:
-    """A function from any Pillow image to the pixels that a model takes, uint8 (3, side, side).
-
-    side, resample  as the model has them: `get_transform(model.side, model.resample)`; by default those of ResNet50
+    """A function from any Pillow image to the pixels of `model.side` and `model.resample`, uint8 (3, side, side).
 
     The whole picture is squeezed into a square: a crop of its centre would lose what stands at the edges.
     """
@@ -929,10 +811,7 @@ def torch_threads() -> int:
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Have torch compute with one thread in this context.
-
-    Use it for small operations. With more threads these take up to five times as long on a busy machine.
-    """
+    """Have torch compute small operations with one thread: more take up to five times as long on a busy machine."""
     torch.set_num_threads(1)
     try:
         yield
@@ -941,24 +820,20 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def launch(pixels: torch.Tensor, model: Model, size: int, *where: int) -> tuple[torch.Tensor, int]:
-    """Run the model: the features (B, dim), each of length 1, on the device, and the batch size that fitted.
-
-    It starts with `size` images at once, and halves that while the GPU has too little memory. A GPU may still be
-    computing when this returns. `where`: top and left of `describe`, if the pixels are a part of a picture.
-    """
-    pixels, asked = pixels.pin_memory() if model.device == "cuda" else pixels, size
+    """Run the model on `size` images at once, or less if the GPU's memory is short: the features (B, dim), each of
+    length 1, and the size that fitted. A GPU may still be computing. `where`: top and left of `describe`."""
+    pixels = pixels.pin_memory() if model.device == "cuda" else pixels
     while True:
         try:
             with torch.inference_mode(), one_torch_thread() if model.network is describe else nullcontext():
                 parts = (part.to(model.device, non_blocking=True) for part in pixels.split(size))
-                found = torch.cat([torch.nn.functional.normalize(model.network(part, *where)) for part in parts])
-            if size < asked:
-                log.warning("the GPU has too little memory: the batch size is reduced to %d images", size)
-            return found, size
+                found = [torch.nn.functional.normalize(model.network(part, *where)) for part in parts]
+                return torch.cat(found), size
         except torch.OutOfMemoryError as error:
             if size == 1:
                 raise DeepVisionError(f"the GPU has too little memory for {model.name}: try --device cpu") from error
-            size = (size + 1) // 2
+        size = (size + 1) // 2
+        log.warning("the GPU has too little memory: the batch size is reduced to %d images", size)
 
 
 def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | None = None) -> np.ndarray:
@@ -981,54 +856,42 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
     return launch(images, model, model.batch)[0].cpu().numpy()
 
 
-def with_features(pictures: Iterator[Picture], model: Model, size: int, summary: Summary) -> Iterator[list[Picture]]:
-    """The pictures with their features, `size` at a time and in order. The time spent is added to `summary`.
+def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Iterator[list[Picture]]:
+    """The pictures with their features, `size` at a time and in order.
 
-    On a GPU, the next batch is started before the features of the last one are awaited; a list may then be empty. For
-    a model `in_threads`, the reading threads have computed the features and put them into `pixels`.
+    A GPU is given the next batch before the features of the last one are awaited. Those of the descriptor are in
+    `pixels` already: the reading threads have computed them.
     """
     under_way: deque[tuple[list[Picture], torch.Tensor]] = deque()
-    start = time.perf_counter()
     while (batch := list(itertools.islice(pictures, size))) or under_way:
-        summary.reading += (middle := time.perf_counter()) - start
         if batch:
             pixels = [picture.pixels for picture in batch if picture.pixels is not None]
             found = torch.stack(pixels) if pixels else torch.empty(0)
-            if pixels and not model.in_threads:
-                found, fits = launch(found, model, size)
-                size = min(size, fits)
+            if pixels and model.network is not describe:
+                found, size = launch(found, model, size)
             under_way.append((batch, found))
-        done: list[Picture] = []
         if not batch or len(under_way) > (model.device != "cpu"):
             done, found = under_way.popleft()
             vectors = iter(found.cpu().numpy().astype(np.float16))
-            done = [p if p.pixels is None else p._replace(pixels=None, vector=next(vectors)) for p in done]
-        spent = time.perf_counter() - middle
-        summary.computing += 0.0 if model.in_threads else spent
-        size = max(1, size // 2) if spent > SAVE_SECONDS else size  # features under way are not saved yet
-        yield done
-        start = time.perf_counter()
+            yield [p if p.pixels is None else p._replace(pixels=None, vector=next(vectors)) for p in done]
 
 
 # ---- Query views -----------------------------------------------------------------------------------------------------
 
-# The parts of a query that are searched for: their shape, width by height, and their size, 1 being the largest that
-# fits. Pictures in a screenshot, a collage or a page have these shapes
+# Width by height of the parts of a query that are searched for, and their size, where 1 is the largest that fits
 SHAPES, SIZES = (0.75, 1.33, 1.78), (1.0, 0.7, 0.5)
-SMALLEST_PART = 0.08  # of the query's area; there are too many smaller ones in a long query
+SMALLEST_PART = 0.08  # of the query's area; a long query has too many smaller parts
 PLACES = 3  # steps of a part within its own width or height; with 2 a fifth of the small pictures are missed
-LARGER = ((0.80, 2), (0.67, 3), (0.52, 5))  # side of a query that is a part of a larger picture, places along an axis
+LARGER = ((0.80, 2), (0.67, 3), (0.52, 5))  # side of the query within a larger picture, places along an axis
 TURNS = (-30, -20, -10, 10, 20, 30)  # degrees
 SMALLEST = 128  # pixels of the shorter side of a query that is searched by its parts
 VIEW_SIDE = 3  # times the model's side: the shorter side of the picture that views are cut from
 
 
 def cut_out(image: Image.Image, part: Sequence[float]) -> tuple[Image.Image, int, int]:
-    """A part of the upright picture, and its left and top there, in pixels.
+    """A part of the upright picture, and its left and top there. Raises ValueError if it does not lie in the picture.
 
-    part  left, top, right, bottom in pixels, or as shares of its sides if none is over 1
-
-    Raises ValueError if the part is empty or does not lie within the picture.
+    part  left, top, right, bottom in pixels, or as shares of the picture's sides if none is over 1
     """
     picture = to_rgb(image, max(image.size))
     scale = (*picture.size, *picture.size) if max(part) <= 1 else (1, 1, 1, 1)
@@ -1038,23 +901,19 @@ def cut_out(image: Image.Image, part: Sequence[float]) -> tuple[Image.Image, int
     return picture.crop((left, top, right, bottom)), left, top
 
 
-def parts_of(picture: Image.Image, model: Model, sizes: Sequence[float]) -> list[torch.Tensor]:
-    """Parts of the query that may be a picture of their own, each squeezed to the pixels of the model.
-
-    For each shape and size, the query is resized once, and the parts are cut out of it at regular steps.
-    """
-    found, side, (width, height) = list[torch.Tensor](), model.side, picture.size
+def parts_of(picture: Image.Image, model: Model, sizes: Sequence[float]) -> Iterator[View]:
+    """Parts of the query that may be pictures of their own. For each shape and size, the query is resized once."""
+    side, (width, height) = model.side, picture.size
     for shape, size in itertools.product(SHAPES, sizes):
         across, down = size * min(1.0, shape * height / width), size * min(1.0, width / shape / height)  # of the query
-        if across * down < SMALLEST_PART:
-            continue
-        whole = squeeze(picture, round(side / across), round(side / down), model.resample)
-        lefts, tops = (
-            np.linspace(0, room, 1 + math.ceil(PLACES * room / side)).round().astype(int)
-            for room in (whole.shape[2] - side, whole.shape[1] - side)
-        )
-        found += [whole[:, top : top + side, left : left + side] for top in tops for left in lefts]
-    return found
+        if across * down >= SMALLEST_PART:
+            whole = squeeze(picture, round(side / across), round(side / down), model.resample)
+            tops, lefts = (
+                np.linspace(0, room, 1 + math.ceil(PLACES * room / side)).round().astype(int)
+                for room in (whole.shape[1] - side, whole.shape[2] - side)
+            )
+            for top, left in itertools.product(tops, lefts):
+                yield View("part of the query", whole[:, top : top + side, left : left + side])
 
 
 def larger_views(picture: Image.Image, model: Model) -> Iterator[View]:
@@ -1067,20 +926,19 @@ def larger_views(picture: Image.Image, model: Model) -> Iterator[View]:
 
 
 def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
-    """A query as it is, and as it would be before an edit.
+    """A query as it is, and as it would be before an edit. The views of each kind:
 
-    views  none: as it is
-           all: also mirrored, turned, as a negative, its parts, and with the offline descriptor as a part of a larger
-           picture
-           auto: all with the offline descriptor; with a network, 9 to 25 views: mirrored and its largest parts
-           copies: those that --duplicates looks for copies with
+    none    the query as it is
+    all     also mirrored, turned, as a negative, its parts; with the offline descriptor also as a part of a larger one
+    auto    all with the offline descriptor; with a network, 9 to 25 views: mirrored and its largest parts
+    copies  for --duplicates: auto without parts, negative and small turns
     """
-    offline, whole = model.name == OFFLINE, to_rgb(image, model.side)
-    everything = views == "all" or (offline and views == "auto")
-    found = [View("", squeeze(whole, model.side, model.side, model.resample))]
+    offline, whole, side = model.name == OFFLINE, to_rgb(image, model.side), model.side
+    found = [View("", squeeze(whole, side, side, model.resample))]
     if views == "none":
         return found
-    picture, scale = whole.copy(), min(1.0, VIEW_SIDE * model.side / min(whole.size))
+    everything = views == "all" or (offline and views == "auto")
+    picture, scale = whole.copy(), min(1.0, VIEW_SIDE * side / min(whole.size))
     picture.thumbnail((math.ceil(scale * whole.width), math.ceil(scale * whole.height)), reducing_gap=2.0)
     found.append(View("mirrored", found[0].pixels.flip(2)))
     if everything or offline:
@@ -1091,10 +949,9 @@ def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
         found.append(View("inverted", 255 - found[0].pixels))
         for angle in TURNS:
             turned = picture.rotate(angle, Image.Resampling.BILINEAR)
-            found.append(View(f"turned {angle % 360}°", squeeze(turned, model.side, model.side, model.resample)))
+            found.append(View(f"turned {angle % 360}°", squeeze(turned, side, side, model.resample)))
     if views != COPIES and min(whole.size) >= SMALLEST:
-        sizes = SIZES if everything else SIZES[:1]
-        found += [View("part of the query", pixels) for pixels in parts_of(picture, model, sizes)]
+        found += parts_of(picture, model, SIZES if everything else SIZES[:1])
     return found + (list(larger_views(picture, model)) if offline else [])
 
 
@@ -1120,8 +977,7 @@ TOLERANCE, DRIFT = 5.0, 0.04  # a point agrees within so many pixels, and so muc
 SCALES = (0.15, 6.0)  # of the query in the match; outside of it, everything falls on one spot
 PROPOSALS = 5  # transforms that are fitted, of those that most points agree on
 CELL = 4.0  # pixels: points that are nearer to each other count as one
-FEWEST = 6  # points that a transform is fitted to at first
-AGREEING = 14  # points of a copy that agree on a transform; unrelated pairs have 3, drawn ones up to 10
+FEWEST, AGREEING = 6, 14  # points to fit a transform to; points of a copy. Unrelated pairs have 3, drawn ones up to 10
 GRID, GRID_CELL = 48, 4  # samples along each side of the match, and of a cell in which the two pictures are correlated
 TEXTURE, CORRELATION = 4.0, 0.8  # of 255, standard deviation of a cell that shows anything; of a cell that agrees
 # Share of the common cells that agree in a copy. A caption, stickers or a curved screen leave 0.65. Two products before
@@ -1132,8 +988,8 @@ AGREEMENT = 0.62
 class LocalFeatures(NamedTuple):
     """Distinctive points of a picture, and what it looks like around them. Complex numbers stand for the plane."""
 
-    size: tuple[int, int]  # pixels of the upright picture
-    grey: Image.Image  # the picture made smaller
+    size: tuple[int, int]  # width and height of the upright picture, pixels
+    grey: torch.Tensor  # the picture made smaller; uint8 (h, w)
     places: np.ndarray  # of the points, x + iy in pixels of `grey`; complex64 (n,)
     frames: np.ndarray  # size × e^(i angle) of each point; complex64 (n,)
     descriptors: np.ndarray  # float32 (n, 128), each of length 1
@@ -1147,7 +1003,7 @@ def smooth(light: torch.Tensor, step: int = 1) -> torch.Tensor:
 
 
 def blob_points(light: torch.Tensor, count: int) -> torch.Tensor:
-    """x and y, int64 (n, 2), of the `count` strongest blobs of a level, light (h, w), taken from all its parts in turn.
+    """x and y, int64 (n, 2), of the strongest blobs, at most `count`, taken from all parts of light (h, w) in turn.
 
     A blob is an extreme of a difference of Gaussians, but not on an edge, where it would slide (Lowe, IJCV 2004).
     """
@@ -1161,66 +1017,60 @@ def blob_points(light: torch.Tensor, count: int) -> torch.Tensor:
     yy = D[y + 1, x] + D[y - 1, x] - 2 * D[y, x]
     xy = (D[y + 1, x + 1] + D[y - 1, x - 1] - D[y + 1, x - 1] - D[y - 1, x + 1]) / 4
     is_blob = (xx + yy) ** 2 * 10 < 11**2 * (xx * yy - xy**2)  # one curvature is at most 10 times the other
-    x, y = x[is_blob], y[is_blob]
-    rank, cell = -D[y, x].abs().numpy(), (SPREAD * y // len(light) * SPREAD + SPREAD * x // light.shape[1]).numpy()
-    order = np.lexsort((rank, cell))
-    turn = np.arange(len(order)) - np.searchsorted(cell[order], cell[order])  # place of each blob in its cell
-    return torch.stack([x, y], 1)[order[np.lexsort((rank[order], turn))[:count]]]
+    blobs = torch.stack([x, y], 1)[is_blob]
+    blobs = blobs[D[y, x][is_blob].abs().argsort(descending=True, stable=True)]
+    cell = (SPREAD * blobs // torch.tensor(light.shape[::-1])) @ torch.tensor([1, SPREAD])
+    turn = torch.nn.functional.one_hot(cell, SPREAD**2).cumsum(0).gather(1, cell[:, None])[:, 0]  # place in its cell
+    return blobs[turn.argsort(stable=True)[:count]]
 
 
 def describe_points(light: torch.Tensor, xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Angles (n,) and descriptors (n, 128) of points, xy (n, 2), on a level, light (h, w).
+    """Directions, e^(i angle) (n,), and descriptors (n, 128) of the points xy (n, 2) of light (h, w).
 
-    The angle is that of the mean gradient around the point. The descriptor counts gradients in 4 × 4 cells and 8
-    directions, turned by the angle, as SIFT does, under a square root (Arandjelović & Zisserman, CVPR 2012).
+    As in SIFT: gradients in 4 × 4 cells and 8 directions, turned by the mean gradient, under a square root
+    (Arandjelović & Zisserman, CVPR 2012).
     """
-    dy, dx = (d.reshape(-1) for d in torch.gradient(light))
+    normalize = torch.nn.functional.normalize
     steps = (torch.arange(SAMPLES) + 0.5) * (2 * WINDOW / SAMPLES) - WINDOW
-    v, u = (grid.reshape(-1) for grid in torch.meshgrid(steps, steps, indexing="ij"))
-    weight = torch.exp(-(u**2 + v**2) / (2 * WINDOW**2))
+    window = torch.complex(*torch.meshgrid(steps, steps, indexing="xy")).flatten()
+    weight = torch.exp(-(window.abs() ** 2) / (2 * WINDOW**2))
+    dy, dx = torch.gradient(light)
+    gradient = torch.complex(dx, dy)
 
-    def gradients(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = (xy[:, :1] + u).round().long(), (xy[:, 1:] + v).round().long()
-        place = y.clamp(0, light.shape[0] - 1) * light.shape[1] + x.clamp(0, light.shape[1] - 1)
-        return dx[place] * weight, dy[place] * weight
+    def gradients(offsets: torch.Tensor) -> torch.Tensor:
+        x, y = (xy[:, :1] + offsets.real).round().long(), (xy[:, 1:] + offsets.imag).round().long()
+        return gradient[y.clamp(0, light.shape[0] - 1), x.clamp(0, light.shape[1] - 1)] * weight
 
-    gx, gy = gradients(u, v)
-    angle = torch.atan2(gy.sum(1), gx.sum(1))
-    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
-    gx, gy = gradients(cos * u - sin * v, sin * u + cos * v)
-    along, across = cos * gx + sin * gy, cos * gy - sin * gx
-    k = torch.arange(8) * (math.pi / 4)
-    rise = (along[..., None] * k.cos() + across[..., None] * k.sin()).clamp_(min=0)  # (n, samples, 8)
-    rise = rise**3 / (along**2 + across**2 + 1e-6)[..., None]  # the cosine cubed: mostly the two nearest directions
+    mean = gradients(window[None]).sum(1, keepdim=True)
+    direction = torch.polar(torch.ones_like(mean.real), mean.angle())
+    turned = gradients(window * direction)[..., None] * direction.conj()[..., None]
+    rise = (turned * torch.polar(torch.ones(8), torch.arange(8) * (-math.pi / 4))).real.clamp(min=0)  # (n, samples, 8)
+    rise = rise**3 / (turned.abs() ** 2 + 1e-6)  # the cosine cubed: mostly the two nearest directions
     share = (1 - (steps[:, None] - torch.tensor([-6.0, -2.0, 2.0, 6.0])).abs() / 4).clamp(min=0)  # (samples, cells)
     cells = torch.einsum("nvuk,vi,uj->nijk", rise.view(-1, SAMPLES, SAMPLES, 8), share, share).flatten(1)
-    return angle, torch.nn.functional.normalize(torch.nn.functional.normalize(cells, p=1).sqrt())
+    return direction[:, 0], normalize(normalize(cells, p=1).sqrt())
 
 
 def local_features(image: Image.Image, area: int = AREA, count: int = POINTS, side: int = 0) -> LocalFeatures:
-    """At most `count` local features of a picture, computed on `area` pixels. A plain picture may have none."""
-    width, height = image.size
-    scale = min(1.0, (area / (width * height)) ** 0.5)
-    picture = to_rgb(image, max(side, math.ceil(scale * max(width, height) / DRAFT_SCALE)))
-    if (picture.width - picture.height) * (width - height) < 0:  # EXIF has turned it
-        width, height = height, width
-    small = max(1, round(scale * width)), max(1, round(scale * height))
-    grey = picture.convert("L").resize(small, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
-    light = torch.from_numpy(np.array(grey)).float()
-    places, frames, descriptors = [torch.zeros(0, 2)], [torch.zeros(0, dtype=torch.complex64)], [torch.zeros(0, 128)]
+    """At most `count` local features, computed on `area` pixels. `side`: of a model that takes the same image later."""
+    short, long = sorted(image.size)
+    scale = min(1.0, (area / (short * long)) ** 0.5)
+    picture = to_rgb(image, max(side, math.ceil(scale * long / DRAFT_SCALE)))
+    size = (long, short) if picture.width > picture.height else (short, long)  # EXIF may have turned it
+    width, height = (max(1, round(scale * length)) for length in size)
+    grey = picture.convert("L").resize((width, height), Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
+    light = torch.from_numpy(np.array(grey))
+    found = [(torch.zeros(0, 2), torch.zeros(0, dtype=torch.complex64), torch.zeros(0, 128))]
     factors = [2 ** (-level / 2) for level in range(LEVELS)]
     for factor in factors:
-        shape = [round(side * factor) for side in light.shape]
-        if min(shape) <= 2 * WINDOW + 1:
-            break
-        level = torch.nn.functional.interpolate(light[None, None], shape, mode="bilinear", antialias=True)[0, 0]
-        xy = blob_points(level, round(count * factor / sum(factors)))
-        angle, description = describe_points(level, xy)
-        places.append((xy + 0.5) * torch.tensor([small[0] / shape[1], small[1] / shape[0]]))
-        frames.append(torch.polar(torch.full_like(angle, 1 / factor), angle))
-        descriptors.append(description)
-    every = torch.view_as_complex(torch.cat(places)), torch.cat(frames), torch.cat(descriptors)
-    return LocalFeatures((width, height), grey, *(part.numpy() for part in every))
+        h, w = round(height * factor), round(width * factor)
+        if min(h, w) > 2 * WINDOW + 1:
+            level = torch.nn.functional.interpolate(light[None, None].float(), (h, w), mode="bilinear", antialias=True)
+            xy = blob_points(level[0, 0], round(count * factor / sum(factors)))
+            directions, descriptors = describe_points(level[0, 0], xy)
+            found.append(((xy + 0.5) * torch.tensor([width / w, height / h]), directions / factor, descriptors))
+    places, frames, descriptors = (torch.cat(parts) for parts in zip(*found))
+    return LocalFeatures(size, light, torch.view_as_complex(places).numpy(), frames.numpy(), descriptors.numpy())
 
 
 def seen_through(query: LocalFeatures, mirrored: bool, negative: bool) -> LocalFeatures:
@@ -1228,25 +1078,20 @@ def seen_through(query: LocalFeatures, mirrored: bool, negative: bool) -> LocalF
     size, grey, places, frames, descriptors = query
     cells = descriptors.reshape(-1, 4, 4, 8)
     if mirrored:  # the window of a point is mirrored along with the picture
-        grey, places, frames = ImageOps.mirror(grey), grey.width - places.conj(), -frames.conj()
+        grey, places, frames = grey.flip(1), grey.shape[1] - places.conj(), -frames.conj()
         cells = cells[:, ::-1][..., [0, 7, 6, 5, 4, 3, 2, 1]]
     if negative:  # dark and light change places: each direction, and its window, turns by 180°
         frames, cells = -frames, cells[:, ::-1, ::-1]
     return LocalFeatures(size, grey, places, frames, cells.reshape(-1, 128))
 
 
-def homogeneous(places: np.ndarray) -> np.ndarray:
-    """Places as rows x, y and 1, (3, n): a matrix (3, 3) times these transforms them."""
-    return np.stack([places.real, places.imag, np.ones(len(places))])
-
-
 def fitted(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.ndarray]:
-    """How many points agree on an affine transform from the places q to m, and that transform, (3, 3).
+    """How many points agree on an affine transform, (3, 3), from the places q to m, and that transform.
 
-    `agrees` marks the points to start with. Points in one cell count once. The number is 0 if fewer than AGREEING
-    agree, or if the transform distorts the picture too much.
+    It starts from the points in `agrees`. The number is 0 if it is below AGREEING, or if the picture is distorted.
     """
-    Q, M, H = homogeneous(q), homogeneous(m), np.eye(3)
+    H = np.eye(3)
+    Q, M = (np.stack([z.real, z.imag, np.ones(len(z))]) for z in (q, m))
     for _ in range(3):
         if agrees.sum() < FEWEST:
             return 0, H
@@ -1255,12 +1100,13 @@ def fitted(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.nd
         if not (SCALES[0] < shorter and longer < min(SCALES[1], 2 * shorter)):
             return 0, H
         agrees = np.hypot(*(H @ Q - M)[:2]) < TOLERANCE * max(1.0, (longer * shorter) ** 0.5)
+    # Points in one cell count once, in either picture: else many points on one spot would agree.
     points = min(len(np.unique(z[agrees].real // CELL + 4096 * (z[agrees].imag // CELL))) for z in (q, m))
     return points if points >= AGREEING else 0, H
 
 
 def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.ndarray]:
-    """The transform, (3, 3), from query to match on which most points agree, after the number of these points.
+    """The transform from query to match on which most points agree, after their number: see `fitted`.
 
     A point is matched to the one it resembles most, if it resembles no other place nearly as much. Each matched pair
     proposes a similarity by its places, sizes and angles. All proposals are tried, none is drawn at random.
@@ -1280,52 +1126,43 @@ def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.
 
 
 def common_share(query: LocalFeatures, match: LocalFeatures, H: np.ndarray) -> tuple[float, float]:
-    """The share of the cells visible in both pictures that agree, and the share of the match's area that agrees.
-
-    The query is warped onto the match by H. The two are then correlated cell by cell.
-    """
-    fine, cells = 4 * GRID, GRID // GRID_CELL  # four samples a side are averaged to one: no aliasing, less noise
-    data = np.linalg.inv(H) @ np.diag([match.grey.width / fine, match.grey.height / fine, 1])
-    seen, inside = (
-        image.transform((fine, fine), Image.Transform.AFFINE, data[:2].ravel().tolist(), Image.Resampling.BILINEAR)
-        for image in (query.grey, Image.new("L", query.grey.size, 255))
-    )
-    a, b, known = (
-        np.asarray(image.resize((GRID, GRID), Image.Resampling.BOX), np.float32)
-        .reshape(cells, GRID_CELL, cells, GRID_CELL).swapaxes(1, 2).reshape(cells**2, -1)
-        for image in (seen, match.grey, inside)
-    )  # fmt: skip
-    a, b, common = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True), known.min(1) > 200
-    tells = common & (np.maximum(a.std(1), b.std(1)) > TEXTURE)
-    agrees = np.abs((a * b).mean(1)) > CORRELATION * (a.std(1) * b.std(1) + 1e-6)
-    agreement = float(agrees[tells].mean()) if tells.any() else 0.0
-    return agreement, agreement * float(known.mean()) / 255
+    """The share of the cells seen in both pictures that agree, the query warped by H, and of the match's whole area."""
+    F = torch.nn.functional
+    to_q, to_m = (np.array([[w, 0, w], [0, h, h], [0, 0, 2]]) / 2 for h, w in (query.grey.shape, match.grey.shape))
+    theta = torch.from_numpy(np.linalg.inv(H @ to_q) @ to_m)[None, :2].float()  # both ways from -1 to 1
+    grid = F.affine_grid(theta, [1, 1, 4 * GRID, 4 * GRID], align_corners=False)
+    inside = (grid.abs().amax(3) <= 1).float()[None]
+    warped = F.grid_sample(query.grey[None, None].float(), grid, padding_mode="border", align_corners=False)
+    seen = F.avg_pool2d(torch.cat([warped, inside], 1), 4)  # of four samples a side: no aliasing, less noise
+    shown = F.adaptive_avg_pool2d(match.grey[None, None].float(), GRID)
+    a, known, b = F.unfold(torch.cat([seen, shown], 1)[0, :, None], GRID_CELL, stride=GRID_CELL)  # (samples, cells)
+    a, b = a - a.mean(0), b - b.mean(0)
+    spread = torch.stack([a, b]).std(1, correction=0)
+    tells = (known.amin(0) > 0.8) & (spread.amax(0) > TEXTURE)
+    agrees = (a * b).mean(0).abs() > CORRELATION * (spread.prod(0) + 1e-6)
+    agreement = float(agrees[tells].float().mean()) if tells.any() else 0.0
+    return agreement, agreement * float(known.mean())
 
 
 def corners_in(one: LocalFeatures, other: LocalFeatures, H: np.ndarray) -> list[tuple[float, float]]:
     """The corners of one picture in pixels of the other. H: the transform between their small versions."""
-    width, height = one.grey.size
+    height, width = one.grey.shape
     there = H @ [(0, width, width, 0), (0, 0, height, height), (1, 1, 1, 1)]
-    return [(x, y) for x, y in (there[:2].T * other.size / other.grey.size).round(1).tolist()]
+    return [(x, y) for x, y in (there[:2].T * other.size / other.grey.shape[::-1]).round(1).tolist()]
 
 
 def align(query: LocalFeatures, match: LocalFeatures) -> Region | None:
-    """Where the query lies in the match; None if the two are not the same picture.
-
-    The query is also tried mirrored and as a negative; the way on which most points agree counts.
-    """
-    points, H, best, flipped = 0, np.eye(3), query, False
-    ways = itertools.product((False, True), repeat=2) if len(query.places) and len(match.places) else ()
-    for mirrored, negative in ways:
-        seen = seen_through(query, mirrored, negative)
-        found = best_transform(seen, match)
-        if found[0] > points:
-            (points, H), best, flipped = found, seen, mirrored
-    agreement, covers = common_share(best, match, H) if points else (0.0, 0.0)
+    """Where the query, as it is, mirrored or as a negative, lies in the match; None if it is not the same picture."""
+    if not (len(query.places) and len(match.places)):
+        return None
+    ways = [(seen_through(query, *way), way[0]) for way in itertools.product((False, True), repeat=2)]
+    tried = [(*best_transform(seen, match), seen, mirrored) for seen, mirrored in ways]
+    points, H, seen, mirrored = max(tried, key=lambda fit: fit[0])
+    agreement, covers = common_share(seen, match, H) if points else (0.0, 0.0)
     if agreement < AGREEMENT:
         return None
-    if flipped:  # from the query as it is
-        H = H @ [(-1, 0, query.grey.width), (0, 1, 0), (0, 0, 1)]
+    if mirrored:  # H starts from the mirrored query
+        H = H @ [(-1, 0, query.grey.shape[1]), (0, 1, 0), (0, 0, 1)]
     return Region(corners_in(query, match, H), corners_in(match, query, np.linalg.inv(H)), points, round(covers, 3))
 
 
@@ -1347,43 +1184,18 @@ SCHEMA = [
     " WITHOUT ROWID",
     "CREATE INDEX files_by_digest ON files (digest, there, reason)",  # all that is counted: a million in 50 ms
 ]
+FEATURE_COLUMNS, FILE_COLUMNS = "row, digest, vector, checksum", "path, size, mtime, digest, reason, there"
 USABLE = "files WHERE there AND digest IS NOT NULL"
 SKIPPED = "files WHERE there AND reason IS NOT NULL"
 GONE = """files AS old WHERE NOT there AND digest IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM files WHERE digest = old.digest AND there)"""  # a renamed file is not gone
-ORPHANED = """files WHERE digest IS NOT NULL
+DAMAGED = "features WHERE checksum IS NOT crc(digest, vector)"
+ORPHANED = """files WHERE digest IS NOT NULL AND mtime != -1
     AND NOT EXISTS (SELECT 1 FROM features WHERE features.digest = files.digest)"""
-FOUND = """DROP TABLE IF EXISTS temp.changes; DROP TABLE IF EXISTS temp.found;
-    CREATE TEMP TABLE found (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER) WITHOUT ROWID"""
 CRASHES = "its decoder crashes"  # the reason given for such a file; --rebuild does not try it again
-# How what a scan found differs from what is stored: files to read (`there` is NULL), gone (0), and back unchanged (1).
-CHANGES = f"""CREATE TEMP TABLE changes AS SELECT path, size, mtime, back AS there FROM (
-        SELECT path, found.size, found.mtime, files.there AS known,
-            CASE WHEN files.size = found.size AND files.mtime = found.mtime AND NOT (:retry AND files.digest IS NULL)
-                AND (NOT :everything OR files.reason = '{CRASHES}') THEN 1 END AS back
-        FROM found LEFT JOIN files USING (path)) WHERE back IS NULL OR NOT known
-    UNION ALL SELECT path, size, mtime, 0 FROM files
-    WHERE files.there AND NOT EXISTS (SELECT 1 FROM found WHERE found.path = files.path)"""
-UNREAD = "changes WHERE there IS NULL"
+LAST_PATH = b"\xff" * 5000  # no path comes after it
 
-
-@contextmanager
-def damage_noticed() -> Iterator[None]:
-    """Turn SQLite's errors about damage into a DamageError. Those about a full disk or permissions pass through."""
-    try:
-        yield
-    except sqlite3.OperationalError:
-        raise
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter quotes a damaged schema
-        raise DamageError(first_line(error)) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names of the files in the folder durable. POSIX keeps a new name only after that."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+Blocks = Iterator[tuple["np.ndarray", "np.ndarray"]]  # rows, int64 (n,), and features (n, dim)
 
 
 @contextmanager
@@ -1402,131 +1214,111 @@ def whole_file(path: Path, mark: object = "") -> Iterator[BinaryIO]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if os.name == "posix":  # the new name is durable only once its folder is synced
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
-Blocks = Iterator[tuple["np.ndarray", "np.ndarray"]]  # rows, int64 (n,), and features (n, dim)
+class Changes(NamedTuple):
+    """How a collection differs from the store."""
+
+    unread: list[File]  # new and changed files
+    gone: list[bytes]  # paths
+    back: list[bytes]  # paths of files that were gone and are unchanged
 
 
 class Store:
     """The files of a collection and their features, by one model: an SQLite database.
 
     A file and its features are stored in one transaction. A vector is used only after its checksum was seen to hold.
-    `folder` is created. `identity` and `dim` are those of the model. Each rank of torchrun has a database by its own
-    `name`.
+    `folder` is created. Each rank of torchrun has a database by its own `name`.
     """
 
     def __init__(self, folder: Path, identity: str, dim: int, name: str = "index.sqlite") -> None:
         self.folder, self.identity, self.dim = folder, identity, dim
         self.path, self.index = folder / name, folder / "index.faiss"
         self.salt = zlib.crc32(identity.encode())  # no vector holds in the store of another model
-        folder.mkdir(parents=True, exist_ok=True)
-        self.lock_file, self.one_lookup = filelock.FileLock(folder / "lock"), threading.Lock()
+        self.lock_file, self.one_thread = filelock.FileLock(folder / "lock"), threading.Lock()
         self.last_words = b""  # the crash report that faulthandler left in the lock file; taking the lock empties it
-        self.scanned = (0, 0)  # the version that the last scan was compared with
-        self.connect()
+        with self.errors():
+            folder.mkdir(parents=True, exist_ok=True)
+            self.connect()
 
     def connect(self) -> None:
         if not self.path.exists():
             self.path.touch()
         self.inode = self.path.stat().st_ino
-        connect = partial(sqlite3.connect, self.path, timeout=WAIT_SECONDS, check_same_thread=False)
-        self.db, self.lookup = connect(), connect()
+        self.db = sqlite3.connect(self.path, timeout=WAIT_SECONDS, check_same_thread=False)
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
-        with suppress(DamageError), damage_noticed():  # `check` says what is wrong
-            self.db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
-
-    def close(self) -> None:
-        self.db.close()
-        self.lookup.close()
+        self.db.create_function("crc", 2, self.crc)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the lock of the one run that writes."""
+    def errors(self) -> Iterator[None]:
+        """Turn errors of the disk and of SQLite into a DeepVisionError. Damage is marked for the next run to repair."""
+        try:
+            yield
+        except (OSError, NotImplementedError, sqlite3.OperationalError) as error:  # the second: a disk without locks
+            advice = "Check the free space and the permissions, or choose another folder with --index-dir"
+            raise DeepVisionError(
+                f"the index in {self.folder} cannot be used: {first_line(error)}. {advice}"
+            ) from error
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter quotes a damaged schema
+            with suppress(sqlite3.Error):
+                self.db.rollback()
+                self.db.execute("PRAGMA user_version = 0")
+            raise DamageError(self.path, first_line(error)) from error
+
+    @contextmanager
+    def locked(self) -> Iterator[bool]:
+        """Hold the lock of the one run that writes. True: another run held it before."""
         with suppress(OSError):  # there is none yet
             self.last_words = Path(self.lock_file.lock_file).read_bytes()
         try:
-            held = self.lock_file.acquire(timeout=0)
+            held, waited = self.lock_file.acquire(timeout=0), False
         except filelock.Timeout:
             log.warning("another run is writing %s: waiting for it", self.folder)
-            held = self.lock_file.acquire()
+            held, waited = self.lock_file.acquire(), True
         with held:
             if not self.path.exists() or self.path.stat().st_ino != self.inode:  # another run has repaired it
-                self.close()
+                self.db.close()
                 self.connect()
-            yield
-
-    @contextmanager
-    def snapshot(self) -> Iterator[None]:
-        """Have all that is read in this context come from one state, whatever other runs save meanwhile.
-
-        Rows that --rebuild replaces would be missed otherwise. Other runs wait with their commits.
-        """
-        self.db.execute("BEGIN")
-        try:
-            yield
-        finally:
-            self.db.rollback()
-
-    def version(self) -> tuple[int, int]:
-        """A value that is another one whenever another run has written."""
-        return self.inode, self.value("PRAGMA data_version")
-
-    # Values
+            yield waited
 
     def value(self, query: str, *arguments: Any) -> Any:
         """The first value that the query gives, or None."""
         return (self.db.execute(query, arguments).fetchone() or [None])[0]
 
-    def get_meta(self, key: str) -> Any:
-        return self.value("SELECT value FROM meta WHERE key = ?", key)
-
-    def put_meta(self, key: str, value: Any) -> None:
-        with self.db:
-            self.db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
-
     def count(self, table: str) -> int:
         return self.value(f"SELECT count(*) FROM {table}")
 
-    def any(self, table: str) -> bool:
-        return bool(self.value(f"SELECT EXISTS (SELECT 1 FROM {table})"))
+    def get_meta(self, key: str) -> Any:
+        return self.value("SELECT value FROM meta WHERE key = ?", key)
 
     def last_row(self) -> int:
         """The highest row number in use; 0: there are no features."""
         return self.value("SELECT max(row) FROM features") or 0
 
-    # Features
-
-    def checksum(self, digest: bytes, vector: bytes) -> int:
-        """CRC-32 of model identity, digest and vector."""
+    def crc(self, digest: Any, vector: Any) -> int:
+        """CRC-32 of model identity, digest and vector; -1 if damage has changed a type or a length."""
+        if not (isinstance(digest, bytes) and isinstance(vector, bytes) and len(vector) == 2 * self.dim):
+            return -1
         return zlib.crc32(vector, zlib.crc32(digest, self.salt))
 
-    def is_intact(self, row: Sequence[Any]) -> bool:
-        """Whether (row, digest, vector, checksum), as it was read, is what was written."""
-        _, digest, vector, checksum = row
-        is_whole = isinstance(digest, bytes) and isinstance(vector, bytes) and len(vector) == 2 * self.dim
-        return is_whole and self.checksum(digest, vector) == checksum
-
     def features(self, condition: str, *arguments: Any) -> tuple[np.ndarray, list[bytes], np.ndarray]:
-        """Rows, int64 (n,), content hashes, and features, fp16 (n, dim), for which the SQL condition holds, by row.
+        """Rows, int64 (n,), content hashes, and features, fp16 (n, dim), for which the SQL condition holds.
 
-        Raises DamageError if one of them is not what was written. It is deleted then: the next update reads its files.
+        Raises DamageError if one of them is not what was written. The next update then reads its files again.
         """
-        query = f"SELECT row, digest, vector, checksum FROM features WHERE {condition}"
-        found = self.db.execute(query, arguments).fetchall()
-        if broken := [(row[0],) for row in found if not self.is_intact(row)]:
-            with self.db:
-                which = "digest = (SELECT digest FROM features WHERE row = ?)"
-                self.db.executemany(f"UPDATE files SET mtime = -1 WHERE {which}", broken)
-                self.db.executemany("DELETE FROM features WHERE row = ?", broken)
-            damaged = counted(len(broken), "feature is", "features are")
-            log.warning("%s: %s damaged, to be extracted again", self.path, damaged)
-            raise DamageError(f"{counted(len(broken), 'feature')} did not match the checksum")
+        found = self.db.execute(f"SELECT {FEATURE_COLUMNS} FROM features WHERE {condition}", arguments).fetchall()
+        if not all(self.crc(digest, vector) == checksum for _, digest, vector, checksum in found):
+            self.discard_damaged()
+            raise DamageError(self.path, "features do not match their checksums")
         vectors = np.frombuffer(bytearray().join(row[2] for row in found), np.float16).reshape(-1, self.dim)
         return np.array([row[0] for row in found], np.int64), [row[1] for row in found], vectors
 
     def features_of(self, rows: Iterable[int]) -> tuple[np.ndarray, list[bytes], np.ndarray]:
-        """Those of `rows` that are still there, as `features` gives them."""
+        """Those of `rows` that are still there, by row, as `features` gives them."""
         among = json.dumps(sorted(map(int, rows)))
         return self.features("row IN (SELECT value FROM json_each(?)) ORDER BY row", among)
 
@@ -1540,76 +1332,65 @@ class Store:
             yield rows, vectors
             first = int(rows[-1]) + 1
 
-    def is_known(self, digest: bytes, after: int = 0) -> bool:
-        """Whether a row above `after` holds features of this content. Reading threads call it.
+    def is_known(self, digest: bytes) -> bool:
+        """Whether there are features of this content. Reading threads call it."""
+        with self.one_thread:  # Python 3.13 fails now and then where threads share a connection
+            return bool(self.value("SELECT 1 FROM features WHERE digest = ?", digest))
 
-        With --rebuild, `after` is the last row of before, so that only new features count.
-        """
-        with self.one_lookup:  # Python 3.13 fails now and then where threads share a connection
-            query = "SELECT 1 FROM features WHERE digest = ? AND row > ?"
-            return self.lookup.execute(query, (digest, after)).fetchone() is not None
-
-    def save(self, pictures: Sequence[Picture], replace: bool = False) -> None:
-        """Store files and their features in one transaction. `replace`: new features take the place of stored ones."""
-        verb, kept = "REPLACE" if replace else "IGNORE", [picture for picture in pictures if not picture.vanished]
-        features = {p.digest: p.vector.tobytes() for p in kept if p.digest and p.vector is not None}
-        with self.db:
-            self.db.executemany(
-                f"INSERT OR {verb} INTO features (digest, vector, checksum) VALUES (?, ?, ?)",
-                ((digest, vector, self.checksum(digest, vector)) for digest, vector in features.items()),
-            )
-            self.db.executemany(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", ((*p.file, p.digest, p.reason) for p in kept)
-            )
-            vanished = [(picture.file.path,) for picture in pictures if picture.vanished]
+    def save(self, pictures: Sequence[Picture]) -> None:
+        """Store files and their features in one transaction. New features take the place of stored ones."""
+        kept = [picture for picture in pictures if not picture.vanished]
+        features = {picture.digest: picture.vector.tobytes() for picture in kept if picture.vector is not None}
+        files = ((*picture.file, picture.digest, picture.reason) for picture in kept)
+        vanished = ((picture.file.path,) for picture in pictures if picture.vanished)
+        with self.one_thread, self.db:
+            columns = "(digest, vector, checksum) VALUES (?1, ?2, crc(?1, ?2))"
+            self.db.executemany(f"INSERT OR REPLACE INTO features {columns}", features.items())
+            self.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", files)
             self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", vanished)
 
-    def merge_rank(self, share: Path) -> None:
-        """Add the files and features of a rank's database. They take the place of stored ones."""
-        self.db.execute("ATTACH ? AS share", (os.fsencode(share),))
-        try:
-            with self.db:
-                columns = "digest, vector, checksum"
-                new = f"SELECT {columns} FROM share.features ORDER BY row"
-                self.db.execute(f"INSERT OR REPLACE INTO main.features ({columns}) {new}")
-                self.db.execute("INSERT OR REPLACE INTO main.files SELECT * FROM share.files")
-        finally:
-            self.db.execute("DETACH share")
+    def scan(self, images: Path, work: Work) -> Changes:
+        """How the folder `images` differs from the store.
 
-    # Files
-
-    def scan(self, files: Iterable[File], everything: bool) -> int:
-        """Compare `files`, in the order of their paths, with the store, and fill the table `changes`; how many differ.
-
-        New and changed files are to be read. So are unusable files if the decoders have changed, files without features
-        if the database is small, and with `everything` all files.
+        Unread are new and changed files, unusable ones if the decoders have changed, and with `work.rebuild` all.
         """
-        self.scanned = self.version()
-        if self.is_small() and self.any(ORPHANED):  # their digest is damaged
-            with self.db:
-                self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
-        retry = self.get_meta("decoders") not in (None, image_formats()[2])  # None: no update has come to its end yet
-        self.db.executescript(FOUND)
-        with self.db:
-            self.db.executemany("INSERT INTO found VALUES (?, ?, ?)", files)
-            self.db.execute(CHANGES, {"everything": everything, "retry": retry})
-            self.db.execute("DROP TABLE found")
-        return self.count("changes")
 
-    def unread(self) -> list[File]:
-        return [File(*found) for found in self.db.execute(f"SELECT path, size, mtime FROM {UNREAD}")]
+        def unlisted(error: OSError) -> None:
+            what = f"{escape_controls(os.fsdecode(error.filename))} cannot be listed ({error.strerror})"
+            if work.prune:  # what lies in it would be forgotten
+                raise DeepVisionError(f"{what}: nothing was pruned")
+            log.warning("%s", what)
 
-    def mark_presence(self) -> bool:
-        """Mark files as gone or back, as the scan found them. Returns False, and changes nothing, if no usable image
-        would remain."""
+        changes = Changes([], [], [])
+        start: bytes | str = ""  # damage may have made a path text, which SQLite puts before bytes
+        files = find_images(images, unlisted, [self.folder.parent], work.exclude)  # in the order of their paths
+        other_decoders = self.get_meta("decoders") != image_formats()[2]
+        while start != LAST_PATH:
+            found = {file.path: file for file in itertools.islice(files, BLOCK)}
+            end = max(found, default=LAST_PATH)
+            query = f"SELECT {FILE_COLUMNS} FROM files WHERE path > ? AND path <= ?"
+            for path, size, mtime, digest, reason, there in self.db.execute(query, (start, end)).fetchall():
+                file, again = found.pop(path, None), other_decoders and digest is None
+                if file is None:
+                    if there:
+                        changes.gone.append(path)
+                elif file != (path, size, mtime) or again or (work.rebuild and reason != CRASHES):
+                    changes.unread.append(file)
+                elif not there:
+                    changes.back.append(path)
+            changes.unread.extend(found.values())
+            start = end
+        return changes
+
+    def mark_presence(self, changes: Changes) -> bool:
+        """Mark files as gone or back. Returns False, and changes nothing, if no usable image would remain."""
         with self.db:
-            changed = "SELECT there, path FROM changes WHERE there IS NOT NULL"
-            self.db.executemany("UPDATE files SET there = ? WHERE path = ?", self.db.execute(changed).fetchall())
-            if remains := self.any(USABLE):
-                self.db.execute("INSERT OR REPLACE INTO meta VALUES ('decoders', ?)", (image_formats()[2],))
-            else:
+            for there, paths in enumerate((changes.gone, changes.back)):
+                self.db.executemany("UPDATE files SET there = ? WHERE path = ?", ((there, path) for path in paths))
+            self.db.execute("INSERT OR REPLACE INTO meta VALUES ('decoders', ?)", (image_formats()[2],))
+            if not (remain := self.count(USABLE)):
                 self.db.rollback()
-        return remains
+        return remain > 0
 
     def prune(self) -> None:
         """Forget the files that are gone, and the features that belong to no file."""
@@ -1629,94 +1410,73 @@ class Store:
         """The path of each skipped file, with its reason."""
         return self.db.execute(f"SELECT path, reason FROM {SKIPPED} ORDER BY path LIMIT ?", (limit,)).fetchall()
 
-    # Damage
-
-    def is_small(self) -> bool:
-        return self.path.stat().st_size <= CHECKED_BYTES
-
-    @damage_noticed()
     def check(self, whole: bool) -> None:
-        """Raise DamageError if this is not a sound database of this format. Damaged rows alone are discarded.
-
-        A large database, or one that is not to be checked `whole`, is looked at where it is used.
-        """
-        version = self.value("PRAGMA user_version")
-        if version > FORMAT:
-            raise DeepVisionError(
-                f"{self.folder} was written by a newer DeepVision (format {version}, this one knows {FORMAT}): update "
-                "DeepVision, or choose another --index-dir"
-            )
-        tables = "sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%' ORDER BY rowid"
-        schema = [sql for (sql,) in self.db.execute(f"SELECT sql FROM {tables}").fetchall()]
-        if version < FORMAT or schema != SCHEMA:
-            raise DamageError("it is not a database of this format")
-        if self.get_meta("identity") != self.identity:
-            raise DamageError("it belongs to another model")
-        if whole and self.is_small():
+        """Raise DamageError if this is no sound database of this format. `whole`: look at all of it, if it is small."""
+        if (version := self.value("PRAGMA user_version")) > FORMAT:
+            newer = f"was written by a newer DeepVision (format {version}, this one knows {FORMAT})"
+            raise DeepVisionError(f"{self.folder} {newer}: update DeepVision, or choose another --index-dir")
+        schema = {sql for (sql,) in self.db.execute("SELECT sql FROM sqlite_master")}
+        if version < FORMAT or not schema.issuperset(SCHEMA) or self.get_meta("identity") != self.identity:
+            raise DamageError(self.path, "it is not a database of this format, or of another model")
+        self.db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
+        if whole and self.path.stat().st_size <= CHECKED_BYTES:
             if (verdict := self.value("PRAGMA integrity_check(1)")) != "ok":  # quick_check does not compare indexes
-                raise DamageError(str(verdict).splitlines()[0])
-            is_checked = False
-            while not is_checked:
-                with suppress(DamageError):  # the damaged features of one block, which are deleted now
-                    deque(self.blocks(), 0)
-                    is_checked = True
+                raise DamageError(self.path, str(verdict).splitlines()[0])
+            self.discard_damaged()
 
-    def salvage(self) -> None:
-        """Copy the intact rows of a damaged database into a new one, which replaces it. Call it with the lock held."""
+    def discard_damaged(self) -> None:
+        """Delete features that are not what was written. The next update reads the files that have none."""
+        if self.count(DAMAGED) or self.count(ORPHANED):
+            with self.db:
+                self.db.execute(f"DELETE FROM {DAMAGED}")
+                marked = self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
+            files = counted(marked.rowcount, "file")
+            log.warning("%s: features of %s are damaged or missing, to be extracted again", self.folder, files)
 
-        def readable(columns: str, table: str, key: str) -> Iterator[tuple[Any, ...]]:
-            for order in ("ASC", "DESC"):  # from its beginning and from its end, each up to the damage
-                try:
-                    with damage_noticed():
-                        yield from self.db.execute(f"SELECT {columns} FROM {table} ORDER BY {key} {order}")
-                    return
-                except (DamageError, sqlite3.OperationalError) as error:
-                    if isinstance(error, sqlite3.OperationalError) and "no such" not in str(error):
-                        raise
-
-        part = self.path.with_name(f"{self.path.name}.part")
-        for left in (part, part.with_name(f"{part.name}-journal")):
-            left.unlink(missing_ok=True)
-        new = Store(self.folder, self.identity, self.dim, part.name)
-        new.db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
-        new.db.executescript(f"BEGIN; {';'.join(SCHEMA)}; PRAGMA user_version = {FORMAT}; COMMIT")
-        new.put_meta("identity", self.identity)
-        with new.db:
-            rows = (row for row in readable("row, digest, vector, checksum", "features", "row") if self.is_intact(row))
-            new.db.executemany("INSERT OR IGNORE INTO features VALUES (?, ?, ?, ?)", rows)
-            files = readable("path, size, mtime, digest, reason, there", "files", "path")
-            new.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
-            new.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
-        new.close()
-        self.close()
-        self.path.with_name(f"{self.path.name}-journal").unlink(missing_ok=True)  # SQLite would replay it
-        os.replace(part, self.path)
-        sync_folder(self.folder)
-        self.connect()
-
-    def make_sound(self) -> None:
-        """Check the database, and repair it, or create it if it is new. Call it with the lock held."""
-        try:
-            self.check(whole=True)
-        except DamageError as error:
-            is_new = not self.path.stat().st_size
-            self.salvage()
-            if not is_new:
-                rows = counted(self.count("features"), "feature holds", "features hold")
-                log.warning("%s: %s. Repaired: %s", self.path, error, rows)
+    def readable(self, columns: str, table: str) -> Iterator[tuple[Any, ...]]:
+        """The rows of a damaged table, from its beginning and from its end, each up to the damage."""
+        for order in ("ASC", "DESC"):
+            with suppress(sqlite3.Error, UnicodeDecodeError):
+                yield from self.db.execute(f"SELECT {columns} FROM {table} ORDER BY 1 {order}")
+                return
 
     def repair(self) -> None:
-        with self.locked():  # another run may repair it meanwhile
-            self.make_sound()
+        """Replace a damaged, or new, database by a sound one with all that can be read. Call it with the lock held."""
+        try:
+            with self.errors():
+                return self.check(whole=True)  # another run has repaired it
+        except DamageError:
+            old = [path for path in map(self.folder.joinpath, OLD_FILES) if path.exists()]
+            is_new = not self.path.stat().st_size and not old
+        Path(f"{self.path}.part-journal").unlink(missing_ok=True)
+        with whole_file(self.path) as stream:
+            new = Store(self.folder, self.identity, self.dim, os.path.basename(stream.name))
+            schema = [f"PRAGMA page_size = {PAGE_BYTES}", "BEGIN", *SCHEMA, f"PRAGMA user_version = {FORMAT}", "COMMIT"]
+            new.db.executescript(";".join(schema))
+            with new.db:
+                meta = ("identity", self.identity), ("decoders", image_formats()[2])
+                new.db.executemany("INSERT INTO meta VALUES (?, ?)", meta)
+                features, files = self.readable(FEATURE_COLUMNS, "features"), self.readable(FILE_COLUMNS, "files")
+                new.db.executemany("INSERT OR IGNORE INTO features VALUES (?, ?, ?, ?)", features)
+                new.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
+            new.discard_damaged()
+            new.db.close()
+            self.db.close()
+            Path(f"{self.path}-journal").unlink(missing_ok=True)  # SQLite would replay it
+        self.connect()
+        for path in old:
+            path.unlink()
+        if not is_new:
+            kept = self.count("features")
+            log.warning("%s was damaged, or of an older format. Repaired: %d features are kept", self.path, kept)
 
 
 # ---- Index -----------------------------------------------------------------------------------------------------------
 
-FEWEST_CODED = 64  # vectors; fewer do not train the codes
 CODED_DIM = 256  # principal components in the codes, of 2 bits each
 TRAINED_ON, HELD_OUT = 30_000, 500  # vectors; more gain nothing, fewer measure recall less exactly than to 0.001
-OUTGROWN = 2  # the codes are trained again once the collection has grown this many times
-SHORTLIST, LONGEST_SHORTLIST = 384, 32_768  # codes whose exact scores are computed: at first, at most
+OUTGROWN = 2  # the index is made anew once it holds this many times the vectors that it was made of, or that are left
+SHORTLIST, LONGEST_SHORTLIST = 160, 32_768  # codes whose exact scores are computed: at first, at most
 RECALL = 0.998  # share of the true ten nearest that the shortlist must hold
 GPU_RESERVE = 3 << 30  # bytes left to the model and to FAISS's own work
 
@@ -1728,7 +1488,7 @@ class Index(NamedTuple):
     last: int  # the last row in it; later ones are compared one by one
     shortlist: int = 0  # codes whose exact scores are computed; 0: the index holds the features themselves
     recall: float | None = None  # share of the true ten nearest in the shortlist, measured
-    trained: int = 0  # vectors in the collection when the codes were trained
+    made_of: int = 0  # vectors in the store when it was made
     file: Any = None  # the index file in memory, which `faiss` looks into
 
 
@@ -1764,59 +1524,51 @@ def progress_bar(steps: Iterable[Any] | None = None, **options: Any) -> tqdm.tqd
     return tqdm.tqdm(steps, disable=None if log.isEnabledFor(logging.INFO) else True, **options)
 
 
-class Nearest:
-    """The k rows nearest to each of `xq`, float32 (nq, dim), among all blocks that pass through `watch`."""
-
-    def __init__(self, xq: np.ndarray, k: int) -> None:
-        self.xq, self.k, self.heap = xq, k, faiss.ResultHeap(len(xq), k, keep_max=True)
-
-    def watch(self, blocks: Blocks) -> Blocks:
-        """Yield the blocks unchanged, and remember the nearest rows that passed."""
-        for rows, xb in blocks:
-            D, I = faiss.knn(self.xq, to_float32(xb), min(self.k, len(xb)), metric=faiss.METRIC_INNER_PRODUCT)
-            self.heap.add_result(D, rows[I])
-            yield rows, xb
-        self.heap.finalize()
-
-    def among(self, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
-        """D and I, (nq, k), best first; I is -1 where there are fewer."""
-        deque(self.watch(blocks), 0)
-        return self.heap.D, self.heap.I
+def nearest(xq: np.ndarray, k: int, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    """Scores D and rows I, (nq, k), of the rows nearest to xq, float32 (nq, dim), best first; -1: there are fewer."""
+    heap = faiss.ResultHeap(len(xq), k, keep_max=True)
+    for rows, xb in blocks:
+        D, I = faiss.knn(xq, to_float32(xb), min(k, len(xb)), metric=faiss.METRIC_INNER_PRODUCT)
+        heap.add_result(D, rows[I])
+    heap.finalize()
+    return heap.D, heap.I
 
 
-def coded_index(store: Store) -> Index:
+def coded_index(store: Store, last: int) -> Index:
     """An index of compact codes, 64 bytes a vector, with its measured recall.
 
     Vectors are projected on their principal components, rotated at random so that all weigh alike, and coded by product
-    quantization in 4 bits. A search scans all codes (André, Kermarrec & Le Scouarnec, VLDB 2015). It compares by L2
-    distance, which ranks vectors of length 1 as the inner product does. The codes only choose the rows whose exact
-    scores are computed. The shortlist grows until it holds nearly all of the true ten nearest of held-out vectors.
+    quantization in 4 bits. A search scans all codes (André, Kermarrec & Le Scouarnec, VLDB 2015) by L2 distance, which
+    ranks vectors of length 1 as the inner product does. The codes only choose the rows whose exact scores are computed.
+    This shortlist grows until it holds nearly all of the true ten nearest of held-out vectors.
     """
-    every = np.fromiter((row for (row,) in store.db.execute("SELECT row FROM features ORDER BY row")), np.int64)
-    chosen = np.sort(np.random.default_rng(0).permutation(every)[: TRAINED_ON + HELD_OUT])
-    sample = np.concatenate([store.features_of(part)[2] for part in np.array_split(chosen, 16)])
-    held = np.arange(len(chosen)) % (len(chosen) // min(HELD_OUT, len(chosen) // 2)) == 0
-    width = min(CODED_DIM, store.dim, int(sum(~held))) // 2 * 2
+    # A digest is a hash: the first ones are a random sample.
+    own, _, sample = store.features("row <= ? ORDER BY digest LIMIT ?", last, TRAINED_ON + HELD_OUT)
+    held = min(HELD_OUT, len(own) // 2)
+    xq, xt = to_float32(sample[:held]), to_float32(sample[held:])
+    width = min(CODED_DIM, store.dim, len(xt)) // 2 * 2
     codes = faiss.index_factory(store.dim, f"PCAR{width},PQ{width // 2}x4fs")
     faiss.downcast_index(codes.index).pq.cp.min_points_per_centroid = 1  # no warning about a small collection
-    codes.train(to_float32(sample[~held]))
-    nearest, index = Nearest(to_float32(sample[held]), min(TOP + 1, len(every))), faiss.IndexIDMap(codes)
-    blocks = store.blocks(last=int(every[-1]))  # SQLite would store and compare a NumPy integer as a BLOB
-    build_index(nearest.watch(progress_bar(blocks, desc="compact codes", unit="block")), index)
-    true, shortlist = [set(I) - {own} for I, own in zip(nearest.heap.I.tolist(), chosen[held].tolist())], SHORTLIST
+    codes.train(xt)
+    index = faiss.IndexIDMap(codes)
+
+    def added() -> Blocks:
+        for block in progress_bar(store.blocks(last=last), desc="compact codes", unit="block"):
+            build_index([block], index)
+            yield block
+
+    _, I = nearest(xq, min(TOP + 1, len(own)), added())
+    true, shortlist = [set(row) - {this} for row, this in zip(I.tolist(), own.tolist())], SHORTLIST
     while True:
-        found = index.search(nearest.xq, min(shortlist, index.ntotal))[1].tolist()
+        found = index.search(xq, min(shortlist, index.ntotal))[1].tolist()
         recall = sum(len(t & set(f)) for t, f in zip(true, found)) / sum(map(len, true))
         if recall >= RECALL or shortlist >= index.ntotal or 2 * shortlist > LONGEST_SHORTLIST:
-            return Index(index, int(every[-1]), shortlist, round(recall, 4), len(every))
+            return Index(index, last, shortlist, round(recall, 4), index.ntotal)
         shortlist *= 2
 
 
-def read_index(store: Store, to_add: bool = False) -> Index | None:
-    """The stored index; None if there is none, or if it does not match the checksum that the store noted.
-
-    `to_add`: vectors can be added to it, at the price of a copy in memory.
-    """
+def read_index(store: Store) -> Index | None:
+    """The stored index; None if there is none, or if it does not match the checksum that the store noted."""
     size, checksum, *notes = json.loads(store.get_meta("index") or "[0, 0]")
     if not (notes and store.index.is_file()):
         return None
@@ -1824,54 +1576,45 @@ def read_index(store: Store, to_add: bool = False) -> Index | None:
     if zlib.crc32(data) != checksum:
         log.warning("%s is damaged or out of date: it is made again", store.index)
         return None
-    if to_add:
-        return Index(faiss.read_index(faiss.PyCallbackIOReader(io.BytesIO(data).read)), *notes)
     return Index(faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size)), *notes)._replace(file=data)
 
 
-def write_index(store: Store, index: Index) -> None:
-    """Write the index file, then note its size, checksum and contents in the store."""
-    data = faiss.serialize_index(index.faiss)
-    with whole_file(store.index) as stream:
-        stream.write(data)
-    store.put_meta("index", json.dumps([len(data), zlib.crc32(data), *index[1:-1]]))
-
-
-def updated_index(store: Store, index: Index | None, coded: bool) -> Index:
-    """The index with all rows of the store in it: added to, or made anew where that serves better."""
-    rows, last = store.count("features"), store.last_row()
-    if index and bool(index.shortlist) == coded and rows <= OUTGROWN * (index.trained or rows):
-        build_index(store.blocks(index.last + 1, last), index.faiss)
-        if index.faiss.ntotal <= 2 * rows:  # else most of it belongs to rows that are gone
-            return index._replace(last=last)
-    if coded:
-        return coded_index(store)
-    return Index(build_index(progress_bar(store.blocks(last=last), desc="index", unit="block")), last)
-
-
 def open_index(store: Store, work: Work = Work()) -> Index:
-    """The FAISS index of the store, brought up to date. Without `work.update` a stored one is taken as it is."""
-    rows, last = store.count("features"), store.last_row()
-    if not last:
+    """The FAISS index of the store, added to or made anew if need be. Without `work.update` a stored one is kept."""
+    rows, last, index = store.count("features"), store.last_row(), read_index(store)
+    if not rows:
         raise DeepVisionError(f"{store.folder} holds no features yet: run without --no-update")
-    coded = rows >= FEWEST_CODED and rows * store.dim * 2 > work.exact_bytes
-    index = read_index(store)
-    if index and (not work.update or (index.last == last and bool(index.shortlist) == coded)):
+    coded = rows * store.dim * 2 > work.exact_bytes
+    if index and work.update and bool(index.shortlist) != coded:
+        index = None
+    if index and (index.last == last or not work.update):
         return index
     with store.locked():
-        index = updated_index(store, read_index(store, to_add=True), coded)
-        write_index(store, index)
+        new = store.count(f"features WHERE row > {index.last}") if index else 0
+        if index and index.faiss.ntotal + new < OUTGROWN * min(rows, index.made_of):
+            copy = faiss.deserialize_index(index.file)  # vectors cannot be added to an index that looks into a file
+            index = index._replace(faiss=build_index(store.blocks(index.last + 1, last), copy), last=last)
+        elif coded:
+            index = coded_index(store, last)
+        else:
+            blocks = progress_bar(store.blocks(last=last), desc="index", unit="block")
+            index = Index(build_index(blocks), last, made_of=rows)
+        data = faiss.serialize_index(index.faiss)
+        with whole_file(store.index) as stream:
+            stream.write(data)
+        notes = json.dumps([len(data), zlib.crc32(data), *index[1:-1]])
+        with store.db:
+            store.db.execute("INSERT OR REPLACE INTO meta VALUES ('index', ?)", (notes,))
     return index
 
 
 def index_on_gpus(store: Store, last: int) -> faiss.Index | None:
     """The features up to row `last` as fp16, spread over the GPUs; None if there is no GPU, or not enough memory."""
-    count, rows = faiss.get_num_gpus(), store.count("features")
-    if not count or not torch.cuda.is_available():
+    if not (count := faiss.get_num_gpus()) or not torch.cuda.is_available():
         return None
     share = -(-last // count)
     if any(torch.cuda.mem_get_info(gpu)[0] < 2 * share * store.dim + GPU_RESERVE for gpu in range(count)):
-        log.warning("the %d features do not fit into the memory of the GPU: the search runs on the CPU", rows)
+        log.warning("the features do not fit into the memory of the GPU: the search runs on the CPU")
         return None
     index = faiss.IndexShards(store.dim, True, False)  # in threads; the ids are rows already
     for gpu in range(count):
@@ -1889,11 +1632,10 @@ QUERY_THREADS = 2  # that read queries; few, since each query has many views
 TOGETHER = 16  # queries compared at once: each costs a third of what it costs alone
 SCAN_VIEWS = 20  # from so many views on, FAISS compares blocks by multiplying matrices: quicker than the exact index
 FIRST_LIST = 64  # rows of the first list of an exact search
-CLOSELY = 20  # codes rank inexactly: of the rows that they choose for a list, only the best 1 in 20 are yielded
+CLOSELY = 10  # codes rank inexactly: of the rows that they choose for a list, only the best 1 in 10 are yielded
 ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
 CANDIDATES = 10  # contents that are aligned with a query, whatever k is
 SAMPLED = 8000  # images that `representatives` looks at: 0.7 s with 2048 dimensions, and sizes within 10 %
-KMEANS_ROUNDS = 10  # more move no centre by much
 MEMBERS = 100  # images of a group, at most
 
 
@@ -1912,6 +1654,11 @@ class Engine:
     def on_gpus(self) -> faiss.Index | None:
         return index_on_gpus(self.store, self.index.last)
 
+    @property
+    def first_list(self) -> int:
+        """Rows of the first list of every search."""
+        return FIRST_LIST if self.exact else self.index.shortlist or FIRST_LIST
+
 
 class Seen(NamedTuple):
     """What is computed from the pixels of a query."""
@@ -1922,87 +1669,71 @@ class Seen(NamedTuple):
     corner: Sequence[int] = (0, 0)  # left and top of the part that was searched with, in pixels of the whole query
 
 
-class Scored(NamedTuple):
+class Found(NamedTuple):
     """A content of the store, compared with a query."""
 
     score: float
     digest: bytes
     view: int  # number of the query's view that scores best
+    path: str = ""  # of a file with this content
+    region: Region | None = None  # of a copy
 
 
-class Found(NamedTuple):
-    """A file of the collection, compared with a query."""
+def candidate_rows(engine: Engine, queries: Sequence[np.ndarray], count: int) -> list[list[int]]:
+    """For each of the queries, (views, dim), rows that include its `count` nearest ones.
 
-    score: float
-    digest: bytes
-    path: str
-    view: str
-
-
-def best_rows(D: np.ndarray, I: np.ndarray, count: int) -> np.ndarray:
-    """The `count` rows with the highest scores in any view, from scores D and rows I, (views, n)."""
-    rows = dict.fromkeys(I.ravel()[np.argsort(-D, axis=None, kind="stable")].tolist())
-    return np.array([row for row in rows if row >= 0][:count], np.int64)
-
-
-def candidate_rows(engine: Engine, xq: np.ndarray, splits: Sequence[int], count: int) -> list[np.ndarray]:
-    """For each query, rows that include its `count` nearest ones.
-
-    xq holds the views of all queries, (views, dim), and `splits` the number of views of each query. Rows that are not
-    in the index yet are compared one by one. So are all rows if the search is exact or has many views.
+    Rows that are not in the index yet are compared one by one; if the search is exact or has many views, all rows are.
     """
-    index, last = engine.index, engine.store.last_row()
+    index, last, found = engine.index, engine.store.last_row(), []
+    xq = np.concatenate(queries)
     scans = engine.exact or (not index.shortlist and len(xq) >= SCAN_VIEWS)
-    found = []
     if not scans:
         on_gpus = index.shortlist and len(xq) >= GPU_QUERIES and count <= GPU_RESULTS and engine.on_gpus
         D, I = (on_gpus or index.faiss).search(xq, min(count, index.faiss.ntotal))
         found.append((-D if index.shortlist and not on_gpus else D, I))  # codes give distances
     if scans or last > index.last:
-        first = 0 if scans else index.last + 1
-        found.append(Nearest(xq, min(count, last)).among(engine.store.blocks(first, last)))
-    ends = np.cumsum(splits)[:-1]
-    parts = [[best_rows(*pair, count) for pair in zip(np.split(D, ends), np.split(I, ends))] for D, I in found]
-    return [np.unique(np.concatenate(rows)) for rows in zip(*parts)]
+        blocks = engine.store.blocks(0 if scans else index.last + 1, last)
+        found.append(nearest(xq, min(count, last), blocks))
+    ends = np.cumsum([len(views) for views in queries])[:-1]
+    lists = [list[int]() for _ in queries]
+    for D, I in found:
+        for rows, scores, of_views in zip(lists, np.split(D, ends), np.split(I, ends)):
+            best = of_views.ravel()[np.argsort(-scores, axis=None, kind="stable")].tolist()
+            rows += list(dict.fromkeys(row for row in best if row >= 0))[:count]
+    return lists
 
 
-def exact_scores(store: Store, xq: np.ndarray, rows: np.ndarray) -> list[Scored]:
+def exact_scores(store: Store, xq: np.ndarray, rows: Iterable[int]) -> list[Found]:
     """The contents of these rows, compared with a query's views, (views, dim), best first."""
     _, digests, vectors = store.features_of(rows)
-    if not digests:
-        return []
     xb = to_float32(vectors)
     S = xb @ xq.T  # (rows, views)
     views = (S.max(1, keepdims=True) - ROUNDING <= S).argmax(1)  # of equal views the first: the query as it is
     D = np.einsum("nd,nd->n", xb, xq[views]).clip(-1, 1)  # computed row by row, so that it is the same in any company
-    return sorted(map(Scored, D.tolist(), digests, views.tolist()), key=lambda it: (-it.score, it.digest))
+    return sorted(map(Found, D.tolist(), digests, views.tolist()), key=lambda it: (-it.score, it.digest))
 
 
-def first_list(engine: Engine) -> int:
-    """Rows of the first list of every search."""
-    return engine.index.shortlist if engine.index.shortlist and not engine.exact else FIRST_LIST
-
-
-def ranked(engine: Engine, xq: np.ndarray, rows: np.ndarray) -> Iterator[Scored]:
+def ranked(engine: Engine, xq: np.ndarray, rows: Iterable[int]) -> Iterator[Found]:
     """All contents of the store, compared with a query's views, xq (views, dim), best first. `rows`: its first list.
 
-    Rows are looked up in lists, each four times as long as the last. A list yields only its scores above `bound`: below
-    it, a longer list may find rows that this one lacks. `end` is the bound of the lists before. A row that a longer
-    list finds above `end` comes too late and is left out, so that the order never depends on how many are asked for.
+    Each list is four times as long as the last. It yields its scores above `bound`: below, a longer list may find rows
+    that it lacks. What a longer list finds above the last bound, `end`, comes too late and is left out. So the order
+    never depends on how many are asked for.
     """
-    by_codes, count, end = bool(engine.index.shortlist) and not engine.exact, first_list(engine), math.inf
+    count, end = engine.first_list, math.inf
     while True:
-        is_last = count >= engine.index.faiss.ntotal and count >= engine.store.last_row()
         scored = exact_scores(engine.store, xq, rows)
-        trusted = count // CLOSELY if by_codes else count - 1
-        bound = -math.inf if is_last or not scored else scored[min(trusted, len(scored) - 1)].score + ROUNDING
-        yield from (it for it in scored if it.score > bound and it.score <= end)
+        is_last = count >= max(engine.index.faiss.ntotal, engine.store.last_row())
+        bound = -math.inf if is_last else end
+        if scored and not is_last:
+            trusted = count // CLOSELY if engine.index.shortlist and not engine.exact else count - 1
+            bound = min(end, scored[min(trusted, len(scored) - 1)].score + ROUNDING)
+        yield from (it for it in scored if bound < it.score <= end)
         if is_last:
             return
-        count, end = 4 * count, min(end, bound) if scored else end
-        if by_codes and count > LONGEST_SHORTLIST:
-            by_codes, engine = False, replace(engine, exact=True)
-        (rows,) = candidate_rows(engine, xq, [len(xq)], count)
+        count, end = 4 * count, bound
+        engine = replace(engine, exact=engine.exact or count > LONGEST_SHORTLIST)
+        (rows,) = candidate_rows(engine, [xq], count)
 
 
 def location(path: str) -> str:
@@ -2010,26 +1741,21 @@ def location(path: str) -> str:
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
-def nearest_files(engine: Engine, query: Picture, scored: Iterable[Scored], k: int) -> list[Found]:
-    """The files nearest to the query, by score, then by path.
+def nearest_files(engine: Engine, query: Picture, rows: Iterable[int], k: int) -> list[Found]:
+    """The files nearest to the query, by score, then by path: at least k, and CANDIDATES contents.
 
-    It goes on until there are k files and CANDIDATES contents, and then to the end of equal scores. The query's own
-    file and files that have changed since they were indexed are left out.
+    The query's own file and files that have changed since they were indexed are left out.
     """
-    found, contents, own = list[Found](), 0, location(os.fsdecode(query.file.path))
-    for score, digest, view in scored:
-        if len(found) >= k and contents >= CANDIDATES and score < found[-1].score:
+    found, contents, own = list[Found](), set[bytes](), location(os.fsdecode(query.file.path))
+    for it in ranked(engine, query.pixels.features, rows):
+        if len(found) >= k and len(contents) >= CANDIDATES and it.score < found[-1].score:
             break
-        paths = list[str]()
-        for file in engine.store.files_with(digest):
+        for file in engine.store.files_with(it.digest):
             path = os.path.join(engine.images, os.fsdecode(file.path))
             with suppress(OSError):  # it is gone
-                if File.of(file.path, os.stat(path)) == file and (digest != query.digest or location(path) != own):
-                    paths.append(path)
-            if len(paths) == k:
-                break
-        found += [Found(score, digest, path, query.pixels.views[view]) for path in paths]
-        contents += bool(paths) and digest != query.digest
+                if File.of(file.path, os.stat(path)) == file and (it.digest != query.digest or location(path) != own):
+                    found.append(it._replace(path=path))
+                    contents |= {it.digest} - {query.digest}
     return sorted(found, key=lambda it: (-it.score, it.path))
 
 
@@ -2040,89 +1766,60 @@ def read_local(path: str, digest: bytes) -> LocalFeatures | None:
     return read.pixels if read.digest == digest and not read.vanished else None
 
 
-def copies_among(query: Picture, found: Sequence[Found]) -> dict[bytes, Region]:
-    """Where the first CANDIDATES contents are copies of the query, by content."""
+def verified(query: Picture, found: Sequence[Found]) -> list[Found]:
+    """The same files, with the region of those that are copies. The best CANDIDATES contents are looked at."""
     paths = {it.digest: it.path for it in reversed(found)}
     best = [digest for digest in dict.fromkeys(it.digest for it in found) if digest != query.digest][:CANDIDATES]
 
     def aligned(digest: bytes) -> Region | None:
         candidate = read_local(paths[digest], digest)
-        region, (left, top) = align(query.pixels.local, candidate) if candidate else None, query.pixels.corner
-        return region and region._replace(outline=[(x + left, y + top) for x, y in region.outline])
+        return align(query.pixels.local, candidate) if candidate else None
 
     with ThreadPoolExecutor(usable_cores(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        return {digest: region for digest, region in zip(best, threads.map(aligned, best)) if region}
+        regions = dict(zip(best, threads.map(aligned, best)))
+    return [it._replace(region=regions.get(it.digest)) for it in found]
 
 
 def compared(
     queries: Iterable[str | Path], engine: Engine, k: int, views: str, crop: Sequence[float] | None = None
-) -> Iterator[tuple[Picture, list[Found], dict[bytes, Region]]]:
-    """For each query: the picture, at least k nearest files by score, and the Region of each copy by its hash."""
-    model, one_query = engine.model, threading.Lock()
+) -> Iterator[tuple[Picture, list[Found]]]:
+    """Each query with at least k nearest files, by score, its copies verified."""
 
     def look_at(image: Image.Image) -> Seen:
         image, *corner = cut_out(image, crop) if crop else (image, 0, 0)
         with one_torch_thread():
-            # A JPEG is decoded once: large enough for both, or the views would differ from what was indexed.
-            local = local_features(image, QUERY_AREA, QUERY_POINTS, model.side)
-            seen = query_views(image, model, views)
-        with nullcontext() if model.network is describe else one_query:  # a network uses all cores, or the GPU
-            return Seen([view.name for view in seen], features_of_views(seen, model), local, corner)
+            local = local_features(image, QUERY_AREA, QUERY_POINTS, engine.model.side)
+            seen = query_views(image, engine.model, views)
+        return Seen([view.name for view in seen], features_of_views(seen, engine.model), local, corner)
 
-    read = partial(read_picture, root=b"", transform=look_at)
     files = (File(os.fsencode(name), 0, 0) for name in queries)
-    pictures = read_ahead(read, files, QUERY_THREADS, TOGETHER)
+    pictures = read_ahead(partial(read_picture, root=b"", transform=look_at), files, QUERY_THREADS, TOGETHER)
     while group := list(itertools.islice(pictures, TOGETHER)):
-        features = [picture.pixels.features for picture in group if picture.pixels]
-        splits = [len(part) for part in features]
-        lists: dict[int, list[Found]] = {}
-        with engine.store.snapshot():
-            rows = candidate_rows(engine, np.concatenate(features), splits, first_list(engine)) if features else []
-            of_rows = iter(rows)
-            for i, query in enumerate(group):
-                if query.pixels:
-                    scored = ranked(engine, query.pixels.features, next(of_rows))
-                    lists[i] = nearest_files(engine, query, scored, k)
-        for i, query in enumerate(group):
+        usable = [query for query in group if query.pixels]
+        with engine.store.db:  # all that is read comes from one state: --rebuild, say, replaces rows meanwhile
+            engine.store.db.execute("BEGIN")
+            features = [query.pixels.features for query in usable]
+            lists = candidate_rows(engine, features, engine.first_list) if usable else []
+            found = iter([nearest_files(engine, query, rows, k) for query, rows in zip(usable, lists)])
+        for query in group:
             query = query._replace(digest=None) if crop else query  # a part is not identical to the file
-            yield query, lists.get(i, []), copies_among(query, lists.get(i, []))
+            yield query, verified(query, next(found)) if query.pixels else []
 
 
 def is_mirrored(corners: Sequence[tuple[float, float]]) -> bool:
     """Whether these corners, of a picture from its top left clockwise, run the other way round in another picture."""
-    (x0, y0), (x1, y1), _, (x3, y3) = corners
-    return (x1 - x0) * (y3 - y0) < (y1 - y0) * (x3 - x0)
+    return bool(np.linalg.det(np.array(corners)[[1, 3]] - corners[0]) < 0)
 
 
-def ranked_matches(
-    query: Picture, found: Sequence[Found], copies: dict[bytes, Region], threshold: float | str
-) -> list[Match]:
-    """The matches of a query: identical files first, then copies, then the rest, each by score.
-
-    copies     where the contents that are copies show the query
-    threshold  score, or label, that a match has at least
-    """
-    kept = []
-    for score, digest, path, view in found:
-        label = "identical" if digest == query.digest else "copy" if digest in copies else ""
-        if label in LABELS[LABELS.index(threshold) :] if isinstance(threshold, str) else round(score, 3) >= threshold:
-            region = copies.get(digest)
-            if region:  # the alignment knows whether the copy is mirrored; the view only scored best
-                words = [word for word in view.split(", ") if word not in ("", "mirrored")]
-                view = ", ".join(["mirrored"] * is_mirrored(region.corners) + words)
-            kept.append(Match(0, path, score, label == "identical", label, view, region))
-    kept.sort(key=lambda match: (("identical", "copy", "").index(match.label), -match.score, match.path))
-    return [match._replace(rank=rank) for rank, match in enumerate(kept, start=1)]
-
-
-@contextmanager
-def damage_reported(store: Store) -> Iterator[None]:
-    """Turn damage of the store into a DeepVisionError that says what to do."""
-    try:
-        with damage_noticed():
-            yield
-    except DamageError as error:
-        raise DeepVisionError(f"{store.path} is damaged ({error}). Run the command again to repair it") from error
+def as_match(query: Picture, found: Found) -> Match:
+    view, region = query.pixels.views[found.view], found.region
+    label = "identical" if found.digest == query.digest else "copy" if region else ""
+    if region:  # the alignment knows whether the copy is mirrored; the view only scored best
+        words = [word for word in view.split(", ") if word not in ("", "mirrored")]
+        view = ", ".join(["mirrored"] * is_mirrored(region.corners) + words)
+        left, top = query.pixels.corner
+        region = region._replace(outline=[(x + left, y + top) for x, y in region.outline])
+    return Match(0, found.path, found.score, label == "identical", label, view, region)
 
 
 def search(
@@ -2132,49 +1829,50 @@ def search(
 ) -> Iterator[Answer]:  # fmt: skip
     """What looks like each of the image files `queries`: an Answer for each, in their order.
 
-    engine     by default `initialize_reverse_image_search()`
     k          matches at most; a picture that is there under several names gives several
     threshold  cosine similarity, -1 to 1, that a match has at least, or label: copy, identical
     views      none, auto or all: the edits that a query is searched with, see `query_views`
     crop       the part of each query to search with: left, top, right, bottom, see `cut_out`
 
-    Identical files and verified copies come first, then the others by score, equal scores by path. The query's own file
-    is left out, and so is a file that is no longer what was indexed. Scores are exact; in a large collection a match
-    may be missed, see `coded_index`. A file that cannot be used gets an Answer with an `error`. Raises DeepVisionError
-    if features turn out to be damaged.
+    Identical files and copies come first, then the others by score, equal scores by path. The query's own file and
+    files that have changed are left out. Scores are exact; in a large collection a match may be missed, see
+    `coded_index`. A query that cannot be used gets an `error`. Raises DeepVisionError if features are damaged.
     """
     if k < 1 or views not in VIEWS or (isinstance(threshold, str) and threshold not in LABELS):
         raise ValueError(f"k={k}, threshold={threshold!r}, views={views!r}: see the documentation of search")
     engine = engine or initialize_reverse_image_search()
     names = [queries] if isinstance(queries, (str, os.PathLike)) else queries
-    with damage_reported(engine.store):
-        for query, found, copies in compared(names, engine, k, views, crop):
-            matches = ranked_matches(query, found, copies, threshold)[:k]
+    labels = LABELS[LABELS.index(threshold) :] if isinstance(threshold, str) else ("", *LABELS)
+    least = -1.0 if isinstance(threshold, str) else threshold
+    with engine.store.errors():
+        for query, found in compared(names, engine, k, views, crop):
+            matches = [as_match(query, it) for it in found]
+            matches.sort(key=lambda match: (("identical", "copy", "").index(match.label), -match.score, match.path))
+            kept = [match for match in matches if match.label in labels and round(match.score, 3) >= least][:k]
             error = None if query.pixels else query.reason or NOT_AN_IMAGE
-            yield Answer(os.fsdecode(query.file.path), matches, error)
+            ranks = itertools.count(1)
+            yield Answer(os.fsdecode(query.file.path), [it._replace(rank=next(ranks)) for it in kept], error)
 
 
 def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]:
-    """At most `count` groups of images that look alike, the largest first: each with its size and some of its images.
+    """At most `count` groups of images that look alike, by k-means over a sample, the largest group first.
 
-    k-means over a sample of the stored features. The images of a group stand in the order of their distance from its
-    centre. A size is exact if the sample holds the whole collection, else an estimate.
+    Each has its size, an estimate if the collection is larger than the sample, and the images nearest to its centre.
     """
-    # A digest is a hash: the first ones are a random sample.
-    sample = f"SELECT row, path FROM {USABLE.replace('WHERE', 'JOIN features USING (digest) WHERE')}"
-    with damage_reported(engine.store):
-        files = engine.store.db.execute(f"{sample} ORDER BY digest, path LIMIT {SAMPLED}").fetchall()
-        rows, _, vectors = engine.store.features_of({row for row, _ in files})
-    xb = to_float32(vectors[np.searchsorted(rows, [row for row, _ in files])])
-    options: dict[str, Any] = {"niter": KMEANS_ROUNDS, "spherical": True, "min_points_per_centroid": 1}
-    kmeans, groups = faiss.Kmeans(engine.store.dim, min(count, len(xb)), **options), list[tuple[int, list[Match]]]()
+    files = f"SELECT row, path FROM {USABLE.replace('WHERE', 'JOIN features USING (digest) WHERE')}"
+    with engine.store.errors():  # a digest is a hash: the first ones are a random sample
+        rows, paths = zip(*engine.store.db.execute(f"{files} ORDER BY digest, path LIMIT {SAMPLED}"))
+        known, _, vectors = engine.store.features_of(set(rows))
+    xb = to_float32(vectors[np.searchsorted(known, rows)])
+    groups = list[tuple[int, list[Match]]]()
+    kmeans = faiss.Kmeans(xb.shape[1], min(count, len(xb)), niter=10, spherical=True, min_points_per_centroid=1)
     kmeans.train(xb)
-    D, I = kmeans.index.search(xb, 1)
-    for centre in set(I[:, 0].tolist()):
-        members = np.flatnonzero(I[:, 0] == centre)
-        nearest = members[np.argsort(-D[members, 0], kind="stable")][:MEMBERS].tolist()
-        paths = [os.path.join(engine.images, os.fsdecode(files[i][1])) for i in nearest]
-        images = [Match(n, path, float(D[i, 0]), False) for n, (i, path) in enumerate(zip(nearest, paths), start=1)]
+    D, I = kmeans.assign(xb)
+    for centre in set(I.tolist()):
+        members = np.flatnonzero(centre == I)
+        closest = members[np.argsort(-D[members], kind="stable")][:MEMBERS].tolist()
+        names = [os.path.join(engine.images, os.fsdecode(paths[i])) for i in closest]
+        images = [Match(n, name, float(D[i]), False) for n, (i, name) in enumerate(zip(closest, names), start=1)]
         groups.append((round(len(members) / len(xb) * engine.summary.images), images))
     return sorted(groups, key=lambda group: (-group[0], group[1][0].path))
 
@@ -2185,13 +1883,7 @@ NEIGHBOURS = 100  # files of a group that is found by score, at most
 WHOLE = 0.95  # share of a picture's area from which on it counts as all of it
 
 
-class Pair(NamedTuple):
-    """Two contents of the collection that belong together."""
-
-    keep: bytes
-    other: bytes
-    score: float
-    relation: str = ""  # what the other one is to the one to keep: "same picture", "mirrored", "crop, 60 %"
+Pairs = Iterator[tuple[bytes, bytes, Match]]  # a content to keep, another one, and what that is to it, without a path
 
 
 def different_files(engine: Engine, digest: bytes) -> list[str]:
@@ -2206,26 +1898,22 @@ def different_files(engine: Engine, digest: bytes) -> list[str]:
     return sorted(found.values())
 
 
-def pairs_by_score(engine: Engine, threshold: float) -> Iterator[Pair]:
-    """The contents of the collection that score `threshold` or more with each other."""
-    store, least = engine.store, threshold - 0.0005  # as it is printed
-    for rows, xb in progress_bar(store.blocks(), desc="comparing", unit="block"):
-        D, I = Nearest(to_float32(xb), min(NEIGHBOURS + 1, store.count("features"))).among(store.blocks())
-        one, place = np.nonzero((least <= D) & (rows[:, None] != I) & (I >= 0))
-        others = I[one, place]
-        known, digests, _ = store.features_of({*rows.tolist(), *others.tolist()})
-        digest_of = dict(zip(known.tolist(), digests))
-        for row, other, score in zip(rows[one].tolist(), others.tolist(), D[one, place].tolist()):
-            if row in digest_of and other in digest_of:
-                yield Pair(digest_of[row], digest_of[other], min(1.0, score))
+def pairs_by_score(engine: Engine, threshold: float) -> Pairs:
+    """The contents of the collection that score `threshold` or more, as it is printed, with each other."""
+    digests = dict(engine.store.db.execute("SELECT row, digest FROM features"))
+    for rows, xb in progress_bar(engine.store.blocks(), desc="comparing", unit="block"):
+        D, I = nearest(to_float32(xb), min(NEIGHBOURS + 1, len(digests)), engine.store.blocks())
+        for place in zip(*np.nonzero(threshold - 0.0005 <= D)):
+            keep, other = digests.get(rows[place[0]]), digests.get(I[place])
+            if keep and other and keep != other:
+                yield keep, other, Match(0, "", min(1.0, float(D[place])), False)
 
 
 def relation(corners: Sequence[tuple[float, float]], shown: float, inside: float) -> str:
-    """What a picture is to the one to keep: "same picture", "mirrored", "crop, 60 %", ...
+    """What a picture is to the one to keep: "same picture", "mirrored", "crop, 60 %"...
 
-    corners  its own corners in pixels of the picture to keep
-    shown    share of the picture to keep that is visible in this picture
-    inside   share of this picture that is visible in the picture to keep
+    corners        its own corners in pixels of the picture to keep
+    shown, inside  shares of the picture to keep, and of this one, that both show
     """
     (x0, y0), (x1, y1), *_ = corners
     mirrored = is_mirrored(corners)
@@ -2234,65 +1922,54 @@ def relation(corners: Sequence[tuple[float, float]], shown: float, inside: float
     if min(angle, 360 - angle) >= 3:
         words.append(f"turned {angle}°")
     if shown < WHOLE:
-        words.append(f"crop, {shown:.0%}".replace("%", " %"))
+        words.append(f"crop, {100 * shown:.0f} %")
     elif inside < WHOLE:
-        words.append(f"within a larger picture, {inside:.0%} of it".replace("%", " %"))
+        words.append(f"within a larger picture, {100 * inside:.0f} % of it")
     return ", ".join(words) or "same picture"
 
 
-def pairs_by_alignment(engine: Engine) -> Iterator[Pair]:
-    """Each two contents of the collection that are copies, as two Pairs: either one may be the one to keep."""
+def pairs_by_alignment(engine: Engine) -> Pairs:
+    """Each two contents of the collection that are copies, twice: either one may be the one to keep."""
     first = engine.store.db.execute(f"SELECT min(path) FROM {USABLE} GROUP BY digest ORDER BY 1").fetchall()
     queries = [os.path.join(engine.images, os.fsdecode(path)) for (path,) in first]
     answers = compared(queries, engine, 1, COPIES)
-    for query, found, copies in progress_bar(answers, total=len(queries), desc="comparing", unit="img"):
-        score = {it.digest: it.score for it in found}
-        for digest, region in copies.items():
-            size, mask = query.pixels.local.size, Image.new("1", (100, 100))
-            outline = 100 * np.array(region.outline) / size  # of the match, where the query measures 100 × 100
-            ImageDraw.Draw(mask).polygon([(x, y) for x, y in outline.tolist()], fill=1)
+    for query, found in progress_bar(answers, total=len(queries), desc="comparing", unit="img"):
+        for copy in {it.digest: it for it in found if it.region}.values():
+            mask = Image.new("1", (100, 100))
+            outline = 100 * np.array(copy.region.outline) / query.pixels.local.size  # the query measures 100 × 100
+            ImageDraw.Draw(mask).polygon(outline.ravel().tolist(), fill=1)
             common = float(np.asarray(mask).mean())
             share = common * 100**2 / abs(np.linalg.det(outline[[1, 3]] - outline[0]))  # of the match
-            yield Pair(digest, query.digest, score[digest], relation(region.corners, share, common))
-            yield Pair(query.digest, digest, score[digest], relation(region.outline, common, share))
+            match = Match(0, "", copy.score, False, "copy", relation(copy.region.outline, common, share))
+            yield query.digest, copy.digest, match
+            yield copy.digest, query.digest, match._replace(view=relation(copy.region.corners, share, common))
 
 
-def picture_size(path: str) -> int:
-    """Width × height of an image file, by its header; 0 if it cannot be read."""
-    try:
-        with open(path, "rb") as stream, Image.open(stream) as image:
-            return image.width * image.height
-    except Exception:  # Pillow raises anything at all on a malformed header
-        return 0
+def largest_first(path: str) -> tuple[int, int, str]:
+    """A key that sorts image files by their pixels, as the header tells, then by their bytes, then by path."""
+    with suppress(Exception), Image.open(path) as image:  # it is gone or changed meanwhile
+        return -image.width * image.height, -os.path.getsize(path), path
+    return 0, 0, path
 
 
-def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Pair]], label: str) -> Iterator[Group]:
-    """Groups of files that hold the same picture, those with the largest keeper first.
-
-    pairs  those that belong together: by the content to keep, then by the other one
-    label  of the files beside the one to keep, unless they are identical to it
+def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Match]]) -> Iterator[Group]:
+    """Groups of files that hold the same picture, the largest keeper first. `pairs`: by keeper, then by other.
 
     Every file of a group was compared with the one to keep. A copy of a copy does not join the group by that alone.
     """
-    repeated = engine.store.db.execute(f"SELECT digest FROM {USABLE} GROUP BY digest HAVING count(*) > 1").fetchall()
-    files = {digest: different_files(engine, digest) for digest in {*pairs, *(digest for (digest,) in repeated)}}
-    paths = {digest: found[0] for digest, found in files.items() if found}
-    order = dict[bytes, tuple[int, int, str]]()
-    for digest, path in paths.items():
-        with suppress(OSError):  # it is gone meanwhile
-            order[digest] = -picture_size(path), -os.path.getsize(path), path
-    done = set[bytes]()
-    for keep in sorted(order, key=lambda digest: order[digest]):
-        if keep in done:
+    repeated = engine.store.db.execute(f"SELECT digest FROM {USABLE} GROUP BY digest HAVING count(*) > 1")
+    contents = {*pairs, *(digest for (digest,) in repeated)}
+    left = {digest: files for digest in contents if (files := different_files(engine, digest))}
+    for _, keep in sorted((largest_first(files[0]), digest) for digest, files in left.items()):
+        if keep not in left:
             continue
-        done.add(keep)
-        found = [Match(0, path, 1.0, True, "identical") for path in files[keep][1:]]
-        others = [pair for other, pair in pairs.get(keep, {}).items() if other in order and other not in done]
-        for pair in sorted(others, key=lambda pair: (-pair.score, paths[pair.other])):
-            done.add(pair.other)
-            found += [Match(0, path, pair.score, False, label, pair.relation) for path in files[pair.other]]
+        first, *same = left.pop(keep)
+        found = [Match(0, path, 1.0, True, "identical") for path in same]
+        others = [(match, other) for other, match in pairs.get(keep, {}).items() if other in left]
+        for match, other in sorted(others, key=lambda pair: (-pair[0].score, left[pair[1]])):
+            found += [match._replace(path=path) for path in left.pop(other)]
         if found:
-            yield Group(paths[keep], [match._replace(rank=rank) for rank, match in enumerate(found, start=1)])
+            yield Group(first, [match._replace(rank=rank) for rank, match in enumerate(found, start=1)])
 
 
 def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator[Group]:
@@ -2303,13 +1980,13 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator
 
     Raises DeepVisionError if features turn out to be damaged.
     """
-    pairs: dict[bytes, dict[bytes, Pair]] = {}
-    with damage_reported(engine.store):
+    pairs: dict[bytes, dict[bytes, Match]] = {}
+    with engine.store.errors():
         if threshold != "identical":
-            for pair in pairs_by_alignment(engine) if threshold == "copy" else pairs_by_score(engine, float(threshold)):
-                others = pairs.setdefault(pair.keep, {})
-                others[pair.other] = max(pair, others.get(pair.other, pair), key=lambda pair: pair.score)
-        yield from grouped(engine, pairs, "copy" if threshold == "copy" else "")
+            found = pairs_by_alignment(engine) if threshold == "copy" else pairs_by_score(engine, float(threshold))
+            for keep, other, match in sorted(found, key=lambda pair: pair[2].score):  # the best one of two stays
+                pairs.setdefault(keep, {})[other] = match
+        yield from grouped(engine, pairs)
 
 
 # ---- Assembly --------------------------------------------------------------------------------------------------------
@@ -2324,71 +2001,55 @@ for path in sys.stdin.buffer.read().split(b"\\0"):
     main.read_picture(main.File(path, 0, 0), b"", lambda image: main.to_rgb(image, 224))"""
 
 
-def skip_crashing_file(store: Store, images: Path, work: Work) -> None:
+def skip_crashing_file(store: Store, unread: list[File], images: Path, work: Work) -> None:
     """If a decoder has crashed the run before, find the file in a process of its own and note it as skipped."""
     if CRASH not in store.last_words:
         return
-    files = {os.path.join(os.fsencode(images), it.path): it for it in store.unread()}
-    at_risk = list(
-        itertools.islice(files, None if work.rebuild else 2 * BLOCK * work.ranks)
-    )  # no run reads more than this before it saves
-    path = filter(None, [os.path.dirname(os.path.abspath(__file__)), os.environ.get("PYTHONPATH")])
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    command = [sys.executable, "-c", READ_EACH]
-    done = subprocess.run(command, input=b"\0".join(at_risk), capture_output=True, env=here)
+    at_risk = unread[: None if work.rebuild else 2 * BLOCK * work.ranks]  # no run reads more before it saves
+    paths = b"\0".join(os.path.join(os.path.abspath(os.fsencode(images)), file.path) for file in at_risk)
+    here = os.path.dirname(os.path.abspath(__file__))  # `main` is imported from there
+    done = subprocess.run([sys.executable, "-c", READ_EACH], cwd=here, input=paths, capture_output=True)
     if done.stdout and done.returncode not in (0, 1):
-        bad = files[at_risk[len(done.stdout) - 1]]
-        store.save([Picture(bad, reason=CRASHES)])
-        with store.db:
-            store.db.execute("DELETE FROM changes WHERE path = ?", (bad.path,))
+        store.save([Picture(unread.pop(len(done.stdout) - 1), reason=CRASHES)])
 
 
-def read_new(store: Store, into: Store, images: Path, model: Model, work: Work) -> Summary:
-    """Read the files that the last scan of `store` chose, and save their features in the store `into`.
+def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, work: Work) -> Summary:
+    """Read these files, and save them with their features: in the store, or as a rank of torchrun in its own.
 
     It saves every few seconds, and also when an error or an interrupt ends the run. If a decoder crashes the process,
     faulthandler writes that into the lock file, for `skip_crashing_file`.
     """
-    known = partial(store.is_known, after=store.last_row() if work.rebuild else 0)
     to_pixels = get_transform(model.side, model.resample)
-    transform = (lambda image: launch(to_pixels(image)[None], model, 1)[0][0]) if model.in_threads else to_pixels
-    read = partial(read_picture, root=os.fsencode(images), transform=transform, known=known)
+    describes = model.network is describe  # small operations gain nothing from cores: the threads that read do them
+    transform = (lambda image: launch(to_pixels(image)[None], model, 1)[0][0]) if describes else to_pixels
+    read = partial(read_picture, root=os.fsencode(images), transform=transform)
+    if not work.rebuild:
+        read = partial(read, known=store.is_known)
     size, workers = work.batch_size or model.batch, work.workers or usable_cores()
-    files, summary = filter(work.is_mine, store.unread()), Summary()
+    files = [file for file in unread if zlib.crc32(file.path) % work.ranks == work.rank]
     pictures = read_ahead(read, files, workers, min(AHEAD_BATCHES * size + workers, AHEAD_MOST))
-    unsaved, saved = list[Picture](), time.monotonic()
-    label = f"{model.name} on {model.device}, {model.precision}"
-    bar = progress_bar(total=store.count(UNREAD) // work.ranks, desc=label, unit="img")
+    summary, into, unsaved = Summary(), store, list[Picture]()
+    if work.ranks > 1:
+        into = Store(store.folder, store.identity, store.dim, f"rank-{work.rank}.sqlite")
+        into.repair()  # it is new
+    start = saved = time.perf_counter()
+    bar = progress_bar(total=len(files), desc=f"{model.name} on {model.device}, {model.precision}", unit="img")
     with open(store.lock_file.lock_file, "ab") as last_words, bar:
         faulthandler.enable(last_words)
         try:
-            for batch in with_features(pictures, model, size, summary):
+            for batch in with_features(pictures, model, size):
                 unsaved += batch
                 summary.add(batch)
-                bar.set_postfix_str(summary.balance, refresh=False)
                 bar.update(len(batch))
-                if time.monotonic() - saved > SAVE_SECONDS or len(unsaved) > BLOCK:
+                if time.perf_counter() - saved > SAVE_SECONDS or len(unsaved) > BLOCK:
                     whole, unsaved = unsaved, []  # if saving fails, it is not tried again below
-                    into.save(whole, work.rebuild)
-                    saved = time.monotonic()
+                    into.save(whole)
+                    saved = time.perf_counter()
         finally:
             faulthandler.disable()
             if unsaved:
-                into.save(unsaved, work.rebuild)
-    return summary
-
-
-def scan(store: Store, images: Path, work: Work) -> int:
-    """Compare the folder `images`, which may be missing, with the store; how many files differ."""
-
-    def unlisted(error: OSError) -> None:
-        what = f"{escape_controls(os.fsdecode(error.filename))} cannot be listed ({error.strerror})"
-        if work.prune:  # what lies in it would be forgotten
-            raise DeepVisionError(f"{what}: nothing was pruned")
-        log.warning("%s", what)
-
-    files = find_images(images, unlisted, [store.folder.parent], work.exclude) if images.is_dir() else ()
-    return store.scan(files, work.rebuild)
+                into.save(unsaved)
+    return replace(summary, seconds=time.perf_counter() - start)
 
 
 def merge_ranks(store: Store) -> Summary:
@@ -2396,38 +2057,65 @@ def merge_ranks(store: Store) -> Summary:
     summary = Summary()
     for path in sorted(store.folder.glob("rank-*.sqlite")):
         share = Store(store.folder, store.identity, store.dim, path.name)
-        share.make_sound()  # its rank may have been stopped
-        summary.opened += share.count("files")
-        summary.new += share.count(USABLE)
-        share.close()
-        store.merge_rank(path)
-        for done in store.folder.glob(f"{path.name}*"):  # a rank that was killed may have left its journal, too
-            done.unlink()
+        with suppress(DamageError), share.errors(), store.db:  # what is damaged is read again
+            share.check(whole=False)
+            features = share.db.execute("SELECT NULL, digest, vector, checksum FROM features ORDER BY row")
+            store.db.executemany("INSERT OR REPLACE INTO features VALUES (?, ?, ?, ?)", features)  # NULL: a new row
+            files = share.db.execute("SELECT * FROM files")
+            store.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
+            summary.opened += share.count("files")
+            summary.new += share.count(USABLE)
+            summary.recognised += share.count(ORPHANED)
+        share.db.close()
+    for left in (*store.folder.glob("rank-*"), *store.folder.glob("*.part*")):  # the latter: of a stopped run
+        left.unlink(missing_ok=True)
     return summary
 
 
-def store_changes(store: Store, images: Path, model: Model, work: Work) -> Summary | None:
-    """Read what is new, and note what is gone. If no usable image would remain, note nothing and return None."""
-    with store.locked():
-        shares = merge_ranks(store)
-        if shares.opened or store.scanned != store.version():
-            scan(store, images, work)
-        skip_crashing_file(store, images, work)
-        before = store.last_row()
-        summary = read_new(store, store, images, model, work)
-        if work.ranks > 1:  # else they are what a stopped run has left
-            summary.opened, summary.new = summary.opened + shares.opened, summary.new + shares.new
-        if not store.mark_presence():
-            return None
-        known = f"features JOIN files USING (digest) WHERE there AND row <= {before}"
-        if not work.rebuild and store.any(GONE) and not store.any(known):
+def wait_for_ranks(work: Work) -> None:
+    """Wait until all ranks of torchrun have come here."""
+    if work.ranks == 1:
+        return
+    try:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=RANKS_WAIT))
+        torch.distributed.barrier()
+    except RuntimeError as error:
+        raise DeepVisionError("another rank of torchrun has stopped: run it again, what was done is saved") from error
+
+
+def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
+    """As a rank of torchrun other than the first: read a share of the new files, for the first rank to take in."""
+    wait_for_ranks(work)  # for the first rank, which makes the store sound, and holds the lock for all
+    store = Store(folder, model.identity, model.dim)
+    with store.errors():
+        read_new(store, store.scan(images, work).unread, images, model, work)
+    wait_for_ranks(work)
+
+
+def store_changes(store: Store, changes: Changes, images: Path, model: Model, work: Work) -> Summary:
+    """Read what is new. Note what is gone, but only if a usable image remains: else the summary counts no images."""
+    with store.locked() as waited:
+        if merge_ranks(store).opened or waited:
+            changes = store.scan(images, work)
+        skip_crashing_file(store, changes.unread, images, work)
+        wait_for_ranks(work)  # from here on, they read
+        summary = read_new(store, changes.unread, images, model, work)
+        wait_for_ranks(work)
+        if work.ranks > 1:
+            summary = merge_ranks(store)
+        if not store.mark_presence(changes):
+            return summary
+        summary.images, summary.gone = store.count(USABLE), store.count(GONE)
+        if summary.gone and summary.new - summary.recognised == summary.images and not work.rebuild:
             strange = f"of the images that {store.folder} knows, none is in {images}"
             if work.prune:
                 raise DeepVisionError(f"{strange}: nothing was pruned")
             log.warning("%s. If that is another collection, give it an --index-dir of its own", strange)
         if work.prune:
-            summary.forgotten = store.count(GONE)
             store.prune()
+            summary.forgotten, summary.gone = summary.gone, 0
+        summary.skipped = store.count(SKIPPED)
     return summary
 
 
@@ -2436,58 +2124,31 @@ def update(store: Store, images: Path, model: Model, work: Work) -> Summary:
 
     Raises DeepVisionError if no usable image is there. The store keeps what it has: the drive may only be unplugged.
     """
-    summary: Summary | None = Summary()
-    if scan(store, images, work) or work.prune or work.ranks > 1 or store.get_meta("decoders") is None:
-        summary = store_changes(store, images, model, work)
-    skipped = store.count(SKIPPED)
-    if summary and store.any(USABLE):
-        return replace(summary, images=store.count(USABLE), skipped=skipped, gone=store.count(GONE))
-    there = "has no usable image" if images.is_dir() else "is not a folder" if images.exists() else "is missing"
+    changes = store.scan(images, work)
+    if any(changes) or work.prune or work.ranks > 1:
+        summary = store_changes(store, changes, images, model, work)
+    else:
+        summary = Summary(store.count(USABLE), store.count(SKIPPED), store.count(GONE))
+    if summary.images:
+        return summary
     advice = "put images to search in there, or name another folder with --images"
     if known := store.count("files WHERE digest IS NOT NULL"):
-        there += f", but the index knows {known:,}"
-        advice = "is a drive not connected, or is --images another folder? Nothing was changed; to start afresh, "
-        advice += f"delete {store.folder}"
-    elif skipped:
-        query = f"SELECT count(*), reason FROM {SKIPPED} GROUP BY reason ORDER BY 1 DESC, 2 LIMIT 3"
-        there += f", all {skipped:,} were skipped"
-        advice = "; ".join(f"{n:,} × {reason}" for n, reason in store.db.execute(query))
-    raise DeepVisionError(f"{images} {there}: {advice}")
-
-
-@contextmanager
-def store_errors(folder: Path) -> Iterator[None]:
-    """Turn an error of the disk or the database into a DeepVisionError."""
-    try:
-        yield
-    except (OSError, sqlite3.Error, DamageError, NotImplementedError) as error:  # the last: a disk without locks
-        raise DeepVisionError(
-            f"the index in {folder} cannot be used: {first_line(error)}. Check the free space and the permissions, "
-            "or choose another folder with --index-dir"
-        ) from error
-
-
-def open_store(folder: Path, model: Model, whole: bool) -> Store:
-    """The store in the folder, made or repaired if need be. `whole`: it is checked whole, unless it is large."""
-    if any((folder / name).exists() for name in OLD_FILES):
-        log.warning("%s holds an index of an older format: all images are indexed anew", folder)
-    store = Store(folder, model.identity, model.dim)
-    try:
-        store.check(whole)
-    except DamageError:  # or it is new
-        store.repair()
-    return store
+        advice = (
+            f"but the index knows {known:,}: is a drive not connected, or is it another folder? Nothing was changed"
+        )
+    elif skipped := store.skipped(1):
+        advice = f"all were skipped, {os.fsdecode(skipped[0][0])} for one: {skipped[0][1]}"
+    raise DeepVisionError(f"{images} has no usable image: {advice}")
 
 
 def prepare(store: Store, images: Path, model: Model, work: Work) -> Engine:
-    """Update the store, open its index: the engine of a search."""
-    with damage_noticed():
-        known = Summary(store.count(USABLE), store.count(SKIPPED))
-        summary = update(store, images, model, work) if work.update else known
-        index = open_index(store, work)
-    return Engine(
-        images, model, store, index, work.exact, replace(summary, recall=None if work.exact else index.recall)
-    )
+    """Update the store and open its index: the engine of a search."""
+    with store.errors():
+        store.check(whole=work.update)
+        summary = Summary(store.count(USABLE), store.count(SKIPPED))
+        if work.update:
+            summary = update(store, images, model, work)
+        return Engine(images, model, store, open_index(store, work), work.exact, summary)
 
 
 def initialize_reverse_image_search(
@@ -2502,57 +2163,25 @@ def initialize_reverse_image_search(
 
     Raises DeepVisionError if there is no usable image, or the cache cannot be written or is a newer version's.
     """
+    images = Path(images)
     if os.path.realpath(images) == os.path.realpath(index_dir):
         raise DeepVisionError(f"--index-dir {index_dir} is the collection itself: choose another folder for the cache")
-    model, images = model or load_model(), Path(images)
+    if work.update and not os.path.isdir(images):
+        there = "is not a folder" if os.path.exists(images) else "is missing"
+        raise DeepVisionError(f"{images} {there}: put images to search in there, or name another folder with --images")
+    model = model or load_model()
     folder = Path(index_dir, model.identity)
     if not (work.update or Path(folder, "index.sqlite").exists()):
         raise DeepVisionError(f"there is no index of {images} by {model.name} in {index_dir}: run without --no-update")
     if model.name == MODEL and not folder.exists() and any(Path(index_dir).glob(f"{OFFLINE}-*")):
         log.warning("the weights of %s are here now: all images are indexed with it; the offline index is kept", MODEL)
-    with store_errors(folder):
-        store = open_store(folder, model, whole=work.update)
-        try:
-            engine = prepare(store, images, model, work)
-        except DamageError:
-            store.repair()
-            engine = prepare(store, images, model, work)
-        for name in OLD_FILES:
-            (folder / name).unlink(missing_ok=True)
-    return engine
-
-
-def wait_for_ranks() -> None:
-    """Wait until all ranks of torchrun have come here."""
+    store = Store(folder, model.identity, model.dim)
     try:
-        torch.distributed.barrier()
-    except RuntimeError as error:
-        raise DeepVisionError("another rank of torchrun has stopped: run it again, what was done is saved") from error
-
-
-def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
-    """As a rank of torchrun: read a share of the new files into a database that the next update takes in.
-
-    All ranks meet twice: once rank 0 has made the store sound and holds its lock, and when all have read.
-    """
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=RANKS_WAIT))
-    with store_errors(folder):
-        if work.rank:
-            wait_for_ranks()  # for rank 0, which makes the store sound, and holds the lock for all ranks
-        store = open_store(folder, model, whole=not work.rank)
-        with nullcontext() if work.rank else store.locked():
-            if not work.rank:
-                merge_ranks(store)
-                scan(store, images, work)
-                skip_crashing_file(store, images, work)
-                wait_for_ranks()
-            share = Store(folder, model.identity, model.dim, f"rank-{work.rank}.sqlite")
-            share.make_sound()  # it is new
-            scan(store, images, work)
-            read_new(store, share, images, model, work)
-            share.close()
-            wait_for_ranks()
-        store.close()
+        return prepare(store, images, model, work)
+    except DamageError:  # or the store is new
+        with store.errors(), store.locked():
+            store.repair()
+        return prepare(store, images, model, work)
 
 
 # ---- Output ----------------------------------------------------------------------------------------------------------
@@ -3106,33 +2735,12 @@ def report_update(engine: Engine, options: argparse.Namespace) -> None:
     summary, model, images = engine.summary, engine.model, escape_controls(str(engine.images))
     done = f"{summary.images:,} images, not checked for changes (--no-update)" if options.no_update else summary
     log.info("%s: %s (%s on %s, %s)", images, done, model.name, model.device, model.precision)
-    if summary.recall is not None:
+    if engine.index.recall and not engine.exact:
         how = "the search is approximate (recall@%d is %.3f); --exact compares with every image"
-        log.info(how, TOP, summary.recall)
+        log.info(how, TOP, engine.index.recall)
     if log.isEnabledFor(logging.DEBUG):
         for path, reason in engine.store.skipped():
             log.debug("skipped %s: %s", escape_controls(os.path.join(engine.images, os.fsdecode(path))), reason)
-
-
-def run(options: argparse.Namespace) -> int:
-    """Do what the options ask for, and return the exit status."""
-    model, (rank, ranks) = load_model(options.model, options.weights, options.device), rank_of_ranks()
-    of_update = options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update
-    work = Work(*of_update, options.exact, exclude=tuple(options.exclude), rank=rank, ranks=ranks)
-    if ranks > 1 and work.update:  # torchrun
-        read_share(Path(options.images), Path(options.index_dir, model.identity), model, work)
-        work = replace(work, rebuild=False)
-    if rank:
-        return 0
-    engine = initialize_reverse_image_search(options.images, options.index_dir, model=model, work=work)
-    report_update(engine, options)
-    if options.export:
-        write_export(engine, Path(options.export))
-    elif options.ui:
-        serve(engine, options.port, options.top)
-    elif not options.index_only:
-        return print_answers(options, engine)
-    return 0
 
 
 def print_answers(options: argparse.Namespace, engine: Engine) -> int:
@@ -3155,6 +2763,26 @@ def print_answers(options: argparse.Namespace, engine: Engine) -> int:
             write_page(options.report, found, engine, time.perf_counter() - start)
             log.info("%s", escape_controls(options.report))
     return 1 if any(item.error for item in found) else 0
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the options ask for, and return the exit status."""
+    model, (rank, ranks) = load_model(options.model, options.weights, options.device), rank_of_ranks()
+    of_update = options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update
+    work = Work(*of_update, options.exact, exclude=tuple(options.exclude), rank=rank, ranks=ranks)
+    if rank:  # of torchrun
+        if work.update:
+            read_share(Path(options.images), Path(options.index_dir, model.identity), model, work)
+        return 0
+    engine = initialize_reverse_image_search(options.images, options.index_dir, model=model, work=work)
+    report_update(engine, options)
+    if options.export:
+        write_export(engine, Path(options.export))
+    elif options.ui:
+        serve(engine, options.port, options.top)
+    elif not options.index_only:
+        return print_answers(options, engine)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

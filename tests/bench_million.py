@@ -82,9 +82,9 @@ def make_files(root: Path, n: int) -> None:
 
 def fill(store: main.Store, root: Path, blocks: Iterable[np.ndarray]) -> None:
     """Store the files below `root`, each with a vector of the blocks."""
-    store.repair()
     files = main.find_images(root, print)
     with store.locked():
+        store.repair()
         for block in blocks:
             pairs = zip(block.astype(np.float16), files)
             store.save([main.Picture(file, os.urandom(main.DIGEST_BYTES), vector=vector) for vector, file in pairs])
@@ -153,7 +153,7 @@ def batch(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     xq = queries_for(dim, n)
 
     def found_by(engine: main.Engine, xq: np.ndarray) -> list[set[bytes]]:
-        lists = main.candidate_rows(engine, xq, [1] * len(xq), main.first_list(engine))
+        lists = main.candidate_rows(engine, xq[:, None], engine.first_list)
         ranked = (main.ranked(engine, x[None], rows) for x, rows in zip(xq, lists))
         return [{it.digest for it in itertools.islice(scored, main.TOP)} for scored in ranked]
 
@@ -186,13 +186,6 @@ def rerun(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     return {"rerun s": time.perf_counter() - start, "rerun MB": peak() - base}
 
 
-def duplicates(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
-    engine = main.initialize_reverse_image_search(images, cache, model=model_of(dim, n), work=main.Work(update=False))
-    base, start = peak(reset=True), time.perf_counter()
-    groups = sum(1 for _ in main.find_duplicates(engine, 0.999))
-    return {"duplicates s": time.perf_counter() - start, "duplicates MB": peak() - base, "groups": groups}
-
-
 def peer_flat(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     """What the usual script does: the index in fp32, read whole, one query."""
     import faiss
@@ -208,7 +201,7 @@ def peer_flat(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
 
 
 STEPS: dict[str, Callable[..., dict[str, float]]] = {
-    step.__name__: step for step in (build, first_answer, batch, add, rerun, duplicates, peer_flat)
+    step.__name__: step for step in (build, first_answer, batch, add, rerun, peer_flat)
 }
 
 

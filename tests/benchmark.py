@@ -12,14 +12,21 @@ one image. Medians of the repetitions. Without --weights the network is untraine
 from __future__ import annotations
 
 import argparse
+import fcntl
+import itertools
 import json
 import os
+import pty
+import re
 import shutil
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -333,6 +340,63 @@ def rerun(options: Options) -> Iterator[Row]:
     yield Row(what, found["offline"] - found["imports"], "s", promised="≤ 0.60 s")
 
 
+def first_progress(options: Options) -> Iterator[Row]:
+    """How soon the bar of a first run has counted an image, after the imports: in a collection of 100,000 new files."""
+    folder = collection(options, max(2, round(100_000 * options.share)), 64, 48)
+
+    def seconds_until_counted() -> float:
+        terminal, end = pty.openpty()
+        fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # no bar on a terminal without columns
+        with tempfile.TemporaryDirectory(dir=options.folder) as index_dir:
+            where = ["--images", str(folder), "--index-dir", index_dir, "--index-only", "--model", "offline"]
+            start, seen = time.perf_counter(), b""
+            run = subprocess.Popen([sys.executable, str(ROOT / "main.py"), *where], stderr=end, stdin=end)
+            while not re.search(rb" [1-9]\d*/", seen):
+                seen += os.read(terminal, 1 << 16)
+            seconds = time.perf_counter() - start
+            run.kill()
+            run.wait()
+        os.close(terminal)
+        os.close(end)
+        return seconds
+
+    imports = [sys.executable, "-c", "import torch, faiss"]
+    timed = {"first": seconds_until_counted, "imports": lambda: process(imports, {}).seconds}
+    found = medians(options.repeat, timed)
+    what = f"{len(os.listdir(folder)):,} new images, first progress beyond the imports of torch and faiss"
+    yield Row(what, found["first"] - found["imports"], "s", promised="≤ 1.00 s")
+
+
+def one_query(options: Options) -> Iterator[Row]:
+    """A query in all its views, verified, among 1,000 images: alone, without views, and each of 100."""
+    folder = collection(options, max(100, round(1000 * options.share)), 500, 375, distinct=1000)
+    model = main.load_model("offline")
+    engine = main.initialize_reverse_image_search(folder, options.folder / "one query", model=model)
+    names = sorted(map(str, folder.iterdir()))
+
+    def seconds(engine: main.Engine, queries: list[str], views: str) -> float:
+        start = time.perf_counter()
+        deque(main.search(queries, engine, views=views), 0)
+        return (time.perf_counter() - start) / len(queries)
+
+    seconds(engine, names[:1], "auto")
+    # No picture is a query twice: the local features of candidates are remembered.
+    turn = itertools.count(1)
+    timed = {
+        "alone": lambda: seconds(engine, [names[next(turn)]], "auto"),
+        "without views": lambda: seconds(engine, [names[next(turn)]], "none"),
+    }
+    found = medians(5 * options.repeat, timed)
+    yield Row("a query in all its views, verified, alone", found["alone"], "s", promised="≤ 0.50 s")
+    yield Row("the same with --views none", found["without views"], "s", promised="≤ 0.15 s")
+    yield Row("each of 100 queries at once", seconds(engine, names[-100:], "auto"), "s", promised="≤ 0.30 s")
+    few = collection(options, 20, 500, 375)
+    model = main.load_model(options.network, options.weights, "cpu")
+    engine = main.initialize_reverse_image_search(few, options.folder / "one query", model=model)
+    rounds = medians(2 * options.repeat, {"network": lambda: seconds(engine, [names[next(turn)]], "auto")})
+    yield Row(f"a query in its views by {options.network}, alone", rounds["network"], "s", promised="≤ 1.00 s")
+
+
 SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "many": against_the_usual_script(2000, 500, 375, "5.00 ×"),
     "few": against_the_usual_script(200, 500, 375, "3.50 ×"),
@@ -340,6 +404,8 @@ SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "large": against_the_usual_script(200, 4000, 3000, "8.00 ×"),
     "offline": offline,
     "rerun": rerun,
+    "first-progress": first_progress,
+    "one-query": one_query,
     "ceilings": ceilings,
     "memory": memory,
     "search": search(100_000),

@@ -65,9 +65,10 @@ def test_the_threshold_takes_a_label_or_a_score(value: str, rich: Path, run: Run
     assert len(matches(run, "--threshold", value)) == (value != "identical")
 
 
+@pytest.mark.parametrize("option", ["--threshold", "--duplicates"])
 @pytest.mark.parametrize("word", ["similar", "weak", "copies"])
-def test_other_words_are_refused_with_the_names_of_the_two(word: str, run: Run) -> None:
-    outcome = run("--threshold", word)
+def test_other_words_are_refused_with_the_names_of_the_two(option: str, word: str, run: Run) -> None:
+    outcome = run(option, word)
     assert outcome.status == 2 and "copy, identical" in outcome.stderr
 
 
@@ -112,9 +113,6 @@ def test_pictures_without_structure_are_copies_by_their_bytes_alone(tmp_path: Pa
         image.save(tmp_path / IMAGES / f"{number}.png")
     gradient.resize((150, 100)).save("query.jpg")
     assert {match["label"] for match in matches(run)} == {""}
-    gradient.save("query.png")
-    assert main.local_features(Image.new("L", (1, 1))).places.shape == (0,)
-    assert main.local_features(Image.new("L", (1, 20000))).places.shape == (0,)
 
 
 # ---- Edits -----------------------------------------------------------------------------------------------------------
@@ -258,7 +256,7 @@ def test_local_features_are_those_of_the_upright_picture() -> None:
     exif[0x0112] = 6  # turned by 90 degrees
     upright.transpose(Image.Transpose.ROTATE_90).save("turned.jpg", exif=exif, quality=95)
     found = main.local_features(Image.open("turned.jpg"))
-    assert found.size == upright.size and found.grey.size == main.local_features(upright).grey.size
+    assert found.size == upright.size and found.grey.shape == main.local_features(upright).grey.shape
 
 
 # ---- Order -----------------------------------------------------------------------------------------------------------

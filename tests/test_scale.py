@@ -13,6 +13,7 @@ import shutil
 import sqlite3
 import types
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -115,23 +116,22 @@ def queries(n: int) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("work", "sizes"), [(CODED, [1, 40, *range(61, 69), *range(90, 301, 30)]), (main.Work(), [1, 24, 300])]
+    ("work", "sizes"), [(CODED, [40, 61, 79, 80, *range(90, 301, 30)]), (main.Work(), [1, 24, 300])]
 )
 def test_a_collection_that_grows_is_searched_like_brute_force_does(work, sizes, tiny, ask):
-    """Over the first size that the codes are trained on and several times of outgrowing it."""
+    """Over several times of outgrowing the size that the codes were trained on."""
     with pytest.raises(main.DeepVisionError):
         main.initialize_reverse_image_search("images", "index", model=tiny, work=work)
     for before, n in itertools.pairwise([0, *sizes]):
         put(*range(before, n))
         engine = main.initialize_reverse_image_search("images", "index", model=tiny, work=work)
-        assert bool(engine.index.shortlist) == (work is CODED and n >= main.FEWEST_CODED)
+        assert bool(engine.index.shortlist) == (work is CODED)
         assert ask(engine) == brute_force(list(range(n)), tiny)
 
 
 def test_the_codes_find_nearly_all_and_say_how_many_and_scores_are_exact(many, tiny):
     engine, asked = many(5000), queries(100)
-    assert engine.index.trained == 5000 and main.RECALL <= engine.index.recall <= 1
-    assert engine.summary.recall == engine.index.recall
+    assert engine.index.made_of == 5000 and main.RECALL <= engine.index.recall <= 1
     by_codes, exact = found(engine, asked, 10), found(replace(engine, exact=True), asked, 10)
     xb = np.concatenate([xb for _, xb in engine.store.blocks()]).astype(np.float32)
     S = features_of(list(range(20_000, 20_100)), tiny) @ xb.T
@@ -215,13 +215,13 @@ def test_what_is_gone_leaves_room_for_what_is_there(tiny, opened, ask, monkeypat
 
 def test_codes_are_appended_and_only_trained_again_when_outgrown(opened, monkeypatch):
     """What was there is not read again for what is added."""
-    trained, starts, blocks = [], list[int](), main.Store.blocks
-    for before, n in itertools.pairwise([0, 80, 100, 160, 161, 200]):
+    made_of, starts, blocks = [], list[int](), main.Store.blocks
+    for before, n in itertools.pairwise([0, 80, 100, 159, 160, 200]):
         put(*range(before, n))
         index = opened().index
         assert index.last == index.faiss.ntotal == n
-        trained.append(index.trained)
-    assert trained == [80, 80, 80, 161, 161]
+        made_of.append(index.made_of)
+    assert made_of == [80, 80, 80, 160, 160]
     monkeypatch.setattr(main.Store, "blocks", lambda self, *rows: [starts.extend(rows[:1]), blocks(self, *rows)][1])
     put(200)
     opened()
@@ -249,11 +249,12 @@ def test_the_summary_tells_how_the_index_was_searched(run, collection, monkeypat
 # ---- While another run is at work ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [10, 80], ids=["exact", "codes"])
-def test_an_open_engine_answers_rightly_whatever_other_runs_do(n, tiny, opened, ask):
+@pytest.mark.parametrize("size", [1 << 28, 0], ids=["exact", "codes"])
+def test_an_open_engine_answers_rightly_whatever_other_runs_do(size, tiny, opened, ask):
     """Rows that its index lacks are compared one by one; rows that are gone name no file."""
-    put(*range(n))
-    engine, there, seeds = opened(), set(range(n)), itertools.count(500)
+    opened = partial(opened, exact_bytes=size)
+    put(*range(80))
+    engine, there, seeds = opened(), set(range(80)), itertools.count(500)
     for act in ("add", "prune", "rebuild", "both", "add"):
         if act == "add":
             new = list(itertools.islice(seeds, 2))
@@ -268,7 +269,7 @@ def test_an_open_engine_answers_rightly_whatever_other_runs_do(n, tiny, opened, 
 
 
 def test_others_may_save_during_a_scan(opened, monkeypatch):
-    put(*range(5))
+    put(*range(50))
     opened()
     find, statement = (
         main.find_images,
@@ -282,7 +283,7 @@ def test_others_may_save_during_a_scan(opened, monkeypatch):
                 other.execute(statement)
 
     monkeypatch.setattr(main, "find_images", files)
-    assert opened().summary.images == 5
+    assert opened().summary.images == 50
 
 
 def test_a_broken_feature_is_never_answered_from_and_alone_extracted_again(tiny, opened, ask, monkeypatch):
@@ -291,11 +292,30 @@ def test_a_broken_feature_is_never_answered_from_and_alone_extracted_again(tiny,
     put(*range(100))
     engine = opened()
     edit(cache_folder("index") / "index.sqlite", "UPDATE features SET checksum = checksum + 1 WHERE row = 40")
-    with pytest.raises(main.DeepVisionError, match=r"1 feature did not match the checksum.*Run the command again"):
+    with pytest.raises(main.DeepVisionError, match=r"do not match their checksums.*Run the command again"):
         ask(engine, 100)
     engine = opened()
     assert (engine.summary.opened, engine.store.count("features")) == (1, 100)
     assert ask(engine) == brute_force(list(range(100)), tiny)
+
+
+def test_a_malformed_page_is_repaired_by_the_next_run_in_a_large_collection_too(tiny, opened, ask, monkeypatch):
+    """No page of it is looked at on opening: the run that meets the damage marks it."""
+    monkeypatch.setattr(main, "PAGE_BYTES", 512)
+    monkeypatch.setattr(main, "CHECKED_BYTES", 0)
+    put(*range(300))
+    opened(exact=True)
+    path = cache_folder("index") / "index.sqlite"
+    with closing(sqlite3.connect(path)) as db:
+        ((vector,),) = db.execute("SELECT vector FROM features WHERE row = 150")
+    content = bytearray(path.read_bytes())
+    start = content.find(vector) // main.PAGE_BYTES * main.PAGE_BYTES
+    content[start : start + 64] = b"\xff" * 64
+    path.write_bytes(content)
+    with pytest.raises(main.DeepVisionError, match=r"damaged .*malformed.*Run the command again"):
+        ask(opened(update=False, exact=True))
+    engine = opened()
+    assert 0 < engine.summary.new < 300 and ask(engine) == brute_force(list(range(300)), tiny)
 
 
 # ---- Without an update -----------------------------------------------------------------------------------------------
@@ -399,7 +419,7 @@ def test_an_export_that_fails_is_one_line_and_leaves_no_features_beside_other_pa
     monkeypatch.setattr(main, "CHECKED_BYTES", 0)
     edit(cache_folder() / "index.sqlite", "UPDATE features SET checksum = checksum + 1 WHERE row = 2")
     outcome = run(*OFFLINE, "--export", "out")
-    assert outcome.status == 1 and outcome.stderr.splitlines()[-1].startswith("error: --export out: 1 feature")
+    assert outcome.status == 1 and outcome.stderr.splitlines()[-1].startswith("error: --export out: image_index")
     assert counts(run(*OFFLINE, "--index-only"))["new"] == 1
 
 

@@ -104,21 +104,6 @@ def test_a_search_finds_what_brute_force_finds(n: int, collection: Any, find: An
     assert not any(match.identical for match in matches)
 
 
-def test_every_image_finds_a_copy_of_itself_first(collection: Any, model: main.Model) -> None:
-    """Rows and paths are in step, whatever stands between the images."""
-    collection(40)
-    for seed in (0, 1, 7, 20, 39):
-        (IMAGES / f"{seed}.png").rename(IMAGES / f"{seed} good.png")
-        (IMAGES / f"{seed}.png").write_bytes(b"\x89PNG bad")
-    shutil.copytree(IMAGES, "copies")
-    queries = sorted(path for path in Path("copies").iterdir() if path.stat().st_size > 10)
-    engine = main.initialize_reverse_image_search(model=model, work=main.Work(batch_size=4))
-    for query, answer in zip(queries, main.search(queries, engine, k=1), strict=True):
-        (match,) = answer.matches
-        assert (answer.query, match.path, match.identical) == (str(query), str(IMAGES / query.name), True)
-        assert match.score == pytest.approx(1, abs=1e-3)
-
-
 @pytest.mark.parametrize("place", [slice(0, 1), slice(10, 11), slice(19, 20), slice(4, 8), slice(0, 19)])
 def test_bad_files_anywhere_cost_no_other_file(place: slice, collection: Any, model: main.Model) -> None:
     collection(20)
@@ -129,7 +114,8 @@ def test_bad_files_anywhere_cost_no_other_file(place: slice, collection: Any, mo
     engine = main.initialize_reverse_image_search(model=model, work=main.Work(batch_size=4))
     good = [name for name in names if name not in names[place]]
     for name, answer in zip(good, main.search([f"copies/{name}" for name in good], engine)):
-        assert (answer.matches[0].path, answer.matches[0].identical) == (str(IMAGES / name), True)
+        first = answer.matches[0]
+        assert (first.path, first.identical, first.score) == (str(IMAGES / name), True, pytest.approx(1, abs=1e-3))
         assert len(answer.matches) == min(10, len(good))
 
 
@@ -140,15 +126,7 @@ def test_scores_are_cosines(collection: Any, find: Any) -> None:
         shutil.copy(IMAGES / query, "copy.png")
         scores = [match.score for match in find("copy.png", k=100)]
         assert len(scores) == 61 and scores == sorted(scores, reverse=True)
-        assert all(-1 <= score <= 1 for score in scores)
-
-
-def test_a_picture_of_one_colour_finds_its_copy_with_a_score_of_one(collection: Any, find: Any) -> None:
-    collection(5)
-    Image.new("RGB", (64, 64), "teal").save(IMAGES / "teal.png")
-    shutil.copy(IMAGES / "teal.png", "copy.png")
-    first = find("copy.png")[0]
-    assert (first.path, first.identical, first.score) == (str(IMAGES / "teal.png"), True, pytest.approx(1, abs=1e-3))
+        assert scores[0] == pytest.approx(1, abs=1e-3) and all(-1 <= score <= 1 for score in scores)
 
 
 # ---- How many, and in which order ------------------------------------------------------------------------------------
@@ -159,11 +137,7 @@ def test_there_are_never_more_matches_than_images(k: int, collection: Any, find:
     collection(4)
     draw(1000).save("query.png")
     assert len(find("query.png", k=k)) == min(k, 4)
-
-
-def test_the_only_image_finds_nothing_else(collection: Any, find: Any) -> None:
-    collection(1)
-    assert find(IMAGES / "0.png") == []
+    assert len(find(IMAGES / "0.png", k=k)) == min(k, 3)
 
 
 @pytest.mark.parametrize("image", [draw(3), Image.new("RGB", (20, 20), "red")], ids=["a picture", "one colour"])
@@ -271,17 +245,6 @@ def test_of_many_copies_each_is_a_match(collection: Any, find: Any) -> None:
     copies = ["0.png", *(f"copy {number:02}.png" for number in range(20) if number != 3)]
     assert paths_of(matches[:20]) == [str(IMAGES / name) for name in copies]
     assert [match.identical for match in matches] == [True] * 20 + [False] * 2
-
-
-def test_gone_files_never_appear(collection: Any, find: Any) -> None:
-    collection(30)
-    draw(1000).save("query.png")
-    for left in (30, 20, 11, 10, 1):
-        expected = [path for path in paths_of(find("query.png", k=30)) if int(Path(path).stem) < left]
-        for seed in range(left, 30):
-            (IMAGES / f"{seed}.png").unlink(missing_ok=True)
-        assert paths_of(find("query.png", k=30)) == expected
-        assert len(expected) == left
 
 
 # ---- Whatever happened before ----------------------------------------------------------------------------------------

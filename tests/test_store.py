@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import re
 import resource
 import shutil
@@ -216,7 +215,7 @@ def test_an_unplugged_drive_costs_nothing(left, option, index, run, answers):
         (IMAGES / name).write_text("junk")
     outcome = run(*OFFLINE, "-q", option)
     assert (outcome.status, outcome.stdout) == (1, "")
-    assert re.search(r"^error: bulk_images/? .*(the index knows 6|nothing was pruned)", outcome.stderr, re.MULTILINE)
+    assert re.search("^error: bulk_images (is missing|.*(index knows 6|nothing was pruned))", outcome.stderr, re.M)
     assert rows() == stored
     shutil.rmtree(IMAGES, ignore_errors=True)
     Path("away").rename(IMAGES)
@@ -372,32 +371,15 @@ def damaged(cache: Path, run: Run) -> Callable[[], Outcome]:
     return lambda: run(*ASK, "-q", "small.png", "unknown.png")
 
 
-@pytest.mark.parametrize(("name", "times"), [("index.sqlite", 40), ("index.faiss", 12)])
-def test_no_flipped_bit_changes_an_answer(name, times, damaged):
-    """Nor does it stop a run: wherever it is, but in the bytes that tell the version of the format, or of SQLite's."""
-    expected, places = answers_of(damaged()), random.Random(name)
-    whole, path = contents(cache_folder()), cache_folder() / name
-    version = {*range(16, 24), *range(44, 48), *range(60, 64)}
-    used = [place for place, byte in enumerate(whole[name]) if byte and place not in version]
-    for place in places.sample(used, times):
-        for other, content in whole.items():
-            (path.parent / other).write_bytes(content)
-        flipped = bytearray(whole[name])
-        flipped[place] ^= 1 << places.randrange(8)
-        path.write_bytes(flipped)
-        assert answers_of(damaged()) == expected, (place, flipped[place], flipped[max(0, place - 9) : place + 9])
+GARBLED = {
+    b"CREATE TABLE features": b"CREATE TAB\xccE features",
+    b"CREATE TABLE files": b"CREATE TABLE f\xe9les",
+    b"WITHOUT ROWID": b"WITHOUT ROW\xc9D",
+    b"size INTEGER,": b"size INTEGER ",
+}
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (b"CREATE TABLE features", b"CREATE TAB\xccE features"),
-        (b"CREATE TABLE files", b"CREATE TABLE f\xe9les"),
-        (b"size INTEGER", b"\xf3ize INTEGER"),
-        (b"WITHOUT ROWID", b"WITHOUT ROW\xc9D"),
-        (b"size INTEGER,", b"size INTEGER "),
-    ],
-)
+@pytest.mark.parametrize(("old", "new"), GARBLED.items())
 def test_a_garbled_schema_is_made_again(old, new, damaged):
     """Python's sqlite3 raises more kinds of errors of it than its own."""
     path, expected = cache_folder() / "index.sqlite", answers_of(damaged())
@@ -421,6 +403,7 @@ def test_a_garbled_schema_is_made_again(old, new, damaged):
         "UPDATE features SET vector = 'text', checksum = 'text'",
         "UPDATE files SET digest = zeroblob(16) WHERE path = CAST('0.png' AS BLOB)",
         "UPDATE files SET size = 'x'",
+        "UPDATE files SET path = CAST(path AS TEXT)",
         "UPDATE files SET path = CAST(path || 'x' AS BLOB)",
         "DELETE FROM files",
         "DROP TABLE features",
@@ -437,7 +420,7 @@ def test_a_store_that_contradicts_itself_is_never_answered_from(statement, damag
 def test_a_damaged_feature_alone_is_extracted_again(damaged, run):
     edit(cache_folder() / "index.sqlite", "UPDATE features SET checksum = checksum + 1 WHERE row = 3")
     outcome = run(*OFFLINE, "--index-only")
-    assert "1 feature is damaged" in outcome.stderr and counts(outcome)["new"] == 1
+    assert "features of 1 file are damaged" in outcome.stderr and counts(outcome)["new"] == 1
 
 
 def test_a_malformed_page_costs_only_what_it_held(index, run, collection):
