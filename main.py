@@ -2219,10 +2219,9 @@ def as_json(found: Answer | Group, engine: Engine) -> str:
     """One object on one line, in ASCII, so that any file name makes valid JSON."""
     if found.error:
         return json.dumps({found._fields[0]: found[0], "error": found.error})
-    matches = []
-    for match in found.matches:
-        region = match.region and {key: value for key, value in match.region._asdict().items() if key != "outline"}
-        matches.append({**match._asdict(), "score": round(match.score, 6), "region": region})
+    matches = [match._replace(score=round(match.score, 6))._asdict() for match in found.matches]
+    for match in matches:
+        match["region"] = match["region"] and match["region"]._asdict()
     return json.dumps({found._fields[0]: found[0], "model": engine.model.name, "matches": matches})
 
 
@@ -2641,12 +2640,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def rank_of_ranks() -> tuple[int, int]:
-    """The number of this process among those that torchrun started, and how many they are."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    return int(os.environ.get("RANK", 0)) % ranks, ranks
-
-
 class Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects to http and https alone. urllib itself also follows those to ftp."""
 
@@ -2767,10 +2760,17 @@ def print_answers(options: argparse.Namespace, engine: Engine) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Do what the options ask for, and return the exit status."""
-    model, (rank, ranks) = load_model(options.model, options.weights, options.device), rank_of_ranks()
-    of_update = options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update
-    work = Work(*of_update, options.exact, exclude=tuple(options.exclude), rank=rank, ranks=ranks)
-    if rank:  # of torchrun
+    ranks = int(os.environ.get("WORLD_SIZE", 1))  # the processes that torchrun started; this is number `rank`
+    rank = int(os.environ.get("RANK", 0)) % ranks
+    if rank:  # the first one speaks for all
+        log.handlers[0].setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
+        log.setLevel(logging.WARNING)
+    model = load_model(options.model, options.weights, options.device)
+    work = Work(
+        options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update, options.exact,
+        exclude=tuple(options.exclude), rank=rank, ranks=ranks,
+    )  # fmt: skip
+    if rank:
         if work.update:
             read_share(Path(options.images), Path(options.index_dir, model.identity), model, work)
         return 0
@@ -2790,9 +2790,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     log.handlers = [logging.StreamHandler()]
     log.setLevel(options.level)
-    if rank := rank_of_ranks()[0]:  # the first speaks for all
-        log.handlers[0].setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
-        log.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="tqdm:")  # its monitor thread failed; not needed
     warnings.filterwarnings("ignore", module="PIL")  # what Pillow doubts is either read or skipped with a reason
     if isinstance(sys.stdout, io.TextIOWrapper):
