@@ -2338,14 +2338,16 @@ def render(
     found: Sequence[Answer | Group], engine: Engine, name: Any = decode_path, link: Any = link_to, **values: Any
 ) -> str:
     """The page. `name` and `link` make of a path the text and the address shown; `values`: what else PAGE takes."""
-    room, shown = PAGE_PICTURES, list[tuple[Answer | Group, list[Match]]]()
+    shown = list[tuple[Answer | Group, list[Match]]]()
+    room = PAGE_PICTURES
     for item in found:
         matches = with_query(item)
         shown.append((item, matches[: max(0, room)]))
         room -= len(matches)
     paths = list(dict.fromkeys(match.path for _, matches in shown for match in matches))
-    read, cores = partial(read_picture, root=b"", transform=thumbnail), usable_cores()
-    pictures = dict(zip(paths, read_ahead(read, (File(os.fsencode(path), 0, 0) for path in paths), cores, 4 * cores)))
+    files = (File(os.fsencode(path), 0, 0) for path in paths)
+    read = partial(read_picture, root=b"", transform=thumbnail)
+    pictures = dict(zip(paths, read_ahead(read, files, usable_cores(), 4 * usable_cores())))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     environment.filters.update(text=decode_path, name=name, link=link)
     values = {"title": title_of(found), "policy": POLICY, "verdict": verdict, "remark_on": remark_on, **values}
@@ -2725,8 +2727,11 @@ def write_export(engine: Engine, folder: Path) -> None:
 
 def report_update(engine: Engine, options: argparse.Namespace) -> None:
     """Say on stderr what the update found and did."""
-    summary, model, images = engine.summary, engine.model, escape_controls(str(engine.images))
-    done = f"{summary.images:,} images, not checked for changes (--no-update)" if options.no_update else summary
+    model = engine.model
+    done = str(engine.summary)
+    if options.no_update:
+        done = f"{engine.summary.images:,} images, not checked for changes (--no-update)"
+    images = escape_controls(str(engine.images))
     log.info("%s: %s (%s on %s, %s)", images, done, model.name, model.device, model.precision)
     if engine.index.recall and not engine.exact:
         how = "the search is approximate (recall@%d is %.3f); --exact compares with every image"
@@ -2738,7 +2743,8 @@ def report_update(engine: Engine, options: argparse.Namespace) -> None:
 
 def print_answers(options: argparse.Namespace, engine: Engine) -> int:
     """Print the answers to the queries, or the duplicates, write the page, and return the exit status."""
-    start, found = time.perf_counter(), list[Answer | Group]()
+    start = time.perf_counter()
+    found = list[Answer | Group]()
     is_search = options.duplicates is None
     is_fetched = any(name == "-" or ADDRESS.match(name) for name in options.queries)
     with tempfile.TemporaryDirectory() if is_fetched else nullcontext("") as folder:
