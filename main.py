@@ -2239,8 +2239,8 @@ def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
 
 # ---- Page ------------------------------------------------------------------------------------------------------------
 
-THUMBNAIL, QUALITY = 256, 60  # pixels of the longer side, and of WebP: 4 KB a photograph
-PAGE_PICTURES = 5000  # on a page, 30 MB; the rest is left to the other outputs
+THUMBNAIL, QUALITY = 256, 60  # pixels of the longer side, and of WebP: 5 KB a photograph
+PAGE_PICTURES = 5000  # on a page, 34 MB; the rest is left to the other outputs
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
