@@ -2387,7 +2387,7 @@ const send = async files => {
         const request = fetch("/?" + new URLSearchParams({name: file.name}), {method: "POST", body: file})
         const answer = await request.catch(error => ({statusText: error.message}))
         if (answer.ok) asked.append("q", await answer.text())
-        else alert(`${file.name} is not taken: ${answer.statusText}`)
+        else alert(`${file.name} is not taken (${answer.statusText}). A file may have 300 MB`)
     }
     if (asked.has("q")) location.search = asked
 }
