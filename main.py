@@ -2244,10 +2244,9 @@ def as_json(found: Answer | Group, engine: Engine) -> str:
     """One object on one line, in ASCII, so that any file name makes valid JSON."""
     if found.error:
         return json.dumps({found._fields[0]: found[0], "error": found.error})
-    matches = []
-    for match in found.matches:
-        region = match.region and {key: value for key, value in match.region._asdict().items() if key != "outline"}
-        matches.append({**match._asdict(), "score": round(match.score, 6), "region": region})
+    matches = [match._replace(score=round(match.score, 6))._asdict() for match in found.matches]
+    for match in matches:
+        match["region"] = match["region"] and match["region"]._asdict()
     return json.dumps({found._fields[0]: found[0], "model": engine.model.name, "matches": matches})
 
 
@@ -2265,8 +2264,8 @@ def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
 
 # ---- Page ------------------------------------------------------------------------------------------------------------
 
-THUMBNAIL, QUALITY = 256, 60  # pixels of the longer side, and of WebP: 4 KB a photograph
-PAGE_PICTURES = 5000  # on a page, 30 MB; the rest is left to the other outputs
+THUMBNAIL, QUALITY = 256, 60  # pixels of the longer side, and of WebP: 5 KB a photograph
+PAGE_PICTURES = 5000  # on a page, 34 MB; the rest is left to the other outputs
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -2364,14 +2363,16 @@ def render(
     found: Sequence[Answer | Group], engine: Engine, name: Any = decode_path, link: Any = link_to, **values: Any
 ) -> str:
     """The page. `name` and `link` make of a path the text and the address shown; `values`: what else PAGE takes."""
-    room, shown = PAGE_PICTURES, list[tuple[Answer | Group, list[Match]]]()
+    shown = list[tuple[Answer | Group, list[Match]]]()
+    room = PAGE_PICTURES
     for item in found:
         matches = with_query(item)
         shown.append((item, matches[: max(0, room)]))
         room -= len(matches)
     paths = list(dict.fromkeys(match.path for _, matches in shown for match in matches))
-    read, cores = partial(read_picture, root=b"", transform=thumbnail), usable_cores()
-    pictures = dict(zip(paths, read_ahead(read, (File(os.fsencode(path), 0, 0) for path in paths), cores, 4 * cores)))
+    files = (File(os.fsencode(path), 0, 0) for path in paths)
+    read = partial(read_picture, root=b"", transform=thumbnail)
+    pictures = dict(zip(paths, read_ahead(read, files, usable_cores(), 4 * usable_cores())))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     environment.filters.update(text=decode_path, name=name, link=link)
     values = {"title": title_of(found), "policy": POLICY, "verdict": verdict, "remark_on": remark_on, **values}
@@ -2411,7 +2412,7 @@ const send = async files => {
         const request = fetch("/?" + new URLSearchParams({name: file.name}), {method: "POST", body: file})
         const answer = await request.catch(error => ({statusText: error.message}))
         if (answer.ok) asked.append("q", await answer.text())
-        else alert(`${file.name} is not taken: ${answer.statusText}`)
+        else alert(`${file.name} is not taken (${answer.statusText}). A file may have 300 MB`)
     }
     if (asked.has("q")) location.search = asked
 }
@@ -2666,12 +2667,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def rank_of_ranks() -> tuple[int, int]:
-    """The number of this process among those that torchrun started, and how many they are."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    return int(os.environ.get("RANK", 0)) % ranks, ranks
-
-
 class Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects to http and https alone. urllib itself also follows those to ftp."""
 
@@ -2757,8 +2752,11 @@ def write_export(engine: Engine, folder: Path) -> None:
 
 def report_update(engine: Engine, options: argparse.Namespace) -> None:
     """Say on stderr what the update found and did."""
-    summary, model, images = engine.summary, engine.model, escape_controls(str(engine.images))
-    done = f"{summary.images:,} images, not checked for changes (--no-update)" if options.no_update else summary
+    model = engine.model
+    done = str(engine.summary)
+    if options.no_update:
+        done = f"{engine.summary.images:,} images, not checked for changes (--no-update)"
+    images = escape_controls(str(engine.images))
     log.info("%s: %s (%s on %s, %s)", images, done, model.name, model.device, model.precision)
     if engine.index.recall and not engine.exact:
         how = "the search is approximate (recall@%d is %.3f); --exact compares with every image"
@@ -2770,7 +2768,8 @@ def report_update(engine: Engine, options: argparse.Namespace) -> None:
 
 def print_answers(options: argparse.Namespace, engine: Engine) -> int:
     """Print the answers to the queries, or the duplicates, write the page, and return the exit status."""
-    start, found = time.perf_counter(), list[Answer | Group]()
+    start = time.perf_counter()
+    found = list[Answer | Group]()
     is_search = options.duplicates is None
     is_fetched = any(name == "-" or ADDRESS.match(name) for name in options.queries)
     with tempfile.TemporaryDirectory() if is_fetched else nullcontext("") as folder:
@@ -2792,10 +2791,17 @@ def print_answers(options: argparse.Namespace, engine: Engine) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Do what the options ask for, and return the exit status."""
-    model, (rank, ranks) = load_model(options.model, options.weights, options.device), rank_of_ranks()
-    of_update = options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update
-    work = Work(*of_update, options.exact, exclude=tuple(options.exclude), rank=rank, ranks=ranks)
-    if rank:  # of torchrun
+    ranks = int(os.environ.get("WORLD_SIZE", 1))  # the processes that torchrun started; this is number `rank`
+    rank = int(os.environ.get("RANK", 0)) % ranks
+    if rank:  # the first one speaks for all
+        log.handlers[0].setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
+        log.setLevel(logging.WARNING)
+    model = load_model(options.model, options.weights, options.device)
+    work = Work(
+        options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update, options.exact,
+        exclude=tuple(options.exclude), rank=rank, ranks=ranks,
+    )  # fmt: skip
+    if rank:
         if work.update:
             read_share(Path(options.images), Path(options.index_dir, model.identity), model, work)
         return 0
@@ -2815,9 +2821,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     log.handlers = [logging.StreamHandler()]
     log.setLevel(options.level)
-    if rank := rank_of_ranks()[0]:  # the first speaks for all
-        log.handlers[0].setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
-        log.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="tqdm:")  # its monitor thread failed; not needed
     warnings.filterwarnings("ignore", module="PIL")  # what Pillow doubts is either read or skipped with a reason
     if isinstance(sys.stdout, io.TextIOWrapper):
