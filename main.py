@@ -307,7 +307,7 @@ def find_images(
             continue
         found, above = list[File](), file.path.removeprefix(separator)
         try:
-            here = os.path.join(root, above)
+            here = os.path.join(root, above.removesuffix(separator))
             identity = os.stat(here)[1:3]
             entries = () if identity in visited else list(os.scandir(here))
         except OSError as error:
@@ -2761,6 +2761,10 @@ def report_update(engine: Engine, options: argparse.Namespace) -> None:
     if engine.index.recall and not engine.exact:
         how = "the search is approximate (recall@%d is %.3f); --exact compares with every image"
         log.info(how, TOP, engine.index.recall)
+    if options.no_update:
+        first = engine.store.db.execute(f"SELECT path FROM {USABLE} LIMIT 1000")
+        if not any(os.path.exists(os.path.join(engine.images, os.fsdecode(path))) for (path,) in first):
+            log.warning("none of the first images in the index is in %s: is --images the right folder?", images)
     if log.isEnabledFor(logging.DEBUG):
         for path, reason in engine.store.skipped():
             log.debug("skipped %s: %s", escape_controls(os.path.join(engine.images, os.fsdecode(path))), reason)
