@@ -1373,7 +1373,7 @@ class Store:
         """
 
         def unlisted(error: OSError) -> None:
-            what = f"{escape_controls(os.fsdecode(error.filename))} cannot be listed ({error.strerror})"
+            what = f"{os.fsdecode(error.filename)} cannot be listed ({error.strerror})"
             if work.prune:  # what lies in it would be forgotten
                 raise DeepVisionError(f"{what}: nothing was pruned")
             log.warning("%s", what)
@@ -2395,7 +2395,7 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
     except OSError as error:
         why = error.strerror or first_line(error)
         advice = "choose another place with --report FILE, or --no-report"
-        raise DeepVisionError(f"the page {escape_controls(str(path))} cannot be written ({why}): {advice}") from error
+        raise DeepVisionError(f"the page {path} cannot be written ({why}): {advice}") from error
 
 
 # ---- UI --------------------------------------------------------------------------------------------------------------
@@ -2747,7 +2747,7 @@ def write_export(engine: Engine, folder: Path) -> None:
     except (OSError, sqlite3.Error, DamageError) as error:
         advice = "run it again, or choose another folder"
         raise DeepVisionError(f"--export {folder}: {first_line(error)}; {advice}") from error
-    log.info("%s: %d × %d features and their paths", escape_controls(str(folder)), len(files), store.dim)
+    log.info("%s: %d × %d features and their paths", folder, len(files), store.dim)
 
 
 def report_update(engine: Engine, options: argparse.Namespace) -> None:
@@ -2756,18 +2756,17 @@ def report_update(engine: Engine, options: argparse.Namespace) -> None:
     done = str(engine.summary)
     if options.no_update:
         done = f"{engine.summary.images:,} images, not checked for changes (--no-update)"
-    images = escape_controls(str(engine.images))
-    log.info("%s: %s (%s on %s, %s)", images, done, model.name, model.device, model.precision)
+    log.info("%s: %s (%s on %s, %s)", engine.images, done, model.name, model.device, model.precision)
     if engine.index.recall and not engine.exact:
         how = "the search is approximate (recall@%d is %.3f); --exact compares with every image"
         log.info(how, TOP, engine.index.recall)
     if options.no_update:
         first = engine.store.db.execute(f"SELECT path FROM {USABLE} LIMIT 1000")
         if not any(os.path.exists(os.path.join(engine.images, os.fsdecode(path))) for (path,) in first):
-            log.warning("none of the first images in the index is in %s: is --images the right folder?", images)
+            log.warning("none of the first images in the index is in %s: is --images the right folder?", engine.images)
     if log.isEnabledFor(logging.DEBUG):
         for path, reason in engine.store.skipped():
-            log.debug("skipped %s: %s", escape_controls(os.path.join(engine.images, os.fsdecode(path))), reason)
+            log.debug("skipped %s: %s", os.path.join(engine.images, os.fsdecode(path)), reason)
 
 
 def print_answers(options: argparse.Namespace, engine: Engine) -> int:
@@ -2781,7 +2780,7 @@ def print_answers(options: argparse.Namespace, engine: Engine) -> int:
             found.append(item)
             print_found(item, engine, options.form)
             if item.error:
-                log.error("%s: %s", escape_controls(item[0]), item.error)
+                log.error("%s: %s", item[0], item.error)
         if is_search and not found:
             where = ", ".join(options.queries) or f"{QUERIES}/"
             raise DeepVisionError(f"no image to search with in {where}: put one there, or name it: main.py photo.jpg")
@@ -2789,7 +2788,7 @@ def print_answers(options: argparse.Namespace, engine: Engine) -> int:
             log.info("%s", title_of(found))
         if options.report:
             write_page(options.report, found, engine, time.perf_counter() - start)
-            log.info("%s", escape_controls(options.report))
+            log.info("%s", options.report)
     return 1 if any(item.error for item in found) else 0
 
 
@@ -2798,7 +2797,7 @@ def run(options: argparse.Namespace) -> int:
     ranks = int(os.environ.get("WORLD_SIZE", 1))  # the processes that torchrun started; this is number `rank`
     rank = int(os.environ.get("RANK", 0)) % ranks
     if rank:  # the first one speaks for all
-        log.handlers[0].setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
+        log.handlers[0].setFormatter(OneLine(f"rank {rank}: %(message)s"))
         log.setLevel(logging.WARNING)
     model = load_model(options.model, options.weights, options.device)
     work = Work(
@@ -2820,10 +2819,18 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+class OneLine(logging.Formatter):
+    """Writes a message in one line that cannot steer a terminal, whatever names it holds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_controls(super().format(record))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 all answered, 1 something failed, 2 usage, 130 interrupted."""
     options = parse_arguments(argv)
     log.handlers = [logging.StreamHandler()]
+    log.handlers[0].setFormatter(OneLine())
     log.setLevel(options.level)
     warnings.filterwarnings("ignore", message="tqdm:")  # its monitor thread failed; not needed
     warnings.filterwarnings("ignore", module="PIL")  # what Pillow doubts is either read or skipped with a reason
@@ -2834,7 +2841,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(options)
     except (DeepVisionError, sqlite3.Error) as error:
-        log.error("error: %s", escape_controls(str(error)))
+        log.error("error: %s", error)
         return 1
     except (MemoryError, RuntimeError, ImportError) as error:
         if not (isinstance(error, MemoryError) or NO_MEMORY.search(str(error))):
