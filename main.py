@@ -158,7 +158,7 @@ class File(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A file that was read, with all that came of it. It travels whole, so that rows and paths never part."""
+    """A file that was read, with its results. They stay together, so that a file that fails shifts no other one."""
 
     file: File
     digest: bytes | None = None  # hash of the content; None: not a usable image
@@ -238,7 +238,7 @@ class Work:
     prune: bool = False  # forget the files that are gone
     update: bool = True  # look for what is new, changed or gone in the collection
     exact: bool = False  # compare with every vector, however many there are
-    exact_bytes: int = 1 << 28  # of vectors; more are searched by compact codes, or the first answer takes over 0.5 s
+    exact_bytes: int = 1 << 28  # of vectors that are all compared; with more, a first answer would take over 0.5 s
     exclude: tuple[str, ...] = ()  # patterns of paths, relative to the collection, that are passed over
     rank: int = 0  # of this process, among `ranks` that torchrun started; rank 0 commits
     ranks: int = 1
@@ -254,7 +254,7 @@ class Summary:
     forgotten: int = 0  # by --prune
     opened: int = 0  # files, in this run
     new: int = 0  # usable ones among them, new or changed
-    recognised: int = 0  # of those, by content: moved, copied, or back again
+    recognised: int = 0  # of the new ones: known by content, because the file was moved, copied or brought back
     seconds: float = 0.0  # of reading and of the model; 0: the ranks of torchrun have read
 
     def add(self, pictures: Sequence[Picture]) -> None:
@@ -279,7 +279,7 @@ NOT_AN_IMAGE = "not an image"  # the reason given for a query that was never mea
 MAX_PIXELS = 100_000_000  # pixels to decode, after JPEG scaling: 0.4 GB in memory; phones reach 200 million in JPEG
 COSTLY_FORMATS = {"WEBP", "JPEG2000"}  # their decoders hold an image four times: half of MAX_PIXELS is their limit
 LARGE_PIXELS = 24_000_000  # pixels; larger images are decoded one at a time, which bounds memory
-DRAFT_SCALE = 3  # times the model's side: a JPEG is decoded no smaller; with 2, thin stripes come out differently
+DRAFT_SCALE = 3  # a JPEG is decoded at no less than 3 times the model's side; with 2, thin stripes change
 DIGEST_BYTES = 16  # bytes of the SHA-256 that identifies a content
 PREPROCESSING = 2  # version, part of a model's identity; raise it when the same file would get other pixels
 PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
@@ -372,7 +372,10 @@ def content_hash(stream: BinaryIO) -> bytes:
 def read_picture(
     file: File, root: bytes, transform: Callable[[Image.Image], Any], known: Callable[[bytes], bool] = lambda _: False
 ) -> Picture:
-    """The file's hash, and what `transform` makes of its image if the hash is not `known`; or why it is not usable."""
+    """Read a file: a Picture with its hash and, unless the hash is `known`, with what `transform` makes of the image.
+
+    The Picture of a file that cannot be used has the reason instead. No error in a file reaches the caller.
+    """
     path = os.path.join(root, file.path)
     try:
         info = os.stat(path)
@@ -462,7 +465,7 @@ EDGE_POWER = 0.3  # of the counts: a strong edge says little more than a weak on
 ORDERS = (0.5, 1.0, 1.0, 1.3, 1.3, 1.7, 1.7)  # weight of each Fourier order over the directions
 BRIGHTNESS_WEIGHT, HUE_WEIGHT, MEAN_WEIGHT = 0.2, 0.3, 0.02  # of the colours, where the edges have 1
 LEAST_COSINE, TINY = 0.25, 1e-12  # less counts as this, and a weight as 0: denormal numbers took half of the time
-FAINT = 100.0  # a part of a lesser norm is noise (a photograph's is 200 and more) and stays small
+FAINT = 100.0  # parts are divided by their norm, but at least by this: less is noise; photographs have 200 and more
 OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # brightness, red-green, yellow-blue
 
 
@@ -568,8 +571,8 @@ SIDE = 224  # pixels; the side of ResNet50's input
 REDUCING_GAP = 32.0  # Image.resize(reducing_gap=): huge images are box-averaged first, which bounds memory
 GPU_BATCH = {"cuda": 256, "mps": 64}  # images at once
 CPU_BATCH_PER_CORE, CPU_BATCH_MOST = 4, 32  # images at once; with 4 for each core, a layer's output stays in its cache
-MIN_COSINE = 0.999  # of a fast network's features with those of the plain one in fp32; if less, the plain one stays
-AHEAD_BATCHES, AHEAD_MOST = 4, 1024  # batches that are decoded ahead of the model, and how many files that is at most
+MIN_COSINE = 0.999  # least cosine of the features of a fast form with those of plain fp32; below it, plain fp32 is used
+AHEAD_BATCHES, AHEAD_MOST = 4, 1024  # how far decoding runs ahead of the model: batches, but at most so many files
 Recipe = tuple[int, Sequence[float], Sequence[float], str]  # side, mean and deviation of each channel, resampling
 
 
@@ -761,7 +764,7 @@ def choose_device(device: str) -> str:
     if device == "auto":
         device = next(kind for kind in there if there[kind])
         if device == "cpu" and (shutil.which("nvidia-smi") or os.path.exists("/dev/nvidia0")):
-            log.warning("there is a GPU, but torch %s cannot use it: %s", torch.__version__, reason)
+            log.warning("there is a GPU, but torch %s cannot use it (%s): the CPU is used", torch.__version__, reason)
     elif not there[device]:
         raise DeepVisionError(f"--device {device}: torch finds none here, try --device auto{reason and f' ({reason})'}")
     if device == "cuda":
@@ -832,8 +835,11 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def launch(pixels: torch.Tensor, model: Model, size: int, *where: Sequence[int]) -> tuple[torch.Tensor, int]:
-    """Run the model on `size` images at once, or less if the GPU's memory is short: the features (B, dim), each of
-    length 1, and the size that fitted. A GPU may still be computing. `where`: see `describe`."""
+    """Features (B, dim), each of length 1, and the number of images at once that fitted.
+
+    That number is `size`, or less if the memory of the GPU is short. The GPU may still be computing when this returns.
+    `where`: see `describe`.
+    """
     pixels = pixels.pin_memory() if model.device == "cuda" else pixels
     while True:
         try:
@@ -871,7 +877,7 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
 def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Iterator[list[Picture]]:
     """The pictures with their features, `size` at a time and in order.
 
-    A GPU is given the next batch before the features of the last one are awaited.
+    A GPU gets the next batch before the results of the last one are fetched.
     """
     under_way: deque[tuple[list[Picture], torch.Tensor]] = deque()
     while (batch := list(itertools.islice(pictures, size))) or under_way:
@@ -893,7 +899,11 @@ SMALLEST_PART = 0.08  # of the query's area; a long query has too many smaller p
 # Steps of a part within its own width or height: 3 miss a quarter of the pictures set in at 40 %, 5 a tenth. A network
 # computes each part by itself
 PLACES, NETWORK_PLACES = 5, 3
-LARGER = ((0.80, 2), (0.67, 3), (0.52, 5))  # side of the query within a larger picture, places along an axis
+LARGER = (
+    (0.80, 2),
+    (0.67, 3),
+    (0.52, 5),
+)  # side of the query, the larger picture having 1; places tried along each axis
 TURNS = (-30, -20, -10, 10, 20, 30)  # degrees
 SMALLEST = 128  # pixels of the shorter side of a query that is searched by its parts
 VIEW_SIDE = 3  # times the model's side: the shorter side of the picture that views are cut from
@@ -928,7 +938,7 @@ def parts_of(picture: Image.Image, model: Model, sizes: Sequence[float]) -> Iter
 
 
 def larger_views(picture: Image.Image, model: Model) -> Iterator[View]:
-    """Views that suppose that the query was cut out of a larger picture: each at one size and some places in it."""
+    """Views for a query that was cut out of a larger picture: one for each size that it may have in it."""
     for share, places in LARGER:
         small = round(share * model.side)
         starts = tuple(round((2 * i + 1) / (2 * places) * (model.side - small)) for i in range(places))
@@ -988,13 +998,16 @@ LEVELS = 8  # of the pyramid; each is smaller than the last by the square root o
 CONTRAST = 1.5  # of 255, of a blob against its surroundings: fainter ones are noise
 SPREAD = 4  # cells a side among which the points are spread, so that a caption does not take them all
 WINDOW, SAMPLES = 8, 12  # pixels of its level on each side of a point that its descriptor sees; samples along a side
-RATIO = 0.75  # of squared distances, of the best match of a point to its best rival
+RATIO = 0.75  # a match counts if its squared distance is less than this share of its best rival's
 RIVALS, NEAR = 4, 8.0  # best matches of a point that are looked at; pixels within which two are the same spot
-TOLERANCE, DRIFT = 5.0, 0.04  # a point agrees within so many pixels, and so much of its distance from the match voting
-SCALES = (0.15, 6.0)  # of the query in the match; outside of it, everything falls on one spot
+TOLERANCE, DRIFT = (
+    5.0,
+    0.04,
+)  # pixels by which an agreeing point may miss; more for each pixel from the match that proposes
+SCALES = (0.15, 6.0)  # smallest and largest size of the query in the match; beyond, all points fall on one spot
 PROPOSALS = 5  # transforms that are fitted, of those that most points agree on
 CELL = 4.0  # pixels: points that are nearer to each other count as one
-FEWEST, AGREEING = 6, 14  # points to fit a transform to; points of a copy. Unrelated pairs have 3, drawn ones up to 10
+FEWEST, AGREEING = 6, 14  # least points for a fit; of a copy (unrelated photographs reach 3, drawings 10)
 GRID, GRID_CELL = 48, 4  # samples along each side of the match, and of a cell in which the two pictures are correlated
 TEXTURE, CORRELATION = 4.0, 0.8  # of 255, standard deviation of a cell that shows anything; of a cell that agrees
 # Share of the common cells that agree in a copy, and what each of up to 100 agreeing points adds. Large letters on a
@@ -1123,7 +1136,7 @@ def fitted(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.nd
 
 
 def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.ndarray]:
-    """The transform from query to match on which most points agree, after their number: see `fitted`.
+    """How many points agree on the best transform from query to match, and that transform: see `fitted`.
 
     A point is matched to the one it resembles most, if it resembles no other place nearly as much. Each matched pair
     proposes a similarity by its places, sizes and angles. All proposals are tried, none is drawn at random.
@@ -1143,7 +1156,10 @@ def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.
 
 
 def common_share(query: LocalFeatures, match: LocalFeatures, H: np.ndarray) -> tuple[float, float]:
-    """The share of the cells seen in both pictures that agree, the query warped by H, and of the match's whole area."""
+    """The share of the common cells that agree, and how much of the match's area these are.
+
+    The query is warped by H and compared with the match, cell by cell.
+    """
     F = torch.nn.functional
     to_q, to_m = (np.array([[w, 0, w], [0, h, h], [0, 0, 2]]) / 2 for h, w in (query.grey.shape, match.grey.shape))
     theta = torch.from_numpy(np.linalg.inv(H @ to_q) @ to_m)[None, :2].float()  # both ways from -1 to 1
@@ -1210,7 +1226,7 @@ DAMAGED = "features WHERE checksum IS NOT crc(digest, vector)"
 ORPHANED = """files WHERE digest IS NOT NULL AND mtime != -1
     AND NOT EXISTS (SELECT 1 FROM features WHERE features.digest = files.digest)"""
 CRASHES = "its decoder crashes"  # the reason given for such a file; --rebuild does not try it again
-LAST_PATH = b"\xff" * 5000  # no path comes after it
+LAST_PATH = b"\xff" * 5000  # sorts after every path
 
 Blocks = Iterator[tuple["np.ndarray", "np.ndarray"]]  # rows, int64 (n,), and features (n, dim)
 
@@ -1256,7 +1272,7 @@ class Store:
         self.folder, self.identity, self.dim = folder, identity, dim
         self.path, self.index = folder / name, folder / "index.faiss"
         self.salt = zlib.crc32(identity.encode())  # no vector holds in the store of another model
-        self.lock_file, self.one_thread = filelock.FileLock(folder / "lock"), threading.Lock()
+        self.lock_file, self.db_lock = filelock.FileLock(folder / "lock"), threading.Lock()
         self.last_words = b""  # the crash report that faulthandler left in the lock file; taking the lock empties it
         with self.errors():
             folder.mkdir(parents=True, exist_ok=True)
@@ -1351,7 +1367,7 @@ class Store:
 
     def is_known(self, digest: bytes) -> bool:
         """Whether there are features of this content. Reading threads call it."""
-        with self.one_thread:  # Python 3.13 fails now and then where threads share a connection
+        with self.db_lock:  # Python 3.13 fails now and then where threads share a connection
             return bool(self.value("SELECT 1 FROM features WHERE digest = ?", digest))
 
     def save(self, pictures: Sequence[Picture]) -> None:
@@ -1360,7 +1376,7 @@ class Store:
         features = {picture.digest: picture.vector.tobytes() for picture in kept if picture.vector is not None}
         files = ((*picture.file, picture.digest, picture.reason) for picture in kept)
         vanished = ((picture.file.path,) for picture in pictures if picture.vanished)
-        with self.one_thread, self.db:
+        with self.db_lock, self.db:
             columns = "(digest, vector, checksum) VALUES (?1, ?2, crc(?1, ?2))"
             self.db.executemany(f"INSERT OR REPLACE INTO features {columns}", features.items())
             self.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", files)
@@ -1379,7 +1395,7 @@ class Store:
             log.warning("%s", what)
 
         changes = Changes([], [], [])
-        start: bytes | str = ""  # damage may have made a path text, which SQLite puts before bytes
+        start: bytes | str = ""  # sorts before every path, also before one that damage has made a text
         files = find_images(images, unlisted, [self.folder.parent], work.exclude)  # in the order of their paths
         other_decoders = self.get_meta("decoders") != image_formats()[2]
         while start != LAST_PATH:
@@ -1402,8 +1418,8 @@ class Store:
     def mark_presence(self, changes: Changes) -> bool:
         """Mark files as gone or back. Returns False, and changes nothing, if no usable image would remain."""
         with self.db:
-            for there, paths in enumerate((changes.gone, changes.back)):
-                self.db.executemany("UPDATE files SET there = ? WHERE path = ?", ((there, path) for path in paths))
+            self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", ((path,) for path in changes.gone))
+            self.db.executemany("UPDATE files SET there = 1 WHERE path = ?", ((path,) for path in changes.back))
             self.db.execute("INSERT OR REPLACE INTO meta VALUES ('decoders', ?)", (image_formats()[2],))
             if not (remain := self.count(USABLE)):
                 self.db.rollback()
@@ -1442,13 +1458,13 @@ class Store:
             self.discard_damaged()
 
     def discard_damaged(self) -> None:
-        """Delete features that are not what was written. The next update reads the files that have none."""
+        """Delete damaged features. The next update reads the files again that have none."""
         if self.count(DAMAGED) or self.count(ORPHANED):
             with self.db:
                 self.db.execute(f"DELETE FROM {DAMAGED}")
                 marked = self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
             files = counted(marked.rowcount, "file")
-            log.warning("%s: features of %s are damaged or missing, to be extracted again", self.folder, files)
+            log.warning("%s: the features of %s are damaged or missing, and are extracted again", self.folder, files)
 
     def readable(self, columns: str, table: str) -> Iterator[tuple[Any, ...]]:
         """The rows of a damaged table, from its beginning and from its end, each up to the damage."""
@@ -1492,7 +1508,7 @@ class Store:
 
 CODED_DIM = 256  # principal components in the codes, of 2 bits each
 TRAINED_ON, HELD_OUT = 30_000, 500  # vectors; more gain nothing, fewer measure recall less exactly than to 0.001
-OUTGROWN = 2  # the index is made anew once it holds this many times the vectors that it was made of, or that are left
+OUTGROWN = 2  # the index is made anew once it has twice as many vectors as when it was made, or as the store
 SHORTLIST, LONGEST_SHORTLIST = 160, 32_768  # codes whose exact scores are computed: at first, at most
 RECALL = 0.998  # share of the true ten nearest that the shortlist must hold
 GPU_RESERVE = 3 << 30  # bytes left to the model and to FAISS's own work
@@ -1503,7 +1519,7 @@ class Index(NamedTuple):
 
     faiss: faiss.Index  # its ids are rows of the store
     last: int  # the last row in it; later ones are compared one by one
-    shortlist: int = 0  # codes whose exact scores are computed; 0: the index holds the features themselves
+    shortlist: int = 0  # rows that the codes choose for a search; 0: the index holds the features themselves
     recall: float | None = None  # share of the true ten nearest in the shortlist, measured
     made_of: int = 0  # vectors in the store when it was made
     file: Any = None  # the index file in memory, which `faiss` looks into
@@ -1648,12 +1664,15 @@ def index_on_gpus(store: Store, last: int) -> faiss.Index | None:
 
 # ---- Search ----------------------------------------------------------------------------------------------------------
 
-GPU_QUERIES, GPU_RESULTS = 32, 2048  # views from which on loading pays; results that FAISS gives there at most
+GPU_QUERIES, GPU_RESULTS = (
+    32,
+    2048,
+)  # from so many views on, loading the features pays; most results that FAISS gives on a GPU
 QUERY_THREADS = 2  # that read queries; few, since each query has many views
 TOGETHER = 16  # queries compared at once: each costs a third of what it costs alone
 SCAN_VIEWS = 20  # from so many views on, FAISS compares blocks by multiplying matrices: quicker than the exact index
 FIRST_LIST = 64  # rows of the first list of an exact search
-CLOSELY = 10  # codes rank inexactly: of the rows that they choose for a list, only the best 1 in 10 are yielded
+CLOSELY = 10  # codes rank inexactly: of a list that they choose, only the best 1 in 10 rows are surely complete
 ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
 CANDIDATES = 10  # contents that are aligned with a query, whatever k is
 SAMPLED = 8000  # images that `representatives` looks at: 0.7 s with 2048 dimensions, and sizes within 10 %
@@ -1737,9 +1756,9 @@ def exact_scores(store: Store, xq: np.ndarray, rows: Iterable[int]) -> list[Foun
 def ranked(engine: Engine, xq: np.ndarray, rows: Iterable[int]) -> Iterator[Found]:
     """All contents of the store, compared with a query's views, xq (views, dim), best first. `rows`: its first list.
 
-    Each list is four times as long as the last. It yields its scores above `bound`: below, a longer list may find rows
-    that it lacks. What a longer list finds above the last bound, `end`, comes too late and is left out. So the order
-    never depends on how many are asked for.
+    Lists of rows are scored, each four times as long as the one before. Only the scores above `bound` are final: a longer
+    list may add rows below it. If a longer list finds a row above the bound of the one before, `end`, that row is left
+    out. So the order does not depend on how many matches are asked for.
     """
     count, end = engine.first_list, math.inf
     while True:
@@ -1758,7 +1777,7 @@ def ranked(engine: Engine, xq: np.ndarray, rows: Iterable[int]) -> Iterator[Foun
 
 
 def location(path: str) -> str:
-    """Where a file lies, not where it points: a link to an image of the collection is a query like any other."""
+    """The path with the links among its folders resolved. A file that is a link itself is another file."""
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
@@ -1828,7 +1847,7 @@ def compared(
 
 
 def is_mirrored(corners: Sequence[tuple[float, float]]) -> bool:
-    """Whether these corners, of a picture from its top left clockwise, run the other way round in another picture."""
+    """Whether a picture is mirrored in another one, by its corners there, given from its top left clockwise."""
     return bool(np.linalg.det(np.array(corners)[[1, 3]] - corners[0]) < 0)
 
 
@@ -1904,7 +1923,9 @@ NEIGHBOURS = 100  # files of a group that is found by score, at most
 WHOLE = 0.95  # share of a picture's area from which on it counts as all of it
 
 
-Pairs = Iterator[tuple[bytes, bytes, Match]]  # a content to keep, another one, and what that is to it, without a path
+Pairs = Iterator[
+    tuple[bytes, bytes, Match]
+]  # two contents, keep and other, and the Match of the other one, still without a path
 
 
 def different_files(engine: Engine, digest: bytes) -> list[str]:
@@ -1976,7 +1997,7 @@ def largest_first(path: str) -> tuple[int, int, str]:
 def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Match]]) -> Iterator[Group]:
     """Groups of files that hold the same picture, the largest keeper first. `pairs`: by keeper, then by other.
 
-    Every file of a group was compared with the one to keep. A copy of a copy does not join the group by that alone.
+    Every file of a group was compared with the one to keep. A copy of a copy may be none of that.
     """
     repeated = engine.store.db.execute(f"SELECT digest FROM {USABLE} GROUP BY digest HAVING count(*) > 1")
     contents = {*pairs, *(digest for (digest,) in repeated)}
@@ -2012,9 +2033,9 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator
 
 # ---- Assembly --------------------------------------------------------------------------------------------------------
 
-SAVE_SECONDS = 10  # work at risk when the process is killed; 30 are promised
+SAVE_SECONDS = 10  # between saves: the work at risk if the process is killed
 RANKS_WAIT = 30  # days that a rank of torchrun waits for the slowest one
-CRASH = b"Fatal Python error"  # faulthandler begins with this what it writes when a decoder crashes the process
+CRASH = b"Fatal Python error"  # how faulthandler's report begins when a decoder crashes the process
 # The process that tries the files: it writes a dot before each one. The last dot stands for the one that crashed
 READ_EACH = """import os, sys, main
 for path in sys.stdin.buffer.read().split(b"\\0"):
@@ -2162,8 +2183,8 @@ def update(store: Store, images: Path, model: Model, work: Work) -> Summary:
             f"but the index knows {known:,}: is a drive not connected, or is it another folder? Nothing was changed"
         )
     elif skipped := store.skipped(1):
-        advice = f"all were skipped, {os.fsdecode(skipped[0][0])} for one: {skipped[0][1]}"
-    raise DeepVisionError(f"{images} has no usable image: {advice}")
+        advice = f"all were skipped, for example {os.fsdecode(skipped[0][0])}: {skipped[0][1]}"
+    raise DeepVisionError(f"{images} has no usable image, {advice}")
 
 
 def prepare(store: Store, images: Path, model: Model, work: Work) -> Engine:
