@@ -503,7 +503,7 @@ def cosine_transform(cells: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def cell_means(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     """The mean of the planes (..., h, w) in each cell, (..., cells, cells), of its part inside the pixels."""
-    return rows @ (planes @ columns) / (inside + 1e-9)
+    return rows @ planes @ columns / (inside + 1e-9)
 
 
 def edge_strengths(light: torch.Tensor) -> torch.Tensor:
@@ -511,11 +511,13 @@ def edge_strengths(light: torch.Tensor) -> torch.Tensor:
     framed = torch.nn.functional.pad(light, (1, 1, 1, 1), mode="replicate")
     dx, dy = framed[..., 1:-1, 2:] - framed[..., 1:-1, :-2], framed[..., 2:, 1:-1] - framed[..., :-2, 1:-1]
     slope = torch.hypot(dx, dy) + 1e-3  # of 255: no division by 0 where it is flat
-    scale = slope ** (0.5**SHARPNESS - 1)  # what is squared below is the cosine times a root of the slope
-    cosine, sine, _ = fourier()
-    strength = (dx * scale * cosine).addcmul_(dy * scale, sine).clamp_(min=LEAST_COSINE)
+    root = slope
     for _ in range(SHARPNESS):
-        strength.square_()  # twice as fast as a power
+        root = root.sqrt()
+    cosine, sine, _ = fourier()
+    strength = (dx * root / slope * cosine).addcmul_(dy * root / slope, sine).clamp_(min=LEAST_COSINE)
+    for _ in range(SHARPNESS):
+        strength.square_()  # a power would take twice as long
     return strength
 
 
