@@ -510,7 +510,7 @@ def cell_means(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, 
     (B * tops * lefts, c, cells, cells); of several pictures, B must be 1.
     """
     cells = inside.shape[3]
-    sums = (rows @ (planes @ columns)).unflatten(3, (-1, cells)).unflatten(2, (-1, cells))
+    sums = (rows @ planes @ columns).unflatten(3, (-1, cells)).unflatten(2, (-1, cells))
     return sums.permute(0, 2, 4, 1, 3, 5).flatten(0, 2) / (inside + 1e-9)
 
 
@@ -519,11 +519,13 @@ def edge_strengths(light: torch.Tensor) -> torch.Tensor:
     framed = torch.nn.functional.pad(light, (1, 1, 1, 1), mode="replicate")
     dx, dy = framed[..., 1:-1, 2:] - framed[..., 1:-1, :-2], framed[..., 2:, 1:-1] - framed[..., :-2, 1:-1]
     slope = torch.hypot(dx, dy) + 1e-3  # of 255: no division by 0 where it is flat
-    scale = slope ** (0.5**SHARPNESS - 1)  # what is squared below is the cosine times a root of the slope
-    cosine, sine, _ = fourier()
-    strength = (dx * scale * cosine).addcmul_(dy * scale, sine).clamp_(min=LEAST_COSINE)
+    root = slope
     for _ in range(SHARPNESS):
-        strength.square_()  # twice as fast as a power
+        root = root.sqrt()
+    cosine, sine, _ = fourier()
+    strength = (dx * root / slope * cosine).addcmul_(dy * root / slope, sine).clamp_(min=LEAST_COSINE)
+    for _ in range(SHARPNESS):
+        strength.square_()  # a power would take twice as long
     return strength
 
 
@@ -1748,8 +1750,8 @@ def ranked(engine: Engine, xq: np.ndarray, rows: Iterable[int]) -> Iterator[Foun
     """All contents of the store, compared with a query's views, xq (views, dim), best first. `rows`: its first list.
 
     Lists of rows are scored, each four times as long as the one before. Only the scores above `bound` are final: a
-    longer list may add rows below it. If a longer list finds a row above the bound of the one before, `end`, that row is left
-    out. So the order does not depend on how many matches are asked for.
+    longer list may add rows below it. If a longer list finds a row above the bound of the one before, `end`, that row
+    is left out. So the order does not depend on how many matches are asked for.
     """
     count, end = engine.first_list, math.inf
     while True:
