@@ -259,7 +259,7 @@ def test_a_folder_that_cannot_be_listed_is_not_pruned(index, run, monkeypatch):
     scandir = os.scandir
 
     def refusing(path: Any = ".") -> Any:
-        if os.fsdecode(path).endswith("deeper"):
+        if os.fsdecode(path).endswith("deeper/"):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         return scandir(path)
 
@@ -294,15 +294,14 @@ def test_a_bad_file_is_remembered_until_it_or_the_decoders_change(index, run):
 
 
 def test_an_unreadable_file_is_tried_again(index, run, monkeypatch):
-    real, bad = os.open, "3.png"
 
-    def refusing(name: Any, *args: Any, **options: Any) -> int:
-        if os.fsdecode(name).endswith(bad):
+    def refusing(name: Any, *args: Any, **options: Any) -> Any:
+        if os.fsdecode(name).endswith("3.png"):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
-        return real(name, *args, **options)
+        return open(name, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "open", refusing)
+        patch.setattr(main, "open", refusing, raising=False)
         assert index() == {"found": N, "new": N - 1, "skipped": 1, "opened": 1}
         assert "3.png: Permission denied" in run(*OFFLINE, "--index-only", "-v").stderr
         assert index() == {"found": N, "unchanged": N - 1, "skipped": 1, "opened": 1}
