@@ -426,7 +426,8 @@ def evaluate(options: argparse.Namespace, model: main.Model) -> None:
         print("\nby class: precision@1 {:.3f}, mAP {:.3f}".format(*by_class(features, classes)))
     if options.strangers:
         claimed, asked = without_source(paths, model)
-        print(f"\nof {asked:,} queries with no source in the collection, {claimed} get a `copy`")
+        share = f"{claimed / asked:.2%}"
+        print(f"\nof {asked:,} queries with no source in the collection, {claimed} get a `copy`, {share}")
     if options.duplicates:
         duplicates(paths, model, min(options.duplicates, len(paths) // 2))
 

@@ -1,10 +1,12 @@
 """Section Query views: a copy is found through its edit, which is named."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
-from conftest import draw
+import torch
+from conftest import draw, draw_rich
 from PIL import Image
 
 import main
@@ -68,9 +70,13 @@ def test_views_none_looks_at_the_query_as_it_is(run, twelve):
     assert matches(run, "query.png", "--views", "none")[0]["score"] < 0.5
 
 
+NETWORK = main.Model("resnet18", "resnet18", 64, 4, "cpu", lambda pixels: pixels.float().mean((2, 3)))
+
+
 def test_a_network_looks_at_few_views_of_its_own_accord():
-    network = main.Model("resnet18", "resnet18", 64, 4, "cpu", lambda pixels: pixels.float().mean((2, 3)))
-    names = lambda size, views: [view.name for view in main.query_views(draw(1, size), network, views)]  # noqa: E731
+    def names(size, views):
+        return main.features_of_views(main.query_views(draw(1, size), NETWORK, views), NETWORK)[0]
+
     assert names(SIZE, "none") == [""] and names(SIZE, "copies") == ["", "mirrored"]
     for size in (SIZE, (180, 240), (180, 400), (400, 180)):
         assert names(size, "auto")[:2] == ["", "mirrored"] and len(names(size, "auto")) <= 25
@@ -81,9 +87,8 @@ def test_a_network_looks_at_few_views_of_its_own_accord():
 @pytest.mark.parametrize("views", main.VIEWS)
 def test_a_tiny_or_a_thin_query_is_not_searched_by_its_parts(size, views):
     image, model = Image.new("RGB", size, "teal"), main.load_model("offline", device="cpu")
-    found = main.query_views(image, model, views)
-    assert "part of the query" not in {view.name for view in found} and len(found) <= 60
-    assert np.isfinite(main.features_of_views(found, model)).all()
+    names, features = main.features_of_views(main.query_views(image, model, views), model)
+    assert "part of the query" not in names and len(names) == len(features) <= 60 and np.isfinite(features).all()
 
 
 @pytest.mark.parametrize("size", [(400, 300), (300, 400), (300, 300), (300, 800), (800, 300)])
@@ -91,13 +96,31 @@ def test_parts_have_the_shapes_of_pictures_and_reach_all_edges(size):
     """Each pixel of the query tells where it lies: red by its column, green by its row."""
     x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
     image = Image.fromarray(np.stack([x, y, 0 * x], 2).astype(np.uint8))
-    views = main.parts_of(image, main.load_model("offline", device="cpu"), main.SIZES)
-    parts = [np.asarray(view.pixels) for view in views]
+    parts = [
+        view.pixels.numpy()[:, -top : NETWORK.side - top, -left : NETWORK.side - left]
+        for view in main.parts_of(image, NETWORK, main.SIZES)
+        for top, left in itertools.product(view.tops, view.lefts)
+    ]
     edges = np.array([(p[0].min(), p[1].min(), p[0].max(), p[1].max()) for p in parts], float)
     assert (edges[:, :2].min(0) <= 2).all() and (edges[:, 2:].max(0) >= 253).all()
     shapes = (edges[:, 2] - edges[:, 0]) * size[0] / ((edges[:, 3] - edges[:, 1]) * size[1])
     assert np.abs(np.log(shapes[:, None] / np.array(main.SHAPES))).min(1).max() < 0.1, shapes
     assert len(parts) <= 360
+
+
+def test_the_features_of_parts_are_those_of_pictures_cut_out():
+    """The offline descriptor computes the edges of a query once for all parts of a size."""
+    model = main.load_model("offline", device="cpu")
+    image, side = draw_rich(1), model.side
+    views = list(main.parts_of(image, model, main.SIZES))
+    names, together = main.features_of_views(views, model)
+    cut = [
+        view.pixels[:, -top : side - top, -left : side - left]
+        for view in views
+        for top, left in itertools.product(view.tops, view.lefts)
+    ]
+    alone = main.extract_features_batch(torch.stack(cut), model)
+    assert len(names) == len(cut) > 200 and (together * alone).sum(1).min() > 0.97
 
 
 def test_top_k_is_a_prefix_of_top_more_in_all_views(run, twelve):
