@@ -899,11 +899,7 @@ SMALLEST_PART = 0.08  # of the query's area; a long query has too many smaller p
 # Steps of a part within its own width or height: 3 miss a quarter of the pictures set in at 40 %, 5 a tenth. A network
 # computes each part by itself
 PLACES, NETWORK_PLACES = 5, 3
-LARGER = (
-    (0.80, 2),
-    (0.67, 3),
-    (0.52, 5),
-)  # side of the query, the larger picture having 1; places tried along each axis
+LARGER = ((0.80, 2), (0.67, 3), (0.52, 5))  # side of the query (the larger picture has 1); places along each axis
 TURNS = (-30, -20, -10, 10, 20, 30)  # degrees
 SMALLEST = 128  # pixels of the shorter side of a query that is searched by its parts
 VIEW_SIDE = 3  # times the model's side: the shorter side of the picture that views are cut from
@@ -1000,10 +996,7 @@ SPREAD = 4  # cells a side among which the points are spread, so that a caption 
 WINDOW, SAMPLES = 8, 12  # pixels of its level on each side of a point that its descriptor sees; samples along a side
 RATIO = 0.75  # a match counts if its squared distance is less than this share of its best rival's
 RIVALS, NEAR = 4, 8.0  # best matches of a point that are looked at; pixels within which two are the same spot
-TOLERANCE, DRIFT = (
-    5.0,
-    0.04,
-)  # pixels by which an agreeing point may miss; more for each pixel from the match that proposes
+TOLERANCE, DRIFT = 5.0, 0.04  # pixels by which an agreeing point may miss, and more for each pixel of distance
 SCALES = (0.15, 6.0)  # smallest and largest size of the query in the match; beyond, all points fall on one spot
 PROPOSALS = 5  # transforms that are fitted, of those that most points agree on
 CELL = 4.0  # pixels: points that are nearer to each other count as one
@@ -1664,10 +1657,8 @@ def index_on_gpus(store: Store, last: int) -> faiss.Index | None:
 
 # ---- Search ----------------------------------------------------------------------------------------------------------
 
-GPU_QUERIES, GPU_RESULTS = (
-    32,
-    2048,
-)  # from so many views on, loading the features pays; most results that FAISS gives on a GPU
+GPU_QUERIES = 32  # views; from so many on, loading the features on a GPU pays
+GPU_RESULTS = 2048  # most results that FAISS gives on a GPU
 QUERY_THREADS = 2  # that read queries; few, since each query has many views
 TOGETHER = 16  # queries compared at once: each costs a third of what it costs alone
 SCAN_VIEWS = 20  # from so many views on, FAISS compares blocks by multiplying matrices: quicker than the exact index
@@ -1756,8 +1747,8 @@ def exact_scores(store: Store, xq: np.ndarray, rows: Iterable[int]) -> list[Foun
 def ranked(engine: Engine, xq: np.ndarray, rows: Iterable[int]) -> Iterator[Found]:
     """All contents of the store, compared with a query's views, xq (views, dim), best first. `rows`: its first list.
 
-    Lists of rows are scored, each four times as long as the one before. Only the scores above `bound` are final: a longer
-    list may add rows below it. If a longer list finds a row above the bound of the one before, `end`, that row is left
+    Lists of rows are scored, each four times as long as the one before. Only the scores above `bound` are final: a
+    longer list may add rows below it. If a longer list finds a row above the bound of the one before, `end`, that row is left
     out. So the order does not depend on how many matches are asked for.
     """
     count, end = engine.first_list, math.inf
@@ -1923,9 +1914,7 @@ NEIGHBOURS = 100  # files of a group that is found by score, at most
 WHOLE = 0.95  # share of a picture's area from which on it counts as all of it
 
 
-Pairs = Iterator[
-    tuple[bytes, bytes, Match]
-]  # two contents, keep and other, and the Match of the other one, still without a path
+Pairs = Iterator[tuple[bytes, bytes, Match]]  # keep, other, and the Match of the other, still without a path
 
 
 def different_files(engine: Engine, digest: bytes) -> list[str]:
@@ -2177,14 +2166,12 @@ def update(store: Store, images: Path, model: Model, work: Work) -> Summary:
         summary = Summary(store.count(USABLE), store.count(SKIPPED), store.count(GONE))
     if summary.images:
         return summary
-    advice = "put images to search in there, or name another folder with --images"
+    advice = ": put images to search in there, or name another folder with --images"
     if known := store.count("files WHERE digest IS NOT NULL"):
-        advice = (
-            f"but the index knows {known:,}: is a drive not connected, or is it another folder? Nothing was changed"
-        )
+        advice = f", but the index knows {known:,}: is a drive missing, or is it another folder? Nothing was changed"
     elif skipped := store.skipped(1):
-        advice = f"all were skipped, for example {os.fsdecode(skipped[0][0])}: {skipped[0][1]}"
-    raise DeepVisionError(f"{images} has no usable image, {advice}")
+        advice = f": all were skipped, for example {os.fsdecode(skipped[0][0])}: {skipped[0][1]}"
+    raise DeepVisionError(f"{images} has no usable image{advice}")
 
 
 def prepare(store: Store, images: Path, model: Model, work: Work) -> Engine:
