@@ -561,7 +561,7 @@ def describe(pixels: torch.Tensor, tops: Sequence[int] = (0,), lefts: Sequence[i
 def offline_model() -> Model:
     """The built-in descriptor, a model like any other. It runs on the CPU, where the threads that read compute it."""
     dim = (2 * len(ORDERS) - 1) * (EDGE_CELLS**2 - 1) + 3 * (COLOUR_CELLS**2 - 1) + 4
-    return Model(OFFLINE, f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", OFFLINE_SIDE, dim, "cpu", describe, batch=4)
+    return Model(OFFLINE, f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", OFFLINE_SIDE, dim, "cpu", describe, batch=1)
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
@@ -2058,10 +2058,8 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
     size, workers = work.batch_size or model.batch, work.workers or usable_cores()
     files = [file for file in unread if zlib.crc32(file.path) % work.ranks == work.rank]
     if model.network is describe:  # small operations gain nothing from cores: each thread describes what it reads
-        groups = [files[i : i + size] for i in range(0, len(files), size)]
-        batches = read_ahead(
-            lambda group: next(with_features(map(read, group), model, size)), groups, workers, AHEAD_MOST // size
-        )
+        # One by one: in a batch, a vector may differ in its last bit by what else is in there.
+        batches = read_ahead(lambda it: next(with_features(map(read, [it]), model, 1)), files, workers, AHEAD_MOST)
     else:
         pictures = read_ahead(read, files, workers, min(AHEAD_BATCHES * size + workers, AHEAD_MOST))
         batches = with_features(pictures, model, size)

@@ -48,7 +48,7 @@ def test_a_copy_is_called_one_and_nothing_else_is(rich: Path, run: Run) -> None:
 def test_a_copy_says_where(rich: Path, run: Run) -> None:
     draw_rich(3).crop((48, 36, 48 + 336, 36 + 252)).save("query.jpg")
     region = matches(run)[0]["region"]
-    assert set(region) == {"corners", "points", "covers"} and region["points"] >= main.AGREEING
+    assert set(region) == {"corners", "outline", "points", "covers"} and region["points"] >= main.AGREEING
     for (x, y), expected in zip(region["corners"], [(48, 36), (384, 36), (384, 288), (48, 288)]):
         assert (x, y) == (pytest.approx(expected[0], abs=4), pytest.approx(expected[1], abs=4))
     assert region["covers"] == pytest.approx(0.49, abs=0.12)
