@@ -649,23 +649,37 @@ def forward(
     return network(scaled.to(dtype)).float().flatten(1)
 
 
-def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor) -> tuple[partial[torch.Tensor], int]:
+def fused(plain: partial[torch.Tensor], dtype: torch.dtype, device: str) -> partial[torch.Tensor]:
+    """`plain`, which is `forward`, in this precision and with layers fused."""
+    fold_batch_norms = importlib.import_module("torch.fx.experimental.optimization").fuse
+    network = fold_batch_norms(plain.keywords["network"]).to(dtype).to(memory_format=torch.channels_last)
+    if device == "cpu" and torch.backends.mkldnn.is_available():
+        fuse_convolutions(network)
+    return partial(plain, network=network, dtype=dtype)
+
+
+def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor, note: Path) -> tuple[partial[torch.Tensor], int]:
     """The fastest form of `plain`, which is `forward` in fp32, that keeps the features of `sample`; their dimension.
 
-    It fuses layers, and uses half precision where the device has it.
+    It is found by trying, which takes half a second for ResNet50. The file `note` remembers it for this machine.
     """
-    expected, device, half = plain(sample), sample.device.type, [torch.float16]
-    fold_batch_norms = importlib.import_module("torch.fx.experimental.optimization").fuse
+    device, dtypes = sample.device.type, {"fp16": torch.float16, "fp32": torch.float32}
     if device == "cpu":  # emulated bf16 takes four times as long as fp32
         native = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        half = [torch.bfloat16] if native else []
-    for dtype in [*half, torch.float32]:
+        dtypes = {**({"bf16": torch.bfloat16} if native else {}), "fp32": torch.float32}
+    machine = [torch.__version__, device, torch.backends.cpu.get_cpu_capability(), *dtypes]
+    with suppress(Exception):  # there is no note, or a damaged one
+        *tried_on, form, dim = json.loads(note.read_text())
+        if tried_on == machine:
+            return fused(plain, dtypes[form], device), dim
+    expected = plain(sample)
+    for form, dtype in dtypes.items():
         with suppress(Exception):  # a network that looks at its pixels cannot be fused, and raises anything at all
-            network = fold_batch_norms(plain.keywords["network"]).to(dtype).to(memory_format=torch.channels_last)
-            if device == "cpu" and torch.backends.mkldnn.is_available():
-                fuse_convolutions(network)
-            fast = partial(plain, network=network, dtype=dtype)
+            fast = fused(plain, dtype, device)
             if torch.cosine_similarity(fast(sample), expected).min() >= MIN_COSINE:
+                with suppress(OSError):
+                    note.parent.mkdir(parents=True, exist_ok=True)
+                    note.write_text(json.dumps([*machine, form, expected.shape[1]]))
                 return fast, expected.shape[1]
     return plain, expected.shape[1]
 
@@ -676,17 +690,17 @@ def assemble_model(name: str, network: torch.nn.Module, recipe: Recipe, device: 
     sha = hashlib.sha256(repr((side, *mean, *std, resample)).encode())
     for key, value in sorted(network.state_dict().items()):
         sha.update(key.encode() + value.numpy().tobytes())
+    identity = re.sub(r"[^\w.-]", "-", f"{name}-{sha.hexdigest()[:8]}-p{PREPROCESSING}")
     network = network.eval().to(device).to(memory_format=torch.channels_last)
     centre, spread = (torch.tensor(list(values), device=device).view(3, 1, 1) for values in (mean, std))
     noise = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255
     sample = torch.nn.functional.interpolate(noise, (side, side), mode="bicubic").clamp(0, 255).byte().to(device)
     with torch.inference_mode():
         plain = partial(forward, network=network, dtype=torch.float32, mean=centre, std=spread)
-        fast, dim = fastest_form(plain, sample)
+        fast, dim = fastest_form(plain, sample, Path(torch.hub.get_dir(), f"{identity}.json"))
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(fast.keywords["dtype"], "fp32")
-    identity = re.sub(r"[^\w.-]", "-", f"{name}-{sha.hexdigest()[:8]}-p{PREPROCESSING}-{dim}")
     batch = GPU_BATCH.get(device) or min(CPU_BATCH_PER_CORE * usable_cores(), CPU_BATCH_MOST)
-    return Model(name, identity, side, dim, device, fast, batch, resample, precision)
+    return Model(name, f"{identity}-{dim}", side, dim, device, fast, batch, resample, precision)
 
 
 def timm_model(name: str, weights: str | Path | None, device: str) -> Model:

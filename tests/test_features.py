@@ -351,6 +351,23 @@ def test_network_that_cannot_be_made_fast_stays_as_it_is(network):
     assert np.abs(main.extract_features_batch(batch, model) - expected.numpy()).max() < 1e-2
 
 
+@pytest.mark.parametrize("spoil", ["", "{}", "[1, 2]", '["0.0", "cpu", "AVX2", "fp32", "fp32", 7]'], ids=repr)
+def test_fastest_form_is_remembered_and_a_note_that_does_not_hold_is_made_again(spoil, weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    first, batch = main.load_model(SMALL, weights(SMALL), "cpu"), torch.randint(0, 256, (3, 3, 224, 224)).byte()
+    (note,) = tmp_path.rglob("*.json")
+    written = note.read_text()
+    tried, forward = list[torch.dtype](), main.forward
+    monkeypatch.setattr(main, "forward", lambda pixels, **of: [tried.append(of["dtype"]), forward(pixels, **of)][1])
+    for text in (written, spoil):
+        note.write_text(text)
+        again = main.load_model(SMALL, weights(SMALL), "cpu")
+        assert (again.identity, again.precision, again.dim) == (first.identity, first.precision, first.dim)
+        assert bool(tried) == (text != written) and note.read_text() == written
+        assert (main.launch(batch, again, 3)[0] == main.launch(batch, first, 3)[0]).all()
+        tried.clear()
+
+
 def test_batch_is_halved_where_memory_is_short_and_that_is_said(offline, collection, caplog):
     def narrow(pixels: torch.Tensor, *where: int) -> torch.Tensor:
         if len(pixels) > 3:
