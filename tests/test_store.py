@@ -245,7 +245,7 @@ def test_a_folder_that_cannot_be_listed_is_not_pruned(index, run, monkeypatch):
     scandir = os.scandir
 
     def refusing(path: Any = ".") -> Any:
-        if os.fsdecode(path).endswith("deeper/"):
+        if os.fsdecode(path).rstrip("/").endswith("deeper"):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         return scandir(path)
 
