@@ -90,7 +90,9 @@ else:
 
         def __getattr__(self, attribute: str) -> Any:
             try:
-                return getattr(importlib.import_module(self._name), attribute)
+                value = getattr(importlib.import_module(self._name), attribute)
+                setattr(self, attribute, value)
+                return value
             except ModuleNotFoundError as error:
                 raise DeepVisionError(f"{error}: to install it, run `pip install -r requirements.txt`") from error
 
@@ -156,7 +158,7 @@ class File(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A file that was read, with all that came of it. It travels whole, so that rows and paths never part."""
+    """A file that was read, with its results. They stay together, so that a file that fails shifts no other one."""
 
     file: File
     digest: bytes | None = None  # hash of the content; None: not a usable image
@@ -236,7 +238,7 @@ class Work:
     prune: bool = False  # forget the files that are gone
     update: bool = True  # look for what is new, changed or gone in the collection
     exact: bool = False  # compare with every vector, however many there are
-    exact_bytes: int = 1 << 28  # of vectors; more are searched by compact codes, or the first answer takes over 0.5 s
+    exact_bytes: int = 1 << 28  # of vectors that are all compared; with more, a first answer would take over 0.5 s
     exclude: tuple[str, ...] = ()  # patterns of paths, relative to the collection, that are passed over
     rank: int = 0  # of this process, among `ranks` that torchrun started; rank 0 commits
     ranks: int = 1
@@ -252,7 +254,7 @@ class Summary:
     forgotten: int = 0  # by --prune
     opened: int = 0  # files, in this run
     new: int = 0  # usable ones among them, new or changed
-    recognised: int = 0  # of those, by content: moved, copied, or back again
+    recognised: int = 0  # of the new ones: known by content, because the file was moved, copied or brought back
     seconds: float = 0.0  # of reading and of the model; 0: the ranks of torchrun have read
 
     def add(self, pictures: Sequence[Picture]) -> None:
@@ -277,7 +279,7 @@ NOT_AN_IMAGE = "not an image"  # the reason given for a query that was never mea
 MAX_PIXELS = 100_000_000  # pixels to decode, after JPEG scaling: 0.4 GB in memory; phones reach 200 million in JPEG
 COSTLY_FORMATS = {"WEBP", "JPEG2000"}  # their decoders hold an image four times: half of MAX_PIXELS is their limit
 LARGE_PIXELS = 24_000_000  # pixels; larger images are decoded one at a time, which bounds memory
-DRAFT_SCALE = 3  # times the model's side: a JPEG is decoded no smaller; with 2, thin stripes come out differently
+DRAFT_SCALE = 3  # a JPEG is decoded at no less than 3 times the model's side; with 2, thin stripes change
 DIGEST_BYTES = 16  # bytes of the SHA-256 that identifies a content
 PREPROCESSING = 2  # version, part of a model's identity; raise it when the same file would get other pixels
 PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
@@ -305,7 +307,7 @@ def find_images(
             continue
         found, above = list[File](), file.path.removeprefix(separator)
         try:
-            here = os.path.join(root, above)
+            here = os.path.join(root, above.removesuffix(separator))
             identity = os.stat(here)[1:3]
             entries = () if identity in visited else list(os.scandir(here))
         except OSError as error:
@@ -370,7 +372,10 @@ def content_hash(stream: BinaryIO) -> bytes:
 def read_picture(
     file: File, root: bytes, transform: Callable[[Image.Image], Any], known: Callable[[bytes], bool] = lambda _: False
 ) -> Picture:
-    """The file's hash, and what `transform` makes of its image if the hash is not `known`; or why it is not usable."""
+    """Read a file: a Picture with its hash and, unless the hash is `known`, with what `transform` makes of the image.
+
+    The Picture of a file that cannot be used has the reason instead. No error in a file reaches the caller.
+    """
     path = os.path.join(root, file.path)
     try:
         info = os.stat(path)
@@ -436,9 +441,9 @@ def usable_cores() -> int:
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def read_ahead(read: Callable[[File], Picture], files: Iterable[File], workers: int, ahead: int) -> Iterator[Picture]:
+def read_ahead(read: Callable[[Any], Any], files: Iterable[Any], workers: int, ahead: int) -> Iterator[Any]:
     """`read(file)` for each file, in order, computed by `workers` threads. At most `ahead` results wait."""
-    threads, pending = ThreadPoolExecutor(workers), deque[Future[Picture]]()
+    threads, pending = ThreadPoolExecutor(workers), deque[Future[Any]]()
     try:
         for file in files:
             pending.append(threads.submit(read, file))
@@ -460,7 +465,7 @@ EDGE_POWER = 0.3  # of the counts: a strong edge says little more than a weak on
 ORDERS = (0.5, 1.0, 1.0, 1.3, 1.3, 1.7, 1.7)  # weight of each Fourier order over the directions
 BRIGHTNESS_WEIGHT, HUE_WEIGHT, MEAN_WEIGHT = 0.2, 0.3, 0.02  # of the colours, where the edges have 1
 LEAST_COSINE, TINY = 0.25, 1e-12  # less counts as this, and a weight as 0: denormal numbers took half of the time
-FAINT = 100.0  # a part of a lesser norm is noise (a photograph's is 200 and more) and stays small
+FAINT = 100.0  # parts are divided by their norm, but at least by this: less is noise; photographs have 200 and more
 OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # brightness, red-green, yellow-blue
 
 
@@ -505,7 +510,7 @@ def cell_means(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, 
     (B * tops * lefts, c, cells, cells); of several pictures, B must be 1.
     """
     cells = inside.shape[3]
-    sums = (rows @ (planes @ columns)).unflatten(3, (-1, cells)).unflatten(2, (-1, cells))
+    sums = (rows @ planes @ columns).unflatten(3, (-1, cells)).unflatten(2, (-1, cells))
     return sums.permute(0, 2, 4, 1, 3, 5).flatten(0, 2) / (inside + 1e-9)
 
 
@@ -514,11 +519,13 @@ def edge_strengths(light: torch.Tensor) -> torch.Tensor:
     framed = torch.nn.functional.pad(light, (1, 1, 1, 1), mode="replicate")
     dx, dy = framed[..., 1:-1, 2:] - framed[..., 1:-1, :-2], framed[..., 2:, 1:-1] - framed[..., :-2, 1:-1]
     slope = torch.hypot(dx, dy) + 1e-3  # of 255: no division by 0 where it is flat
-    scale = slope ** (0.5**SHARPNESS - 1)  # what is squared below is the cosine times a root of the slope
-    cosine, sine, _ = fourier()
-    strength = (dx * scale * cosine).addcmul_(dy * scale, sine).clamp_(min=LEAST_COSINE)
+    root = slope
     for _ in range(SHARPNESS):
-        strength.square_()  # twice as fast as a power
+        root = root.sqrt()
+    cosine, sine, _ = fourier()
+    strength = (dx * root / slope * cosine).addcmul_(dy * root / slope, sine).clamp_(min=LEAST_COSINE)
+    for _ in range(SHARPNESS):
+        strength.square_()  # a power would take twice as long
     return strength
 
 
@@ -554,7 +561,7 @@ def describe(pixels: torch.Tensor, tops: Sequence[int] = (0,), lefts: Sequence[i
 def offline_model() -> Model:
     """The built-in descriptor, a model like any other. It runs on the CPU, where the threads that read compute it."""
     dim = (2 * len(ORDERS) - 1) * (EDGE_CELLS**2 - 1) + 3 * (COLOUR_CELLS**2 - 1) + 4
-    return Model(OFFLINE, f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", OFFLINE_SIDE, dim, "cpu", describe)
+    return Model(OFFLINE, f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", OFFLINE_SIDE, dim, "cpu", describe, batch=4)
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
@@ -566,8 +573,8 @@ SIDE = 224  # pixels; the side of ResNet50's input
 REDUCING_GAP = 32.0  # Image.resize(reducing_gap=): huge images are box-averaged first, which bounds memory
 GPU_BATCH = {"cuda": 256, "mps": 64}  # images at once
 CPU_BATCH_PER_CORE, CPU_BATCH_MOST = 4, 32  # images at once; with 4 for each core, a layer's output stays in its cache
-MIN_COSINE = 0.999  # of a fast network's features with those of the plain one in fp32; if less, the plain one stays
-AHEAD_BATCHES, AHEAD_MOST = 4, 1024  # batches that are decoded ahead of the model, and how many files that is at most
+MIN_COSINE = 0.999  # least cosine of the features of a fast form with those of plain fp32; below it, plain fp32 is used
+AHEAD_BATCHES, AHEAD_MOST = 4, 1024  # how far decoding runs ahead of the model: batches, but at most so many files
 Recipe = tuple[int, Sequence[float], Sequence[float], str]  # side, mean and deviation of each channel, resampling
 
 
@@ -759,7 +766,7 @@ def choose_device(device: str) -> str:
     if device == "auto":
         device = next(kind for kind in there if there[kind])
         if device == "cpu" and (shutil.which("nvidia-smi") or os.path.exists("/dev/nvidia0")):
-            log.warning("there is a GPU, but torch %s cannot use it: %s", torch.__version__, reason)
+            log.warning("there is a GPU, but torch %s cannot use it (%s): the CPU is used", torch.__version__, reason)
     elif not there[device]:
         raise DeepVisionError(f"--device {device}: torch finds none here, try --device auto{reason and f' ({reason})'}")
     if device == "cuda":
@@ -830,8 +837,11 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def launch(pixels: torch.Tensor, model: Model, size: int, *where: Sequence[int]) -> tuple[torch.Tensor, int]:
-    """Run the model on `size` images at once, or less if the GPU's memory is short: the features (B, dim), each of
-    length 1, and the size that fitted. A GPU may still be computing. `where`: see `describe`."""
+    """Features (B, dim), each of length 1, and the number of images at once that fitted.
+
+    That number is `size`, or less if the memory of the GPU is short. The GPU may still be computing when this returns.
+    `where`: see `describe`.
+    """
     pixels = pixels.pin_memory() if model.device == "cuda" else pixels
     while True:
         try:
@@ -869,16 +879,13 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
 def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Iterator[list[Picture]]:
     """The pictures with their features, `size` at a time and in order.
 
-    A GPU is given the next batch before the features of the last one are awaited. Those of the descriptor are in
-    `pixels` already: the reading threads have computed them.
+    A GPU gets the next batch before the results of the last one are fetched.
     """
     under_way: deque[tuple[list[Picture], torch.Tensor]] = deque()
     while (batch := list(itertools.islice(pictures, size))) or under_way:
         if batch:
             pixels = [picture.pixels for picture in batch if picture.pixels is not None]
-            found = torch.stack(pixels) if pixels else torch.empty(0)
-            if pixels and model.network is not describe:
-                found, size = launch(found, model, size)
+            found, size = launch(torch.stack(pixels), model, size) if pixels else (torch.empty(0), size)
             under_way.append((batch, found))
         if not batch or len(under_way) > (model.device != "cpu"):
             done, found = under_way.popleft()
@@ -894,7 +901,7 @@ SMALLEST_PART = 0.08  # of the query's area; a long query has too many smaller p
 # Steps of a part within its own width or height: 3 miss a quarter of the pictures set in at 40 %, 5 a tenth. A network
 # computes each part by itself
 PLACES, NETWORK_PLACES = 5, 3
-LARGER = ((0.80, 2), (0.67, 3), (0.52, 5))  # side of the query within a larger picture, places along an axis
+LARGER = ((0.80, 2), (0.67, 3), (0.52, 5))  # side of the query (the larger picture has 1); places along each axis
 TURNS = (-30, -20, -10, 10, 20, 30)  # degrees
 SMALLEST = 128  # pixels of the shorter side of a query that is searched by its parts
 VIEW_SIDE = 3  # times the model's side: the shorter side of the picture that views are cut from
@@ -929,7 +936,7 @@ def parts_of(picture: Image.Image, model: Model, sizes: Sequence[float]) -> Iter
 
 
 def larger_views(picture: Image.Image, model: Model) -> Iterator[View]:
-    """Views that suppose that the query was cut out of a larger picture: each at one size and some places in it."""
+    """Views for a query that was cut out of a larger picture: one for each size that it may have in it."""
     for share, places in LARGER:
         small = round(share * model.side)
         starts = tuple(round((2 * i + 1) / (2 * places) * (model.side - small)) for i in range(places))
@@ -989,13 +996,13 @@ LEVELS = 8  # of the pyramid; each is smaller than the last by the square root o
 CONTRAST = 1.5  # of 255, of a blob against its surroundings: fainter ones are noise
 SPREAD = 4  # cells a side among which the points are spread, so that a caption does not take them all
 WINDOW, SAMPLES = 8, 12  # pixels of its level on each side of a point that its descriptor sees; samples along a side
-RATIO = 0.75  # of squared distances, of the best match of a point to its best rival
+RATIO = 0.75  # a match counts if its squared distance is less than this share of its best rival's
 NEAR = 8.0  # pixels within which two points are the same spot, and no rivals
-TOLERANCE, DRIFT = 5.0, 0.04  # a point agrees within so many pixels, and so much of its distance from the match voting
-SCALES = (0.15, 6.0)  # of the query in the match; outside of it, everything falls on one spot
+TOLERANCE, DRIFT = 5.0, 0.04  # pixels by which an agreeing point may miss, and more for each pixel of distance
+SCALES = (0.15, 6.0)  # smallest and largest size of the query in the match; beyond, all points fall on one spot
 PROPOSALS = 5  # transforms that are fitted, of those that most points agree on
 CELL = 4.0  # pixels: points that are nearer to each other count as one
-FEWEST, AGREEING = 6, 14  # points to fit a transform to; points of a copy. Unrelated pairs have 3, drawn ones up to 10
+FEWEST, AGREEING = 6, 14  # least points for a fit; of a copy (unrelated photographs reach 3, drawings 10)
 GRID, GRID_CELL = 48, 4  # samples along each side of the match, and of a cell in which the two pictures are correlated
 TEXTURE, CORRELATION = 2.5, 0.8  # of 255, standard deviation of a cell that shows anything; of a cell that agrees
 # Share of the common cells that agree in a copy. Large letters on a plain product, stickers or a curved screen leave
@@ -1124,7 +1131,7 @@ def fitted(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.nd
 
 
 def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.ndarray]:
-    """The transform from query to match on which most points agree, after their number: see `fitted`.
+    """How many points agree on the best transform from query to match, and that transform: see `fitted`.
 
     A point is matched to the one it resembles most, if it resembles no other place nearly as much. Each matched pair
     proposes a similarity by its places, sizes and angles. All proposals are tried, none is drawn at random.
@@ -1145,7 +1152,10 @@ def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.
 
 
 def common_share(query: LocalFeatures, match: LocalFeatures, H: np.ndarray) -> tuple[float, float]:
-    """The share of the cells seen in both pictures that agree, the query warped by H, and of the match's whole area."""
+    """The share of the common cells that agree, and how much of the match's area these are.
+
+    The query is warped by H and compared with the match, cell by cell.
+    """
     F = torch.nn.functional
     to_q, to_m = (np.array([[w, 0, w], [0, h, h], [0, 0, 2]]) / 2 for h, w in (query.grey.shape, match.grey.shape))
     theta = torch.from_numpy(np.linalg.inv(H @ to_q) @ to_m)[None, :2].float()  # both ways from -1 to 1
@@ -1212,7 +1222,7 @@ DAMAGED = "features WHERE checksum IS NOT crc(digest, vector)"
 ORPHANED = """files WHERE digest IS NOT NULL AND mtime != -1
     AND NOT EXISTS (SELECT 1 FROM features WHERE features.digest = files.digest)"""
 CRASHES = "its decoder crashes"  # the reason given for such a file; --rebuild does not try it again
-LAST_PATH = b"\xff" * 5000  # no path comes after it
+LAST_PATH = b"\xff" * 5000  # sorts after every path
 
 Blocks = Iterator[tuple["np.ndarray", "np.ndarray"]]  # rows, int64 (n,), and features (n, dim)
 
@@ -1258,7 +1268,7 @@ class Store:
         self.folder, self.identity, self.dim = folder, identity, dim
         self.path, self.index = folder / name, folder / "index.faiss"
         self.salt = zlib.crc32(identity.encode())  # no vector holds in the store of another model
-        self.lock_file, self.one_thread = filelock.FileLock(folder / "lock"), threading.Lock()
+        self.lock_file, self.db_lock = filelock.FileLock(folder / "lock"), threading.Lock()
         self.last_words = b""  # the crash report that faulthandler left in the lock file; taking the lock empties it
         with self.errors():
             folder.mkdir(parents=True, exist_ok=True)
@@ -1353,7 +1363,7 @@ class Store:
 
     def is_known(self, digest: bytes) -> bool:
         """Whether there are features of this content. Reading threads call it."""
-        with self.one_thread:  # Python 3.13 fails now and then where threads share a connection
+        with self.db_lock:  # Python 3.13 fails now and then where threads share a connection
             return bool(self.value("SELECT 1 FROM features WHERE digest = ?", digest))
 
     def save(self, pictures: Sequence[Picture]) -> None:
@@ -1362,7 +1372,7 @@ class Store:
         features = {picture.digest: picture.vector.tobytes() for picture in kept if picture.vector is not None}
         files = ((*picture.file, picture.digest, picture.reason) for picture in kept)
         vanished = ((picture.file.path,) for picture in pictures if picture.vanished)
-        with self.one_thread, self.db:
+        with self.db_lock, self.db:
             columns = "(digest, vector, checksum) VALUES (?1, ?2, crc(?1, ?2))"
             self.db.executemany(f"INSERT OR REPLACE INTO features {columns}", features.items())
             self.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", files)
@@ -1375,13 +1385,13 @@ class Store:
         """
 
         def unlisted(error: OSError) -> None:
-            what = f"{escape_controls(os.fsdecode(error.filename))} cannot be listed ({error.strerror})"
+            what = f"{os.fsdecode(error.filename)} cannot be listed ({error.strerror})"
             if work.prune:  # what lies in it would be forgotten
                 raise DeepVisionError(f"{what}: nothing was pruned")
             log.warning("%s", what)
 
         changes = Changes([], [], [])
-        start: bytes | str = ""  # damage may have made a path text, which SQLite puts before bytes
+        start: bytes | str = ""  # sorts before every path, also before one that damage has made a text
         files = find_images(images, unlisted, [self.folder.parent], work.exclude)  # in the order of their paths
         other_decoders = self.get_meta("decoders") != image_formats()[2]
         while start != LAST_PATH:
@@ -1404,8 +1414,8 @@ class Store:
     def mark_presence(self, changes: Changes) -> bool:
         """Mark files as gone or back. Returns False, and changes nothing, if no usable image would remain."""
         with self.db:
-            for there, paths in enumerate((changes.gone, changes.back)):
-                self.db.executemany("UPDATE files SET there = ? WHERE path = ?", ((there, path) for path in paths))
+            self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", ((path,) for path in changes.gone))
+            self.db.executemany("UPDATE files SET there = 1 WHERE path = ?", ((path,) for path in changes.back))
             self.db.execute("INSERT OR REPLACE INTO meta VALUES ('decoders', ?)", (image_formats()[2],))
             if not (remain := self.count(USABLE)):
                 self.db.rollback()
@@ -1444,13 +1454,13 @@ class Store:
             self.discard_damaged()
 
     def discard_damaged(self) -> None:
-        """Delete features that are not what was written. The next update reads the files that have none."""
+        """Delete damaged features. The next update reads the files again that have none."""
         if self.count(DAMAGED) or self.count(ORPHANED):
             with self.db:
                 self.db.execute(f"DELETE FROM {DAMAGED}")
                 marked = self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
             files = counted(marked.rowcount, "file")
-            log.warning("%s: features of %s are damaged or missing, to be extracted again", self.folder, files)
+            log.warning("%s: the features of %s are damaged or missing, and are extracted again", self.folder, files)
 
     def readable(self, columns: str, table: str) -> Iterator[tuple[Any, ...]]:
         """The rows of a damaged table, from its beginning and from its end, each up to the damage."""
@@ -1494,7 +1504,7 @@ class Store:
 
 CODED_DIM = 256  # principal components in the codes, of 2 bits each
 TRAINED_ON, HELD_OUT = 30_000, 500  # vectors; more gain nothing, fewer measure recall less exactly than to 0.001
-OUTGROWN = 2  # the index is made anew once it holds this many times the vectors that it was made of, or that are left
+OUTGROWN = 2  # the index is made anew once it has twice as many vectors as when it was made, or as the store
 SHORTLIST, LONGEST_SHORTLIST = 160, 32_768  # codes whose exact scores are computed: at first, at most
 RECALL = 0.998  # share of the true ten nearest that the shortlist must hold
 GPU_RESERVE = 3 << 30  # bytes left to the model and to FAISS's own work
@@ -1505,7 +1515,7 @@ class Index(NamedTuple):
 
     faiss: faiss.Index  # its ids are rows of the store
     last: int  # the last row in it; later ones are compared one by one
-    shortlist: int = 0  # codes whose exact scores are computed; 0: the index holds the features themselves
+    shortlist: int = 0  # rows that the codes choose for a search; 0: the index holds the features themselves
     recall: float | None = None  # share of the true ten nearest in the shortlist, measured
     made_of: int = 0  # vectors in the store when it was made
     file: Any = None  # the index file in memory, which `faiss` looks into
@@ -1547,8 +1557,9 @@ def nearest(xq: np.ndarray, k: int, blocks: Blocks) -> tuple[np.ndarray, np.ndar
     """Scores D and rows I, (nq, k), of the rows nearest to xq, float32 (nq, dim), best first; -1: there are fewer."""
     heap = faiss.ResultHeap(len(xq), k, keep_max=True)
     for rows, xb in blocks:
-        D, I = faiss.knn(xq, to_float32(xb), min(k, len(xb)), metric=faiss.METRIC_INNER_PRODUCT)
-        heap.add_result(D, rows[I])
+        S = torch.from_numpy(xq) @ torch.from_numpy(to_float32(xb)).T  # several times as fast as FAISS multiplies
+        D, I = S.topk(min(k, len(xb)))
+        heap.add_result(D.numpy(), rows[I.numpy()])
     heap.finalize()
     return heap.D, heap.I
 
@@ -1556,10 +1567,9 @@ def nearest(xq: np.ndarray, k: int, blocks: Blocks) -> tuple[np.ndarray, np.ndar
 def coded_index(store: Store, last: int) -> Index:
     """An index of compact codes, 64 bytes a vector, with its measured recall.
 
-    Vectors are projected on their principal components, rotated at random so that all weigh alike, and coded by product
-    quantization in 4 bits. A search scans all codes (André, Kermarrec & Le Scouarnec, VLDB 2015) by L2 distance, which
-    ranks vectors of length 1 as the inner product does. The codes only choose the rows whose exact scores are computed.
-    This shortlist grows until it holds nearly all of the true ten nearest of held-out vectors.
+    The principal components, rotated so that all weigh alike, are coded by product quantization in 4 bits (André,
+    Kermarrec & Le Scouarnec, VLDB 2015). A search scans all codes. They only choose the rows whose exact scores are
+    computed: this shortlist grows until it holds nearly all of the true ten nearest of held-out vectors.
     """
     # A digest is a hash: the first ones are a random sample.
     own, _, sample = store.features("row <= ? ORDER BY digest LIMIT ?", last, TRAINED_ON + HELD_OUT)
@@ -1568,11 +1578,15 @@ def coded_index(store: Store, last: int) -> Index:
     width = min(CODED_DIM, store.dim, len(xt)) // 2 * 2
     codes = faiss.index_factory(store.dim, f"PCAR{width},PQ{width // 2}x4fs")
     faiss.downcast_index(codes.index).pq.cp.min_points_per_centroid = 1  # no warning about a small collection
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)  # for steps as small as these, threads only wait for each other
     codes.train(xt)
+    faiss.omp_set_num_threads(threads)
     index = faiss.IndexIDMap(codes)
 
     def added() -> Blocks:
-        for block in progress_bar(store.blocks(last=last), desc="compact codes", unit="block"):
+        for rows, xb in progress_bar(store.blocks(last=last), desc="compact codes", unit="block"):
+            block = rows, to_float32(xb)
             build_index([block], index)
             yield block
 
@@ -1646,12 +1660,13 @@ def index_on_gpus(store: Store, last: int) -> faiss.Index | None:
 
 # ---- Search ----------------------------------------------------------------------------------------------------------
 
-GPU_QUERIES, GPU_RESULTS = 32, 2048  # views from which on loading pays; results that FAISS gives there at most
+GPU_QUERIES = 32  # views; from so many on, loading the features on a GPU pays
+GPU_RESULTS = 2048  # most results that FAISS gives on a GPU
 QUERY_THREADS = 2  # that read queries; few, since each query has many views
 TOGETHER = 16  # queries compared at once: each costs a third of what it costs alone
 SCAN_VIEWS = 20  # from so many views on, FAISS compares blocks by multiplying matrices: quicker than the exact index
 FIRST_LIST = 64  # rows of the first list of an exact search
-CLOSELY = 10  # codes rank inexactly: of the rows that they choose for a list, only the best 1 in 10 are yielded
+CLOSELY = 10  # codes rank inexactly: of a list that they choose, only the best 1 in 10 rows are surely complete
 ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
 CANDIDATES = 10  # contents that are aligned with a query, whatever k is
 SAMPLED = 8000  # images that `representatives` looks at: 0.7 s with 2048 dimensions, and sizes within 10 %
@@ -1735,9 +1750,9 @@ def exact_scores(store: Store, xq: np.ndarray, rows: Iterable[int]) -> list[Foun
 def ranked(engine: Engine, xq: np.ndarray, rows: Iterable[int]) -> Iterator[Found]:
     """All contents of the store, compared with a query's views, xq (views, dim), best first. `rows`: its first list.
 
-    Each list is four times as long as the last. It yields its scores above `bound`: below, a longer list may find rows
-    that it lacks. What a longer list finds above the last bound, `end`, comes too late and is left out. So the order
-    never depends on how many are asked for.
+    Lists of rows are scored, each four times as long as the one before. Only the scores above `bound` are final: a
+    longer list may add rows below it. If a longer list finds a row above the bound of the one before, `end`, that row
+    is left out. So the order does not depend on how many matches are asked for.
     """
     count, end = engine.first_list, math.inf
     while True:
@@ -1756,7 +1771,7 @@ def ranked(engine: Engine, xq: np.ndarray, rows: Iterable[int]) -> Iterator[Foun
 
 
 def location(path: str) -> str:
-    """Where a file lies, not where it points: a link to an image of the collection is a query like any other."""
+    """The path with the links among its folders resolved. A file that is a link itself is another file."""
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
@@ -1826,7 +1841,7 @@ def compared(
 
 
 def is_mirrored(corners: Sequence[tuple[float, float]]) -> bool:
-    """Whether these corners, of a picture from its top left clockwise, run the other way round in another picture."""
+    """Whether a picture is mirrored in another one, by its corners there, given from its top left clockwise."""
     return bool(np.linalg.det(np.array(corners)[[1, 3]] - corners[0]) < 0)
 
 
@@ -1902,7 +1917,7 @@ NEIGHBOURS = 100  # files of a group that is found by score, at most
 WHOLE = 0.95  # share of a picture's area from which on it counts as all of it
 
 
-Pairs = Iterator[tuple[bytes, bytes, Match]]  # a content to keep, another one, and what that is to it, without a path
+Pairs = Iterator[tuple[bytes, bytes, Match]]  # keep, other, and the Match of the other, still without a path
 
 
 def different_files(engine: Engine, digest: bytes) -> list[str]:
@@ -1974,7 +1989,7 @@ def largest_first(path: str) -> tuple[int, int, str]:
 def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Match]]) -> Iterator[Group]:
     """Groups of files that hold the same picture, the largest keeper first. `pairs`: by keeper, then by other.
 
-    Every file of a group was compared with the one to keep. A copy of a copy does not join the group by that alone.
+    Every file of a group was compared with the one to keep. A copy of a copy may be none of that.
     """
     repeated = engine.store.db.execute(f"SELECT digest FROM {USABLE} GROUP BY digest HAVING count(*) > 1")
     contents = {*pairs, *(digest for (digest,) in repeated)}
@@ -2010,9 +2025,9 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator
 
 # ---- Assembly --------------------------------------------------------------------------------------------------------
 
-SAVE_SECONDS = 10  # work at risk when the process is killed; 30 are promised
+SAVE_SECONDS = 10  # between saves: the work at risk if the process is killed
 RANKS_WAIT = 30  # days that a rank of torchrun waits for the slowest one
-CRASH = b"Fatal Python error"  # faulthandler begins with this what it writes when a decoder crashes the process
+CRASH = b"Fatal Python error"  # how faulthandler's report begins when a decoder crashes the process
 # The process that tries the files: it writes a dot before each one. The last dot stands for the one that crashed
 READ_EACH = """import os, sys, main
 for path in sys.stdin.buffer.read().split(b"\\0"):
@@ -2038,15 +2053,19 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
     It saves every few seconds, and also when an error or an interrupt ends the run. If a decoder crashes the process,
     faulthandler writes that into the lock file, for `skip_crashing_file`.
     """
-    to_pixels = get_transform(model.side, model.resample)
-    describes = model.network is describe  # small operations gain nothing from cores: the threads that read do them
-    transform = (lambda image: launch(to_pixels(image)[None], model, 1)[0][0]) if describes else to_pixels
-    read = partial(read_picture, root=os.fsencode(images), transform=transform)
+    read = partial(read_picture, root=os.fsencode(images), transform=get_transform(model.side, model.resample))
     if not work.rebuild:
         read = partial(read, known=store.is_known)
     size, workers = work.batch_size or model.batch, work.workers or usable_cores()
     files = [file for file in unread if zlib.crc32(file.path) % work.ranks == work.rank]
-    pictures = read_ahead(read, files, workers, min(AHEAD_BATCHES * size + workers, AHEAD_MOST))
+    if model.network is describe:  # small operations gain nothing from cores: each thread describes what it reads
+        groups = [files[i : i + size] for i in range(0, len(files), size)]
+        batches = read_ahead(
+            lambda group: next(with_features(map(read, group), model, size)), groups, workers, AHEAD_MOST // size
+        )
+    else:
+        pictures = read_ahead(read, files, workers, min(AHEAD_BATCHES * size + workers, AHEAD_MOST))
+        batches = with_features(pictures, model, size)
     summary, into, unsaved = Summary(), store, list[Picture]()
     if work.ranks > 1:
         into = Store(store.folder, store.identity, store.dim, f"rank-{work.rank}.sqlite")
@@ -2056,7 +2075,7 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
     with open(store.lock_file.lock_file, "ab") as last_words, bar:
         faulthandler.enable(last_words)
         try:
-            for batch in with_features(pictures, model, size):
+            for batch in batches:
                 unsaved += batch
                 summary.add(batch)
                 bar.update(len(batch))
@@ -2150,14 +2169,12 @@ def update(store: Store, images: Path, model: Model, work: Work) -> Summary:
         summary = Summary(store.count(USABLE), store.count(SKIPPED), store.count(GONE))
     if summary.images:
         return summary
-    advice = "put images to search in there, or name another folder with --images"
+    advice = ": put images to search in there, or name another folder with --images"
     if known := store.count("files WHERE digest IS NOT NULL"):
-        advice = (
-            f"but the index knows {known:,}: is a drive not connected, or is it another folder? Nothing was changed"
-        )
+        advice = f", but the index knows {known:,}: is a drive missing, or is it another folder? Nothing was changed"
     elif skipped := store.skipped(1):
-        advice = f"all were skipped, {os.fsdecode(skipped[0][0])} for one: {skipped[0][1]}"
-    raise DeepVisionError(f"{images} has no usable image: {advice}")
+        advice = f": all were skipped, for example {os.fsdecode(skipped[0][0])}: {skipped[0][1]}"
+    raise DeepVisionError(f"{images} has no usable image{advice}")
 
 
 def prepare(store: Store, images: Path, model: Model, work: Work) -> Engine:
@@ -2238,10 +2255,9 @@ def as_json(found: Answer | Group, engine: Engine) -> str:
     """One object on one line, in ASCII, so that any file name makes valid JSON."""
     if found.error:
         return json.dumps({found._fields[0]: found[0], "error": found.error})
-    matches = []
-    for match in found.matches:
-        region = match.region and {key: value for key, value in match.region._asdict().items() if key != "outline"}
-        matches.append({**match._asdict(), "score": round(match.score, 6), "region": region})
+    matches = [match._replace(score=round(match.score, 6))._asdict() for match in found.matches]
+    for match in matches:
+        match["region"] = match["region"] and match["region"]._asdict()
     return json.dumps({found._fields[0]: found[0], "model": engine.model.name, "matches": matches})
 
 
@@ -2259,8 +2275,8 @@ def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
 
 # ---- Page ------------------------------------------------------------------------------------------------------------
 
-THUMBNAIL, QUALITY = 256, 60  # pixels of the longer side, and of WebP: 4 KB a photograph
-PAGE_PICTURES = 5000  # on a page, 30 MB; the rest is left to the other outputs
+THUMBNAIL, QUALITY = 256, 60  # pixels of the longer side, and of WebP: 5 KB a photograph
+PAGE_PICTURES = 5000  # on a page, 34 MB; the rest is left to the other outputs
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -2358,14 +2374,16 @@ def render(
     found: Sequence[Answer | Group], engine: Engine, name: Any = decode_path, link: Any = link_to, **values: Any
 ) -> str:
     """The page. `name` and `link` make of a path the text and the address shown; `values`: what else PAGE takes."""
-    room, shown = PAGE_PICTURES, list[tuple[Answer | Group, list[Match]]]()
+    shown = list[tuple[Answer | Group, list[Match]]]()
+    room = PAGE_PICTURES
     for item in found:
         matches = with_query(item)
         shown.append((item, matches[: max(0, room)]))
         room -= len(matches)
     paths = list(dict.fromkeys(match.path for _, matches in shown for match in matches))
-    read, cores = partial(read_picture, root=b"", transform=thumbnail), usable_cores()
-    pictures = dict(zip(paths, read_ahead(read, (File(os.fsencode(path), 0, 0) for path in paths), cores, 4 * cores)))
+    files = (File(os.fsencode(path), 0, 0) for path in paths)
+    read = partial(read_picture, root=b"", transform=thumbnail)
+    pictures = dict(zip(paths, read_ahead(read, files, usable_cores(), 4 * usable_cores())))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     environment.filters.update(text=decode_path, name=name, link=link)
     values = {"title": title_of(found), "policy": POLICY, "verdict": verdict, "remark_on": remark_on, **values}
@@ -2388,7 +2406,7 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
     except OSError as error:
         why = error.strerror or first_line(error)
         advice = "choose another place with --report FILE, or --no-report"
-        raise DeepVisionError(f"the page {escape_controls(str(path))} cannot be written ({why}): {advice}") from error
+        raise DeepVisionError(f"the page {path} cannot be written ({why}): {advice}") from error
 
 
 # ---- UI --------------------------------------------------------------------------------------------------------------
@@ -2405,7 +2423,7 @@ const send = async files => {
         const request = fetch("/?" + new URLSearchParams({name: file.name}), {method: "POST", body: file})
         const answer = await request.catch(error => ({statusText: error.message}))
         if (answer.ok) asked.append("q", await answer.text())
-        else alert(`${file.name} is not taken: ${answer.statusText}`)
+        else alert(`${file.name} is not taken (${answer.statusText}). A file may have 300 MB`)
     }
     if (asked.has("q")) location.search = asked
 }
@@ -2660,12 +2678,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def rank_of_ranks() -> tuple[int, int]:
-    """The number of this process among those that torchrun started, and how many they are."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    return int(os.environ.get("RANK", 0)) % ranks, ranks
-
-
 class Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects to http and https alone. urllib itself also follows those to ftp."""
 
@@ -2746,25 +2758,32 @@ def write_export(engine: Engine, folder: Path) -> None:
     except (OSError, sqlite3.Error, DamageError) as error:
         advice = "run it again, or choose another folder"
         raise DeepVisionError(f"--export {folder}: {first_line(error)}; {advice}") from error
-    log.info("%s: %d × %d features and their paths", escape_controls(str(folder)), len(files), store.dim)
+    log.info("%s: %d × %d features and their paths", folder, len(files), store.dim)
 
 
 def report_update(engine: Engine, options: argparse.Namespace) -> None:
     """Say on stderr what the update found and did."""
-    summary, model, images = engine.summary, engine.model, escape_controls(str(engine.images))
-    done = f"{summary.images:,} images, not checked for changes (--no-update)" if options.no_update else summary
-    log.info("%s: %s (%s on %s, %s)", images, done, model.name, model.device, model.precision)
+    model = engine.model
+    done = str(engine.summary)
+    if options.no_update:
+        done = f"{engine.summary.images:,} images, not checked for changes (--no-update)"
+    log.info("%s: %s (%s on %s, %s)", engine.images, done, model.name, model.device, model.precision)
     if engine.index.recall and not engine.exact:
         how = "the search is approximate (recall@%d is %.3f); --exact compares with every image"
         log.info(how, TOP, engine.index.recall)
+    if options.no_update:
+        first = engine.store.db.execute(f"SELECT path FROM {USABLE} LIMIT 1000")
+        if not any(os.path.exists(os.path.join(engine.images, os.fsdecode(path))) for (path,) in first):
+            log.warning("none of the first images in the index is in %s: is --images the right folder?", engine.images)
     if log.isEnabledFor(logging.DEBUG):
         for path, reason in engine.store.skipped():
-            log.debug("skipped %s: %s", escape_controls(os.path.join(engine.images, os.fsdecode(path))), reason)
+            log.debug("skipped %s: %s", os.path.join(engine.images, os.fsdecode(path)), reason)
 
 
 def print_answers(options: argparse.Namespace, engine: Engine) -> int:
     """Print the answers to the queries, or the duplicates, write the page, and return the exit status."""
-    start, found = time.perf_counter(), list[Answer | Group]()
+    start = time.perf_counter()
+    found = list[Answer | Group]()
     is_search = options.duplicates is None
     is_fetched = any(name == "-" or ADDRESS.match(name) for name in options.queries)
     with tempfile.TemporaryDirectory() if is_fetched else nullcontext("") as folder:
@@ -2772,7 +2791,7 @@ def print_answers(options: argparse.Namespace, engine: Engine) -> int:
             found.append(item)
             print_found(item, engine, options.form)
             if item.error:
-                log.error("%s: %s", escape_controls(item[0]), item.error)
+                log.error("%s: %s", item[0], item.error)
         if is_search and not found:
             where = ", ".join(options.queries) or f"{QUERIES}/"
             raise DeepVisionError(f"no image to search with in {where}: put one there, or name it: main.py photo.jpg")
@@ -2780,16 +2799,23 @@ def print_answers(options: argparse.Namespace, engine: Engine) -> int:
             log.info("%s", title_of(found))
         if options.report:
             write_page(options.report, found, engine, time.perf_counter() - start)
-            log.info("%s", escape_controls(options.report))
+            log.info("%s", options.report)
     return 1 if any(item.error for item in found) else 0
 
 
 def run(options: argparse.Namespace) -> int:
     """Do what the options ask for, and return the exit status."""
-    model, (rank, ranks) = load_model(options.model, options.weights, options.device), rank_of_ranks()
-    of_update = options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update
-    work = Work(*of_update, options.exact, exclude=tuple(options.exclude), rank=rank, ranks=ranks)
-    if rank:  # of torchrun
+    ranks = int(os.environ.get("WORLD_SIZE", 1))  # the processes that torchrun started; this is number `rank`
+    rank = int(os.environ.get("RANK", 0)) % ranks
+    if rank:  # the first one speaks for all
+        log.handlers[0].setFormatter(OneLine(f"rank {rank}: %(message)s"))
+        log.setLevel(logging.WARNING)
+    model = load_model(options.model, options.weights, options.device)
+    work = Work(
+        options.batch_size, options.workers, options.rebuild, options.prune, not options.no_update, options.exact,
+        exclude=tuple(options.exclude), rank=rank, ranks=ranks,
+    )  # fmt: skip
+    if rank:
         if work.update:
             read_share(Path(options.images), Path(options.index_dir, model.identity), model, work)
         return 0
@@ -2804,14 +2830,19 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+class OneLine(logging.Formatter):
+    """Writes a message in one line that cannot steer a terminal, whatever names it holds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_controls(super().format(record))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 all answered, 1 something failed, 2 usage, 130 interrupted."""
     options = parse_arguments(argv)
     log.handlers = [logging.StreamHandler()]
+    log.handlers[0].setFormatter(OneLine())
     log.setLevel(options.level)
-    if rank := rank_of_ranks()[0]:  # the first speaks for all
-        log.handlers[0].setFormatter(logging.Formatter(f"rank {rank}: %(message)s"))
-        log.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="tqdm:")  # its monitor thread failed; not needed
     warnings.filterwarnings("ignore", module="PIL")  # what Pillow doubts is either read or skipped with a reason
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -2821,7 +2852,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(options)
     except (DeepVisionError, sqlite3.Error) as error:
-        log.error("error: %s", escape_controls(str(error)))
+        log.error("error: %s", error)
         return 1
     except (MemoryError, RuntimeError, ImportError) as error:
         if not (isinstance(error, MemoryError) or NO_MEMORY.search(str(error))):

@@ -186,6 +186,13 @@ def rerun(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     return {"rerun s": time.perf_counter() - start, "rerun MB": peak() - base}
 
 
+def duplicates(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
+    engine = main.initialize_reverse_image_search(images, cache, model=model_of(dim, n), work=main.Work(update=False))
+    base, start = peak(reset=True), time.perf_counter()
+    groups = sum(1 for _ in main.find_duplicates(engine, 0.999))
+    return {"duplicates s": time.perf_counter() - start, "duplicates MB": peak() - base, "groups": groups}
+
+
 def peer_flat(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     """What the usual script does: the index in fp32, read whole, one query."""
     import faiss
@@ -201,7 +208,7 @@ def peer_flat(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
 
 
 STEPS: dict[str, Callable[..., dict[str, float]]] = {
-    step.__name__: step for step in (build, first_answer, batch, add, rerun, peer_flat)
+    step.__name__: step for step in (build, first_answer, batch, add, rerun, duplicates, peer_flat)
 }
 
 

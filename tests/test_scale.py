@@ -354,15 +354,6 @@ def test_without_an_update_there_must_be_an_index_of_something(run, collection):
     assert outcome.status == 1 and "no features yet: run without --no-update" in outcome.stderr
 
 
-def test_no_update_in_another_folder_than_the_indexed_one_is_said(run, collection):
-    images = collection(4)
-    run(*OFFLINE, "--index-only")
-    Path("other").mkdir()
-    said = "none of the first images in the index is in"
-    assert said in run(*ASK, images / "1.png", "--images", "other").stderr
-    assert said not in run(*ASK, images / "1.png").stderr
-
-
 def test_without_an_update_nobody_is_waited_for(run, collection):
     """Even while another run adds features that the index does not have yet."""
     images = collection(4)

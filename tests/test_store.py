@@ -245,7 +245,7 @@ def test_a_folder_that_cannot_be_listed_is_not_pruned(index, run, monkeypatch):
     scandir = os.scandir
 
     def refusing(path: Any = ".") -> Any:
-        if os.fsdecode(path).endswith("deeper"):
+        if os.fsdecode(path).endswith("deeper/"):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         return scandir(path)
 
@@ -255,6 +255,16 @@ def test_a_folder_that_cannot_be_listed_is_not_pruned(index, run, monkeypatch):
             outcome = run(*OFFLINE, "--index-only", *options)
             assert outcome.status == status and re.search(r"deeper.*Permission denied", outcome.stderr)
     assert index() == {"found": N, "unchanged": N}
+
+
+def test_a_scan_goes_through_folders_in_blocks_of_paths(index, monkeypatch):
+    """Whatever folders the files of a block lie in, none is taken for new or gone."""
+    for number, folder in enumerate(["a", "a-", "a/b", "a.b", "b/a", "b"] * 2):
+        (IMAGES / folder).mkdir(parents=True, exist_ok=True)
+        draw(100 + number).save(IMAGES / folder / f"{number}.png")
+    monkeypatch.setattr(main, "BLOCK", 4)
+    assert index() == {"found": N + 12, "new": N + 12, "opened": 1}
+    assert index() == {"found": N + 12, "unchanged": N + 12}
 
 
 def test_the_collection_cannot_be_the_cache(run, collection):
@@ -280,15 +290,15 @@ def test_a_bad_file_is_remembered_until_it_or_the_decoders_change(index, run):
 
 
 def test_an_unreadable_file_is_tried_again(index, run, monkeypatch):
-    real, bad = os.open, "3.png"
+    real = open
 
-    def refusing(name: Any, *args: Any, **options: Any) -> int:
-        if os.fsdecode(name).endswith(bad):
+    def refusing(name: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(name, bytes) and name.endswith(b"3.png"):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
         return real(name, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "open", refusing)
+        patch.setattr("builtins.open", refusing)
         assert index() == {"found": N, "new": N - 1, "skipped": 1, "opened": 1}
         assert "3.png: Permission denied" in run(*OFFLINE, "--index-only", "-v").stderr
         assert index() == {"found": N, "unchanged": N - 1, "skipped": 1, "opened": 1}

@@ -91,17 +91,18 @@ class Tab:
         return [caption.split(" · ")[-2] for caption in self.captions(row)]
 
     def give(self, *names: str) -> None:
+        self.until(lambda: self.browser.execute_script("return document.readyState") == "complete")
         self.all("#given")[0].send_keys("\n".join(str(self.folder / name) for name in names))
 
     def until(self, there: Callable[[], Any]) -> Any:
-        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.common.exceptions import WebDriverException
 
         end = time.monotonic() + WAIT
         while time.monotonic() < end:
             try:
                 if it := there():
                     return it
-            except (IndexError, StaleElementReferenceException):  # it is loaded anew meanwhile
+            except (IndexError, WebDriverException):  # the next page is being loaded
                 pass
             time.sleep(0.05)
         raise AssertionError(f"it shows {self.headings()}, {self.captions()}")

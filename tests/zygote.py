@@ -55,7 +55,8 @@ class Run:
         return (self.folder / "2").read_text(errors="replace")
 
     def wait(self, timeout: float = 120) -> Ended:
-        (self.folder / "0").touch()  # it may have been killed before it said what it began with
+        for name in "012":
+            (self.folder / name).touch()  # it may have been killed before it made them
         ended = self.zygote.ask(wait=self.pid, timeout=timeout)
         assert ended, f"it still runs after {timeout} seconds: {self.said()}"
         start, out, err = ((self.folder / name).read_bytes().decode("utf-8", "surrogateescape") for name in "012")
