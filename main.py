@@ -1011,17 +1011,17 @@ CONTRAST = 1.5  # of 255, of a blob against its surroundings: fainter ones are n
 SPREAD = 4  # cells a side among which the points are spread, so that a caption does not take them all
 WINDOW, SAMPLES = 8, 12  # pixels of its level on each side of a point that its descriptor sees; samples along a side
 RATIO = 0.75  # a match counts if its squared distance is less than this share of its best rival's
-RIVALS, NEAR = 4, 8.0  # best matches of a point that are looked at; pixels within which two are the same spot
+NEAR = 8.0  # pixels within which two points are the same spot, and no rivals
 TOLERANCE, DRIFT = 5.0, 0.04  # pixels by which an agreeing point may miss, and more for each pixel of distance
 SCALES = (0.15, 6.0)  # smallest and largest size of the query in the match; beyond, all points fall on one spot
 PROPOSALS = 5  # transforms that are fitted, of those that most points agree on
 CELL = 4.0  # pixels: points that are nearer to each other count as one
 FEWEST, AGREEING = 6, 14  # least points for a fit; of a copy (unrelated photographs reach 3, drawings 10)
 GRID, GRID_CELL = 48, 4  # samples along each side of the match, and of a cell in which the two pictures are correlated
-TEXTURE, CORRELATION = 4.0, 0.8  # of 255, standard deviation of a cell that shows anything; of a cell that agrees
-# Share of the common cells that agree in a copy, and what each of up to 100 agreeing points adds. Large letters on a
-# plain product leave 0.57 + 0.09; two products before one backdrop reach 0.59 + 0.02, two screenshots of one app 0.3
-AGREEMENT, POINT_WORTH = 0.64, 0.001
+TEXTURE, CORRELATION = 2.5, 0.8  # of 255, standard deviation of a cell that shows anything; of a cell that agrees
+# Share of the common cells that agree in a copy. Large letters on a plain product, stickers or a curved screen leave
+# 0.62. Two products before one backdrop reach 0.57, two screenshots of one app 0.3
+AGREEMENT = 0.6
 
 
 class LocalFeatures(NamedTuple):
@@ -1151,11 +1151,12 @@ def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.
     proposes a similarity by its places, sizes and angles. All proposals are tried, none is drawn at random.
     """
     S = torch.from_numpy(query.descriptors) @ torch.from_numpy(match.descriptors).T
-    scores, best = (found.numpy() for found in S.topk(min(RIVALS, S.shape[1])))
-    is_rival = np.abs(match.places[best] - match.places[best[:, :1]]) > NEAR
-    good = 1 - scores[:, 0] < RATIO * (1 - np.where(is_rival, scores, -1).max(1))
-    q, m = query.places[good], match.places[best[good, 0]]
-    ratio = match.frames[best[good, 0]] / query.frames[good]
+    scores, best = (found.numpy() for found in S.max(1))
+    is_near = torch.from_numpy(np.abs(match.places[:, None] - match.places) <= NEAR)
+    rivals = S.masked_fill(is_near[best], -1).amax(1).numpy()
+    good = 1 - scores < RATIO * (1 - rivals)
+    q, m = query.places[good], match.places[best[good]]
+    ratio = match.frames[best[good]] / query.frames[good]
     moved, scale = ratio[:, None] * (q - q[:, None]), np.abs(ratio)  # (proposals, matches)
     agree = np.abs(m[:, None] + moved - m) < TOLERANCE + DRIFT * np.abs(moved)
     agree &= np.abs(np.log2(scale / scale[:, None])) < 1
@@ -1201,7 +1202,7 @@ def align(query: LocalFeatures, match: LocalFeatures) -> Region | None:
     tried = [(*best_transform(seen, match), seen, mirrored) for seen, mirrored in ways]
     points, H, seen, mirrored = max(tried, key=lambda fit: fit[0])
     agreement, covers = common_share(seen, match, H) if points else (0.0, 0.0)
-    if agreement + POINT_WORTH * min(points, 100) < AGREEMENT:
+    if agreement < AGREEMENT:
         return None
     if mirrored:  # H starts from the mirrored query
         H = H @ [(-1, 0, query.grey.shape[1]), (0, 1, 0), (0, 0, 1)]

@@ -244,6 +244,13 @@ def test_points_that_all_fall_on_one_spot_make_no_copy() -> None:
     assert main.align(rich, spot) is None and main.align(spot, rich) is None
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_point_makes_no_copy(count: int) -> None:
+    rich = main.local_features(draw_rich(1))
+    few = rich._replace(places=rich.places[:count], frames=rich.frames[:count], descriptors=rich.descriptors[:count])
+    assert main.align(few, rich) is main.align(rich, few) is main.align(few, few) is None
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1), (17, 17)])
 def test_a_picture_without_points_costs_nothing_and_is_no_copy(size: tuple[int, int]) -> None:
     plain, rich = main.local_features(Image.new("RGB", size, "teal")), main.local_features(draw_rich(1))
