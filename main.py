@@ -652,7 +652,8 @@ def forward(
 def fused(plain: partial[torch.Tensor], dtype: torch.dtype, device: str) -> partial[torch.Tensor]:
     """`plain`, which is `forward`, in this precision and with layers fused."""
     fold_batch_norms = importlib.import_module("torch.fx.experimental.optimization").fuse
-    network = fold_batch_norms(plain.keywords["network"]).to(dtype).to(memory_format=torch.channels_last)
+    with one_torch_thread():
+        network = fold_batch_norms(plain.keywords["network"]).to(dtype).to(memory_format=torch.channels_last)
     if device == "cpu" and torch.backends.mkldnn.is_available():
         fuse_convolutions(network)
     return partial(plain, network=network, dtype=dtype)
