@@ -1638,6 +1638,7 @@ def open_index(store: Store, work: Work = Work()) -> Index:
     if index and (index.last == last or not work.update):
         return index
     with store.locked():
+        rows, last = store.count("features"), store.last_row()  # another run may have replaced all meanwhile
         new = store.count(f"features WHERE row > {index.last}") if index else 0
         if index and index.faiss.ntotal + new < OUTGROWN * min(rows, index.made_of):
             copy = faiss.deserialize_index(index.file)  # vectors cannot be added to an index that looks into a file
