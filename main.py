@@ -90,9 +90,7 @@ else:
 
         def __getattr__(self, attribute: str) -> Any:
             try:
-                value = getattr(importlib.import_module(self._name), attribute)
-                setattr(self, attribute, value)
-                return value
+                return getattr(importlib.import_module(self._name), attribute)
             except ModuleNotFoundError as error:
                 raise DeepVisionError(f"{error}: to install it, run `pip install -r requirements.txt`") from error
 
@@ -1303,6 +1301,8 @@ class Store:
         try:
             yield
         except (OSError, NotImplementedError, sqlite3.OperationalError) as error:  # the second: a disk without locks
+            if "user-defined function" in str(error):
+                raise KeyboardInterrupt from error  # a signal came while SQLite called `crc`
             advice = "Check the free space and the permissions, or choose another folder with --index-dir"
             raise DeepVisionError(
                 f"the index in {self.folder} cannot be used: {first_line(error)}. {advice}"
@@ -1459,8 +1459,9 @@ class Store:
         if (version := self.value("PRAGMA user_version")) > FORMAT:
             newer = f"was written by a newer DeepVision (format {version}, this one knows {FORMAT})"
             raise DeepVisionError(f"{self.folder} {newer}: update DeepVision, or choose another --index-dir")
-        schema = {sql for (sql,) in self.db.execute("SELECT sql FROM sqlite_master")}
-        if version < FORMAT or not schema.issuperset(SCHEMA) or self.get_meta("identity") != self.identity:
+        ours = "sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%' ORDER BY rowid"
+        schema = [sql for (sql,) in self.db.execute(f"SELECT sql FROM {ours}")]  # with no trigger of a stranger
+        if version < FORMAT or schema != SCHEMA or self.get_meta("identity") != self.identity:
             raise DamageError(self.path, "it is not a database of this format, or of another model")
         self.db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
         if whole and self.path.stat().st_size <= CHECKED_BYTES:
@@ -1490,8 +1491,7 @@ class Store:
             with self.errors():
                 return self.check(whole=True)  # another run has repaired it
         except DamageError:
-            old = [path for path in map(self.folder.joinpath, OLD_FILES) if path.exists()]
-            is_new = not self.path.stat().st_size and not old
+            is_new = not self.path.stat().st_size
         Path(f"{self.path}.part-journal").unlink(missing_ok=True)
         with whole_file(self.path) as stream:
             new = Store(self.folder, self.identity, self.dim, os.path.basename(stream.name))
@@ -1508,11 +1508,8 @@ class Store:
             self.db.close()
             Path(f"{self.path}-journal").unlink(missing_ok=True)  # SQLite would replay it
         self.connect()
-        for path in old:
-            path.unlink()
         if not is_new:
-            kept = self.count("features")
-            log.warning("%s was damaged, or of an older format. Repaired: %d features are kept", self.path, kept)
+            log.warning("%s was damaged. Repaired: %d features are kept", self.path, self.count("features"))
 
 
 # ---- Index -----------------------------------------------------------------------------------------------------------
@@ -2109,16 +2106,20 @@ def merge_ranks(store: Store) -> Summary:
     summary = Summary()
     for path in sorted(store.folder.glob("rank-*.sqlite")):
         share = Store(store.folder, store.identity, store.dim, path.name)
-        with suppress(DamageError), share.errors(), store.db:  # what is damaged is read again
+        with suppress(DamageError), share.errors():  # what is damaged is read again
             share.check(whole=False)
-            features = share.db.execute("SELECT NULL, digest, vector, checksum FROM features ORDER BY row")
-            store.db.executemany("INSERT OR REPLACE INTO features VALUES (?, ?, ?, ?)", features)  # NULL: a new row
-            files = share.db.execute("SELECT * FROM files")
-            store.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
+            store.db.execute("ATTACH ? AS share", (os.fsencode(path),))
+            columns = "digest, vector, checksum"
+            with store.db:
+                new = f"SELECT {columns} FROM share.features ORDER BY row"
+                store.db.execute(f"INSERT OR REPLACE INTO main.features ({columns}) {new}")
+                store.db.execute("INSERT OR REPLACE INTO main.files SELECT * FROM share.files")
             summary.opened += share.count("files")
             summary.new += share.count(USABLE)
             summary.recognised += share.count(ORPHANED)
         share.db.close()
+        with suppress(sqlite3.OperationalError):  # it was not attached
+            store.db.execute("DETACH share")
     for left in (*store.folder.glob("rank-*"), *store.folder.glob("*.part*")):  # the latter: of a stopped run
         left.unlink(missing_ok=True)
     return summary
@@ -2225,13 +2226,18 @@ def initialize_reverse_image_search(
         raise DeepVisionError(f"there is no index of {images} by {model.name} in {index_dir}: run without --no-update")
     if model.name == MODEL and not folder.exists() and any(Path(index_dir).glob(f"{OFFLINE}-*")):
         log.warning("the weights of %s are here now: all images are indexed with it; the offline index is kept", MODEL)
+    if old := [path for path in map(folder.joinpath, OLD_FILES) if path.exists()]:
+        log.warning("%s holds an index of an older format: all images are indexed anew", folder)
     store = Store(folder, model.identity, model.dim)
     try:
-        return prepare(store, images, model, work)
+        engine = prepare(store, images, model, work)
     except DamageError:  # or the store is new
         with store.errors(), store.locked():
             store.repair()
-        return prepare(store, images, model, work)
+        engine = prepare(store, images, model, work)
+    for path in old:
+        path.unlink(missing_ok=True)
+    return engine
 
 
 # ---- Output ----------------------------------------------------------------------------------------------------------
