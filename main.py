@@ -1294,6 +1294,7 @@ class Store:
         self.db = sqlite3.connect(self.path, timeout=WAIT_SECONDS, check_same_thread=False)
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
         self.db.create_function("crc", 2, self.crc)
+        self.scanned = 0  # `version` at the last scan
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -1314,24 +1315,28 @@ class Store:
             raise DamageError(self.path, first_line(error)) from error
 
     @contextmanager
-    def locked(self) -> Iterator[bool]:
-        """Hold the lock of the one run that writes. True: another run held it before."""
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of the one run that writes."""
         with suppress(OSError):  # there is none yet
             self.last_words = Path(self.lock_file.lock_file).read_bytes()
         try:
-            held, waited = self.lock_file.acquire(timeout=0), False
+            held = self.lock_file.acquire(timeout=0)
         except filelock.Timeout:
             log.warning("another run is writing %s: waiting for it", self.folder)
-            held, waited = self.lock_file.acquire(), True
+            held = self.lock_file.acquire()
         with held:
             if not self.path.exists() or self.path.stat().st_ino != self.inode:  # another run has repaired it
                 self.db.close()
                 self.connect()
-            yield waited
+            yield
 
     def value(self, query: str, *arguments: Any) -> Any:
         """The first value that the query gives, or None."""
         return (self.db.execute(query, arguments).fetchone() or [None])[0]
+
+    def version(self) -> int:
+        """A number that changes whenever another run has written."""
+        return self.value("PRAGMA data_version")
 
     def count(self, table: str) -> int:
         return self.value(f"SELECT count(*) FROM {table}")
@@ -1405,6 +1410,7 @@ class Store:
                 raise DeepVisionError(f"{what}: nothing was pruned")
             log.warning("%s", what)
 
+        self.scanned = self.version()
         changes = Changes([], [], [])
         start: bytes | str = ""  # sorts before every path, also before one that damage has made a text
         files = find_images(images, unlisted, [self.folder.parent], work.exclude)  # in the order of their paths
@@ -1760,7 +1766,7 @@ def exact_scores(store: Store, xq: np.ndarray, rows: Iterable[int]) -> list[Foun
     return sorted(map(Found, D.tolist(), digests, views.tolist()), key=lambda it: (-it.score, it.digest))
 
 
-def ranked(engine: Engine, xq: np.ndarray, rows: Iterable[int]) -> Iterator[Found]:
+def ranked(engine: Engine, xq: np.ndarray, rows: Sequence[int]) -> Iterator[Found]:
     """All contents of the store, compared with a query's views, xq (views, dim), best first. `rows`: its first list.
 
     Lists of rows are scored, each four times as long as the one before. Only the scores above `bound` are final: a
@@ -1771,9 +1777,11 @@ def ranked(engine: Engine, xq: np.ndarray, rows: Iterable[int]) -> Iterator[Foun
     while True:
         scored = exact_scores(engine.store, xq, rows)
         is_last = count >= max(engine.index.faiss.ntotal, engine.store.last_row())
+        trusted = count - 1 - (len(rows) - len(scored))  # a row that a rebuild has replaced is missing in `scored`
+        if engine.index.shortlist and not engine.exact:
+            trusted = count // CLOSELY
         bound = -math.inf if is_last else end
-        if scored and not is_last:
-            trusted = count // CLOSELY if engine.index.shortlist and not engine.exact else count - 1
+        if scored and trusted >= 0 and not is_last:
             bound = min(end, scored[min(trusted, len(scored) - 1)].score + ROUNDING)
         yield from (it for it in scored if bound < it.score <= end)
         if is_last:
@@ -1788,7 +1796,7 @@ def location(path: str) -> str:
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
-def nearest_files(engine: Engine, query: Picture, rows: Iterable[int], k: int) -> list[Found]:
+def nearest_files(engine: Engine, query: Picture, rows: Sequence[int], k: int) -> list[Found]:
     """The files nearest to the query, by score, then by path: at least k, and CANDIDATES contents.
 
     The query's own file and files that have changed since they were indexed are left out.
@@ -2148,8 +2156,8 @@ def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
 
 def store_changes(store: Store, changes: Changes, images: Path, model: Model, work: Work) -> Summary:
     """Read what is new. Note what is gone, but only if a usable image remains: else the summary counts no images."""
-    with store.locked() as waited:
-        if merge_ranks(store).opened or waited:
+    with store.locked():
+        if merge_ranks(store).opened or store.scanned != store.version():
             changes = store.scan(images, work)
         skip_crashing_file(store, changes.unread, images, work)
         wait_for_ranks(work)  # from here on, they read
