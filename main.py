@@ -2234,7 +2234,7 @@ def initialize_reverse_image_search(
         raise DeepVisionError(f"there is no index of {images} by {model.name} in {index_dir}: run without --no-update")
     if model.name == MODEL and not folder.exists() and any(Path(index_dir).glob(f"{OFFLINE}-*")):
         log.warning("the weights of %s are here now: all images are indexed with it; the offline index is kept", MODEL)
-    if old := [path for path in map(folder.joinpath, OLD_FILES) if path.exists()]:
+    if old := [path for path in map(folder.joinpath, OLD_FILES) if os.path.exists(path)]:
         log.warning("%s holds an index of an older format: all images are indexed anew", folder)
     store = Store(folder, model.identity, model.dim)
     try:
