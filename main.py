@@ -160,7 +160,7 @@ class Picture(NamedTuple):
 
     file: File
     digest: bytes | None = None  # hash of the content; None: not a usable image
-    pixels: Any = None  # what the transform made of the image; None: its features are known already
+    made: Any = None  # what `transform` returned: pixels, Seen, LocalFeatures or a thumbnail; None: not computed
     vector: np.ndarray | None = None  # features, fp16 (dim,)
     reason: str | None = None  # why the image cannot be used; None also for a file that was never meant as an image
     vanished: bool = False  # the file went away or changed while it was read
@@ -170,9 +170,11 @@ class View(NamedTuple):
     """A query as it may have looked before an edit."""
 
     name: str  # the edit that is undone; empty: the query as it is
-    pixels: torch.Tensor  # uint8 (3, h, w); h and w are the model's side, unless one of the next is not 0
-    tops: Sequence[int] = (0,)  # where the pixels begin in a picture of the model's side: a view for each top and left;
-    lefts: Sequence[int] = (0,)  # negative: the picture is a part of the pixels
+    pixels: torch.Tensor  # uint8 (3, h, w); of the model's side if all tops and lefts are 0
+    # Each pair of a top and a left is one view. They say where the pixels start in the model's square. Positive: the
+    # pixels fill only a part of the square. Negative: the square shows only a part of the pixels. Tuples, for caching.
+    tops: Sequence[int] = (0,)
+    lefts: Sequence[int] = (0,)
 
 
 class Region(NamedTuple):
@@ -236,7 +238,7 @@ class Work:
     prune: bool = False  # forget the files that are gone
     update: bool = True  # look for what is new, changed or gone in the collection
     exact: bool = False  # compare with every vector, however many there are
-    exact_bytes: int = 1 << 28  # of vectors that are all compared; with more, a first answer would take over 0.5 s
+    exact_bytes: int = 1 << 28  # with more bytes of vectors, codes choose candidates: comparing all takes over 0.5 s
     exclude: tuple[str, ...] = ()  # patterns of paths, relative to the collection, that are passed over
     rank: int = 0  # of this process, among `ranks` that torchrun started; rank 0 commits
     ranks: int = 1
@@ -253,7 +255,7 @@ class Summary:
     opened: int = 0  # files, in this run
     new: int = 0  # usable ones among them, new or changed
     recognised: int = 0  # of the new ones: known by content, because the file was moved, copied or brought back
-    seconds: float = 0.0  # of reading and of the model; 0: the ranks of torchrun have read
+    seconds: float = 0.0  # that reading and the model took; 0: not measured, several ranks of torchrun did it
 
     def add(self, pictures: Sequence[Picture]) -> None:
         usable = [picture for picture in pictures if picture.digest and not picture.vanished]
@@ -297,7 +299,7 @@ def find_images(
     """
     root, separator = os.fsencode(folder), os.fsencode(os.sep)
     visited = {os.stat(path)[1:3] for path in without}  # inode and device
-    waiting = [File(separator, 0, 0)]  # files, and folders with a separator at the end: a stack, the next one last
+    waiting = [File(separator, 0, 0)]  # a stack of files and folders; a folder's path ends with a separator
     while waiting:
         file = waiting.pop()
         if not file.path.endswith(separator):
@@ -458,19 +460,23 @@ def read_ahead(read: Callable[[Any], Any], files: Iterable[Any], workers: int, a
 OFFLINE_SIDE = 96  # pixels; 128 gains nothing, 64 costs 1 point of recall
 EDGE_CELLS, COLOUR_CELLS = 8, 4  # a side; fewer for the edges lose small crops, more lose a turn by 10 degrees
 DIRECTIONS = 16  # of an edge, dark-to-light told from light-to-dark
-SHARPNESS = 5  # how often the cosine is squared; a direction then responds to edges up to the next direction
+SHARPNESS = 5  # times that the cosine is squared; an edge then counts for its nearest one or two directions alone
 EDGE_POWER = 0.3  # of the counts: a strong edge says little more than a weak one
 ORDERS = (0.5, 1.0, 1.0, 1.3, 1.3, 1.7, 1.7)  # weight of each Fourier order over the directions
 BRIGHTNESS_WEIGHT, HUE_WEIGHT, MEAN_WEIGHT = 0.2, 0.3, 0.02  # of the colours, where the edges have 1
-LEAST_COSINE, TINY = 0.25, 1e-12  # less counts as this, and a weight as 0: denormal numbers took half of the time
+LEAST_COSINE = 0.25  # a smaller cosine counts as this: its power would be a denormal number, which is slow
+TINY = 1e-12  # a smaller weight counts as 0, for the same reason
 FAINT = 100.0  # parts are divided by their norm, but at least by this: less is noise; photographs have 200 and more
 OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # brightness, red-green, yellow-blue
 
 
 @lru_cache(maxsize=64)
 def cell_grid(cells: int, tops: Sequence[int], lefts: Sequence[int], height: int, width: int) -> list[torch.Tensor]:
-    """Gaussian weights of the rows, (tops * cells, height), and columns, (width, lefts * cells), of a rectangle in the
-    cells of each picture; and how much of each cell lies inside the rectangle, (tops * lefts, 1, cells, cells)."""
+    """How much each pixel row and pixel column counts in each cell, for pixels that start at each top and left.
+
+    Returns the weights of the rows, (tops * cells, height), those of the columns, (width, lefts * cells), and the share
+    of each cell that the pixels cover, (tops * lefts, 1, cells, cells).
+    """
     distance = (torch.arange(OFFLINE_SIDE) + 0.5) * cells / OFFLINE_SIDE - (torch.arange(cells)[:, None] + 0.5)
     weights = torch.exp(-2 * distance**2)  # sigma is half a cell
     weights = torch.where(weights > TINY, weights / weights.sum(1, keepdim=True), 0)
@@ -484,8 +490,10 @@ def cell_grid(cells: int, tops: Sequence[int], lefts: Sequence[int], height: int
 
 @cache
 def fourier() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cosine and sine of each direction, (DIRECTIONS, 1, 1), and a matrix that turns values by direction into weighted
-    Fourier coefficients, (DIRECTIONS, 2 * len(ORDERS) - 1)."""
+    """Cosine and sine of each direction, (DIRECTIONS, 1, 1), and the matrix of a Fourier transform over the directions.
+
+    The matrix is (DIRECTIONS, 2 * len(ORDERS) - 1). It turns one value for each direction into weighted coefficients.
+    """
     phase = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None] * torch.arange(len(ORDERS))
     cosine, sine = phase.cos(), phase.sin()
     even, odd = torch.tensor(ORDERS) * cosine, torch.tensor(ORDERS) * sine
@@ -503,9 +511,9 @@ def cosine_transform(cells: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def cell_means(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """The mean of the planes (B, c, h, w) in each cell of each picture, of its part inside the pixels: see `cell_grid`.
+    """The mean of the planes (B, c, h, w) in each cell; only the part of a cell that the pixels cover counts.
 
-    (B * tops * lefts, c, cells, cells); of several pictures, B must be 1.
+    Returns (B * tops * lefts, c, cells, cells). See `cell_grid` for the rest. With several views, B must be 1.
     """
     cells = inside.shape[3]
     sums = (rows @ planes @ columns).unflatten(3, (-1, cells)).unflatten(2, (-1, cells))
@@ -517,7 +525,7 @@ def edge_strengths(light: torch.Tensor) -> torch.Tensor:
     framed = torch.nn.functional.pad(light, (1, 1, 1, 1), mode="replicate")
     dx, dy = framed[..., 1:-1, 2:] - framed[..., 1:-1, :-2], framed[..., 2:, 1:-1] - framed[..., :-2, 1:-1]
     slope = torch.hypot(dx, dy) + 1e-3  # of 255: no division by 0 where it is flat
-    root = slope
+    root = slope  # becomes a root, which the squaring below undoes: the strength is slope * cosine ** 2 ** SHARPNESS
     for _ in range(SHARPNESS):
         root = root.sqrt()
     cosine, sine, _ = fourier()
@@ -528,7 +536,7 @@ def edge_strengths(light: torch.Tensor) -> torch.Tensor:
 
 
 def whiten(maps: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Maps (B, c, cells, cells) less their mean as weighted cosine coefficients, (B, c, cells² - 1)."""
+    """Subtract the mean of each map (B, c, cells, cells); return weighted cosine coefficients, (B, c, cells² - 1)."""
     maps = (maps - (maps * inside).sum((2, 3), keepdim=True) / inside.sum((2, 3), keepdim=True)) * inside
     cosines, weight = cosine_transform(inside.shape[3])
     return (cosines @ (maps @ cosines.T) * weight).flatten(2)[:, :, 1:]
@@ -541,8 +549,9 @@ def describe(pixels: torch.Tensor, tops: Sequence[int] = (0,), lefts: Sequence[i
     power, and a layout of the colours. Both are whitened by a fixed rule, so that unrelated pictures score near 0: the
     mean is removed, cells and directions are transformed, and what is strong in every picture gets a low weight.
 
-    Other pixels, (1, 3, h, w), give a vector for each of the tops and lefts: of the picture that has the pixels there.
-    What it has outside of them is unknown. With a negative top or left, the picture is a part of the pixels.
+    With tops and lefts, the pixels, (1, 3, h, w), need not have the model's side. Each pair of a top and a left gives a
+    vector: the one of a square in which the pixels start there. What the square has outside the pixels is unknown.
+    With a negative top or left, the square shows only a part of the pixels.
     """
     normalize = torch.nn.functional.normalize
     planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT), pixels.float())
@@ -577,7 +586,7 @@ Recipe = tuple[int, Sequence[float], Sequence[float], str]  # side, mean and dev
 
 
 def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> None:
-    """Load a file's tensors into a network whose classifier, `heads`, was removed. Nothing is left untrained.
+    """Load a file's tensors into a network whose classifier, `heads`, was removed. A missing tensor is an error.
 
     The tensors are plain, wrapped as `state_dict`, or saved as `module.` by several GPUs.
     """
@@ -599,7 +608,7 @@ def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> Non
 
 
 def one_kernel(layer: Any, then: str) -> Callable[..., torch.Tensor]:
-    """A function that computes a convolution, the sum with a second tensor if one is given, and "relu" or "none"."""
+    """A function that convolves, adds a second tensor if one is given, and then applies `then`: "relu" or "none"."""
     geometry, kernels = (layer.padding, layer.stride, layer.dilation, layer.groups), torch.ops.mkldnn
 
     @cache
@@ -625,7 +634,7 @@ def fuse_convolutions(network: torch.fx.GraphModule) -> None:
     layers = {node: network.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
     convolutions = [node for node, layer in layers.items() if isinstance(layer, torch.nn.Conv2d)]
     for last in list(reversed(graph.nodes)):
-        convolution, addends, then = last, list[Any](), "none"
+        convolution, addends, then = last, list[Any](), "none"  # go back from `last` over ReLU and sum
         if isinstance(layers.get(last), torch.nn.ReLU) or last.target in relu:
             convolution, then = last.args[0], "relu"
             if convolution.target in add and len(convolution.users) == 1:
@@ -642,13 +651,13 @@ def fuse_convolutions(network: torch.fx.GraphModule) -> None:
 def forward(
     pixels: torch.Tensor, network: Callable[..., Any], dtype: torch.dtype, mean: torch.Tensor, std: torch.Tensor
 ) -> torch.Tensor:
-    """Features, float32 (B, dim), that the network, in this precision, makes of pixels, uint8 (B, 3, side, side)."""
+    """Run the network in precision `dtype` on pixels, uint8 (B, 3, side, side). Returns features, float32 (B, dim)."""
     scaled = (pixels.contiguous(memory_format=torch.channels_last).float() / 255 - mean) / std
     return network(scaled.to(dtype)).float().flatten(1)
 
 
 def fused(plain: partial[torch.Tensor], dtype: torch.dtype, device: str) -> partial[torch.Tensor]:
-    """`plain`, which is `forward`, in this precision and with layers fused."""
+    """A copy of `plain`, a partial of `forward`, that computes in precision `dtype` and with layers fused."""
     fold_batch_norms = importlib.import_module("torch.fx.experimental.optimization").fuse
     with one_torch_thread():
         network = fold_batch_norms(plain.keywords["network"]).to(dtype).to(memory_format=torch.channels_last)
@@ -658,7 +667,7 @@ def fused(plain: partial[torch.Tensor], dtype: torch.dtype, device: str) -> part
 
 
 def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor, note: Path) -> tuple[partial[torch.Tensor], int]:
-    """The fastest form of `plain`, which is `forward` in fp32, that keeps the features of `sample`; their dimension.
+    """The fastest form of `plain` that gives nearly the same features of `sample`, and the dimension of the features.
 
     It is found by trying, which takes half a second for ResNet50. The file `note` remembers it for this machine.
     """
@@ -666,7 +675,8 @@ def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor, note: Path)
     if device == "cpu":  # emulated bf16 takes four times as long as fp32
         native = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         dtypes = {**({"bf16": torch.bfloat16} if native else {}), "fp32": torch.float32}
-    machine = [torch.__version__, device, torch.backends.cpu.get_cpu_capability(), *dtypes]
+    processor = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+    machine = [torch.__version__, device, processor, *dtypes]
     with suppress(Exception):  # there is no note, or a damaged one
         *tried_on, form, dim = json.loads(note.read_text())
         if tried_on == machine:
@@ -798,12 +808,12 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
 
     Raises DeepVisionError for an unknown name or device, and for weights that are missing, corrupt or do not fit.
     """
-    torch_threads()
-    device = choose_device(device)
+    torch_threads()  # remembered before `one_torch_thread` changes it
     if name == OFFLINE and weights:
         raise DeepVisionError(f"--weights {weights}: --model offline takes no weights, leave one out")
     if name == OFFLINE:
         return offline_model()
+    device = choose_device(device)
     try:
         if name and name.startswith("timm:"):
             return timm_model(name, weights, device)
@@ -826,7 +836,7 @@ def squeeze(image: Image.Image, width: int, height: int, resample: str) -> torch
 
 
 def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Image.Image], torch.Tensor]:
-    """A function from any Pillow image to the pixels of `model.side` and `model.resample`, uint8 (3, side, side).
+    """A function that turns any Pillow image into uint8 (3, side, side). Give it a model's `side` and `resample`.
 
     The whole picture is squeezed into a square: a crop of its centre would lose what stands at the edges.
     """
@@ -835,7 +845,7 @@ def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Ima
 
 @cache
 def torch_threads() -> int:
-    """The number of threads that torch computes with, before anything changes it: `load_model` asks first."""
+    """The number of threads that torch uses by default. `load_model` calls this first, so that the cache keeps it."""
     return torch.get_num_threads()
 
 
@@ -850,9 +860,9 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def launch(pixels: torch.Tensor, model: Model, size: int, *where: Sequence[int]) -> tuple[torch.Tensor, int]:
-    """Features (B, dim), each of length 1, and the number of images at once that fitted.
+    """Features (B, dim), each of length 1, and the batch size that fitted into memory.
 
-    That number is `size`, or less if the memory of the GPU is short. The GPU may still be computing when this returns.
+    It is `size`, or less if the memory of the GPU is short. The GPU may still be computing when this returns.
     `where`: see `describe`.
     """
     pixels = pixels.pin_memory() if model.device == "cuda" else pixels
@@ -882,7 +892,7 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
         return np.zeros((0, model.dim), np.float32)
     if not isinstance(images, torch.Tensor):
         image_formats()  # from here on, Pillow opens HEIC as well
-        opened = (image if isinstance(image, Image.Image) else Image.open(image) for image in images)
+        opened = (image.copy() if isinstance(image, Image.Image) else Image.open(image) for image in images)
         images = torch.stack([get_transform(model.side, model.resample)(image) for image in opened])
     if images.shape[1:] != (3, model.side, model.side):
         raise ValueError(f"pixels are {tuple(images.shape[1:])}, {model.name} takes (3, {model.side}, {model.side})")
@@ -897,13 +907,13 @@ def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Itera
     under_way: deque[tuple[list[Picture], torch.Tensor]] = deque()
     while (batch := list(itertools.islice(pictures, size))) or under_way:
         if batch:
-            pixels = [picture.pixels for picture in batch if picture.pixels is not None]
+            pixels = [picture.made for picture in batch if picture.made is not None]
             found, size = launch(torch.stack(pixels), model, size) if pixels else (torch.empty(0), size)
             under_way.append((batch, found))
         if not batch or len(under_way) > (model.device != "cpu"):
             done, found = under_way.popleft()
             vectors = iter(found.cpu().numpy().astype(np.float16))
-            yield [p if p.pixels is None else p._replace(pixels=None, vector=next(vectors)) for p in done]
+            yield [p if p.made is None else p._replace(made=None, vector=next(vectors)) for p in done]
 
 
 # ---- Query views -----------------------------------------------------------------------------------------------------
@@ -911,10 +921,10 @@ def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Itera
 # Width by height of the parts of a query that are searched for, and their size, where 1 is the largest that fits
 SHAPES, SIZES = (0.75, 1.33, 1.78), (1.0, 0.7, 0.5)
 SMALLEST_PART = 0.08  # of the query's area; a long query has too many smaller parts
-# Steps of a part within its own width or height: 3 miss a quarter of the pictures set in at 40 %, 5 a tenth. A network
-# computes each part by itself
+# A part moves by its width (or height) in this many steps. 3 steps miss a quarter of the pictures that are set in at
+# 40 %, 5 miss a tenth. A network takes fewer steps, because it computes each part by itself
 PLACES, NETWORK_PLACES = 5, 3
-LARGER = ((0.80, 2), (0.67, 3), (0.52, 5))  # side of the query (the larger picture has 1); places along each axis
+LARGER = ((0.80, 2), (0.67, 3), (0.52, 5))  # the query's side (the larger picture has 1), and places along each axis
 TURNS = (-30, -20, -10, 10, 20, 30)  # degrees
 SMALLEST = 128  # pixels of the shorter side of a query that is searched by its parts
 VIEW_SIDE = 3  # times the model's side: the shorter side of the picture that views are cut from
@@ -938,7 +948,7 @@ def parts_of(picture: Image.Image, model: Model, sizes: Sequence[float]) -> Iter
     side, (width, height) = model.side, picture.size
     places = PLACES if model.name == OFFLINE else NETWORK_PLACES
     for shape, size in itertools.product(SHAPES, sizes):
-        across, down = size * min(1.0, shape * height / width), size * min(1.0, width / shape / height)  # of the query
+        across, down = size * min(1.0, shape * height / width), size * min(1.0, width / shape / height)  # of its sides
         if across * down >= SMALLEST_PART:
             whole = squeeze(picture, round(side / across), round(side / down), model.resample)
             tops, lefts = (
@@ -1011,13 +1021,13 @@ SPREAD = 4  # cells a side among which the points are spread, so that a caption 
 WINDOW, SAMPLES = 8, 12  # pixels of its level on each side of a point that its descriptor sees; samples along a side
 RATIO = 0.75  # a match counts if its squared distance is less than this share of its best rival's
 NEAR = 8.0  # pixels within which two points are the same spot, and no rivals
-TOLERANCE, DRIFT = 5.0, 0.04  # pixels by which an agreeing point may miss, and more for each pixel of distance
+TOLERANCE, DRIFT = 5.0, 0.04  # pixels that an agreeing point may be off; added for each pixel from the proposing point
 SCALES = (0.15, 6.0)  # smallest and largest size of the query in the match; beyond, all points fall on one spot
 PROPOSALS = 5  # transforms that are fitted, of those that most points agree on
 CELL = 4.0  # pixels: points that are nearer to each other count as one
-FEWEST, AGREEING = 6, 14  # least points for a fit; of a copy (unrelated photographs reach 3, drawings 10)
+FEWEST, AGREEING = 6, 14  # least points for a fit; least points for a copy (unrelated photographs reach 3, drawings 10)
 GRID, GRID_CELL = 48, 4  # samples along each side of the match, and of a cell in which the two pictures are correlated
-TEXTURE, CORRELATION = 2.5, 0.8  # of 255, standard deviation of a cell that shows anything; of a cell that agrees
+TEXTURE, CORRELATION = 2.5, 0.8  # least deviation, of 255, of a cell that counts; least correlation of one that agrees
 # Share of the common cells that agree in a copy. Large letters on a plain product, stickers or a curved screen leave
 # 0.62. Two products before one backdrop reach 0.57, two screenshots of one app 0.3
 AGREEMENT = 0.6
@@ -1115,7 +1125,7 @@ def seen_through(query: LocalFeatures, mirrored: bool, negative: bool) -> LocalF
     """The local features of the mirrored query, of its negative, or of both. They are derived, not computed again."""
     size, grey, places, frames, descriptors = query
     cells = descriptors.reshape(-1, 4, 4, 8)
-    if mirrored:  # the window of a point is mirrored along with the picture
+    if mirrored:  # x changes its sign: of each place, of each direction, and of each point's own window
         grey, places, frames = grey.flip(1), grey.shape[1] - places.conj(), -frames.conj()
         cells = cells[:, ::-1][..., [0, 7, 6, 5, 4, 3, 2, 1]]
     if negative:  # dark and light change places: each direction, and its window, turns by 180°
@@ -1124,9 +1134,9 @@ def seen_through(query: LocalFeatures, mirrored: bool, negative: bool) -> LocalF
 
 
 def fitted(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.ndarray]:
-    """How many points agree on an affine transform, (3, 3), from the places q to m, and that transform.
+    """Fit an affine transform, (3, 3), from the places q to m. Returns how many points agree, and the transform.
 
-    It starts from the points in `agrees`. The number is 0 if it is below AGREEING, or if the picture is distorted.
+    The fit starts from the points in `agrees`. The number is 0 if it is below AGREEING, or if the picture is distorted.
     """
     H = np.eye(3)
     Q, M = (np.stack([z.real, z.imag, np.ones(len(z))]) for z in (q, m))
@@ -1147,7 +1157,7 @@ def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.
     """How many points agree on the best transform from query to match, and that transform: see `fitted`.
 
     A point is matched to the one it resembles most, if it resembles no other place nearly as much. Each matched pair
-    proposes a similarity by its places, sizes and angles. All proposals are tried, none is drawn at random.
+    proposes a move, turn and scale by its places, sizes and angles. All proposals are tried, none is drawn at random.
     """
     S = torch.from_numpy(query.descriptors) @ torch.from_numpy(match.descriptors).T
     scores, best = (found.numpy() for found in S.max(1))
@@ -1165,7 +1175,7 @@ def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.
 
 
 def common_share(query: LocalFeatures, match: LocalFeatures, H: np.ndarray) -> tuple[float, float]:
-    """The share of the common cells that agree, and how much of the match's area these are.
+    """The share of the common cells that agree; and the share of the match's area that lies in the query and agrees.
 
     The query is warped by H and compared with the match, cell by cell.
     """
@@ -1280,9 +1290,9 @@ class Store:
     def __init__(self, folder: Path, identity: str, dim: int, name: str = "index.sqlite") -> None:
         self.folder, self.identity, self.dim = folder, identity, dim
         self.path, self.index = folder / name, folder / "index.faiss"
-        self.salt = zlib.crc32(identity.encode())  # no vector holds in the store of another model
+        self.salt = zlib.crc32(identity.encode())  # so that checksums of another model's vectors never match
         self.lock_file, self.db_lock = filelock.FileLock(folder / "lock"), threading.Lock()
-        self.last_words = b""  # the crash report that faulthandler left in the lock file; taking the lock empties it
+        self.last_words = b""  # faulthandler's crash report in the lock file; who takes the lock empties this file
         with self.errors():
             folder.mkdir(parents=True, exist_ok=True)
             self.connect()
@@ -1301,14 +1311,14 @@ class Store:
         """Turn errors of the disk and of SQLite into a DeepVisionError. Damage is marked for the next run to repair."""
         try:
             yield
-        except (OSError, NotImplementedError, sqlite3.OperationalError) as error:  # the second: a disk without locks
+        except (OSError, NotImplementedError, sqlite3.OperationalError) as error:  # NotImplementedError: no file locks
             if "user-defined function" in str(error):
                 raise KeyboardInterrupt from error  # a signal came while SQLite called `crc`
             advice = "Check the free space and the permissions, or choose another folder with --index-dir"
             raise DeepVisionError(
                 f"the index in {self.folder} cannot be used: {first_line(error)}. {advice}"
             ) from error
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter quotes a damaged schema
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # UnicodeDecodeError: from a damaged schema
             with suppress(sqlite3.Error):
                 self.db.rollback()
                 self.db.execute("PRAGMA user_version = 0")
@@ -1318,7 +1328,7 @@ class Store:
     def locked(self) -> Iterator[None]:
         """Hold the lock of the one run that writes."""
         with suppress(OSError):  # there is none yet
-            self.last_words = Path(self.lock_file.lock_file).read_bytes()
+            self.last_words = Path(self.lock_file.lock_file).read_bytes() or self.last_words
         try:
             held = self.lock_file.acquire(timeout=0)
         except filelock.Timeout:
@@ -1401,7 +1411,8 @@ class Store:
     def scan(self, images: Path, work: Work) -> Changes:
         """How the folder `images` differs from the store.
 
-        Unread are new and changed files, unusable ones if the decoders have changed, and with `work.rebuild` all.
+        Unread: new and changed files; unusable ones if the decoders have changed; with `work.rebuild` all files, except
+        those that crash a decoder.
         """
 
         def unlisted(error: OSError) -> None:
@@ -1489,13 +1500,13 @@ class Store:
         for order in ("ASC", "DESC"):
             with suppress(sqlite3.Error, UnicodeDecodeError):
                 yield from self.db.execute(f"SELECT {columns} FROM {table} ORDER BY 1 {order}")
-                return
+                return  # all rows were read, no damage
 
     def repair(self) -> None:
         """Replace a damaged, or new, database by a sound one with all that can be read. Call it with the lock held."""
         try:
             with self.errors():
-                return self.check(whole=True)  # another run has repaired it
+                return self.check(whole=True)  # no damage: another run has repaired it meanwhile
         except DamageError:
             is_new = not self.path.stat().st_size
         Path(f"{self.path}.part-journal").unlink(missing_ok=True)
@@ -1522,7 +1533,7 @@ class Store:
 
 CODED_DIM = 256  # principal components in the codes, of 2 bits each
 TRAINED_ON, HELD_OUT = 30_000, 500  # vectors; more gain nothing, fewer measure recall less exactly than to 0.001
-OUTGROWN = 2  # the index is made anew once it has twice as many vectors as when it was made, or as the store
+OUTGROWN = 2  # the index is made anew when it holds twice as many vectors as at its making, or as the store holds now
 SHORTLIST, LONGEST_SHORTLIST = 160, 32_768  # codes whose exact scores are computed: at first, at most
 RECALL = 0.998  # share of the true ten nearest that the shortlist must hold
 GPU_RESERVE = 3 << 30  # bytes left to the model and to FAISS's own work
@@ -1533,7 +1544,7 @@ class Index(NamedTuple):
 
     faiss: faiss.Index  # its ids are rows of the store
     last: int  # the last row in it; later ones are compared one by one
-    shortlist: int = 0  # rows that the codes choose for a search; 0: the index holds the features themselves
+    shortlist: int = 0  # how many rows the codes choose for a search; 0: no codes, the index holds the features
     recall: float | None = None  # share of the true ten nearest in the shortlist, measured
     made_of: int = 0  # vectors in the store when it was made
     file: Any = None  # the index file in memory, which `faiss` looks into
@@ -1603,6 +1614,7 @@ def coded_index(store: Store, last: int) -> Index:
     index = faiss.IndexIDMap(codes)
 
     def added() -> Blocks:
+        """All blocks; each is added to the index on its way to `nearest`, so that the store is read once."""
         for rows, xb in progress_bar(store.blocks(last=last), desc="compact codes", unit="block"):
             block = rows, to_float32(xb)
             build_index([block], index)
@@ -1636,7 +1648,7 @@ def open_index(store: Store, work: Work = Work()) -> Index:
     if not rows:
         raise DeepVisionError(f"{store.folder} holds no features yet: run without --no-update")
     coded = rows * store.dim * 2 > work.exact_bytes
-    if index and work.update and bool(index.shortlist) != coded:
+    if index and work.update and bool(index.shortlist) != coded:  # the collection has become too large, or small
         index = None
     if index and (index.last == last or not work.update):
         return index
@@ -1683,9 +1695,9 @@ GPU_QUERIES = 32  # views; from so many on, loading the features on a GPU pays
 GPU_RESULTS = 2048  # most results that FAISS gives on a GPU
 QUERY_THREADS = 2  # that read queries; few, since each query has many views
 TOGETHER = 16  # queries compared at once: each costs a third of what it costs alone
-SCAN_VIEWS = 20  # from so many views on, FAISS compares blocks by multiplying matrices: quicker than the exact index
+SCAN_VIEWS = 20  # with this many views, `nearest` is quicker than a search in the exact index
 FIRST_LIST = 64  # rows of the first list of an exact search
-CLOSELY = 10  # codes rank inexactly: of a list that they choose, only the best 1 in 10 rows are surely complete
+CLOSELY = 10  # codes rank inexactly: in a list that they choose, only the best tenth surely misses no row
 ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
 CANDIDATES = 10  # contents that are aligned with a query, whatever k is
 SAMPLED = 8000  # images that `representatives` looks at: 0.7 s with 2048 dimensions, and sizes within 10 %
@@ -1742,6 +1754,7 @@ def candidate_rows(engine: Engine, queries: Sequence[np.ndarray], count: int) ->
     scans = engine.exact or (not index.shortlist and len(xq) >= SCAN_VIEWS)
     if not scans:
         on_gpus = index.shortlist and len(xq) >= GPU_QUERIES and count <= GPU_RESULTS and engine.on_gpus
+        # `on_gpus` is an index, or something false
         D, I = (on_gpus or index.faiss).search(xq, min(count, index.faiss.ntotal))
         found.append((-D if index.shortlist and not on_gpus else D, I))  # codes give distances
     if scans or last > index.last:
@@ -1769,9 +1782,9 @@ def exact_scores(store: Store, xq: np.ndarray, rows: Iterable[int]) -> list[Foun
 def ranked(engine: Engine, xq: np.ndarray, rows: Sequence[int]) -> Iterator[Found]:
     """All contents of the store, compared with a query's views, xq (views, dim), best first. `rows`: its first list.
 
-    Lists of rows are scored, each four times as long as the one before. Only the scores above `bound` are final: a
-    longer list may add rows below it. If a longer list finds a row above the bound of the one before, `end`, that row
-    is left out. So the order does not depend on how many matches are asked for.
+    A list of rows is scored, then one that is four times as long, and so on. Each list yields the scores from `bound`
+    up to `end`. Below `bound`, a longer list may still find other rows. `end` is the bound of the list before: rows
+    above it were yielded already. A row that only the longer list finds up there comes too late and is left out.
     """
     count, end = engine.first_list, math.inf
     while True:
@@ -1802,7 +1815,7 @@ def nearest_files(engine: Engine, query: Picture, rows: Sequence[int], k: int) -
     The query's own file and files that have changed since they were indexed are left out.
     """
     found, contents, own = list[Found](), set[bytes](), location(os.fsdecode(query.file.path))
-    for it in ranked(engine, query.pixels.features, rows):
+    for it in ranked(engine, query.made.features, rows):
         if len(found) >= k and len(contents) >= CANDIDATES and it.score < found[-1].score:
             break
         for file in engine.store.files_with(it.digest):
@@ -1818,7 +1831,7 @@ def nearest_files(engine: Engine, query: Picture, rows: Sequence[int], k: int) -
 def read_local(path: str, digest: bytes) -> LocalFeatures | None:
     """Local features of a file; None if it cannot be read, or if its content has another hash than `digest`."""
     read = read_picture(File(os.fsencode(path), 0, 0), b"", local_features)
-    return read.pixels if read.digest == digest and not read.vanished else None
+    return read.made if read.digest == digest and not read.vanished else None
 
 
 def verified(query: Picture, found: Sequence[Found]) -> list[Found]:
@@ -1828,7 +1841,7 @@ def verified(query: Picture, found: Sequence[Found]) -> list[Found]:
 
     def aligned(digest: bytes) -> Region | None:
         candidate = read_local(paths[digest], digest)
-        return align(query.pixels.local, candidate) if candidate else None
+        return align(query.made.local, candidate) if candidate else None
 
     with ThreadPoolExecutor(usable_cores(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
         regions = dict(zip(best, threads.map(aligned, best)))
@@ -1850,15 +1863,15 @@ def compared(
     files = (File(os.fsencode(name), 0, 0) for name in queries)
     pictures = read_ahead(partial(read_picture, root=b"", transform=look_at), files, QUERY_THREADS, TOGETHER)
     while group := list(itertools.islice(pictures, TOGETHER)):
-        usable = [query for query in group if query.pixels]
+        usable = [query for query in group if query.made]
         with engine.store.db:  # all that is read comes from one state: --rebuild, say, replaces rows meanwhile
             engine.store.db.execute("BEGIN")
-            features = [query.pixels.features for query in usable]
+            features = [query.made.features for query in usable]
             lists = candidate_rows(engine, features, engine.first_list) if usable else []
             found = iter([nearest_files(engine, query, rows, k) for query, rows in zip(usable, lists)])
         for query in group:
             query = query._replace(digest=None) if crop else query  # a part is not identical to the file
-            yield query, verified(query, next(found)) if query.pixels else []
+            yield query, verified(query, next(found)) if query.made else []
 
 
 def is_mirrored(corners: Sequence[tuple[float, float]]) -> bool:
@@ -1867,12 +1880,12 @@ def is_mirrored(corners: Sequence[tuple[float, float]]) -> bool:
 
 
 def as_match(query: Picture, found: Found) -> Match:
-    view, region = query.pixels.views[found.view], found.region
+    view, region = query.made.views[found.view], found.region
     label = "identical" if found.digest == query.digest else "copy" if region else ""
     if region:  # the alignment knows whether the copy is mirrored; the view only scored best
         words = [word for word in view.split(", ") if word not in ("", "mirrored")]
         view = ", ".join(["mirrored"] * is_mirrored(region.corners) + words)
-        left, top = query.pixels.corner
+        left, top = query.made.corner
         region = region._replace(outline=[(x + left, y + top) for x, y in region.outline])
     return Match(0, found.path, found.score, label == "identical", label, view, region)
 
@@ -1904,7 +1917,7 @@ def search(
             matches = [as_match(query, it) for it in found]
             matches.sort(key=lambda match: (("identical", "copy", "").index(match.label), -match.score, match.path))
             kept = [match for match in matches if match.label in labels and round(match.score, 3) >= least][:k]
-            error = None if query.pixels else query.reason or NOT_AN_IMAGE
+            error = None if query.made else query.reason or NOT_AN_IMAGE
             ranks = itertools.count(1)
             yield Answer(os.fsdecode(query.file.path), [it._replace(rank=next(ranks)) for it in kept], error)
 
@@ -1914,9 +1927,12 @@ def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]
 
     Each has its size, an estimate if the collection is larger than the sample, and the images nearest to its centre.
     """
-    files = f"SELECT row, path FROM {USABLE.replace('WHERE', 'JOIN features USING (digest) WHERE')}"
+    files = "SELECT row, path FROM files JOIN features USING (digest) WHERE there"
     with engine.store.errors():  # a digest is a hash: the first ones are a random sample
-        rows, paths = zip(*engine.store.db.execute(f"{files} ORDER BY digest, path LIMIT {SAMPLED}"))
+        sample = engine.store.db.execute(f"{files} ORDER BY digest, path LIMIT {SAMPLED}").fetchall()
+        if not sample:
+            return []
+        rows, paths = zip(*sample)
         known, _, vectors = engine.store.features_of(set(rows))
     xb = to_float32(vectors[np.searchsorted(known, rows)])
     groups = list[tuple[int, list[Match]]]()
@@ -1934,7 +1950,7 @@ def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]
 
 # ---- Duplicates ------------------------------------------------------------------------------------------------------
 
-NEIGHBOURS = 100  # files of a group that is found by score, at most
+NEIGHBOURS = 100  # contents that `pairs_by_score` compares with each content, at most
 WHOLE = 0.95  # share of a picture's area from which on it counts as all of it
 
 
@@ -1945,6 +1961,7 @@ def different_files(engine: Engine, digest: bytes) -> list[str]:
     """The paths of the files with this content, by path. A link to one of them is no other file."""
     root, found = os.path.realpath(engine.images), dict[tuple[int, int], str]()
     names = [os.fsdecode(file.path) for file in engine.store.files_with(digest)]
+    # Files that are reached without a link come first, so that they stay and not the links.
     for name in sorted(names, key=lambda name: os.path.realpath(os.path.join(root, name)) != os.path.join(root, name)):
         path = os.path.join(engine.images, name)
         with suppress(OSError):  # gone meanwhile
@@ -1968,7 +1985,8 @@ def relation(corners: Sequence[tuple[float, float]], shown: float, inside: float
     """What a picture is to the one to keep: "same picture", "mirrored", "crop, 60 %"...
 
     corners        its own corners in pixels of the picture to keep
-    shown, inside  shares of the picture to keep, and of this one, that both show
+    shown   share of the picture to keep that this picture shows
+    inside  share of this picture that lies in the picture to keep
     """
     (x0, y0), (x1, y1), *_ = corners
     mirrored = is_mirrored(corners)
@@ -1991,9 +2009,9 @@ def pairs_by_alignment(engine: Engine) -> Pairs:
     for query, found in progress_bar(answers, total=len(queries), desc="comparing", unit="img"):
         for copy in {it.digest: it for it in found if it.region}.values():
             mask = Image.new("1", (100, 100))
-            outline = 100 * np.array(copy.region.outline) / query.pixels.local.size  # the query measures 100 × 100
+            outline = 100 * np.array(copy.region.outline) / query.made.local.size  # the query measures 100 × 100
             ImageDraw.Draw(mask).polygon(outline.ravel().tolist(), fill=1)
-            common = float(np.asarray(mask).mean())
+            common = float(np.asarray(mask).mean())  # share of the query that the match covers
             share = common * 100**2 / abs(np.linalg.det(outline[[1, 3]] - outline[0]))  # of the match
             match = Match(0, "", copy.score, False, "copy", relation(copy.region.outline, common, share))
             yield query.digest, copy.digest, match
@@ -2060,7 +2078,7 @@ def skip_crashing_file(store: Store, unread: list[File], images: Path, work: Wor
     """If a decoder has crashed the run before, find the file in a process of its own and note it as skipped."""
     if CRASH not in store.last_words:
         return
-    at_risk = unread[: None if work.rebuild else 2 * BLOCK * work.ranks]  # no run reads more before it saves
+    at_risk = unread[: None if work.rebuild else 2 * BLOCK * work.ranks]  # a run saves before it has read so many
     paths = b"\0".join(os.path.join(os.path.abspath(os.fsencode(images)), file.path) for file in at_risk)
     here = os.path.dirname(os.path.abspath(__file__))  # `main` is imported from there
     done = subprocess.run([sys.executable, "-c", READ_EACH], cwd=here, input=paths, capture_output=True)
@@ -2124,7 +2142,7 @@ def merge_ranks(store: Store) -> Summary:
                 store.db.execute("INSERT OR REPLACE INTO main.files SELECT * FROM share.files")
             summary.opened += share.count("files")
             summary.new += share.count(USABLE)
-            summary.recognised += share.count(ORPHANED)
+            summary.recognised += share.count(ORPHANED)  # without features there: `store` has them already
         share.db.close()
         with suppress(sqlite3.OperationalError):  # it was not attached
             store.db.execute("DETACH share")
@@ -2157,7 +2175,7 @@ def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
 def store_changes(store: Store, changes: Changes, images: Path, model: Model, work: Work) -> Summary:
     """Read what is new. Note what is gone, but only if a usable image remains: else the summary counts no images."""
     with store.locked():
-        if merge_ranks(store).opened or store.scanned != store.version():
+        if merge_ranks(store).opened or store.scanned != store.version():  # a stopped or another run has added files
             changes = store.scan(images, work)
         skip_crashing_file(store, changes.unread, images, work)
         wait_for_ranks(work)  # from here on, they read
@@ -2252,7 +2270,7 @@ def initialize_reverse_image_search(
 
 
 def verdict(found: Answer | Group) -> str:
-    """What a heading says of the matches; empty if the first one is a copy."""
+    """What a heading says of the matches; empty for an Answer whose first match is a copy or identical."""
     if isinstance(found, Group):
         return f"keep: the best of {len(found.matches) + 1}"
     if not found.matches:
@@ -2344,16 +2362,16 @@ nav,form{display:flex;flex-wrap:wrap;gap:.5rem 1.5rem;margin-top:1rem}input[type
 {% for match in matches if (kind == "large") == (match.label != "" or match.rank == 0) %}
 {% set path, picture = match.path if match.rank else item[0], pictures[match.path] %}
 <li class="{{ match.label if match.rank or item.keep else "query" }}"><figure>
-<a href="{{ path|link }}" draggable="false">{% if picture.pixels %}
-<img src="data:image/webp;base64,{{ picture.pixels[0] }}" alt="{{ path|name }}" loading="lazy">
-<svg viewBox="0 0 {{ picture.pixels[1] }} {{ picture.pixels[2] }}"><polygon points="
+<a href="{{ path|link }}" draggable="false">{% if picture.made %}
+<img src="data:image/webp;base64,{{ picture.made[0] }}" alt="{{ path|name }}" loading="lazy">
+<svg viewBox="0 0 {{ picture.made[1] }} {{ picture.made[2] }}"><polygon points="
 {%- for x, y in (match.region or {}).corners %}{{ x|round(1) }},{{ y|round(1) }} {% endfor %}"/></svg>
 {% else %}{{ (picture.reason or "not there any more")|text }}{% endif %}</a>
 <figcaption>{% if not match.rank %}<b>{{ "query" if item.query else "keep" }}</b>
 {% elif match.view and item.keep == "" %}<a href="?group={{ match.rank }}&{{ kept }}">{{ match.view }}</a>
 {% else %}{{ match.rank }} · <b>{{ "%.3f" % match.score }}</b>
 <span class="{{ "good" if match.label }}">{{ remark_on(match) }}</span>{% endif %}<br>{{ path|name }}
-{% if picture.pixels %}<small>{{ "{:,} × {:,} px".format(*picture.pixels[1:]) }},
+{% if picture.made %}<small>{{ "{:,} × {:,} px".format(*picture.made[1:]) }},
 {{ "{:,.0f} KB".format(picture.file.size / 1000) }}</small>{% endif %}</figcaption></figure></li>
 {% endfor %}</ol>{% endfor %}</section>{% endfor %}</main>
 {% if left_out %}<footer>{{ "{:,}".format(left_out) }} more pictures are left out: --json lists all</footer>{% endif %}
@@ -2378,7 +2396,7 @@ def decode_path(path: str | Path) -> str:
 
 
 def link_to(path: str) -> str:
-    return path if ADDRESS.match(path) else Path(path).absolute().as_uri()
+    return path if ADDRESS.match(path) else "" if path == "-" else Path(path).absolute().as_uri()
 
 
 def title_of(found: Sequence[Answer | Group]) -> str:
@@ -2390,7 +2408,7 @@ def title_of(found: Sequence[Answer | Group]) -> str:
 
 
 def with_query(item: Answer | Group) -> list[Match]:
-    """The matches, and before them, with rank 0, the query or the file to keep. Its outline shows the best copy."""
+    """The matches, and before them, with rank 0, the query or the file to keep, outlined as its first copy is."""
     if item.error or not item[0]:
         return item.matches
     region = next((match.region for match in item.matches if match.region), None)
@@ -2552,7 +2570,7 @@ class UI(socketserver.ThreadingTCPServer):
         self.paths = dict[str, str]()  # by key
 
     def compare(self) -> None:
-        """Find the duplicates. A thread of its own does it, with a connection of its own, so that searches go on."""
+        """Find the duplicates. It runs in its own thread, with its own connection to the store: searches go on."""
         store = Store(self.engine.store.folder, self.engine.store.identity, self.engine.store.dim)
         self.duplicates = list(find_duplicates(replace(self.engine, store=store)))
 
@@ -2607,7 +2625,7 @@ class UI(socketserver.ThreadingTCPServer):
 
 
 def serve(engine: Engine, port: int, top: int) -> None:
-    """Serve the UI, to this machine alone, until an interrupt ends the process."""
+    """Serve the UI to this machine alone. Never returns: an interrupt ends the process."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             server = UI(engine, port, top, folder)

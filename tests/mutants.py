@@ -177,8 +177,8 @@ def fuzz(read: Callable[[str], Any], seed: object, begin: int, end: int, folder:
         picture = read(path)
         slowest = max(slowest, time.process_time() - start)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        usable = picture.pixels is not None and picture.digest and not picture.reason
-        refused = picture.reason and "\n" not in picture.reason and picture.digest is None and picture.pixels is None
+        usable = picture.made is not None and picture.digest and not picture.reason
+        refused = picture.reason and "\n" not in picture.reason and picture.digest is None and picture.made is None
         assert bool(usable) != bool(refused), (number, name, picture)
         word = "read" if usable else "refused"
         tally[word] = tally.get(word, 0) + 1

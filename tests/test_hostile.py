@@ -215,7 +215,7 @@ import time, warnings
 warnings.simplefilter("ignore")
 start = time.process_time()
 picture = read_picture(File(b"bomb.jpg", 0, 0), b"", get_transform(96), lambda digest: False)
-print(picture.pixels is not None, round(time.process_time() - start, 2), picture.reason or "")
+print(picture.made is not None, round(time.process_time() - start, 2), picture.reason or "")
 """
 
 

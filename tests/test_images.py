@@ -60,8 +60,8 @@ def read(path: str | Path, side: int = SIDE) -> main.Picture:
 def pixels(path: str | Path, side: int = SIDE) -> np.ndarray:
     """What the model would see of a file, (side, side, 3)."""
     picture = read(path, side)
-    assert picture.reason is None and picture.digest and picture.pixels is not None
-    return picture.pixels.permute(1, 2, 0).numpy().astype(int)
+    assert picture.reason is None and picture.digest and picture.made is not None
+    return picture.made.permute(1, 2, 0).numpy().astype(int)
 
 
 def squeezed(image: Image.Image, side: int = SIDE) -> np.ndarray:
@@ -209,7 +209,7 @@ def test_a_name_says_nothing_of_the_pixels_and_the_same_bytes_have_the_same_dige
     touch("other.jpg", encoded(picture(2), "JPEG"))
     assert read("other.jpg").digest != first.digest
     again = main.read_picture(main.File(b"copy.jpg", 0, 0), b"", pytest.fail, {first.digest}.__contains__)
-    assert again.digest == first.digest and again.pixels is None and again.reason is None  # known, so not decoded
+    assert again.digest == first.digest and again.made is None and again.reason is None  # known, so not decoded
 
 
 # ---- Upright ---------------------------------------------------------------------------------------------------------
@@ -398,7 +398,7 @@ def test_odd_sizes(size, kind):
 def refused(path: str | Path) -> str:
     """The reason, a line, why a file that claims to be an image is not usable."""
     picture = read(path)
-    assert picture.digest is None and picture.pixels is None and not picture.vanished
+    assert picture.digest is None and picture.made is None and not picture.vanished
     assert picture.reason and "\n" not in picture.reason
     return picture.reason
 
@@ -462,7 +462,7 @@ def test_eps_never_starts_ghostscript(tmp_path, picture, monkeypatch, name):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow remembers where it found one
     touch(name, encoded(picture(1), "EPS"))
-    assert read(name).pixels is None
+    assert read(name).made is None
     assert not os.path.exists("started")
 
 
@@ -532,7 +532,7 @@ def test_bad_file_costs_no_other_its_place(picture, bad, workers):
     assert [p.file.path for p in pictures] == [file.path for file in files]
     assert {i for i, p in enumerate(pictures) if p.reason} == bad
     for i in set(range(9)) - bad:
-        assert difference(pictures[i].pixels.permute(1, 2, 0).numpy().astype(int), squeezed(draw(i))) == 0
+        assert difference(pictures[i].made.permute(1, 2, 0).numpy().astype(int), squeezed(draw(i))) == 0
 
 
 @pytest.mark.parametrize("workers", [1, 8])
