@@ -2849,6 +2849,13 @@ def print_answers(options: argparse.Namespace, engine: Engine) -> int:
     return 1 if any(item.error for item in found) else 0
 
 
+class OneLine(logging.Formatter):
+    """Writes a message in one line that cannot steer a terminal, whatever names it holds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_controls(super().format(record))
+
+
 def run(options: argparse.Namespace) -> int:
     """Do what the options ask for, and return the exit status."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))  # the processes that torchrun started; this is number `rank`
@@ -2874,13 +2881,6 @@ def run(options: argparse.Namespace) -> int:
     elif not options.index_only:
         return print_answers(options, engine)
     return 0
-
-
-class OneLine(logging.Formatter):
-    """Writes a message in one line that cannot steer a terminal, whatever names it holds."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return escape_controls(super().format(record))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
