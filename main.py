@@ -809,11 +809,11 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
     Raises DeepVisionError for an unknown name or device, and for weights that are missing, corrupt or do not fit.
     """
     torch_threads()  # remembered before `one_torch_thread` changes it
+    device = choose_device(device)
     if name == OFFLINE and weights:
         raise DeepVisionError(f"--weights {weights}: --model offline takes no weights, leave one out")
     if name == OFFLINE:
         return offline_model()
-    device = choose_device(device)
     try:
         if name and name.startswith("timm:"):
             return timm_model(name, weights, device)
