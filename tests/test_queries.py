@@ -109,7 +109,7 @@ def test_the_page_outlines_what_was_found_where_it_lies_in_the_whole_query(ask: 
 )
 def test_stdin(content: bytes | None, answer: str, ask: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     data = Path("query.png").read_bytes() if content is None else content
-    monkeypatch.setattr(main, "FETCHED_BYTES", 50_000)
+    monkeypatch.setattr(main, "QUERY_BYTES", 50_000)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     outcome = ask("-", IMAGES / "1.png")
     assert told(outcome)["-"] == answer and told(outcome).keys() == {"-", "bulk_images/1.png"}
@@ -224,7 +224,7 @@ def test_each_failure_is_one_line_and_the_other_queries_are_answered(
     kind: str, ask: Run, site: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, words = {**FAILURES, **HOSTILE}[kind]
-    monkeypatch.setattr(main, "FETCHED_BYTES", 50_000)
+    monkeypatch.setattr(main, "QUERY_BYTES", 50_000)
     monkeypatch.setattr(main, "CONNECT_SECONDS", 0.3)
     outcome = ask("query.png", address := site(make()), IMAGES / "1.png")
     answers = told(outcome)
@@ -281,7 +281,7 @@ def endless(head: bytes, sent: list[int]) -> Reply:
 def test_no_more_is_read_than_the_limit(
     head: bytes, ask: Run, site: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(main, "FETCHED_BYTES", 1 << 20)
+    monkeypatch.setattr(main, "QUERY_BYTES", 1 << 20)
     assert ask(site(endless(head, sent := []))).status == 1
     assert len(sent) < 16  # most of it in the buffers of the two sockets
 
