@@ -1622,13 +1622,15 @@ def read_index(store: Store) -> Index | None:
 
 def open_index(store: Store, work: Work = Work()) -> Index:
     """The FAISS index of the store, added to or made anew if need be. Without `work.update` a stored one is kept."""
-    rows, last, index = store.count("features"), store.last_row(), read_index(store)
-    if not rows:
+    last, index = store.last_row(), read_index(store)
+    if not last:
         raise DeepVisionError(f"{store.folder} holds no features yet: run without --no-update")
-    coded = rows * store.dim * 2 > work.exact_bytes
-    if index and work.update and bool(index.shortlist) != coded:  # the collection has outgrown that kind
+    if index and not work.update:
+        return index
+    coded = store.count("features") * store.dim * 2 > work.exact_bytes
+    if index and bool(index.shortlist) != coded:  # the collection has outgrown that kind
         index = None
-    if index and (index.last == last or not work.update):
+    if index and index.last == last:
         return index
     with store.locked():
         rows, last = store.count("features"), store.last_row()  # another run may have replaced all meanwhile
@@ -2195,8 +2197,7 @@ def prepare(store: Store, images: Path, model: Model, work: Work) -> Engine:
     """Update the store and open its index: the engine of a search."""
     with store.errors():
         store.check(whole=work.update)
-        counts = map(store.count, (USABLE, SKIPPED))
-        summary = update(store, images, model, work) if work.update else Summary(*counts)
+        summary = update(store, images, model, work) if work.update else Summary(store.count(USABLE))
         return Engine(images, model, store, open_index(store, work), work.exact, summary)
 
 
