@@ -22,14 +22,13 @@ import os
 import random
 import sys
 import tempfile
-import time
 import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from bench_million import seconds
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
@@ -333,12 +332,6 @@ def duplicates(paths: list[Path], model: main.Model, count: int) -> None:
     for kind in COPIES:
         found = sum({"original", kind} <= kinds for kinds in right.values())
         print(f"{kind:11}{found / count:18.3f}")
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def times(paths: list[Path], engine: main.Engine) -> None:

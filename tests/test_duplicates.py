@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +22,15 @@ Run = Callable[..., Outcome]
 IMAGES = Path("bulk_images")
 
 
-def groups(run: Run, *args: object) -> list[tuple[str, list[str]]]:
-    """Keeper and copies, by name, of each group."""
+def printed(run: Run, *args: object) -> list[dict[str, Any]]:
     outcome = run("--model", "offline", "-q", "--no-report", "--json", "--duplicates", *args)
     assert outcome.status == 0, outcome
-    found = [json.loads(line) for line in outcome.stdout.splitlines()]
+    return [json.loads(line) for line in outcome.stdout.splitlines()]
+
+
+def groups(run: Run, *args: object) -> list[tuple[str, list[str]]]:
+    """Keeper and copies, by name, of each group."""
+    found = printed(run, *args)
     return [(Path(group["keep"]).name, [Path(match["path"]).name for match in group["matches"]]) for group in found]
 
 
@@ -71,10 +76,12 @@ def test_a_link_is_no_copy_of_its_target(pictures: Path, run: Run) -> None:
     assert groups(run, "identical") == [("3 again.png", ["3.png"])]
 
 
-def test_files_that_are_gone_are_no_copies(pictures: Path, run: Run) -> None:
+def test_files_that_are_gone_are_no_copies_even_if_they_go_meanwhile(pictures: Path, run: Run) -> None:
     groups(run)
-    (pictures / "3.png").unlink(), (pictures / "5 large.png").unlink()
-    assert groups(run) == [("5.png", ["5 small.jpg"])]
+    (pictures / "3.png").unlink()
+    engine = main.initialize_reverse_image_search(IMAGES, model=main.load_model("offline"))
+    (pictures / "5 large.png").unlink()
+    assert [(Path(group.keep).name, len(group.matches)) for group in main.find_duplicates(engine)] == [("5.png", 1)]
 
 
 def test_it_does_not_depend_on_the_order_in_which_files_came(pictures: Path, run: Run, tmp_path: Path) -> None:
@@ -102,8 +109,7 @@ def test_each_file_is_told_what_it_is_to_the_one_to_keep(collection: Callable[[i
     for seed, (name, edit) in enumerate(EDITS.items(), 100):
         draw_rich(seed).save(root / f"{name}.png")
         edit(draw_rich(seed)).resize((240, 180) if "turned" not in name else (180, 240)).save(root / f"{name}.jpg")
-    outcome = run("--model", "offline", "-q", "--no-report", "--json", "--duplicates")
-    found = {Path(group["keep"]).name: group["matches"] for group in map(json.loads, outcome.stdout.splitlines())}
+    found = {Path(group["keep"]).name: group["matches"] for group in printed(run)}
     assert set(found) == {f"{name}.png" for name in EDITS}
     for name in EDITS:
         (match,) = found[f"{name}.png"]
@@ -171,42 +177,29 @@ def test_damage_is_one_line_and_is_repaired_by_the_next_run(pictures: Path, run:
     assert groups(run) == expected
 
 
-def test_a_file_that_goes_meanwhile_is_left_out(pictures: Path, run: Run) -> None:
-    groups(run)
-    engine = main.initialize_reverse_image_search(IMAGES, model=main.load_model("offline"))
-    (IMAGES / "5 large.png").unlink()
-    found = [(Path(group.keep).name, len(group.matches)) for group in main.find_duplicates(engine)]
-    assert found == [("5.png", 1), ("3 again.png", 1)]
-
-
 # ---- In which form ---------------------------------------------------------------------------------------------------
 
 
-def test_as_text(pictures: Path, run: Run) -> None:
+def test_as_text_and_as_a_page(pictures: Path, run: Run) -> None:
     outcome = run("--model", "offline", "--duplicates")
     first, *_, fourth, fifth = lines = outcome.stdout.splitlines()
     assert len(lines) == 5 and first == "bulk_images/5 large.png  (keep: the best of 3)"
     assert fourth == "bulk_images/3 again.png  (keep: the best of 2)"
     assert fifth == "  1   1.000  bulk_images/3.png  identical"
     assert "2 groups\nresults.html\n" in outcome.stderr
+    page = Path("results.html").read_text()
+    assert page.count("<section>") == 2 and page.count("<img ") == 5
+    assert re.findall(r'<li class="(\w*)"', page) == ["", "copy", "copy", "", "identical"]
+    assert page.count("keep: the best of") == 2 and "480 × 360 px" in page
 
 
 def test_as_json(pictures: Path, run: Run) -> None:
-    outcome = run("--model", "offline", "-q", "--json", "--duplicates", "identical")
     match = {"rank": 1, "path": "bulk_images/3.png", "score": 1, "identical": True, "label": "identical", "view": ""}
-    match["region"] = None
-    assert json.loads(outcome.stdout) == {"keep": "bulk_images/3 again.png", "model": "offline", "matches": [match]}
+    assert printed(run, "identical") == [
+        {"keep": "bulk_images/3 again.png", "model": "offline", "matches": [match | {"region": None}]}
+    ]
 
 
 def test_as_paths_the_files_to_keep_are_not_among_them(pictures: Path, run: Run) -> None:
     outcome = run("--model", "offline", "-q", "-0", "--duplicates")
     assert outcome.stdout.split("\0") == ["bulk_images/5.png", "bulk_images/5 small.jpg", "bulk_images/3.png", ""]
-
-
-def test_as_a_page(pictures: Path, run: Run) -> None:
-    run("--model", "offline", "--duplicates")
-    page = Path("results.html").read_text()
-    assert page.count("<section>") == 2 and page.count("<img ") == 5
-    assert re.findall(r'<li class="(\w*)"', page) == ["", "copy", "copy", "", "identical"]
-    assert page.count("keep: the best of") == 2
-    assert "480 × 360 px" in page

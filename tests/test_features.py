@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,21 @@ def recompressed(image: Image.Image, quality: int) -> Image.Image:
     return Image.open(stream)
 
 
+def afresh(expression: str, **environment: str) -> str:
+    """What a process of its own prints of main.py."""
+    command = [sys.executable, "-c", f"import main; print({expression})"]
+    environment = {**os.environ, "PYTHONPATH": str(MAIN.parent), **environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def checked(model: main.Model, batch: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
+    """The features of the batch are these numbers, at length 1."""
+    expected = torch.nn.functional.normalize(expected).numpy()
+    assert np.abs(main.extract_features_batch(batch, model) - expected).max() < tolerance
+
+
 # ---- Pixels ----------------------------------------------------------------------------------------------------------
 
 
@@ -65,11 +81,11 @@ def test_transform_makes_a_square_of_bytes(picture, mode, side, resample):
 @pytest.mark.parametrize("edge", ["left", "top", "right", "bottom"])
 def test_whole_picture_counts_to_its_edges(edge, size):
     """What stands at an edge alone is seen, and at this edge: nothing is cropped, nothing is turned."""
-    (width, height), side = size, 50
+    width, height = size
     box = {"left": (0, 0, 5, height), "top": (0, 0, width, 5), "right": (width - 6, 0, width, height)}
     image = Image.new("RGB", size, "white")
     ImageDraw.Draw(image).rectangle(box.get(edge, (0, height - 6, width, height)), fill="black")
-    seen = (main.get_transform(side)(image)[0] < 128).numpy()
+    seen = (main.get_transform(50)(image)[0] < 128).numpy()
     ends = {"left": seen[:, 0], "top": seen[0], "right": seen[:, -1], "bottom": seen[-1]}
     assert ends[edge].all() and not seen.all()
     assert not seen[5:-5, 5:-5].any()
@@ -135,10 +151,8 @@ def test_path_of_a_heic_image_is_read_in_a_fresh_process():
     """Pillow reads HEIC only once it has been told how."""
     pytest.importorskip("pillow_heif").register_heif_opener()
     draw(1).save("a.heic")
-    code = "import main; print(main.extract_features_batch(['a.heic'], main.load_model('offline')).shape)"
-    found = {**os.environ, "PYTHONPATH": str(MAIN.parent)}
-    done = subprocess.run([sys.executable, "-c", code], env=found, capture_output=True, text=True)
-    assert done.stdout.startswith("(1, "), done.stderr
+    printed = afresh("main.extract_features_batch(['a.heic'], main.load_model('offline')).shape")
+    assert printed.startswith("(1, ")
 
 
 # ---- The offline descriptor ------------------------------------------------------------------------------------------
@@ -146,42 +160,25 @@ def test_path_of_a_heic_image_is_read_in_a_fresh_process():
 
 @pytest.mark.parametrize(
     "edit",
-    [
-        pytest.param(lambda image: image.resize((image.width // 2, image.height // 2)), id="half size"),
-        pytest.param(lambda image: image.resize((2 * image.width, 2 * image.height)), id="double size"),
-        pytest.param(lambda image: image.resize((300, 100)), id="squeezed"),
-        pytest.param(lambda image: recompressed(image, 30), id="JPEG"),
-        pytest.param(lambda image: image.convert("L"), id="grey"),
-        pytest.param(lambda image: image.point(lambda value: value * 0.7 + 30), id="paler"),
-        pytest.param(lambda image: image.convert("CMYK"), id="CMYK"),
-    ],
+    {
+        "half size": lambda image: image.resize((image.width // 2, image.height // 2)),
+        "double size": lambda image: image.resize((2 * image.width, 2 * image.height)),
+        "squeezed": lambda image: image.resize((300, 100)),
+        "JPEG": lambda image: recompressed(image, 30),
+        "grey": lambda image: image.convert("L"),
+        "paler": lambda image: image.point(lambda value: value * 0.7 + 30),
+        "CMYK": lambda image: image.convert("CMYK"),
+    }.items(),
+    ids=lambda edit: edit[0],
 )
 def test_offline_tells_an_edited_copy_from_all_other_pictures(offline, edit):
     images = [draw(seed, (160, 120)) for seed in range(20)]
     pictures = main.extract_features_batch(images, offline)
-    edited = main.extract_features_batch([edit(image) for image in images], offline)
+    edited = main.extract_features_batch([edit[1](image) for image in images], offline)
     assert ((edited @ pictures.T).argmax(axis=1) == np.arange(20)).all()
 
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
-
-FAMILIES = {  # how many features a model of each family has: what enters its classifier
-    "alexnet": 4096,
-    "convnext_tiny": 768,
-    "densenet121": 1024,
-    "efficientnet_b0": 1280,
-    "googlenet": 1024,
-    "maxvit_t": 512,
-    "mnasnet0_5": 1280,
-    "mobilenet_v2": 1280,
-    "mobilenet_v3_small": 1024,
-    "regnet_x_400mf": 400,
-    "resnet18": 512,
-    "shufflenet_v2_x0_5": 1024,
-    "squeezenet1_1": 512,
-    "swin_t": 768,
-    "vit_b_32": 768,
-}
 
 
 @pytest.fixture
@@ -200,10 +197,23 @@ def of_one_number(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:The default weight initialization")
-@pytest.mark.parametrize("name", FAMILIES)
-def test_classifier_is_removed(name, tmp_path, no_initial_weights):
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [
+        ("alexnet", 4096),
+        ("convnext_tiny", 768),
+        ("efficientnet_b0", 1280),
+        ("maxvit_t", 512),
+        ("mobilenet_v2", 1280),
+        ("regnet_x_400mf", 400),
+        ("shufflenet_v2_x0_5", 1024),
+        ("swin_t", 768),
+    ],
+)
+def test_only_the_classifier_is_removed(name, dim, tmp_path, no_initial_weights):
+    """Of the families that the next test leaves out: so many numbers enter the classifier."""
     torch.save(of_one_number(torchvision.models.get_model(name, weights=None)), tmp_path / "weights.pth")
-    assert main.load_model(name, tmp_path / "weights.pth").dim == FAMILIES[name]
+    assert main.load_model(name, tmp_path / "weights.pth").dim == dim
 
 
 def cached(name: str, entry: str) -> Path:
@@ -229,18 +239,18 @@ def only_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "classifier"),
+    ("name", "classifier", "dim"),
     [
-        ("resnet18", "fc"),
-        ("mobilenet_v3_small", "classifier.3"),
-        ("squeezenet1_1", "classifier.1"),
-        ("googlenet", "fc"),
-        ("mnasnet0_5", "classifier.1"),
-        ("densenet121", "classifier"),
-        ("vit_b_32", "heads.head"),
+        ("resnet18", "fc", 512),
+        ("mobilenet_v3_small", "classifier.3", 1024),
+        ("squeezenet1_1", "classifier.1", 512),
+        ("googlenet", "fc", 1024),
+        ("mnasnet0_5", "classifier.1", 1280),
+        ("densenet121", "classifier", 1024),
+        ("vit_b_32", "heads.head", 768),
     ],
 )
-def test_features_are_what_enters_the_classifier_of_torchvision(name, classifier, weights, tmp_path, monkeypatch):
+def test_features_are_what_enters_the_classifier_of_torchvision(name, classifier, dim, weights, tmp_path, monkeypatch):
     """Downloaded, in the fastest form that this processor has, and from a file, in fp32."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     file = cached(name, "IMAGENET1K_V1")
@@ -256,10 +266,9 @@ def test_features_are_what_enters_the_classifier_of_torchvision(name, classifier
     with torch.inference_mode():
         network((batch / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1))
     expected = entered[0].mean((2, 3)) if entered[0].ndim == 4 else entered[0]  # global average pooled
-    expected = torch.nn.functional.normalize(expected).numpy()
-    assert np.abs(main.extract_features_batch(batch, exact) - expected).max() < 1e-4
-    assert (main.extract_features_batch(batch, fast) * expected).sum(1).min() >= 0.995
-    assert (fast.identity, exact.precision) == (exact.identity, "fp32")
+    checked(exact, batch, expected)
+    assert (main.extract_features_batch(batch, fast) * main.extract_features_batch(batch, exact)).sum(1).min() >= 0.995
+    assert (fast.identity, exact.precision, exact.dim) == (exact.identity, "fp32", dim)
 
 
 def test_weights_for_another_side_are_used_at_that_side(tmp_path, monkeypatch, no_initial_weights):
@@ -269,26 +278,20 @@ def test_weights_for_another_side_are_used_at_that_side(tmp_path, monkeypatch, n
     assert (model.side, model.dim) == (384, 768)
 
 
-def as_saved(state: dict[str, Any], form: str) -> dict[str, Any]:
-    match form:
-        case "wrapped":
-            return {"epoch": 90, "state_dict": state}
-        case "parallel":
-            return {f"module.{key}": value for key, value in state.items()}
-        case "wrapped parallel":
-            return {"state_dict": as_saved(state, "parallel")}
-        case "no classifier":
-            return {key: value for key, value in state.items() if not key.startswith("fc.")}
-        case "other classes":
-            return state | {"fc.weight": torch.ones(7, 1024), "fc.bias": torch.ones(7)}
-        case _:
-            return state
+AS_SAVED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "plain": lambda state: state,
+    "wrapped": lambda state: {"epoch": 90, "state_dict": state},
+    "parallel": lambda state: {f"module.{key}": value for key, value in state.items()},
+    "wrapped parallel": lambda state: {"state_dict": AS_SAVED["parallel"](state)},
+    "no classifier": lambda state: {key: value for key, value in state.items() if not key.startswith("fc.")},
+    "other classes": lambda state: state | {"fc.weight": torch.ones(7, 1024), "fc.bias": torch.ones(7)},
+}
 
 
-@pytest.mark.parametrize("form", ["plain", "wrapped", "parallel", "wrapped parallel", "no classifier", "other classes"])
-def test_same_weights_are_the_same_model_however_saved(form, small, weights, tmp_path):
-    torch.save(as_saved(torch.load(weights(SMALL), weights_only=True), form), tmp_path / "other name.pt")
-    assert main.load_model(SMALL, str(tmp_path / "other name.pt")).identity == small.identity
+@pytest.mark.parametrize("form", AS_SAVED)
+def test_same_weights_are_the_same_model_however_saved(form, small, weights):
+    torch.save(AS_SAVED[form](torch.load(weights(SMALL), weights_only=True)), "other name.pt")
+    assert main.load_model(SMALL, "other name.pt").identity == small.identity
 
 
 def test_other_weights_even_by_one_number_are_another_model(small, weights, tmp_path):
@@ -298,11 +301,9 @@ def test_other_weights_even_by_one_number_are_another_model(small, weights, tmp_
     assert main.load_model(SMALL, tmp_path / "weights.pth").identity != small.identity
 
 
-@pytest.mark.parametrize(("other", "name"), [("offline", "offline"), ("small", SMALL)])
-def test_identity_is_a_plain_file_name_with_name_and_dimension(other, name, request):
-    model = request.getfixturevalue(other)
-    assert model.name == name and Path(model.identity).name == model.identity
-    assert model.identity.startswith(f"{name}-") and model.identity.endswith(f"-{model.dim}")
+def test_identity_is_a_plain_file_name_with_name_and_dimension(model):
+    assert model.name in ("offline", SMALL) and Path(model.identity).name == model.identity
+    assert model.identity.startswith(f"{model.name}-") and model.identity.endswith(f"-{model.dim}")
 
 
 # ---- Fast, and yet the same features ---------------------------------------------------------------------------------
@@ -322,10 +323,8 @@ def test_bf16_is_taken_where_the_processor_has_it(small):
 
 def test_bf16_is_not_taken_where_it_would_be_emulated(weights):
     """Emulated, it takes four times as long as fp32."""
-    without = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "PYTHONPATH": str(MAIN.parent)}
-    code = f"import main; print(main.load_model({SMALL!r}, {str(weights(SMALL))!r}).precision)"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **without}, capture_output=True, text=True)
-    assert done.stdout == "fp32\n", done.stderr
+    emulated = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    assert afresh(f"main.load_model({SMALL!r}, {str(weights(SMALL))!r}).precision", **emulated) == "fp32\n"
 
 
 class Branching(torch.nn.Module):
@@ -347,8 +346,8 @@ def test_network_that_cannot_be_made_fast_stays_as_it_is(network):
     model = main.assemble_model("mine", network, (8, [0.5, 0.4, 0.3], [0.2, 0.2, 0.2], "bilinear"), "cpu")
     batch = torch.stack([torch.full((3, 8, 8), 40 * i, dtype=torch.uint8) for i in range(1, 5)])
     centre = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)
-    expected = torch.nn.functional.normalize(torch.cat([network(x) for x in ((batch / 255 - centre) / 0.2).split(4)]))
-    assert np.abs(main.extract_features_batch(batch, model) - expected.numpy()).max() < 1e-2
+    expected = torch.cat([network(x) for x in ((batch / 255 - centre) / 0.2).split(4)])
+    checked(model, batch, expected, 1e-2)
 
 
 @pytest.mark.parametrize("spoil", ["", "{}", "[1, 2]", '["0.0", "cpu", "AVX2", "fp32", "fp32", 7]'], ids=repr)
@@ -419,5 +418,4 @@ def test_timm_model_from_a_file(name, tmp_path, only_fp32):
     batch = pixels(model, draw(1), draw(2))
     with torch.inference_mode():
         pooled = network.forward_head(network.forward_features((batch / 255 - mean) / std), pre_logits=True)
-    expected = torch.nn.functional.normalize(pooled).numpy()
-    assert np.abs(main.extract_features_batch(batch, model) - expected).max() < 1e-4
+    checked(model, batch, pooled)

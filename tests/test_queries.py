@@ -134,8 +134,7 @@ def test_a_stdin_that_is_closed(ask: Run, monkeypatch: pytest.MonkeyPatch) -> No
 # ---- From an address -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def site() -> Iterator[Callable[[Reply], str]]:
+def servers() -> Iterator[Callable[[Reply], str]]:
     """site(reply): the address of a server on this machine that gives this reply to each request."""
     with ExitStack() as servers:
 
@@ -153,6 +152,9 @@ def site() -> Iterator[Callable[[Reply], str]]:
             return f"http://127.0.0.1:{server.server_address[1]}/picture"
 
         yield start
+
+
+site = pytest.fixture(servers)
 
 
 def reply(body: bytes = b"", status: str = "200 OK", **headers: str) -> bytes:

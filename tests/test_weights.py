@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import io
 import os
 import pickle
 import shutil
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,79 +17,30 @@ import pytest
 import torch
 import torchvision
 from conftest import Outcome
+from test_queries import Reply, reply, servers
 
 import main
 
-Run = Callable[..., Outcome]
 SMALL = "shufflenet_v2_x0_5"  # the quickest to load
 ENTRY = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.value  # where torchvision says what is to be had where
+TORCH = Path("torch")  # where torch keeps what it downloads: empty at first
 NOT_WEIGHTS = b"<html>Sign in to this network</html>"
+HALF = reply(NOT_WEIGHTS)[:-20]
 
 
-def publish(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """Let ResNet50's default weights be at `url`, for the default run and for `--model resnet50`."""
-    monkeypatch.setattr(ENTRY, "url", url)
-    monkeypatch.setattr(main, "WEIGHTS_URL", url)
-
-
-class Host(http.server.ThreadingHTTPServer):
-    """Answers with the `files` that it has, by name."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, bytes] = {}
-        self.requested: list[str] = []
-        self.broken_off = self.stalled = ""  # the file after whose first half it closes the connection, or waits
-        self.closing = threading.Event()
-        self.silent = socket.create_server(("127.0.0.1", 0))  # takes connections, and nobody ever answers
-
-    def url(self, name: str, port: int | None = None) -> str:
-        return f"http://127.0.0.1:{port or self.server_port}/{name}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Host
-
-    def do_GET(self) -> None:
-        name = self.path.strip("/")
-        self.server.requested.append(name)
-        if name not in self.server.files:
-            self.send_error(404)
-            return
-        content = self.server.files[name]
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if name not in (self.server.broken_off, self.server.stalled):
-            self.wfile.write(content)
-            return
-        self.wfile.write(content[: len(content) // 2])
-        self.wfile.flush()
-        if name == self.server.stalled:
-            self.server.closing.wait()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+site = pytest.fixture(servers)
 
 
 @pytest.fixture
-def host() -> Iterator[Host]:
-    server = Host()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.closing.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
-    server.silent.close()
+def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """publish(url): ResNet50's default weights are there, for the default run and for `--model resnet50`."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / TORCH))
 
+    def make(url: str) -> None:
+        monkeypatch.setattr(ENTRY, "url", url)
+        monkeypatch.setattr(main, "WEIGHTS_URL", url)
 
-@pytest.fixture
-def torch_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where torch keeps what it downloads: empty at first."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    return tmp_path / "torch"
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -104,14 +53,14 @@ def hashed(content: bytes) -> str:
     return f"resnet50-{hashlib.sha256(content).hexdigest()[:8]}.pth"
 
 
-def files_in(folder: Path) -> list[str]:
-    """But for the notes about the fastest form."""
-    return [path.name for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"]
+def downloads() -> list[str]:
+    """What torch's cache holds, but for the notes about the fastest form."""
+    return [path.name for path in TORCH.rglob("*") if path.is_file() and path.suffix != ".json"]
 
 
 def one_line(outcome: Outcome) -> str:
-    """The error, all that a run with -q has said."""
-    assert outcome.status == 1 and outcome.stdout == ""
+    """The error, all that a run with -q has said. Nothing was written."""
+    assert outcome.status == 1 and outcome.stdout == "" and not Path("image_index").exists()
     assert outcome.stderr.startswith("error: ") and outcome.stderr.count("\n") == 1
     return outcome.stderr
 
@@ -119,29 +68,25 @@ def one_line(outcome: Outcome) -> str:
 # ---- The host answers ------------------------------------------------------------------------------------------------
 
 
-def test_good_file_is_downloaded_once_and_kept_and_needs_no_network_then(host, torch_cache, resnet50, monkeypatch):
-    name = hashed(resnet50)
-    host.files[name] = resnet50
-    publish(monkeypatch, host.url(name))
-    monkeypatch.setattr(torchvision.models.ResNet50_Weights.IMAGENET1K_V2.value, "url", host.url(name))
+def test_good_file_is_downloaded_once_and_kept_and_needs_no_network_then(site, publish, resnet50, monkeypatch):
+    asked, name = list[socket.socket](), hashed(resnet50)
+    url = site(lambda connection: (asked.append(connection), connection.sendall(reply(resnet50)))) + f"/{name}"
+    publish(url)
+    monkeypatch.setattr(torchvision.models.ResNet50_Weights.IMAGENET1K_V2.value, "url", url)
     model = main.load_model(weights="IMAGENET1K_V2")
-    assert (model.name, model.dim, model.side) == ("resnet50", 2048, 224)
-    assert host.requested == [name] and files_in(torch_cache) == [name]
-    host.files.clear()
-    assert main.load_model("resnet50", next(torch_cache.rglob(name))).identity == main.load_model().identity
-    assert host.requested == [name]
+    assert (model.name, model.dim, model.side) == ("resnet50", 2048, 224) and downloads() == [name]
+    assert main.load_model("resnet50", next(TORCH.rglob(name))).identity == main.load_model().identity
+    assert len(asked) == 1
 
 
-def test_weights_that_are_there_now_are_used_and_both_caches_stay(
-    host, torch_cache, resnet50, monkeypatch, collection, run
-):
+def test_weights_that_are_there_now_are_used_and_both_caches_stay(site, publish, resnet50, collection, run):
     collection(3)
-    name = hashed(resnet50)
-    publish(monkeypatch, host.url(name))
+    replies = [reply(status="404 Not Found")]
+    publish(site(lambda connection: connection.sendall(replies[-1])) + f"/{hashed(resnet50)}")
     first = run("bulk_images/1.png")
     assert first.status == 0 and "(offline, 3 images)" in first.stdout
 
-    host.files[name] = resnet50
+    replies.append(reply(resnet50))
     second = run("bulk_images/1.png")
     assert second.status == 0 and "(resnet50, 3 images)" in second.stdout
     assert "are here now" in second.stderr and "100%" in second.stderr
@@ -155,27 +100,27 @@ def test_weights_that_are_there_now_are_used_and_both_caches_stay(
 # ---- The host does not -----------------------------------------------------------------------------------------------
 
 
-NO_WEIGHTS: dict[str, Callable[[Host], str]] = {  # the address of each
-    "wrong hash": lambda host: host.url("resnet50-00000000.pth"),
-    "not found": lambda host: host.url("resnet50-11111111.pth"),
-    "breaks off": lambda host: host.url(host.broken_off),
-    "stalls": lambda host: host.url(host.stalled),
-    "hangs": lambda host: host.url("resnet50-22222222.pth", host.silent.getsockname()[1]),
-    "refuses": lambda host: host.url("resnet50-33333333.pth", 9),
+NO_WEIGHTS: dict[
+    str, tuple[str, Reply | None]
+] = {  # the name of the file, and what its host says; None: it is not there
+    "wrong hash": ("resnet50-00000000.pth", reply(NOT_WEIGHTS)),
+    "not found": ("resnet50-11111111.pth", reply(status="404 Not Found")),
+    "breaks off": (hashed(NOT_WEIGHTS), HALF),
+    "stalls": (hashed(NOT_WEIGHTS), lambda connection: (connection.sendall(HALF), connection.recv(1))),
+    "hangs": ("resnet50-22222222.pth", lambda connection: connection.recv(1)),
+    "refuses": ("resnet50-33333333.pth", None),
 }
 
 
 @pytest.fixture(params=NO_WEIGHTS)
-def no_weights(request, host, torch_cache, monkeypatch) -> Iterator[str]:
-    good = hashed(NOT_WEIGHTS)
-    host.files = {"resnet50-00000000.pth": NOT_WEIGHTS, good: NOT_WEIGHTS}
-    host.broken_off, host.stalled = (good if request.param == kind else "" for kind in ("breaks off", "stalls"))
-    url = NO_WEIGHTS[request.param](host)
-    publish(monkeypatch, url)
+def no_weights(request, site, publish, monkeypatch) -> Iterator[str]:
+    """The address of weights that cannot be had."""
+    name, answer = NO_WEIGHTS[request.param]
+    publish(url := f"{site(answer) if answer else 'http://127.0.0.1:9'}/{name}")
     monkeypatch.setattr(main, "CONNECT_SECONDS", 0.2)
     timeout = socket.getdefaulttimeout()
     yield url
-    assert files_in(torch_cache) == []  # nothing half downloaded
+    assert downloads() == []  # nothing half downloaded
     assert socket.getdefaulttimeout() == timeout
 
 
@@ -189,14 +134,11 @@ def test_default_model_gives_way_to_the_offline_descriptor_with_a_warning(no_wei
         assert said in outcome.stderr
 
 
-@pytest.mark.parametrize(
-    "options", [("--model", "resnet50"), ("--weights", "IMAGENET1K_V1")], ids=["--model", "--weights"]
-)
+@pytest.mark.parametrize("options", ["--model resnet50", "--weights IMAGENET1K_V1"])
 def test_model_asked_for_by_name_is_never_replaced(no_weights, options, collection, run):
     collection(1)
-    error = one_line(run("bulk_images/0.png", "-q", *options))
+    error = one_line(run("bulk_images/0.png", "-q", *options.split()))
     assert no_weights in error and "--weights FILE" in error
-    assert not Path("image_index").exists()
 
 
 # ---- Files that are no weights, or another model's -------------------------------------------------------------------
@@ -219,72 +161,62 @@ def cut(content: bytes) -> bytes:
     return content[: len(content) // 2]
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        pytest.param(lambda good: b"", id="zero bytes"),
-        pytest.param(lambda good: NOT_WEIGHTS, id="web page"),
-        pytest.param(cut, id="truncated"),
-        pytest.param(lambda good: bytes(len(good)), id="zeros"),
-        pytest.param(lambda good: pickled(Evil()), id="pickle that runs code"),
-        pytest.param(lambda good: pickled({"state_dict": Evil()}), id="pickle that runs code within"),
-        pytest.param(lambda good: in_archive({"state_dict": {"fc.weight": Evil()}}), id="archive that runs code"),
-        pytest.param(lambda good: pickled([1, 2]), id="not a dictionary"),
-        pytest.param(lambda good: pickled({"fc.weight": "text"}), id="not tensors"),
-        pytest.param(lambda good: pickled({"state_dict": 5}), id="wrapped number"),
-        pytest.param(lambda good: pickled({1: 2}), id="numbers for names"),
-    ],
-)
-def test_file_that_holds_no_weights_is_refused(spoil, weights, collection, run):
-    collection(1)
-    Path("spoilt.pth").write_bytes(spoil(weights(SMALL).read_bytes()))
-    error = one_line(run("bulk_images/0.png", "-q", "--model", SMALL, "--weights", "spoilt.pth"))
-    assert "spoilt.pth" in error
-    assert not Path("it ran").exists()
+def changed(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[bytes], bytes]:
+    return lambda good: in_archive(change(torch.load(io.BytesIO(good), weights_only=True)))
 
 
 def without_a_layer(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not key.startswith("conv5")}
 
 
-WIDER = {"conv1.0.weight": torch.zeros(48, 3, 3, 3)}
+FIRST = "conv1.0.weight"
+WIDER = {FIRST: torch.zeros(48, 3, 3, 3)}
+SPOILT: dict[str, tuple[Callable[[bytes], bytes], list[str]]] = {  # what becomes of good weights, and what is said then
+    "zero bytes": (lambda good: b"", []),
+    "web page": (lambda good: NOT_WEIGHTS, []),
+    "truncated": (cut, []),
+    "zeros": (lambda good: bytes(len(good)), []),
+    "pickle that runs code": (lambda good: pickled(Evil()), []),
+    "pickle that runs code within": (lambda good: pickled({"state_dict": Evil()}), []),
+    "archive that runs code": (lambda good: in_archive({"state_dict": {"fc.weight": Evil()}}), []),
+    "not a dictionary": (lambda good: pickled([1, 2]), []),
+    "not tensors": (lambda good: pickled({"fc.weight": "text"}), []),
+    "wrapped number": (lambda good: pickled({"state_dict": 5}), []),
+    "numbers for names": (lambda good: pickled({1: 2}), []),
+    "empty": (lambda good: in_archive({}), [FIRST]),
+    "empty in a wrapper": (lambda good: in_archive({"state_dict": {}}), [FIRST]),
+    "a layer missing": (changed(without_a_layer), ["conv5.0.weight"]),
+    "a layer more": (changed(lambda state: state | {"extra.weight": torch.zeros(3)}), ["extra.weight"]),
+    "another shape": (changed(lambda state: state | WIDER), [FIRST, "48, 3, 3, 3", "24, 3, 3, 3"]),
+    "text for a tensor": (changed(lambda state: state | {FIRST: "text"}), [FIRST]),
+}
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        pytest.param(lambda state: {}, ["conv1.0.weight"], id="empty"),
-        pytest.param(lambda state: {"state_dict": {}}, ["conv1.0.weight"], id="empty in a wrapper"),
-        pytest.param(without_a_layer, ["conv5.0.weight"], id="a layer missing"),
-        pytest.param(lambda state: state | {"extra.weight": torch.zeros(3)}, ["extra.weight"], id="a layer more"),
-        pytest.param(lambda state: state | WIDER, ["conv1.0.weight", "48, 3, 3, 3", "24, 3, 3, 3"], id="another shape"),
-        pytest.param(lambda state: state | {"conv1.0.weight": "text"}, ["conv1.0.weight"], id="text for a tensor"),
-    ],
-)
-def test_weights_that_do_not_fit_are_refused_with_what_was_expected_and_found(change, said, weights, collection, run):
-    collection(1)
-    torch.save(change(torch.load(weights(SMALL), weights_only=True)), "other.pth")
-    error = one_line(run("bulk_images/0.png", "-q", "--model", SMALL, "--weights", "other.pth"))
-    assert all(word in error for word in ["other.pth", *said]) and len(error) < 1000
-    assert not Path("image_index").exists()
-
-
-def test_corrupt_file_in_torchs_cache_is_named_and_not_replaced_in_silence(
-    torch_cache, resnet50, monkeypatch, collection, run
+@pytest.mark.parametrize("kind", SPOILT)
+def test_file_that_holds_no_weights_or_other_ones_is_refused_with_what_was_expected_and_found(
+    kind, weights, collection, run
 ):
     collection(1)
-    publish(monkeypatch, "http://127.0.0.1:9/resnet50-55555555.pth")
-    file = torch_cache / "hub" / "checkpoints" / "resnet50-55555555.pth"
+    spoil, said = SPOILT[kind]
+    Path("spoilt.pth").write_bytes(spoil(weights(SMALL).read_bytes()))
+    error = one_line(run("bulk_images/0.png", "-q", "--model", SMALL, "--weights", "spoilt.pth"))
+    assert all(word in error for word in ["spoilt.pth", *said]) and len(error) < 1000
+    assert not Path("it ran").exists()
+
+
+def test_corrupt_file_in_torchs_cache_is_named_and_not_replaced_in_silence(publish, resnet50, collection, run):
+    collection(1)
+    publish("http://127.0.0.1:9/resnet50-55555555.pth")
+    file = TORCH / "hub" / "checkpoints" / "resnet50-55555555.pth"
     file.parent.mkdir(parents=True)
     file.write_bytes(cut(resnet50))
     error = one_line(run("bulk_images/0.png", "-q"))
-    assert str(file) in error and "delete it" in error
+    assert str(file.absolute()) in error and "delete it" in error
 
 
-def test_cache_that_cannot_be_written_counts_as_no_weights(host, torch_cache, resnet50, monkeypatch):
-    host.files["resnet50.pth"] = resnet50
-    publish(monkeypatch, host.url("resnet50.pth"))
-    torch_cache.write_text("a file in its place")
+def test_cache_that_cannot_be_written_counts_as_no_weights(site, publish, resnet50):
+    publish(site(reply(resnet50)) + "/resnet50.pth")
+    TORCH.write_text("a file in its place")
     assert main.load_model().name == "offline"
 
 
