@@ -30,6 +30,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,25 +182,21 @@ def usual(folder: Path, options: Options, environment: Mapping[str, str]) -> Spe
     return process(command, environment)
 
 
-def against_the_usual_script(
-    count: int, width: int, height: int, promised: str, environment: Mapping[str, str] = {}
-) -> Callable[[Options], Iterator[Row]]:
-    """A section: the rate of extraction, from files to features in the cache."""
-
-    def section(options: Options) -> Iterator[Row]:
-        n = max(2, round(count * options.share))
-        many, one = collection(options, n, width, height), collection(options, 1, width, height)
-        rates: dict[Any, list[tuple[float, float]]] = {usual: [], ours: []}
-        for _, program in itertools.product(range(options.repeat), rates):
-            start_up, spent = (program(folder, options, environment).seconds for folder in (one, many))
-            rates[program].append((n / spent, (n - 1) / max(spent - start_up, 1e-3)))
-        what = f"{n:,} JPEGs of {width} × {height}" if not options.images else f"{n:,} of your JPEGs"
-        what += ", no bf16" if environment else ""
-        medians_of = (map(statistics.median, zip(*rates[program])) for program in (ours, usual))
-        for name, mine, theirs in zip(("whole", "beyond start-up"), *medians_of):
-            yield Row(f"{what}: {name}", mine, "images/s", theirs, promised)
-
-    return section
+def extraction(
+    options: Options, count: int, width: int, height: int, promised: str, environment: Mapping[str, str] = {}
+) -> Iterator[Row]:
+    """The rate from files to features in the cache, against the usual script."""
+    n = max(2, round(count * options.share))
+    many, one = collection(options, n, width, height), collection(options, 1, width, height)
+    rates: dict[Any, list[tuple[float, float]]] = {usual: [], ours: []}
+    for _, program in itertools.product(range(options.repeat), rates):
+        start_up, spent = (program(folder, options, environment).seconds for folder in (one, many))
+        rates[program].append((n / spent, (n - 1) / max(spent - start_up, 1e-3)))
+    what = f"{n:,} JPEGs of {width} × {height}" if not options.images else f"{n:,} of your JPEGs"
+    what += ", no bf16" if environment else ""
+    medians_of = (map(statistics.median, zip(*rates[program])) for program in (ours, usual))
+    for name, mine, theirs in zip(("whole", "beyond start-up"), *medians_of):
+        yield Row(f"{what}: {name}", mine, "images/s", theirs, promised)
 
 
 def rate(work: Callable[[], Any], items: float, repeat: int) -> float:
@@ -240,17 +237,13 @@ def memory(options: Options) -> Iterator[Row]:
     yield Row(f"peak memory at {sizes[1]:,} images, against {sizes[0]:,}", many, "MB", few, "≤ 1.20 ×")
 
 
-def search(vectors: int) -> Callable[[Options], Iterator[Row]]:
+def search(options: Options, vectors: int) -> Iterator[Row]:
     """The index of so many made-up vectors and the answers from it, then the peers' ways: see bench_million.py."""
-
-    def section(options: Options) -> Iterator[Row]:
-        n = max(300, round(vectors * options.share))
-        for what, figures in bench_million.measure(n, 2048, options.folder / f"search {n}", peers=True):
-            for figure, value in figures.items():
-                name, unit = figure.rsplit(" ", 1) if figure.endswith((" s", " ms", " MB")) else (figure, "")
-                yield Row(f"{n:,} vectors, {what}: {name}", value, unit)
-
-    return section
+    n = max(300, round(vectors * options.share))
+    for what, figures in bench_million.measure(n, 2048, options.folder / f"search {n}", peers=True):
+        for figure, value in figures.items():
+            name, unit = figure.rsplit(" ", 1) if figure.endswith((" s", " ms", " MB")) else (figure, "")
+            yield Row(f"{n:,} vectors, {what}: {name}", value, unit)
 
 
 def duplicates(options: Options) -> Iterator[Row]:
@@ -383,26 +376,20 @@ def one_query(options: Options) -> Iterator[Row]:
 
 
 SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
-    "many": against_the_usual_script(2000, 500, 375, "5.00 ×"),
-    "few": against_the_usual_script(200, 500, 375, "3.50 ×"),
-    "no-bf16": against_the_usual_script(500, 500, 375, "1.60 ×", NO_BF16),
-    "large": against_the_usual_script(200, 4000, 3000, "8.00 ×"),
+    "many": partial(extraction, count=2000, width=500, height=375, promised="5.00 ×"),
+    "few": partial(extraction, count=200, width=500, height=375, promised="3.50 ×"),
+    "no-bf16": partial(extraction, count=500, width=500, height=375, promised="1.60 ×", environment=NO_BF16),
+    "large": partial(extraction, count=200, width=4000, height=3000, promised="8.00 ×"),
     "offline": offline,
     "rerun": rerun,
     "first-progress": first_progress,
     "one-query": one_query,
     "ceilings": ceilings,
     "memory": memory,
-    "search": search(100_000),
-    "million": search(1_000_000),
+    "search": partial(search, vectors=100_000),
+    "million": partial(search, vectors=1_000_000),
     "duplicates": duplicates,
 }
-
-
-def untrained(network: str, path: Path) -> Path:
-    main.torch.manual_seed(0)
-    main.torch.save(main.torchvision.models.get_model(network, weights=None).state_dict(), path)
-    return path
 
 
 def benchmark(sections: list[str], options: Options, kept: Path | None) -> None:
@@ -429,6 +416,10 @@ if __name__ == "__main__":
     if unknown := set(given.sections) - set(SECTIONS):
         parser.error(f"no such section: {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     with tempfile.TemporaryDirectory() as temporary:
-        weights = (given.weights or untrained(given.network, Path(temporary, "weights.pth"))).resolve()
+        if not given.weights:
+            given.weights = Path(temporary, "weights.pth")
+            main.torch.manual_seed(0)
+            main.torch.save(main.torchvision.models.get_model(given.network, weights=None).state_dict(), given.weights)
+        weights = given.weights.resolve()
         settings = Options(given.share, given.repeat, given.images, given.network, weights, Path(temporary))
         benchmark(given.sections or list(SECTIONS), settings, given.json)

@@ -1,7 +1,5 @@
 """Features: from pictures to vectors, by the offline descriptor, torchvision's networks and timm's."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import os
@@ -40,8 +38,9 @@ def model(request: pytest.FixtureRequest) -> main.Model:
     return request.getfixturevalue(request.param)
 
 
-def pixels(model: main.Model, *images: Image.Image) -> torch.Tensor:
-    return torch.stack([main.get_transform(model.side, model.resample)(image) for image in images])
+def pixels(model: main.Model) -> torch.Tensor:
+    """Of two pictures."""
+    return torch.stack([main.get_transform(model.side, model.resample)(draw(seed)) for seed in (1, 2)])
 
 
 def recompressed(image: Image.Image, quality: int) -> Image.Image:
@@ -138,11 +137,10 @@ def test_path_that_is_no_image_raises_oserror(offline, content):
 
 
 def test_pixels_pictures_and_paths_give_the_same_features(model, tmp_path):
-    images = [draw(seed) for seed in range(3)]
-    paths = [tmp_path / f"{seed}.png" for seed in range(3)]
+    images, paths = [draw(1), draw(2)], [tmp_path / "1.png", tmp_path / "2.png"]
     for image, path in zip(images, paths):
         image.save(path)
-    features = main.extract_features_batch(pixels(model, *images), model)
+    features = main.extract_features_batch(pixels(model), model)
     for same in (images, paths, [str(path) for path in paths]):
         assert (main.extract_features_batch(same, model) == features).all()
 
@@ -158,27 +156,32 @@ def test_path_of_a_heic_image_is_read_in_a_fresh_process():
 # ---- The offline descriptor ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "edit",
-    {
-        "half size": lambda image: image.resize((image.width // 2, image.height // 2)),
-        "double size": lambda image: image.resize((2 * image.width, 2 * image.height)),
-        "squeezed": lambda image: image.resize((300, 100)),
-        "JPEG": lambda image: recompressed(image, 30),
-        "grey": lambda image: image.convert("L"),
-        "paler": lambda image: image.point(lambda value: value * 0.7 + 30),
-        "CMYK": lambda image: image.convert("CMYK"),
-    }.items(),
-    ids=lambda edit: edit[0],
-)
+EDITED = {
+    "half size": lambda image: image.resize((image.width // 2, image.height // 2)),
+    "double size": lambda image: image.resize((2 * image.width, 2 * image.height)),
+    "squeezed": lambda image: image.resize((300, 100)),
+    "JPEG": lambda image: recompressed(image, 30),
+    "grey": lambda image: image.convert("L"),
+    "paler": lambda image: image.point(lambda value: value * 0.7 + 30),
+    "CMYK": lambda image: image.convert("CMYK"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITED)
 def test_offline_tells_an_edited_copy_from_all_other_pictures(offline, edit):
     images = [draw(seed, (160, 120)) for seed in range(20)]
     pictures = main.extract_features_batch(images, offline)
-    edited = main.extract_features_batch([edit[1](image) for image in images], offline)
+    edited = main.extract_features_batch([EDITED[edit](image) for image in images], offline)
     assert ((edited @ pictures.T).argmax(axis=1) == np.arange(20)).all()
 
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def only_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor without bf16."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
 
 
 @pytest.fixture
@@ -196,20 +199,14 @@ def of_one_number(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
+FAMILIES = {
+    "alexnet": 4096, "convnext_tiny": 768, "efficientnet_b0": 1280, "maxvit_t": 512, "mobilenet_v2": 1280,
+    "regnet_x_400mf": 400, "shufflenet_v2_x0_5": 1024, "swin_t": 768,
+}  # fmt: skip
+
+
 @pytest.mark.filterwarnings("ignore:The default weight initialization")
-@pytest.mark.parametrize(
-    ("name", "dim"),
-    [
-        ("alexnet", 4096),
-        ("convnext_tiny", 768),
-        ("efficientnet_b0", 1280),
-        ("maxvit_t", 512),
-        ("mobilenet_v2", 1280),
-        ("regnet_x_400mf", 400),
-        ("shufflenet_v2_x0_5", 1024),
-        ("swin_t", 768),
-    ],
-)
+@pytest.mark.parametrize(("name", "dim"), FAMILIES.items())
 def test_only_the_classifier_is_removed(name, dim, tmp_path, no_initial_weights):
     """Of the families that the next test leaves out: so many numbers enter the classifier."""
     torch.save(of_one_number(torchvision.models.get_model(name, weights=None)), tmp_path / "weights.pth")
@@ -230,12 +227,6 @@ def as_published(name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.T
         return state
     old = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
     return {re.sub(r"(denselayer\d+\.(?:norm|conv))", r"\1.", key): value for key, value in old.items()}
-
-
-@pytest.fixture
-def only_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor without bf16."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +252,7 @@ def test_features_are_what_enters_the_classifier_of_torchvision(name, classifier
     fast = main.load_model(name, device="cpu")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     exact = main.load_model(name, file, device="cpu")
-    batch = pixels(exact, draw(1), draw(2))
+    batch = pixels(exact)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.inference_mode():
         network((batch / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1))
@@ -294,11 +285,11 @@ def test_same_weights_are_the_same_model_however_saved(form, small, weights):
     assert main.load_model(SMALL, "other name.pt").identity == small.identity
 
 
-def test_other_weights_even_by_one_number_are_another_model(small, weights, tmp_path):
+def test_other_weights_even_by_one_number_are_another_model(small, weights):
     state = torch.load(weights(SMALL), weights_only=True)
     state["conv5.1.running_mean"][-1] += 1
-    torch.save(state, tmp_path / "weights.pth")
-    assert main.load_model(SMALL, tmp_path / "weights.pth").identity != small.identity
+    torch.save(state, "weights.pth")
+    assert main.load_model(SMALL, "weights.pth").identity != small.identity
 
 
 def test_identity_is_a_plain_file_name_with_name_and_dimension(model):
@@ -415,7 +406,7 @@ def test_timm_model_from_a_file(name, tmp_path, only_fp32):
     recipe = timm.data.resolve_model_data_config(network)
     assert model.side == recipe["input_size"][1]
     mean, std = (torch.tensor(recipe[key]).view(3, 1, 1) for key in ("mean", "std"))
-    batch = pixels(model, draw(1), draw(2))
+    batch = pixels(model)
     with torch.inference_mode():
         pooled = network.forward_head(network.forward_features((batch / 255 - mean) / std), pre_logits=True)
     checked(model, batch, pooled)

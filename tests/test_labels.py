@@ -1,7 +1,5 @@
 """Sections Verification and Search: what a match is called, and in which order matches stand."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -220,29 +218,22 @@ def test_a_degenerate_transform_has_no_points(there: np.ndarray) -> None:
     assert main.fitted(PLANE, there, EVERY)[0] == 0 and main.fitted(there, PLANE, EVERY)[0] == 0
 
 
-FEW_PLACES: dict[str, Callable[[main.LocalFeatures], main.LocalFeatures]] = {
-    "all on one spot": lambda rich: rich._replace(
-        places=np.full_like(rich.places, 100 + 100j), frames=rich.frames * 0.01
-    ),
-    "one": lambda rich: first_points(rich, 1),
-    "two": lambda rich: first_points(rich, 2),
-    **{
-        f"none, in {size}": lambda _, size=size: main.local_features(Image.new("RGB", size, "teal"))
-        for size in ((1, 1), (1, 20000), (20000, 1), (17, 17))
-    },
-}
-
-
-def first_points(rich: main.LocalFeatures, count: int) -> main.LocalFeatures:
-    places, frames, descriptors = (part[:count] for part in (rich.places, rich.frames, rich.descriptors))
-    return rich._replace(places=places, frames=frames, descriptors=descriptors)
-
-
-@pytest.mark.parametrize("kind", FEW_PLACES)
+@pytest.mark.parametrize("kind", ["one point", "two points", "all points on one spot"])
 def test_points_at_too_few_places_make_no_copy(kind: str) -> None:
+    """The recipe of counting inliers alone says yes to many pairs of which one has all its points on one spot."""
     rich = main.local_features(draw_rich(1))
-    few = FEW_PLACES[kind](rich)
+    count = {"one point": 1, "two points": 2}.get(kind)
+    few = rich._replace(**{name: getattr(rich, name)[:count] for name in ("places", "frames", "descriptors")})
+    if count is None:
+        few = rich._replace(places=np.full_like(rich.places, 100 + 100j), frames=rich.frames * 0.01)
     assert main.align(few, rich) is main.align(rich, few) is main.align(few, few) is None
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1), (17, 17)])
+def test_a_picture_without_points_costs_nothing_and_is_no_copy(size: tuple[int, int]) -> None:
+    plain, rich = main.local_features(Image.new("RGB", size, "teal")), main.local_features(draw_rich(1))
+    assert len(plain.places) == 0 and plain.size == size
+    assert main.align(plain, plain) is main.align(plain, rich) is main.align(rich, plain) is None
 
 
 def test_local_features_are_those_of_the_upright_picture() -> None:

@@ -1,7 +1,5 @@
 """Section Output, the page: what it shows, that it does no harm, and that it is whole or absent."""
 
-from __future__ import annotations
-
 import base64
 import io
 import os
@@ -16,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Outcome, draw, draw_rich, requests
+from conftest import HOSTILE_NAMES, Outcome, draw, draw_rich, requests
 from PIL import Image
 
 import main
@@ -114,22 +112,16 @@ def test_it_is_one_file_that_needs_nothing_else(page: Callable[..., Page]) -> No
     assert not re.search(r"https?:|url\(|@import", PAGE.read_text())
 
 
-def test_pictures_are_upright(page: Callable[..., Page]) -> None:
+def test_pictures_are_upright_and_tell_nothing_about_who_took_them_and_where(page: Callable[..., Page]) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90°
-    draw(7, (120, 60)).rotate(90, expand=True).save("turned.jpg", exif=exif, quality=95)
+    exif[0x0112], exif[0x010E] = 6, "at home"  # to be turned by 90°
+    turned = draw(7, (120, 60)).rotate(90, expand=True)
+    turned.save("turned.jpg", exif=exif, xmp=b"<x:xmpmeta/>", quality=95)
     it = page("turned.jpg", "-k", 1)
     picture = it.pictures()[0]
+    assert not picture.getexif() and "xmp" not in picture.info
     assert picture.size == (120, 60) and "120 × 60 px" in it.text
     assert np.abs(np.asarray(picture.convert("RGB"), float) - np.asarray(draw(7, (120, 60)), float)).mean() < 8
-
-
-def test_a_picture_tells_nothing_about_who_took_it_and_where(page: Callable[..., Page]) -> None:
-    exif = Image.Exif()
-    exif[0x010E] = "at home"
-    draw(7).save("query.jpg", exif=exif, xmp=b"<x:xmpmeta/>")
-    picture = page("query.jpg", "-k", 1).pictures()[0]
-    assert not picture.getexif() and "xmp" not in picture.info
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (2000, 1500)], ids=str)
@@ -140,10 +132,9 @@ def test_pictures_are_small(size: tuple[int, int], page: Callable[..., Page]) ->
     assert f"{size[0]:,} × {size[1]:,} px" in it.text
 
 
-@pytest.mark.parametrize("grain", [0, 8], ids="{} of noise".format)
-def test_a_hundred_queries_with_ten_matches_make_ten_megabytes(grain: int, page: Callable[..., Page]) -> None:
-    picture = np.asarray(draw(1, (500, 375)), float) + np.random.default_rng(0).normal(0, grain, (375, 500, 3))
-    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(IMAGES / "6.png")
+def test_a_hundred_queries_with_ten_matches_make_ten_megabytes(page: Callable[..., Page]) -> None:
+    noise = np.random.default_rng(0).normal(0, 8, (375, 500, 3))
+    Image.fromarray((np.asarray(draw(1, (500, 375))) + noise).clip(0, 255).astype(np.uint8)).save(IMAGES / "6.png")
     page(IMAGES / "6.png", "-k", 1)
     one = len(re.findall(r"<figure>.*?</figure>", PAGE.read_text(), re.DOTALL)[0])
     assert 1100 * one < 10_000_000
@@ -208,15 +199,10 @@ def test_through_a_link_its_target_is_written(page: Any, run: Run) -> None:
 # ---- In a browser ----------------------------------------------------------------------------------------------------
 
 HOSTILE = [
-    b"<script>document.title = 'hacked'<",
+    *HOSTILE_NAMES.values(),
     b'a" onerror="document.title=\'hacked\'" x=".png',
     b"' onmouseover='document.title=1' x='.png",
-    b"<img src=x onerror=alert(1)>.png",
-    b"a\nb.png",
-    b"caf\xe9 & cr\xc3\xa8me.png",
     b"100%25 #1 ?x=y;&lt;.png",
-    "\u202egnp.exe\u2028.png".encode(),
-    "写真 – фото.png".encode(),
 ]
 
 
@@ -226,18 +212,23 @@ def hostile(run: Run) -> Page:
     for number, name in enumerate(HOSTILE):
         with open(os.path.join(os.fsencode(IMAGES), name), "wb") as stream:
             draw(number).save(stream, "PNG")
-    outcome = run("--model", "offline", "--images", IMAGES, os.fsdecode(b"bulk_images/" + HOSTILE[1]))
-    assert outcome.status == 0
+    assert run("--model", "offline", os.fsdecode(b"bulk_images/" + HOSTILE[-1]), "-k", 99).status == 0
     return Page(PAGE.read_text())
 
 
 def test_a_hostile_name_is_text_and_its_link_is_right(hostile: Page) -> None:
-    assert {name for name, _ in hostile.tags}.isdisjoint({"script"}) and len(hostile.all("img")) == len(HOSTILE)
-    expected = {os.path.join(os.fsencode(IMAGES.absolute()), name) for name in HOSTILE}
-    assert set(hostile.links()) == expected
+    assert not hostile.all("script") and len(hostile.all("img")) == len(HOSTILE)
+    assert set(hostile.links()) == {os.path.join(os.fsencode(IMAGES.absolute()), name) for name in HOSTILE}
     allowed = {"src", "alt", "loading", "href", "class", "draggable"}
     assert all(set(attributes) <= allowed for name, attributes in hostile.tags if name in ("img", "a", "ol", "span"))
-    for words in ("<script>document.title", "a\\nb.png", "caf\ufffd & crème.png", "\\u202egnp", "写真 – фото.png"):
+    for words in (
+        "<script>alert(1)<!-- &amp;",
+        "a\\nb.png",
+        "caf\ufffd.png",
+        "100%25 #1 ?x=y;&lt;",
+        "\\u202egnp",
+        "写真 – фото.png",
+    ):
         assert words in hostile.text
 
 

@@ -1,34 +1,38 @@
 """Section UI: in a real browser, and what it refuses."""
 
-from __future__ import annotations
-
 import http.client
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import MAIN, Outcome, draw, draw_rich, requests
 from PIL import ImageOps
+from test_command_line import bomb
 from test_page import check_layout, emulate
 
 import main
 
 Run = Callable[..., Outcome]
 WAIT = 60  # seconds, on a busy machine
+
+
+def started(folder: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
+    """`main.py --ui` and its address."""
+    command = [sys.executable, MAIN, "--model", "offline", "--ui", "--port", "0", *options]
+    environment = {**os.environ, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    return process, next(line.strip() for line in iter(process.stderr.readline, "") if line.startswith("http"))
 
 
 class Server:
@@ -47,21 +51,20 @@ class Server:
         (folder / "no image.png").write_text("hello")
         (folder / "notes.txt").write_text("hello")
         (folder / "empty.jpg").touch()
-        size = struct.pack(">II", 30_000, 30_000) + b"\x08\x02\0\0\0"
-        header = b"\0\0\0\rIHDR" + size + struct.pack(">I", zlib.crc32(b"IHDR" + size))
-        (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + b"\0\0\0\0IDAT\x35\xaf\x06\x1e")
-        command = [sys.executable, MAIN, "--model", "offline", "--ui", "--port", "0", "-k", "3"]
-        environment = {**os.environ, "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-        self.process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
-        lines = iter(self.process.stderr.readline, "")
-        self.url = next(line.strip() for line in lines if line.startswith("http://127.0.0.1:"))
-        threading.Thread(target=deque, args=(lines, 0), daemon=True).start()  # a full pipe would stop it
+        bomb(folder / "bomb.png")
+        self.process, self.url = started(folder, "-k", "3")
+        threading.Thread(target=deque, args=(self.process.stderr, 0), daemon=True).start()  # a full pipe would stop it
 
-    def ask(self, path: str, method: str = "GET", body: Any = None, **headers: str) -> tuple[int, bytes]:
+    def ask(self, path: str, method: str = "GET", body: Any = None, **headers: str) -> http.client.HTTPResponse:
+        """The answer, and its `page`."""
         connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=WAIT)
         connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
         response = connection.getresponse()
-        return response.status, response.read()
+        response.page = response.read()
+        return response
+
+    def give(self, name: str) -> http.client.HTTPResponse:
+        return self.ask(f"/?name={name}", "POST", (self.folder / "small.png").read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -254,23 +257,17 @@ def test_it_fits_a_phone_and_a_desk_by_day_and_by_night(tab: Tab, server: Server
 
 
 def test_groups_stand_for_the_collection(collection: Callable[[int], Path]) -> None:
-    """Of three kinds of vectors, in files of three folders, among them a file that is gone."""
-    collection(1)
-    engine = main.initialize_reverse_image_search(model=main.load_model("offline"))
-    random, dim, sizes = np.random.default_rng(0), engine.model.dim, [50, 20, 10]
-    centres, files = random.normal(size=(3, dim)), []
+    """Three pictures in some sizes each, and a file that is gone."""
+    root, sizes, model = collection(1), [6, 4, 2], main.load_model("offline")
     for kind, number in ((kind, number) for kind, size in enumerate(sizes) for number in range(size)):
-        vector = centres[kind] + 0.1 * random.normal(size=dim)
-        file, vector = main.File(b"%d/%d" % (kind, number), 1, 1), vector / np.linalg.norm(vector)
-        files.append(main.Picture(file, random.bytes(16), None, vector.astype(np.float16)))
-    engine.store.save([*files, main.Picture(main.File(b"0.png", 1, 1), vanished=True)])
-    engine.summary.images = 80
-    groups = main.representatives(engine, 3)
+        draw(50 + kind).resize((96 + number, 64)).save(root / f"{kind} {number}.png")
+    main.initialize_reverse_image_search(model=model)
+    (root / "0.png").unlink()
+    groups = main.representatives(main.initialize_reverse_image_search(model=model), 3)
     assert [size for size, _ in groups] == [len(images) for _, images in groups] == sizes
     for kind, (_, images) in enumerate(groups):
-        assert {Path(match.path).parent.name for match in images} == {str(kind)}
+        assert {Path(match.path).name[0] for match in images} == {str(kind)}
         assert images == sorted(images, key=lambda match: -match.score)
-    assert len(main.representatives(engine, 100)) > 24
 
 
 # ---- What it refuses -------------------------------------------------------------------------------------------------
@@ -279,27 +276,28 @@ def test_groups_stand_for_the_collection(collection: Callable[[int], Path]) -> N
 @pytest.mark.parametrize("path", ["/etc/passwd", "bulk_images/1.png", "main.py", "image_index", "../ui/small.png", "."])
 def test_no_file_is_served(path: str, server: Server) -> None:
     for name in (path, str(server.folder / path), "/../" + path):
-        assert server.ask(f"/{name}")[0] == 404
+        assert server.ask(f"/{name}").status == 404
         for asked in (f"q={name}", f"q={name}&part=0,0,9,9", f"group={name}", f"twice={name}"):
-            status, page = server.ask(f"/?{asked}")
-            assert status == 200 and os.fsencode(server.folder) not in page.replace(os.fsencode(name), b"")
-            assert b"cannot be done" in page or asked.startswith("twice")
+            answer = server.ask(f"/?{asked}")
+            assert answer.status == 200 and os.fsencode(server.folder) not in answer.page.replace(
+                os.fsencode(name), b""
+            )
+            assert b"cannot be done" in answer.page or asked.startswith("twice")
 
 
 @pytest.mark.parametrize("name", ["../../evil.png", "/tmp/evil.png", "..", "a/", "%00.png", "n" * 300, "?a#b"])
 def test_an_upload_is_written_to_its_folder_alone(name: str, server: Server) -> None:
     before = sorted(server.folder.rglob("*"))
     with suppress(http.client.RemoteDisconnected):  # it is no name of a file
-        status, key = server.ask(f"/?name={name}", "POST", (server.folder / "small.png").read_bytes())
-        assert status == 200 and b"2.png" in server.ask(f"/?q={key.decode()}")[1]
+        answer = server.give(name)
+        assert answer.status == 200 and b"2.png" in server.ask(f"/?q={answer.page.decode()}").page
     assert not Path("/tmp/evil.png").exists() and sorted(server.folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize("field", ["q", "k", "least", "part", "group", "twice"])
 def test_what_is_asked_is_text_on_the_page(field: str, server: Server) -> None:
-    key = server.ask("/?name=small.png", "POST", (server.folder / "small.png").read_bytes())[1].decode()
-    page = server.ask(f"/?q={key}&{field}=%22%3E%3Cscript%3Ealert(1)%3C/script%3E")[1].decode()
-    assert page.count("<script>") == 1
+    key = server.give("small.png").page.decode()
+    assert server.ask(f"/?q={key}&{field}=%22%3E%3Cscript%3Ealert(1)%3C/script%3E").page.count(b"<script>") == 1
 
 
 @pytest.mark.parametrize("headers", [
@@ -307,16 +305,14 @@ def test_what_is_asked_is_text_on_the_page(field: str, server: Server) -> None:
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize(("method", "path"), [("GET", "/"), ("GET", "/?twice=1"), ("POST", "/?name=a.png")])
 def test_another_site_is_refused(headers: dict[str, str], method: str, path: str, server: Server) -> None:
-    assert server.ask(path, method, **headers)[0] == 403
+    assert server.ask(path, method, **headers).status == 403
 
 
 def test_its_page_asks_no_other_site_and_is_shown_in_none(server: Server) -> None:
-    page = server.ask("/")[1].decode()
-    policy = page.split('Content-Security-Policy" content="')[1].split('"')[0].replace("&#39;", "'")
+    answer = server.ask("/")
+    policy = answer.page.decode().split('Content-Security-Policy" content="')[1].split('"')[0].replace("&#39;", "'")
     assert policy.startswith("default-src 'none'; img-src data:; ") and "http" not in policy
-    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=WAIT)
-    connection.request("GET", "/")
-    assert connection.getresponse().headers["X-Frame-Options"] == "DENY"
+    assert answer.headers["X-Frame-Options"] == "DENY"
 
 
 @pytest.mark.parametrize("length", ["300000001", "-1", "many", None])
@@ -349,9 +345,7 @@ def test_a_port_that_is_taken_is_one_line(server: Server, run: Run, collection: 
 @pytest.mark.parametrize("at_work", [False, True])
 def test_an_interruption_ends_it(at_work: bool, tmp_path: Path, collection: Callable[[int], Path]) -> None:
     collection(60)
-    command = [sys.executable, MAIN, "--model", "offline", "--ui", "--port", "0"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    url = next(line.strip() for line in iter(process.stderr.readline, "") if line.startswith("http"))
+    process, url = started(tmp_path)
     if at_work:
         assert "Comparing" in urllib.request.urlopen(f"{url}/?twice=1").read().decode()
     process.send_signal(signal.SIGINT)
