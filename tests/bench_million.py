@@ -8,8 +8,6 @@ the files of the cache were dropped from the page cache before. The peer's way i
 The collection is of empty files, one a vector.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import itertools

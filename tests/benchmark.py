@@ -9,8 +9,6 @@ process, with imports, weights and all warm-up; `beyond start-up` is without the
 one image. Medians of the repetitions. Without --weights the network is untrained: it takes as long.
 """
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import io

@@ -14,8 +14,6 @@ copy. Where the folder has one sub-folder a class, also how often a photograph's
     --times       seconds of one query, alone and among a hundred, and of the local features of one picture
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import os

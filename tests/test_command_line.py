@@ -22,11 +22,10 @@ from zygote import Zygote
 import main
 
 IMAGES, QUERIES, INDEX = Path("bulk_images"), Path("that_one_image"), Path("image_index")
-Run = Callable[..., Outcome]
 
 
 @pytest.fixture
-def search(run: Run, collection: Callable[[int], Path]) -> Run:
+def search(run, collection: Callable[[int], Path]) -> Callable[..., Outcome]:
     """search(*args): with the offline descriptor, among 12 pictures, by default with 3.png in half the size."""
     collection(12)
     QUERIES.mkdir()

@@ -1,7 +1,5 @@
 """--duplicates: the same picture, kept more than once."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
@@ -13,22 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Outcome, draw_rich
+from conftest import draw_rich
 from PIL import Image, ImageOps
 
 import main
 
-Run = Callable[..., Outcome]
 IMAGES = Path("bulk_images")
 
 
-def printed(run: Run, *args: object) -> list[dict[str, Any]]:
+def printed(run, *args: object) -> list[dict[str, Any]]:
     outcome = run("--model", "offline", "-q", "--no-report", "--json", "--duplicates", *args)
     assert outcome.status == 0, outcome
     return [json.loads(line) for line in outcome.stdout.splitlines()]
 
 
-def groups(run: Run, *args: object) -> list[tuple[str, list[str]]]:
+def groups(run, *args: object) -> list[tuple[str, list[str]]]:
     """Keeper and copies, by name, of each group."""
     found = printed(run, *args)
     return [(Path(group["keep"]).name, [Path(match["path"]).name for match in group["matches"]]) for group in found]
@@ -49,26 +46,26 @@ def pictures(collection: Callable[[int], Path]) -> Path:
 # ---- Which files -----------------------------------------------------------------------------------------------------
 
 
-def test_identical_files_and_copies_are_found_and_the_largest_is_kept(pictures: Path, run: Run) -> None:
+def test_identical_files_and_copies_are_found_and_the_largest_is_kept(pictures, run):
     assert groups(run) == [("5 large.png", ["5.png", "5 small.jpg"]), ("3 again.png", ["3.png"])]
     assert groups(run, "identical") == [("3 again.png", ["3.png"])]
 
 
-def test_no_file_is_touched(pictures: Path, run: Run) -> None:
+def test_no_file_is_touched(pictures, run):
     state = lambda: {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in pictures.iterdir()}  # noqa: E731
     before = state()
     groups(run, 0.5)
     assert state() == before
 
 
-def test_a_collection_without_any(collection: Callable[[int], Path], run: Run) -> None:
+def test_a_collection_without_any(collection, run):
     collection(5)
     outcome = run("--model", "offline", "--duplicates")
     assert (outcome.status, outcome.stdout) == (0, "") and "No picture is there twice" in outcome.stderr
     assert "No picture is there twice" in Path("results.html").read_text()
 
 
-def test_a_link_is_no_copy_of_its_target(pictures: Path, run: Run) -> None:
+def test_a_link_is_no_copy_of_its_target(pictures, run):
     """Whoever deletes the target because of it has lost the picture."""
     (pictures / "0 link.png").symlink_to("3.png")
     os.link(pictures / "7.png", pictures / "7 hard.png")
@@ -76,7 +73,7 @@ def test_a_link_is_no_copy_of_its_target(pictures: Path, run: Run) -> None:
     assert groups(run, "identical") == [("3 again.png", ["3.png"])]
 
 
-def test_files_that_are_gone_are_no_copies_even_if_they_go_meanwhile(pictures: Path, run: Run) -> None:
+def test_files_that_are_gone_are_no_copies_even_if_they_go_meanwhile(pictures, run):
     groups(run)
     (pictures / "3.png").unlink()
     engine = main.initialize_reverse_image_search(IMAGES, model=main.load_model("offline"))
@@ -84,7 +81,7 @@ def test_files_that_are_gone_are_no_copies_even_if_they_go_meanwhile(pictures: P
     assert [(Path(group.keep).name, len(group.matches)) for group in main.find_duplicates(engine)] == [("5.png", 1)]
 
 
-def test_it_does_not_depend_on_the_order_in_which_files_came(pictures: Path, run: Run, tmp_path: Path) -> None:
+def test_it_does_not_depend_on_the_order_in_which_files_came(pictures, run, tmp_path):
     expected = groups(run, 0.5)
     (later := tmp_path / "later").mkdir()
     for path in sorted(pictures.iterdir())[::2]:
@@ -104,7 +101,7 @@ EDITS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-def test_each_file_is_told_what_it_is_to_the_one_to_keep(collection: Callable[[int], Path], run: Run) -> None:
+def test_each_file_is_told_what_it_is_to_the_one_to_keep(collection, run):
     root = collection(5)
     for seed, (name, edit) in enumerate(EDITS.items(), 100):
         draw_rich(seed).save(root / f"{name}.png")
@@ -117,7 +114,7 @@ def test_each_file_is_told_what_it_is_to_the_one_to_keep(collection: Callable[[i
         assert re.fullmatch(re.sub(r"\d0 %|64 %", r"(5|6)\\d %", name), match["view"]), match
 
 
-def test_many_identical_files_hide_no_copy(collection: Callable[[int], Path], run: Run) -> None:
+def test_many_identical_files_hide_no_copy(collection, run):
     root = collection(3)
     draw_rich(5).save(root / "best.png")
     for number in range(15):
@@ -127,7 +124,7 @@ def test_many_identical_files_hide_no_copy(collection: Callable[[int], Path], ru
     assert keep == "best.png" and len(others) == 16 and others[-1] == "small.jpg"
 
 
-def test_a_larger_file_of_fewer_pixels_is_not_the_one_to_keep(collection: Callable[[int], Path], run: Run) -> None:
+def test_a_larger_file_of_fewer_pixels_is_not_the_one_to_keep(collection, run):
     root = collection(2)
     draw_rich(7).save(root / "large.jpg", quality=30)
     draw_rich(7).resize((400, 300)).save(root / "small.bmp")
@@ -139,7 +136,7 @@ def test_a_larger_file_of_fewer_pixels_is_not_the_one_to_keep(collection: Callab
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9])
-def test_pairs_by_score_are_those_of_brute_force(threshold: float, collection: Callable[[int], Path]) -> None:
+def test_pairs_by_score_are_those_of_brute_force(threshold, collection):
     collection(30)
     model = main.load_model("offline")
     engine = main.initialize_reverse_image_search(IMAGES, model=model)
@@ -151,7 +148,7 @@ def test_pairs_by_score_are_those_of_brute_force(threshold: float, collection: C
     assert all(score == pytest.approx(float(xb[i] @ xb[j]), abs=1e-4) for (i, j), score in found.items())
 
 
-def test_look_alikes_do_not_chain(collection: Callable[[int], Path]) -> None:
+def test_look_alikes_do_not_chain(collection):
     """Each is like the next, as frames of a film are; the first and the last are not alike."""
     collection(7)
     engine = main.initialize_reverse_image_search(IMAGES, model=main.load_model("offline"))
@@ -167,7 +164,7 @@ def test_look_alikes_do_not_chain(collection: Callable[[int], Path]) -> None:
 # ---- What goes wrong -------------------------------------------------------------------------------------------------
 
 
-def test_damage_is_one_line_and_is_repaired_by_the_next_run(pictures: Path, run: Run) -> None:
+def test_damage_is_one_line_and_is_repaired_by_the_next_run(pictures, run):
     expected = groups(run)
     engine = main.initialize_reverse_image_search(IMAGES, model=main.load_model("offline"))
     with engine.store.db:
@@ -180,7 +177,7 @@ def test_damage_is_one_line_and_is_repaired_by_the_next_run(pictures: Path, run:
 # ---- In which form ---------------------------------------------------------------------------------------------------
 
 
-def test_as_text_and_as_a_page(pictures: Path, run: Run) -> None:
+def test_as_text_and_as_a_page(pictures, run):
     outcome = run("--model", "offline", "--duplicates")
     first, *_, fourth, fifth = lines = outcome.stdout.splitlines()
     assert len(lines) == 5 and first == "bulk_images/5 large.png  (keep: the best of 3)"
@@ -193,13 +190,13 @@ def test_as_text_and_as_a_page(pictures: Path, run: Run) -> None:
     assert page.count("keep: the best of") == 2 and "480 × 360 px" in page
 
 
-def test_as_json(pictures: Path, run: Run) -> None:
+def test_as_json(pictures, run):
     match = {"rank": 1, "path": "bulk_images/3.png", "score": 1, "identical": True, "label": "identical", "view": ""}
     assert printed(run, "identical") == [
         {"keep": "bulk_images/3 again.png", "model": "offline", "matches": [match | {"region": None}]}
     ]
 
 
-def test_as_paths_the_files_to_keep_are_not_among_them(pictures: Path, run: Run) -> None:
+def test_as_paths_the_files_to_keep_are_not_among_them(pictures, run):
     outcome = run("--model", "offline", "-q", "-0", "--duplicates")
     assert outcome.stdout.split("\0") == ["bulk_images/5.png", "bulk_images/5 small.jpg", "bulk_images/3.png", ""]

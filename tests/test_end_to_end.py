@@ -1,7 +1,5 @@
 """The program itself, in processes of its own, as a person runs it: on the samples, from Python, and stopped."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import re

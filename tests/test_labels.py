@@ -3,19 +3,17 @@
 import json
 import os
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Outcome, draw_rich
+from conftest import draw_rich
 from evaluate import EDITS, app
 from PIL import Image, ImageDraw, ImageFont
 
 import main
 
-Run = Callable[..., Outcome]
 IMAGES = Path("bulk_images")
 
 
@@ -34,13 +32,13 @@ def digest_of(path: str) -> bytes:
         return main.content_hash(stream)
 
 
-def matches(run: Run, *args: object) -> list[dict[str, Any]]:
+def matches(run, *args: object) -> list[dict[str, Any]]:
     outcome = run("query.jpg", "--model", "offline", "--json", "-q", "--no-report", *args)
     assert outcome.status == 0, outcome.stderr
     return json.loads(outcome.stdout)["matches"]
 
 
-def test_a_copy_is_called_one_and_nothing_else_is(rich: Path, run: Run) -> None:
+def test_a_copy_is_called_one_and_nothing_else_is(rich, run):
     first, *others = matches(run)
     assert (first["path"], first["label"], first["identical"]) == ("bulk_images/3.png", "copy", False)
     assert len(others) == 7 and {(match["label"], match["region"]) for match in others} == {("", None)}
@@ -48,7 +46,7 @@ def test_a_copy_is_called_one_and_nothing_else_is(rich: Path, run: Run) -> None:
         assert matches(run, "--threshold", threshold) == found
 
 
-def test_a_copy_says_where(rich: Path, run: Run) -> None:
+def test_a_copy_says_where(rich, run):
     draw_rich(3).crop((48, 36, 48 + 336, 36 + 252)).save("query.jpg")
     region = matches(run)[0]["region"]
     assert set(region) == {"corners", "outline", "points", "covers"} and region["points"] >= main.AGREEING
@@ -57,19 +55,19 @@ def test_a_copy_says_where(rich: Path, run: Run) -> None:
     assert region["covers"] == pytest.approx(0.49, abs=0.12)
 
 
-def test_the_same_bytes_are_identical(rich: Path, run: Run) -> None:
+def test_the_same_bytes_are_identical(rich, run):
     Path("query.jpg").write_bytes((rich / "3.png").read_bytes())
     assert (matches(run)[0]["label"], matches(run)[0]["identical"]) == ("identical", True)
     assert [match["label"] for match in matches(run, "--threshold", "identical")] == ["identical"]
 
 
-def test_no_copy_is_an_answer(rich: Path, run: Run) -> None:
+def test_no_copy_is_an_answer(rich, run):
     draw_rich(1000).save("query.jpg")
     assert "no copy found" in run("query.jpg", "--model", "offline").stdout.splitlines()[0]
     assert "no copy found" in Path("results.html").read_text()
 
 
-def test_a_copy_stands_above_a_look_alike_that_scores_more(rich: Path, run: Run, monkeypatch: Any) -> None:
+def test_a_copy_stands_above_a_look_alike_that_scores_more(rich, run, monkeypatch):
     paths = [match["path"] for match in matches(run)]
     region = main.Region([(0, 0)] * 4, [(0, 0)] * 4, 20, 1.0)
     last = main.read_local(paths[-1], digest_of(paths[-1]))
@@ -86,7 +84,7 @@ def test_a_copy_stands_above_a_look_alike_that_scores_more(rich: Path, run: Run,
     lambda path: Path(path).write_bytes(b"gone"),
     pytest.param(lambda path: os.chmod(path, 0), marks=pytest.mark.skipif(os.geteuid() == 0, reason="root reads all")),
 ], ids=["gone", "changed", "forbidden"])  # fmt: skip
-def test_a_candidate_that_cannot_be_read_is_unverified_and_no_error(spoil: Callable[[str], Any], rich: Path) -> None:
+def test_a_candidate_that_cannot_be_read_is_unverified_and_no_error(spoil, rich):
     path, read = str(rich / "3.png"), main.read_local.__wrapped__  # that remembers nothing
     digest = digest_of(path)
     assert read(path, digest) is not None and read(path, b"other") is None
@@ -94,7 +92,7 @@ def test_a_candidate_that_cannot_be_read_is_unverified_and_no_error(spoil: Calla
     assert read(path, digest) is None
 
 
-def test_pictures_without_structure_are_copies_by_their_bytes_alone(tmp_path: Path, run: Run) -> None:
+def test_pictures_without_structure_are_copies_by_their_bytes_alone(tmp_path, run):
     (tmp_path / IMAGES).mkdir()
     gradient = Image.linear_gradient("L").resize((300, 200))
     for number, image in enumerate((gradient, gradient.rotate(90), Image.new("RGB", (300, 200), "teal"))):
@@ -116,7 +114,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> main.Engine:
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_each_edit_is_found_and_called_a_copy(edit: str, engine: main.Engine) -> None:
+def test_each_edit_is_found_and_called_a_copy(edit, engine):
     EDITS[edit](draw_rich(4)).save("query.png")
     (answer,) = main.search("query.png", engine, k=3)
     first, *others = answer.matches
@@ -124,7 +122,7 @@ def test_each_edit_is_found_and_called_a_copy(edit: str, engine: main.Engine) ->
     assert not any(match.label for match in others)
 
 
-def test_the_corners_of_a_mirrored_and_turned_copy_are_in_the_order_of_the_query(engine: main.Engine) -> None:
+def test_the_corners_of_a_mirrored_and_turned_copy_are_in_the_order_of_the_query(engine):
     for turn, corners in (
         (Image.Transpose.FLIP_LEFT_RIGHT, [(480, 0), (0, 0), (0, 360), (480, 360)]),
         (Image.Transpose.ROTATE_90, [(480, 0), (480, 360), (0, 360), (0, 0)]),
@@ -136,7 +134,7 @@ def test_the_corners_of_a_mirrored_and_turned_copy_are_in_the_order_of_the_query
         assert region is not None and np.abs(np.array(region.corners) - corners).max() < 5
 
 
-def test_an_outline_says_where_the_match_lies_in_the_query(engine: main.Engine) -> None:
+def test_an_outline_says_where_the_match_lies_in_the_query(engine):
     canvas = draw_rich(1000, (800, 600))
     canvas.paste(draw_rich(4).resize((400, 300)), (250, 150))
     canvas.save("query.png")
@@ -181,11 +179,11 @@ def aligned(query: Image.Image, match: Image.Image) -> main.Region | None:
         pytest.param(before_a_backdrop(9, 0.06, 1), before_a_backdrop(9, 0.06, 2), id="two pictures with one logo"),
     ],
 )
-def test_a_shared_part_makes_no_copy(one: Image.Image, other: Image.Image) -> None:
+def test_a_shared_part_makes_no_copy(one, other):
     assert aligned(one, other) is None and aligned(other, one) is None
 
 
-def test_of_a_burst_covers_tells_how_much_is_the_same() -> None:
+def test_of_a_burst_covers_tells_how_much_is_the_same():
     """The nearer half of the scene has moved: by a little it is nearly the same picture, by more it is less of it."""
     scene, moved = draw_rich(1), []
     for shift in (0, 6, 20):
@@ -214,12 +212,12 @@ EVERY = np.ones(40, bool)
         pytest.param(np.repeat(PLANE[:8], 5), id="few places, many points"),
     ],
 )
-def test_a_degenerate_transform_has_no_points(there: np.ndarray) -> None:
+def test_a_degenerate_transform_has_no_points(there):
     assert main.fitted(PLANE, there, EVERY)[0] == 0 and main.fitted(there, PLANE, EVERY)[0] == 0
 
 
 @pytest.mark.parametrize("kind", ["one point", "two points", "all points on one spot"])
-def test_points_at_too_few_places_make_no_copy(kind: str) -> None:
+def test_points_at_too_few_places_make_no_copy(kind):
     """The recipe of counting inliers alone says yes to many pairs of which one has all its points on one spot."""
     rich = main.local_features(draw_rich(1))
     count = {"one point": 1, "two points": 2}.get(kind)
@@ -230,13 +228,13 @@ def test_points_at_too_few_places_make_no_copy(kind: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1), (17, 17)])
-def test_a_picture_without_points_costs_nothing_and_is_no_copy(size: tuple[int, int]) -> None:
+def test_a_picture_without_points_costs_nothing_and_is_no_copy(size):
     plain, rich = main.local_features(Image.new("RGB", size, "teal")), main.local_features(draw_rich(1))
     assert len(plain.places) == 0 and plain.size == size
     assert main.align(plain, plain) is main.align(plain, rich) is main.align(rich, plain) is None
 
 
-def test_local_features_are_those_of_the_upright_picture() -> None:
+def test_local_features_are_those_of_the_upright_picture():
     upright, exif = draw_rich(1), Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     upright.transpose(Image.Transpose.ROTATE_90).save("turned.jpg", exif=exif, quality=95)
@@ -247,7 +245,7 @@ def test_local_features_are_those_of_the_upright_picture() -> None:
 # ---- Order -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_candidates_are_the_same_contents_whatever_k_is(rich: Path, run: Run, monkeypatch: Any) -> None:
+def test_the_candidates_are_the_same_contents_whatever_k_is(rich, run, monkeypatch):
     """The best content is there in many files; others are aligned with the query all the same."""
     monkeypatch.setattr(main, "CANDIDATES", 3)
     best = matches(run)[0]["path"]

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import HOSTILE_NAMES, Outcome, draw, draw_rich, requests
+from conftest import HOSTILE_NAMES, draw, draw_rich, requests
 from PIL import Image
 
 import main
 
-Run = Callable[..., Outcome]
 IMAGES, PAGE = Path("bulk_images"), Path("results.html")
 
 
@@ -49,7 +48,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def page(run: Run, collection: Callable[[int], Path]) -> Callable[..., Page]:
+def page(run, collection: Callable[[int], Path]) -> Callable[..., Page]:
     """page(*args): of a search with the offline descriptor, among 6 pictures, by default with query.png, like 3.png."""
     collection(6)
     draw(3).resize((48, 32)).save("query.png")
@@ -65,7 +64,7 @@ def page(run: Run, collection: Callable[[int], Path]) -> Callable[..., Page]:
 # ---- What it shows ---------------------------------------------------------------------------------------------------
 
 
-def test_a_query_and_its_matches(page: Callable[..., Page]) -> None:
+def test_a_query_and_its_matches(page):
     shutil.copy("query.png", IMAGES / "same.png")
     it = page("query.png", "-k", 3)
     assert len(it.pictures()) == 4
@@ -78,7 +77,7 @@ def test_a_query_and_its_matches(page: Callable[..., Page]) -> None:
     assert outline == ["header", "h1", "main", "h2", "ol", "ol"]
 
 
-def test_copies_stand_apart_with_their_outline(page: Callable[..., Page]) -> None:
+def test_copies_stand_apart_with_their_outline(page):
     draw_rich(20).save(IMAGES / "rich.png")
     draw_rich(20).crop((40, 30, 440, 330)).save("cropped.jpg")
     it = page("cropped.jpg", "query.png", "-k", 3)
@@ -93,7 +92,7 @@ def test_copies_stand_apart_with_their_outline(page: Callable[..., Page]) -> Non
     assert [attributes["viewbox"] for attributes in it.all("svg")][:2] == ["0 0 400 300", "0 0 480 360"]
 
 
-def test_every_query_has_its_section(page: Callable[..., Page], run: Run) -> None:
+def test_every_query_has_its_section(page, run):
     page("query.png", IMAGES / "1.png", IMAGES / "2.png")
     assert run("--model", "offline", "-q", "query.png", "missing.png").status == 1
     it = Page(PAGE.read_text())
@@ -102,7 +101,7 @@ def test_every_query_has_its_section(page: Callable[..., Page], run: Run) -> Non
     assert "no match" in PAGE.read_text()
 
 
-def test_it_is_one_file_that_needs_nothing_else(page: Callable[..., Page]) -> None:
+def test_it_is_one_file_that_needs_nothing_else(page):
     it = page()
     assert {name for name, _ in it.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "form", "base"})
     policy = next(meta["content"] for meta in it.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
@@ -112,7 +111,7 @@ def test_it_is_one_file_that_needs_nothing_else(page: Callable[..., Page]) -> No
     assert not re.search(r"https?:|url\(|@import", PAGE.read_text())
 
 
-def test_pictures_are_upright_and_tell_nothing_about_who_took_them_and_where(page: Callable[..., Page]) -> None:
+def test_pictures_are_upright_and_tell_nothing_about_who_took_them_and_where(page):
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "at home"  # to be turned by 90°
     turned = draw(7, (120, 60)).rotate(90, expand=True)
@@ -125,14 +124,14 @@ def test_pictures_are_upright_and_tell_nothing_about_who_took_them_and_where(pag
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (2000, 1500)], ids=str)
-def test_pictures_are_small(size: tuple[int, int], page: Callable[..., Page]) -> None:
+def test_pictures_are_small(size, page):
     draw(1, size).save("query.png")
     it = page("query.png", "-k", 6)
     assert max(max(picture.size) for picture in it.pictures()) == max(96, min(256, max(size)))
     assert f"{size[0]:,} × {size[1]:,} px" in it.text
 
 
-def test_a_hundred_queries_with_ten_matches_make_ten_megabytes(page: Callable[..., Page]) -> None:
+def test_a_hundred_queries_with_ten_matches_make_ten_megabytes(page):
     noise = np.random.default_rng(0).normal(0, 8, (375, 500, 3))
     Image.fromarray((np.asarray(draw(1, (500, 375))) + noise).clip(0, 255).astype(np.uint8)).save(IMAGES / "6.png")
     page(IMAGES / "6.png", "-k", 1)
@@ -140,14 +139,14 @@ def test_a_hundred_queries_with_ten_matches_make_ten_megabytes(page: Callable[..
     assert 1100 * one < 10_000_000
 
 
-def test_more_than_has_room_is_left_out_and_said(page: Callable[..., Page], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_than_has_room_is_left_out_and_said(page, monkeypatch):
     monkeypatch.setattr(main, "PAGE_PICTURES", 5)
     it = page("-k", 3, *[IMAGES / f"{n}.png" for n in range(4)])
     assert len(it.pictures()) == 5 and "11 more pictures" in it.text
     assert "more pictures" not in page("-k", 3, "query.png").text
 
 
-def test_a_file_that_has_gone_leaves_its_place(page: Callable[..., Page], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_has_gone_leaves_its_place(page, monkeypatch):
     write = main.write_page
     monkeypatch.setattr(main, "write_page", lambda *args: [os.unlink(IMAGES / "3.png"), write(*args)])
     it = page("query.png", "-k", 2)
@@ -157,7 +156,7 @@ def test_a_file_that_has_gone_leaves_its_place(page: Callable[..., Page], monkey
 # ---- Where it goes ---------------------------------------------------------------------------------------------------
 
 
-def test_its_path_is_the_last_line_on_stderr(page: Callable[..., Page], run: Run) -> None:
+def test_its_path_is_the_last_line_on_stderr(page, run):
     search = ("--model", "offline", "query.png")
     for name in ("results.html", "with a blank.html"):
         outcome = run(*search, "--report", name)
@@ -171,7 +170,7 @@ def test_its_path_is_the_last_line_on_stderr(page: Callable[..., Page], run: Run
 
 
 @pytest.mark.parametrize("place", ["a folder", "no folder/results.html", "/dev/null", "n" * 250])
-def test_a_page_that_cannot_be_written_is_one_line_and_costs_no_result(place: str, page: Any, run: Run) -> None:
+def test_a_page_that_cannot_be_written_is_one_line_and_costs_no_result(place, page, run):
     Path("a folder").mkdir()
     outcome = run("--model", "offline", "-q", "query.png", "--report", place)
     assert outcome.status == 1 and outcome.stdout.count("\n") == 7
@@ -179,7 +178,7 @@ def test_a_page_that_cannot_be_written_is_one_line_and_costs_no_result(place: st
     assert list(Path("a folder").iterdir()) == [] and not Path("/dev/null").is_file()
 
 
-def test_with_no_room_the_old_page_stays(page: Any, program: Callable[..., Any]) -> None:
+def test_with_no_room_the_old_page_stays(page, program):
     page()
     before, names = PAGE.read_bytes(), set(os.listdir())
     full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # noqa: E731
@@ -190,7 +189,7 @@ def test_with_no_room_the_old_page_stays(page: Any, program: Callable[..., Any])
     assert PAGE.read_bytes() == before and set(os.listdir()) == names
 
 
-def test_through_a_link_its_target_is_written(page: Any, run: Run) -> None:
+def test_through_a_link_its_target_is_written(page, run):
     PAGE.symlink_to("elsewhere.html")
     page()
     assert PAGE.is_symlink() and Path("elsewhere.html").is_file()
@@ -207,7 +206,7 @@ HOSTILE = [
 
 
 @pytest.fixture
-def hostile(run: Run) -> Page:
+def hostile(run) -> Page:
     IMAGES.mkdir()
     for number, name in enumerate(HOSTILE):
         with open(os.path.join(os.fsencode(IMAGES), name), "wb") as stream:
@@ -216,7 +215,7 @@ def hostile(run: Run) -> Page:
     return Page(PAGE.read_text())
 
 
-def test_a_hostile_name_is_text_and_its_link_is_right(hostile: Page) -> None:
+def test_a_hostile_name_is_text_and_its_link_is_right(hostile):
     assert not hostile.all("script") and len(hostile.all("img")) == len(HOSTILE)
     assert set(hostile.links()) == {os.path.join(os.fsencode(IMAGES.absolute()), name) for name in HOSTILE}
     allowed = {"src", "alt", "loading", "href", "class", "draggable"}
@@ -232,7 +231,7 @@ def test_a_hostile_name_is_text_and_its_link_is_right(hostile: Page) -> None:
         assert words in hostile.text
 
 
-def test_a_hostile_name_runs_no_script_and_asks_for_nothing(hostile: Page, browser: Any) -> None:
+def test_a_hostile_name_runs_no_script_and_asks_for_nothing(hostile, browser):
     requests(browser), browser.get_log("browser")
     browser.get(PAGE.absolute().as_uri())
     assert browser.title.endswith("DeepVision")
@@ -244,7 +243,7 @@ def test_a_hostile_name_runs_no_script_and_asks_for_nothing(hostile: Page, brows
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1400])
-def test_it_fits_a_phone_and_a_desk_by_day_and_by_night(hostile: Page, browser: Any, width: int, scheme: str) -> None:
+def test_it_fits_a_phone_and_a_desk_by_day_and_by_night(hostile, browser, width, scheme):
     emulate(browser, width, scheme)
     browser.get(PAGE.absolute().as_uri())
     check_layout(browser, width, "h1", "h2", "header", "figcaption b", "small", ".bad")

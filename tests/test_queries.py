@@ -21,13 +21,12 @@ from test_page import Page
 
 import main
 
-Run = Callable[..., Outcome]
 Reply = bytes | Callable[[socket.socket], Any]  # to a request: what is sent, or what sends it
 IMAGES = Path("bulk_images")
 
 
 @pytest.fixture
-def ask(run: Run, collection: Callable[[int], Path]) -> Run:
+def ask(run, collection: Callable[[int], Path]) -> Callable[..., Outcome]:
     """ask(*args): quietly, as JSON, with the offline descriptor, among 6 pictures; query.png is 3.png, smaller."""
     collection(6)
     draw(3).resize((48, 32)).save("query.png")
@@ -54,7 +53,7 @@ def collage() -> Path:
 
 
 @pytest.mark.parametrize("part", ["200,100,296,164", "0.2083,0.3125,0.3083,0.5125", " 2e2, 100.3, 295.8, 164"])
-def test_a_part_finds_what_the_whole_does_not(part: str, ask: Run, collage: Path) -> None:
+def test_a_part_finds_what_the_whole_does_not(part, ask, collage):
     whole, cut = (
         {Path(match["path"]).name: match["score"] for match in json.loads(ask(collage, *crop).stdout)["matches"]}
         for crop in (["-k", 6], ["-k", 6, "--crop", part])
@@ -63,7 +62,7 @@ def test_a_part_finds_what_the_whole_does_not(part: str, ask: Run, collage: Path
     assert next(iter(cut)) == "2.png" and all(score < 0.9 for score in list(cut.values())[1:])
 
 
-def test_a_part_lies_in_the_upright_picture(ask: Run, collage: Path) -> None:
+def test_a_part_lies_in_the_upright_picture(ask, collage):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90°
     Image.open(collage).rotate(90, expand=True).save("turned.png", exif=exif)
@@ -71,7 +70,7 @@ def test_a_part_lies_in_the_upright_picture(ask: Run, collage: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["0,0,961,320", "0,0,960,321", "0,500,600,600", "0,0,0.0005,1"])
-def test_a_rectangle_outside_of_the_picture_is_one_line_for_that_query(part: str, ask: Run, collage: Path) -> None:
+def test_a_rectangle_outside_of_the_picture_is_one_line_for_that_query(part, ask, collage):
     draw(2, (1600, 800)).save("large.png")
     outcome = ask(collage, "large.png", "--crop", part)
     answers = told(outcome)
@@ -81,13 +80,13 @@ def test_a_rectangle_outside_of_the_picture_is_one_line_for_that_query(part: str
     assert outcome.stderr.count("\n") == 1
 
 
-def test_a_part_of_a_file_is_not_identical_to_the_file(ask: Run, collage: Path) -> None:
+def test_a_part_of_a_file_is_not_identical_to_the_file(ask, collage):
     shutil.copy(collage, IMAGES / "same.png")
     first, *others = json.loads(ask(collage, "--crop", "200,100,296,164").stdout)["matches"]
     assert first["path"] == "bulk_images/2.png" and not any(match["identical"] for match in others)
 
 
-def test_the_page_outlines_what_was_found_where_it_lies_in_the_whole_query(ask: Run, run: Run) -> None:
+def test_the_page_outlines_what_was_found_where_it_lies_in_the_whole_query(ask, run):
     draw_rich(20).save(IMAGES / "rich.png")
     image = draw(30, (960, 360))
     image.paste(draw_rich(20), (480, 0))
@@ -105,7 +104,7 @@ def test_the_page_outlines_what_was_found_where_it_lies_in_the_whole_query(ask: 
     [(None, "3.png"), (b"", "it is empty"), (b"hello", "not an image"), (b"x" * 50_001, "more than 50,000 bytes")],
     ids=["an image", "empty", "text", "too large"],
 )
-def test_stdin(content: bytes | None, answer: str, ask: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdin(content, answer, ask, monkeypatch):
     data = Path("query.png").read_bytes() if content is None else content
     monkeypatch.setattr(main, "FETCHED_BYTES", 50_000)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
@@ -115,7 +114,7 @@ def test_stdin(content: bytes | None, answer: str, ask: Run, monkeypatch: pytest
     assert outcome.status == (content is not None)
 
 
-def test_stdin_of_a_process_is_read_once(ask: Run, program: Any) -> None:
+def test_stdin_of_a_process_is_read_once(ask, program):
     with open("query.png", "rb") as stdin:
         process = program("--model", "offline", "-q", "--json", "--no-report", "-", "-", stdin=stdin)
         first, second = map(json.loads, process.communicate(timeout=60)[0].splitlines())
@@ -123,7 +122,7 @@ def test_stdin_of_a_process_is_read_once(ask: Run, program: Any) -> None:
     assert process.returncode == 1
 
 
-def test_a_stdin_that_is_closed(ask: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stdin_that_is_closed(ask, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)  # as after `<&-`
     outcome = ask("-")
     assert (outcome.status, outcome.stderr.count("\n")) == (1, 1)
@@ -176,7 +175,7 @@ def test_an_address_is_searched_with_and_named_as_it_was_given_also_after_redire
     assert told(ask(address, "--crop", "0,0,48,32")) == {address: "3.png"}
 
 
-def test_the_page_shows_the_picture_at_an_address(ask: Run, run: Run, site: Callable[..., str]) -> None:
+def test_the_page_shows_the_picture_at_an_address(ask, run, site):
     address = site(reply(picture()))
     assert run("--model", "offline", address, "-k", 2).status == 0
     page = Page(Path("results.html").read_text())
@@ -285,7 +284,7 @@ def test_a_server_that_goes_on_byte_by_byte_is_given_up(ask, site, monkeypatch):
 
 
 @pytest.fixture
-def index(run: Run, collection: Callable[..., Path]) -> Run:
+def index(run, collection: Callable[..., Path]) -> Callable[..., Outcome]:
     """index(*args): with the offline descriptor, of 0.png to 4.png, and cache/0.png and cache/deep/1.png."""
     collection(5)
     for number, name in enumerate(("cache/0.png", "cache/deep/1.png")):
@@ -317,7 +316,7 @@ def test_all_excluded_is_one_line(index):
     assert (outcome.status, outcome.stderr.count("\n")) == (1, 1) and "no usable image" in outcome.stderr
 
 
-def test_what_is_excluded_is_gone_and_comes_back_without_being_read(index: Run, run: Run) -> None:
+def test_what_is_excluded_is_gone_and_comes_back_without_being_read(index, run):
     def found(*args: object) -> set[str]:
         outcome = run("--model", "offline", "--json", "-q", "--no-report", IMAGES / "cache/0.png", *args)
         return {match["path"].removeprefix("bulk_images/") for match in json.loads(outcome.stdout)["matches"]}
@@ -331,7 +330,7 @@ def test_what_is_excluded_is_gone_and_comes_back_without_being_read(index: Run, 
     assert counts(index()) == {"found": 7, "unchanged": 7}
 
 
-def test_prune_forgets_what_is_excluded_and_deletes_no_file(index: Run) -> None:
+def test_prune_forgets_what_is_excluded_and_deletes_no_file(index):
     index()
     outcome = index("--exclude", "cache/*", "--prune")
     assert "2 forgotten" in outcome.stderr and (IMAGES / "cache/0.png").exists()

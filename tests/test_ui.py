@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MAIN, Outcome, draw, draw_rich, requests
+from conftest import MAIN, draw, draw_rich, requests
 from PIL import ImageOps
 from test_command_line import bomb
 from test_page import check_layout, emulate
 
 import main
 
-Run = Callable[..., Outcome]
 WAIT = 60  # seconds, on a busy machine
 
 
@@ -122,7 +121,7 @@ def tab(browser: Any, server: Server) -> Tab:
 FOUND = ["1 query, 1 found", "✓ found edited.jpg"]
 
 
-def test_an_edited_copy_is_found_and_a_click_searches_from_it(tab: Tab) -> None:
+def test_an_edited_copy_is_found_and_a_click_searches_from_it(tab):
     tab.give("edited.jpg")
     tab.until(lambda: tab.headings() == FOUND)
     assert tab.names(".large") == ["edited.jpg", *sorted(["5.png", "<b>5 again&.png"])]
@@ -138,7 +137,7 @@ def test_an_edited_copy_is_found_and_a_click_searches_from_it(tab: Tab) -> None:
     assert [entry for entry in tab.browser.get_log("browser") if "favicon" not in entry["message"]] == []
 
 
-def test_several_are_searched_and_a_bad_one_is_named(tab: Tab) -> None:
+def test_several_are_searched_and_a_bad_one_is_named(tab):
     tab.give("small.png", "no image.png", "notes.txt", "edited.jpg", "empty.jpg", "bomb.png")
     tab.until(lambda: len(tab.headings()) == 7)
     assert tab.headings() == [
@@ -152,7 +151,7 @@ def test_several_are_searched_and_a_bad_one_is_named(tab: Tab) -> None:
 
 
 @pytest.mark.parametrize("way", ["paste", "drop"])
-def test_a_picture_is_pasted_or_dropped(way: str, tab: Tab) -> None:
+def test_a_picture_is_pasted_or_dropped(way, tab):
     """As from any other program: the event that the browser makes of it."""
     script = """const [way, bytes] = arguments, data = new DataTransfer()
         data.items.add(new File([Uint8Array.from(bytes)], "given.png"))
@@ -163,7 +162,7 @@ def test_a_picture_is_pasted_or_dropped(way: str, tab: Tab) -> None:
     tab.until(lambda: tab.names()[:2] == ["given.png", "2.png"])
 
 
-def test_how_many_and_from_which_score(tab: Tab) -> None:
+def test_how_many_and_from_which_score(tab):
     tab.give("small.png")
     tab.until(lambda: len(tab.names(".small")) == 3)
     for name, value, found in (("k", "5", 5), ("least", "0.9", 1), ("least", "1", 0)):
@@ -174,7 +173,7 @@ def test_how_many_and_from_which_score(tab: Tab) -> None:
     assert "k=5&least=1" in tab.all("figure a")[0].get_attribute("href")  # the next search keeps them
 
 
-def test_it_opens_on_the_collection_and_back_works(tab: Tab) -> None:
+def test_it_opens_on_the_collection_and_back_works(tab):
     assert tab.headings() == ["Pictures that stand for the collection"]
     assert "9 images in bulk_images · offline on cpu" in tab.all("header")[0].text
     sizes = [int(link.text.removeprefix("group of ")) for link in tab.all("figcaption a")]
@@ -193,7 +192,7 @@ def test_it_opens_on_the_collection_and_back_works(tab: Tab) -> None:
 
 
 @pytest.mark.parametrize("pointer", ["mouse", "touch"])
-def test_a_rectangle_on_the_query_is_searched_for(pointer: str, tab: Tab) -> None:
+def test_a_rectangle_on_the_query_is_searched_for(pointer, tab):
     from selenium.webdriver.common.actions.action_builder import ActionBuilder
     from selenium.webdriver.common.actions.pointer_input import PointerInput
 
@@ -213,7 +212,7 @@ def test_a_rectangle_on_the_query_is_searched_for(pointer: str, tab: Tab) -> Non
     tab.until(lambda: tab.headings() == FOUND and not tab.all("[name=part]")[0].get_attribute("value"))
 
 
-def test_by_keyboard_alone(tab: Tab) -> None:
+def test_by_keyboard_alone(tab):
     """Through all that can be reached: a group, a search, and a part of its query."""
     press(tab, "figcaption a", "\ue007")
     tab.until(lambda: "alike" in tab.headings()[0])
@@ -238,7 +237,7 @@ def press(tab: Tab, selector: str, keys: str) -> None:
     ActionChains(tab.browser).send_keys(keys).perform()
 
 
-def test_the_same_picture_twice(tab: Tab) -> None:
+def test_the_same_picture_twice(tab):
     next(it for it in tab.all("nav a") if "twice" in it.text).click()
     tab.until(lambda: tab.headings() == ["1 group", "✓ keep: the best of 2 5.png"])
     assert tab.captions()[0].startswith("keep") and "1 · 1.000 · identical" in tab.captions()[1].replace("0 i", "0 · i")
@@ -248,7 +247,7 @@ def test_the_same_picture_twice(tab: Tab) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1400])
-def test_it_fits_a_phone_and_a_desk_by_day_and_by_night(tab: Tab, server: Server, width: int, scheme: str) -> None:
+def test_it_fits_a_phone_and_a_desk_by_day_and_by_night(tab, server, width, scheme):
     emulate(tab.browser, width, scheme)
     tab = Tab(tab.browser, server)
     tab.give("edited.jpg")
@@ -256,7 +255,7 @@ def test_it_fits_a_phone_and_a_desk_by_day_and_by_night(tab: Tab, server: Server
     check_layout(tab.browser, width, "h1", "h2", "nav a", "label", "figcaption b", "small", "b.good", "span.good")
 
 
-def test_groups_stand_for_the_collection(collection: Callable[[int], Path]) -> None:
+def test_groups_stand_for_the_collection(collection):
     """Three pictures in some sizes each, and a file that is gone."""
     root, sizes, model = collection(1), [6, 4, 2], main.load_model("offline")
     for kind, number in ((kind, number) for kind, size in enumerate(sizes) for number in range(size)):
@@ -274,7 +273,7 @@ def test_groups_stand_for_the_collection(collection: Callable[[int], Path]) -> N
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "bulk_images/1.png", "main.py", "image_index", "../ui/small.png", "."])
-def test_no_file_is_served(path: str, server: Server) -> None:
+def test_no_file_is_served(path, server):
     for name in (path, str(server.folder / path), "/../" + path):
         assert server.ask(f"/{name}").status == 404
         for asked in (f"q={name}", f"q={name}&part=0,0,9,9", f"group={name}", f"twice={name}"):
@@ -286,7 +285,7 @@ def test_no_file_is_served(path: str, server: Server) -> None:
 
 
 @pytest.mark.parametrize("name", ["../../evil.png", "/tmp/evil.png", "..", "a/", "%00.png", "n" * 300, "?a#b"])
-def test_an_upload_is_written_to_its_folder_alone(name: str, server: Server) -> None:
+def test_an_upload_is_written_to_its_folder_alone(name, server):
     before = sorted(server.folder.rglob("*"))
     with suppress(http.client.RemoteDisconnected):  # it is no name of a file
         answer = server.give(name)
@@ -295,7 +294,7 @@ def test_an_upload_is_written_to_its_folder_alone(name: str, server: Server) -> 
 
 
 @pytest.mark.parametrize("field", ["q", "k", "least", "part", "group", "twice"])
-def test_what_is_asked_is_text_on_the_page(field: str, server: Server) -> None:
+def test_what_is_asked_is_text_on_the_page(field, server):
     key = server.give("small.png").page.decode()
     assert server.ask(f"/?q={key}&{field}=%22%3E%3Cscript%3Ealert(1)%3C/script%3E").page.count(b"<script>") == 1
 
@@ -304,11 +303,11 @@ def test_what_is_asked_is_text_on_the_page(field: str, server: Server) -> None:
     {"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize(("method", "path"), [("GET", "/"), ("GET", "/?twice=1"), ("POST", "/?name=a.png")])
-def test_another_site_is_refused(headers: dict[str, str], method: str, path: str, server: Server) -> None:
+def test_another_site_is_refused(headers, method, path, server):
     assert server.ask(path, method, **headers).status == 403
 
 
-def test_its_page_asks_no_other_site_and_is_shown_in_none(server: Server) -> None:
+def test_its_page_asks_no_other_site_and_is_shown_in_none(server):
     answer = server.ask("/")
     policy = answer.page.decode().split('Content-Security-Policy" content="')[1].split('"')[0].replace("&#39;", "'")
     assert policy.startswith("default-src 'none'; img-src data:; ") and "http" not in policy
@@ -316,7 +315,7 @@ def test_its_page_asks_no_other_site_and_is_shown_in_none(server: Server) -> Non
 
 
 @pytest.mark.parametrize("length", ["300000001", "-1", "many", None])
-def test_an_oversized_upload_is_refused(length: str | None, server: Server) -> None:
+def test_an_oversized_upload_is_refused(length, server):
     connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=WAIT)
     connection.putrequest("POST", "/?name=a.png")
     if length:
@@ -326,7 +325,7 @@ def test_an_oversized_upload_is_refused(length: str | None, server: Server) -> N
         assert connection.getresponse().status == 413
 
 
-def test_it_listens_on_this_machine_alone(server: Server) -> None:
+def test_it_listens_on_this_machine_alone(server):
     listening = Path("/proc/net/tcp")
     if not listening.exists():
         pytest.skip("no /proc/net/tcp")
@@ -335,7 +334,7 @@ def test_it_listens_on_this_machine_alone(server: Server) -> None:
     assert [address for address in local if address.endswith(f":{port}")] == [f"0100007F:{port}"]
 
 
-def test_a_port_that_is_taken_is_one_line(server: Server, run: Run, collection: Callable[[int], Path]) -> None:
+def test_a_port_that_is_taken_is_one_line(server, run, collection):
     collection(1)
     outcome = run("--model", "offline", "-q", "--ui", "--port", server.url.rsplit(":")[-1])
     assert (outcome.status, outcome.stdout) == (1, "")
@@ -343,7 +342,7 @@ def test_a_port_that_is_taken_is_one_line(server: Server, run: Run, collection: 
 
 
 @pytest.mark.parametrize("at_work", [False, True])
-def test_an_interruption_ends_it(at_work: bool, tmp_path: Path, collection: Callable[[int], Path]) -> None:
+def test_an_interruption_ends_it(at_work, tmp_path, collection):
     collection(60)
     process, url = started(tmp_path)
     if at_work:

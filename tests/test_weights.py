@@ -1,7 +1,5 @@
 """Weights: from their host, which a server on this machine stands for; from torch's cache; and from files."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os
@@ -193,9 +191,7 @@ SPOILT: dict[str, tuple[Callable[[bytes], bytes], list[str]]] = {  # what become
 
 
 @pytest.mark.parametrize("kind", SPOILT)
-def test_file_that_holds_no_weights_or_other_ones_is_refused_with_what_was_expected_and_found(
-    kind, weights, collection, run
-):
+def test_file_of_no_weights_or_other_ones_is_refused_with_what_was_expected_and_found(kind, weights, collection, run):
     collection(1)
     spoil, said = SPOILT[kind]
     Path("spoilt.pth").write_bytes(spoil(weights(SMALL).read_bytes()))
