@@ -130,9 +130,6 @@ def drop_cached(folder: Path) -> None:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-# ---- Measurements, each in a process of its own ----------------------------------------------------------------------
-
-
 def build(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     store = store_of(cache, dim)
     with measured("build") as figures:

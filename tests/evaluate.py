@@ -38,8 +38,6 @@ SEED = int(os.environ.get("SEED", 7))  # of the shuffle that chooses the photogr
 
 Edit = Callable[[Image.Image], Image.Image]
 
-# ---- Edits -----------------------------------------------------------------------------------------------------------
-
 BACKDROPS: list[Image.Image] = []  # other photographs, into which a picture is set
 
 
@@ -234,8 +232,6 @@ COPIES: dict[str, Edit] = {
     "crop 60 %": partial(crop, area=0.6),
     "mirrored": ImageOps.mirror,
 }
-
-# ---- Measures --------------------------------------------------------------------------------------------------------
 
 
 def by_class(features: np.ndarray, classes: np.ndarray) -> tuple[float, float]:

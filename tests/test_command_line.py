@@ -1,12 +1,16 @@
 """The command line: every option, every stream, every way to go wrong."""
 
+import fcntl
 import json
 import os
 import re
 import shutil
+import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MAIN, Outcome, draw
+from conftest import MAIN, Outcome, counts, draw
 from PIL import Image
 from zygote import Zygote
 
@@ -171,6 +175,17 @@ def test_the_summary(search):
         assert re.fullmatch(rf"bulk_images: 12 found, {figures} \(offline on cpu, fp32\)", summary)
 
 
+def shown(terminal: int, look: Callable[[bytes], Any] = lambda seen: None) -> bytes:
+    """All that a terminal shows until its other end is closed."""
+    seen = b""
+    with suppress(OSError):  # it was closed
+        while chunk := os.read(terminal, 4096):
+            seen += chunk
+            look(seen)
+    os.close(terminal)
+    return seen
+
+
 def on_terminal(zygote: Zygote, **environment: str) -> str:
     """What main.py prints on a terminal."""
     terminal, its_end = os.openpty()
@@ -178,12 +193,7 @@ def on_terminal(zygote: Zygote, **environment: str) -> str:
     ask = ("--model", "offline", "-q", "--no-report")
     assert zygote(*ask, terminal=os.ttyname(its_end), env=environment).status == 0
     os.close(its_end)
-    seen = b""
-    with suppress(OSError):  # the other end is closed
-        while chunk := os.read(terminal, 4096):
-            seen += chunk
-    os.close(terminal)
-    return seen.decode().replace("\r\n", "\n")
+    return shown(terminal).decode().replace("\r\n", "\n")
 
 
 def test_colour_on_a_terminal_alone_and_not_if_it_is_not_wanted(search, zygote):
@@ -380,3 +390,81 @@ def test_an_interruption_is_one_line_and_status_130(moment, search, monkeypatch)
         outcome = search("-q")
     assert (outcome.status, outcome.stdout, outcome.stderr.count("\n")) == (130, "", 1)
     assert "interrupted" in outcome.stderr and search().status == 0
+
+
+# ---- As a person runs it ---------------------------------------------------------------------------------------------
+
+SAMPLES = {"captioned.jpg": "teapot.jpg", "cropped.jpg": "lighthouse.jpg", "mirrored.jpg": "sailing-boat.jpg"}
+
+
+@pytest.fixture
+def samples() -> None:
+    """The folders as they come with the program, without what a user has put there."""
+    if not all((MAIN.parent / IMAGES / "samples" / name).exists() for name in SAMPLES.values()):
+        pytest.skip("the samples have been deleted, as README says they may be")
+    shutil.copytree(MAIN.parent / IMAGES / "samples", IMAGES / "samples")
+    QUERIES.mkdir()
+    for name in SAMPLES:
+        shutil.copy(MAIN.parent / QUERIES / name, QUERIES)
+
+
+def finished(process: subprocess.Popen[str]) -> Outcome:
+    stdout, stderr = process.communicate(timeout=120)
+    return Outcome(process.returncode, stdout, stderr)
+
+
+def test_the_main_job_finds_the_sample_that_each_query_was_made_from(samples, program):
+    """With no options, and no weights to be had."""
+    first, second = (finished(program()) for _ in range(2))
+    assert first.status == second.status == 0
+    assert re.findall(r"^(\S+).*\n +1 +\S+ +(\S+)", first.stdout, re.MULTILINE) == [
+        (f"that_one_image/{query}", f"bulk_images/samples/{sample}") for query, sample in SAMPLES.items()
+    ]
+    assert "offline descriptor" in first.stderr and "Traceback" not in first.stderr
+    assert second.stdout == first.stdout and "0 new" in second.stderr and "no image was opened" in second.stderr
+
+
+def test_the_functions_work_from_python(samples):
+    """As README.md shows it."""
+    script = """
+from main import initialize_reverse_image_search, search
+
+engine = initialize_reverse_image_search("bulk_images")
+for answer in search(["that_one_image/cropped.jpg"], engine, k=3):
+    print(answer.query, answer.error)
+    for match in answer.matches:
+        print(match.rank, match.path, round(match.score, 3), match.identical)
+(same,) = search("that_one_image/cropped.jpg")
+print(same.matches[0].path)
+"""
+    command, path = [sys.executable, "-c", script], {**os.environ, "PYTHONPATH": str(MAIN.parent)}
+    process = subprocess.run(command, env=path, capture_output=True, text=True, timeout=120)
+    lines = process.stdout.splitlines()
+    assert lines[0] == "that_one_image/cropped.jpg None", process.stderr
+    assert re.fullmatch(r"1 bulk_images/samples/lighthouse\.jpg 0\.\d+ False", lines[1])
+    assert [line[:2] for line in lines[1:4]] == ["1 ", "2 ", "3 "]
+    assert lines[4:] == ["bulk_images/samples/lighthouse.jpg"]
+
+
+def test_progress_is_seen_on_a_terminal_and_a_polite_stop_saves_the_work(program, collection, run):
+    collection(200)
+    index = ("--model", "offline", "--index-only", "--batch-size", 1, "--workers", 1)
+    terminal, its_end = os.openpty()
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    process = program(*index, stderr=its_end)
+    os.close(its_end)
+
+    sent = list[None]()
+
+    def stop(seen: bytes) -> None:
+        if re.search(rb" \d\d+/200 ", seen) and not sent:
+            sent.append(process.send_signal(signal.SIGINT))
+
+    seen = shown(terminal, stop)
+    assert (process.wait(60), process.stdout.read()) == (130, "")
+    assert seen.count(b"interrupted") == 1 and b"Traceback" not in seen
+    figures = counts(run(*index))
+    assert figures["new"] > 0 and figures["unchanged"] >= 10
+    draw(0, (50, 50)).save("query.png")
+    ask = ("--model", "offline", "-k", 200, "query.png")
+    assert run(*ask).stdout == run(*ask, "--index-dir", "undisturbed").stdout != ""

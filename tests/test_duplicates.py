@@ -43,19 +43,11 @@ def pictures(collection: Callable[[int], Path]) -> Path:
     return root
 
 
-# ---- Which files -----------------------------------------------------------------------------------------------------
-
-
-def test_identical_files_and_copies_are_found_and_the_largest_is_kept(pictures, run):
+def test_identical_files_and_copies_are_found_the_largest_is_kept_and_no_file_is_touched(pictures, run):
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in pictures.iterdir()}
     assert groups(run) == [("5 large.png", ["5.png", "5 small.jpg"]), ("3 again.png", ["3.png"])]
     assert groups(run, "identical") == [("3 again.png", ["3.png"])]
-
-
-def test_no_file_is_touched(pictures, run):
-    state = lambda: {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in pictures.iterdir()}  # noqa: E731
-    before = state()
-    groups(run, 0.5)
-    assert state() == before
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in pictures.iterdir()} == before
 
 
 def test_a_collection_without_any(collection, run):
@@ -132,9 +124,6 @@ def test_a_larger_file_of_fewer_pixels_is_not_the_one_to_keep(collection, run):
     assert groups(run) == [("large.jpg", ["small.bmp"])]
 
 
-# ---- By score alone --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9])
 def test_pairs_by_score_are_those_of_brute_force(threshold, collection):
     collection(30)
@@ -161,9 +150,6 @@ def test_look_alikes_do_not_chain(collection):
     assert sum(1 + len(group.matches) for group in groups) <= 7 and all(len(group.matches) <= 2 for group in groups)
 
 
-# ---- What goes wrong -------------------------------------------------------------------------------------------------
-
-
 def test_damage_is_one_line_and_is_repaired_by_the_next_run(pictures, run):
     expected = groups(run)
     engine = main.initialize_reverse_image_search(IMAGES, model=main.load_model("offline"))
@@ -172,9 +158,6 @@ def test_damage_is_one_line_and_is_repaired_by_the_next_run(pictures, run):
     with pytest.raises(main.DeepVisionError, match=r"do not match their checksums.*repair"):
         list(main.find_duplicates(engine, 0.9))
     assert groups(run) == expected
-
-
-# ---- In which form ---------------------------------------------------------------------------------------------------
 
 
 def test_as_text_and_as_a_page(pictures, run):

@@ -1,5 +1,6 @@
-"""Sections Verification and Search: what a match is called, and in which order matches stand."""
+"""Sections Query views, Verification and Search: how an edited copy is found, what a match is called, and the order."""
 
+import itertools
 import json
 import os
 import random
@@ -8,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import draw_rich
-from evaluate import EDITS, app
-from PIL import Image, ImageDraw, ImageFont
+import torch
+from conftest import draw, draw_rich
+from evaluate import EDITS, Edit, app, collage
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import main
 
@@ -32,8 +34,8 @@ def digest_of(path: str) -> bytes:
         return main.content_hash(stream)
 
 
-def matches(run, *args: object) -> list[dict[str, Any]]:
-    outcome = run("query.jpg", "--model", "offline", "--json", "-q", "--no-report", *args)
+def matches(run, *args: object, query: str = "query.jpg") -> list[dict[str, Any]]:
+    outcome = run(query, "--model", "offline", "--json", "-q", "--no-report", *args)
     assert outcome.status == 0, outcome.stderr
     return json.loads(outcome.stdout)["matches"]
 
@@ -41,18 +43,10 @@ def matches(run, *args: object) -> list[dict[str, Any]]:
 def test_a_copy_is_called_one_and_nothing_else_is(rich, run):
     first, *others = matches(run)
     assert (first["path"], first["label"], first["identical"]) == ("bulk_images/3.png", "copy", False)
+    assert set(first["region"]) == {"corners", "outline", "points", "covers"}
     assert len(others) == 7 and {(match["label"], match["region"]) for match in others} == {("", None)}
     for threshold, found in (("copy", [first]), ("0.9", [first]), ("identical", [])):
         assert matches(run, "--threshold", threshold) == found
-
-
-def test_a_copy_says_where(rich, run):
-    draw_rich(3).crop((48, 36, 48 + 336, 36 + 252)).save("query.jpg")
-    region = matches(run)[0]["region"]
-    assert set(region) == {"corners", "outline", "points", "covers"} and region["points"] >= main.AGREEING
-    for (x, y), expected in zip(region["corners"], [(48, 36), (384, 36), (384, 288), (48, 288)]):
-        assert (x, y) == (pytest.approx(expected[0], abs=4), pytest.approx(expected[1], abs=4))
-    assert region["covers"] == pytest.approx(0.49, abs=0.12)
 
 
 def test_the_same_bytes_are_identical(rich, run):
@@ -101,9 +95,6 @@ def test_pictures_without_structure_are_copies_by_their_bytes_alone(tmp_path, ru
     assert {match["label"] for match in matches(run)} == {""}
 
 
-# ---- Edits -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> main.Engine:
     """Over ten pictures with structure."""
@@ -122,30 +113,36 @@ def test_each_edit_is_found_and_called_a_copy(edit, engine):
     assert not any(match.label for match in others)
 
 
-def test_the_corners_of_a_mirrored_and_turned_copy_are_in_the_order_of_the_query(engine):
-    for turn, corners in (
-        (Image.Transpose.FLIP_LEFT_RIGHT, [(480, 0), (0, 0), (0, 360), (480, 360)]),
-        (Image.Transpose.ROTATE_90, [(480, 0), (480, 360), (0, 360), (0, 0)]),
-        (Image.Transpose.TRANSVERSE, [(480, 360), (480, 0), (0, 0), (0, 360)]),
-    ):
-        draw_rich(4).transpose(turn).save("query.png")
-        (answer,) = main.search("query.png", engine, k=1)
-        region = answer.matches[0].region
-        assert region is not None and np.abs(np.array(region.corners) - corners).max() < 5
-
-
-def test_an_outline_says_where_the_match_lies_in_the_query(engine):
+def set_in(image: Image.Image) -> Image.Image:
     canvas = draw_rich(1000, (800, 600))
-    canvas.paste(draw_rich(4).resize((400, 300)), (250, 150))
-    canvas.save("query.png")
+    canvas.paste(image.resize((400, 300)), (250, 150))
+    return canvas
+
+
+REGIONS: dict[str, tuple[Edit, str, list[tuple[int, int]], float]] = {  # what is told of a copy, and what it covers
+    "mirrored": (ImageOps.mirror, "corners", [(480, 0), (0, 0), (0, 360), (480, 360)], 1),
+    "turned": (EDITS["rotate 90°"], "corners", [(480, 0), (480, 360), (0, 360), (0, 0)], 1),
+    "both": (
+        lambda image: image.transpose(Image.Transpose.TRANSVERSE),
+        "corners", [(480, 360), (480, 0), (0, 0), (0, 360)], 1,
+    ),
+    "cut out": (
+        lambda image: image.crop((48, 36, 384, 288)),
+        "corners", [(48, 36), (384, 36), (384, 288), (48, 288)], 0.49,
+    ),
+    "set in": (set_in, "outline", [(250, 150), (650, 150), (650, 450), (250, 450)], 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", REGIONS)
+def test_a_copy_tells_where_the_corners_of_each_lie_in_the_other(edit, engine):
+    """In the order of the query."""
+    make, key, expected, covers = REGIONS[edit]
+    make(draw_rich(4)).save("query.png")
     (answer,) = main.search("query.png", engine, k=1)
     region = answer.matches[0].region
-    expected = [(250, 150), (650, 150), (650, 450), (250, 450)]
-    assert region is not None and np.abs(np.array(region.outline) - expected).max() < 5
-    assert region.covers > 0.9
-
-
-# ---- Pairs that share a part -----------------------------------------------------------------------------------------
+    assert region.points >= main.AGREEING and region.covers == pytest.approx(covers, abs=0.12)
+    assert np.abs(np.array(getattr(region, key)) - expected).max() < 5
 
 
 def before_a_backdrop(item: int, share: float, backdrop: int = 1) -> Image.Image:
@@ -195,8 +192,6 @@ def test_of_a_burst_covers_tells_how_much_is_the_same():
     assert more is None or more.covers < 0.75
 
 
-# ---- Degenerate alignments -------------------------------------------------------------------------------------------
-
 PLANE = np.random.default_rng(0).uniform(0, 300, (40, 2)) @ [1, 1j]
 EVERY = np.ones(40, bool)
 
@@ -242,9 +237,6 @@ def test_local_features_are_those_of_the_upright_picture():
     assert found.size == upright.size and found.grey.shape == main.local_features(upright).grey.shape
 
 
-# ---- Order -----------------------------------------------------------------------------------------------------------
-
-
 def test_the_candidates_are_the_same_contents_whatever_k_is(rich, run, monkeypatch):
     """The best content is there in many files; others are aligned with the query all the same."""
     monkeypatch.setattr(main, "CANDIDATES", 3)
@@ -271,3 +263,98 @@ def test_a_copy_is_called_mirrored_only_if_it_is(run, tmp_path):
         (line,) = run("--model", "offline", "--json", "-q", "--no-report", "part.png").stdout.splitlines()
         (match,) = json.loads(line)["matches"]
         assert match["label"] == "copy" and ("mirrored" in match["view"]) == (name == "mirrored")
+
+
+# ---- Query views -----------------------------------------------------------------------------------------------------
+
+SIZE = (240, 180)
+
+
+UNDONE = {
+    "": lambda image: image,
+    "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+    "turned 90°": lambda image: image.transpose(Image.Transpose.ROTATE_270),  # clockwise
+    "turned 180°": lambda image: image.transpose(Image.Transpose.ROTATE_180),
+    "turned 270°": lambda image: image.transpose(Image.Transpose.ROTATE_90),
+    "mirrored, turned 180°": lambda image: image.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+    "part": lambda image: image.crop((30, 20, 30 + 160, 20 + 120)),
+    "inverted": lambda image: image.point([255 - value for value in range(256)] * 3),
+    "turned 20°": lambda image: image.rotate(-20, Image.Resampling.BICUBIC),
+    "part of the query": collage,
+}
+LEAST = {"part": 0.5, "turned 20°": 0.6, "part of the query": 0.6}  # scores
+
+
+@pytest.fixture
+def twelve(tmp_path) -> None:
+    (tmp_path / IMAGES).mkdir()
+    for seed in range(12):
+        draw(seed, SIZE).save(tmp_path / IMAGES / f"{seed}.png")
+
+
+@pytest.mark.parametrize("edit", UNDONE, ids=lambda edit: edit or "none")
+def test_an_edited_copy_is_found_and_its_edit_named(run, twelve, edit):
+    for seed in (3, 7):
+        UNDONE[edit](draw(seed, SIZE)).save("query.png")
+        best, second, *_ = matches(run, query="query.png")
+        assert (best["path"], best["view"]) == (f"bulk_images/{seed}.png", edit)
+        assert best["score"] > LEAST.get(edit, 0.9) and best["score"] > second["score"]
+
+
+def test_a_query_without_any_edit_keeps_the_score_it_had(run, twelve):
+    draw(4, SIZE).save("query.png")
+    with_views, without = (matches(run, "--views", views, query="query.png")[0] for views in ("all", "none"))
+    assert with_views == without and without["view"] == ""
+
+
+def test_an_edit_is_not_undone_without_views(run, twelve):
+    draw(4, SIZE).transpose(Image.Transpose.ROTATE_90).save("query.png")
+    (best, *others), auto, every = (matches(run, "--views", views, query="query.png") for views in main.VIEWS)
+    assert best["score"] < 0.5 and {match["view"] for match in (best, *others)} == {""}
+    for found in (auto[0], every[0]):
+        assert found["score"] > 0.9 and (found["path"], found["view"]) == ("bulk_images/4.png", "turned 270°")
+
+
+NETWORK = main.Model("resnet18", "resnet18", 64, 4, "cpu", lambda pixels: pixels.float().mean((2, 3)))
+
+
+def test_a_network_looks_at_few_views_of_its_own_accord():
+    def names(size, views):
+        return main.features_of_views(main.query_views(draw(1, size), NETWORK, views), NETWORK)[0]
+
+    assert names(SIZE, "none") == [""] and names(SIZE, "copies") == ["", "mirrored"]
+    for size in (SIZE, (180, 240), (180, 400), (400, 180)):
+        assert names(size, "auto")[:2] == ["", "mirrored"] and len(names(size, "auto")) <= 25
+    assert len(names(SIZE, "all")) > 100
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1), (127, 127), (200, 4000)])
+@pytest.mark.parametrize("views", main.VIEWS)
+def test_a_tiny_or_a_thin_query_is_not_searched_by_its_parts(size, views):
+    image, model = Image.new("RGB", size, "teal"), main.load_model("offline", device="cpu")
+    names, features = main.features_of_views(main.query_views(image, model, views), model)
+    assert "part of the query" not in names and len(names) == len(features) <= 60 and np.isfinite(features).all()
+
+
+@pytest.mark.parametrize("place", [(0, 0), (240, 0), (0, 180), (240, 180), (120, 90)], ids=str)
+def test_a_picture_in_a_larger_one_is_found_wherever_it_lies(run, twelve, place):
+    query = draw(1000, (480, 360))
+    query.paste(draw(3, SIZE), place)
+    query.save("query.png")
+    best = matches(run, query="query.png")[0]
+    assert (best["path"], best["view"]) == ("bulk_images/3.png", "part of the query")
+
+
+def test_the_features_of_parts_are_those_of_pictures_cut_out():
+    """The offline descriptor computes the edges of a query once for all parts of a size."""
+    model = main.load_model("offline", device="cpu")
+    image, side = draw_rich(1), model.side
+    views = list(main.parts_of(image, model, main.SIZES))
+    names, together = main.features_of_views(views, model)
+    cut = [
+        view.pixels[:, -top : side - top, -left : side - left]
+        for view in views
+        for top, left in itertools.product(view.tops, view.lefts)
+    ]
+    alone = main.extract_features_batch(torch.stack(cut), model)
+    assert len(names) == len(cut) > 200 and (together * alone).sum(1).min() > 0.97

@@ -61,9 +61,6 @@ def page(run, collection: Callable[[int], Path]) -> Callable[..., Page]:
     return search
 
 
-# ---- What it shows ---------------------------------------------------------------------------------------------------
-
-
 def test_a_query_and_its_matches(page):
     shutil.copy("query.png", IMAGES / "same.png")
     it = page("query.png", "-k", 3)
@@ -153,9 +150,6 @@ def test_a_file_that_has_gone_leaves_its_place(page, monkeypatch):
     assert len(it.pictures()) == 2 and "No such file" in it.text
 
 
-# ---- Where it goes ---------------------------------------------------------------------------------------------------
-
-
 def test_its_path_is_the_last_line_on_stderr(page, run):
     search = ("--model", "offline", "query.png")
     for name in ("results.html", "with a blank.html"):
@@ -194,8 +188,6 @@ def test_through_a_link_its_target_is_written(page, run):
     page()
     assert PAGE.is_symlink() and Path("elsewhere.html").is_file()
 
-
-# ---- In a browser ----------------------------------------------------------------------------------------------------
 
 HOSTILE = [
     *HOSTILE_NAMES.values(),

@@ -39,9 +39,6 @@ def told(outcome: Outcome) -> dict[str, str]:
     return {it["query"]: it.get("error") or Path(it["matches"][0]["path"]).name for it in answers}
 
 
-# ---- A part of a query -----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def collage() -> Path:
     """Pictures of the collection in a wide one of something else: 2.png at (200, 100), 4.png at (0, 256)."""
@@ -96,9 +93,6 @@ def test_the_page_outlines_what_was_found_where_it_lies_in_the_whole_query(ask, 
     assert np.abs(np.array(query, float) - [480, 0, 960, 0, 960, 360, 480, 360]).max() < 6
 
 
-# ---- From stdin ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("content", "answer"),
     [(None, "3.png"), (b"", "it is empty"), (b"hello", "not an image"), (b"x" * 50_001, "more than 50,000 bytes")],
@@ -126,9 +120,6 @@ def test_a_stdin_that_is_closed(ask, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)  # as after `<&-`
     outcome = ask("-")
     assert (outcome.status, outcome.stderr.count("\n")) == (1, 1)
-
-
-# ---- From an address -------------------------------------------------------------------------------------------------
 
 
 def servers() -> Iterator[Callable[[Reply], str]]:
@@ -278,9 +269,6 @@ def test_a_server_that_goes_on_byte_by_byte_is_given_up(ask, site, monkeypatch):
     outcome = ask(address := site(trickle), "query.png")
     assert time.perf_counter() - start < 3 and outcome.status == 1
     assert told(outcome) == {address: "not there after 0.5 seconds", "query.png": "3.png"}
-
-
-# ---- --exclude -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

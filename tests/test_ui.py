@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import MAIN, draw, draw_rich, requests
 from PIL import ImageOps
@@ -115,8 +116,6 @@ def tab(browser: Any, server: Server) -> Tab:
     requests(browser)
     return Tab(browser, server)
 
-
-# ---- Searching -------------------------------------------------------------------------------------------------------
 
 FOUND = ["1 query, 1 found", "✓ found edited.jpg"]
 
@@ -256,20 +255,23 @@ def test_it_fits_a_phone_and_a_desk_by_day_and_by_night(tab, server, width, sche
 
 
 def test_groups_stand_for_the_collection(collection):
-    """Three pictures in some sizes each, and a file that is gone."""
-    root, sizes, model = collection(1), [6, 4, 2], main.load_model("offline")
+    """Of three kinds of vectors, in files of three folders, among them a file that is gone."""
+    collection(1)
+    engine = main.initialize_reverse_image_search(model=main.load_model("offline"))
+    random, dim, sizes = np.random.default_rng(0), engine.model.dim, [50, 20, 10]
+    centres, files = random.normal(size=(3, dim)), []
     for kind, number in ((kind, number) for kind, size in enumerate(sizes) for number in range(size)):
-        draw(50 + kind).resize((96 + number, 64)).save(root / f"{kind} {number}.png")
-    main.initialize_reverse_image_search(model=model)
-    (root / "0.png").unlink()
-    groups = main.representatives(main.initialize_reverse_image_search(model=model), 3)
+        vector = centres[kind] + 0.1 * random.normal(size=dim)
+        file, vector = main.File(b"%d/%d" % (kind, number), 1, 1), vector / np.linalg.norm(vector)
+        files.append(main.Picture(file, random.bytes(16), None, vector.astype(np.float16)))
+    engine.store.save([*files, main.Picture(main.File(b"0.png", 1, 1), vanished=True)])
+    engine.summary.images = 80
+    groups = main.representatives(engine, 3)
     assert [size for size, _ in groups] == [len(images) for _, images in groups] == sizes
     for kind, (_, images) in enumerate(groups):
-        assert {Path(match.path).name[0] for match in images} == {str(kind)}
+        assert {Path(match.path).parent.name for match in images} == {str(kind)}
         assert images == sorted(images, key=lambda match: -match.score)
-
-
-# ---- What it refuses -------------------------------------------------------------------------------------------------
+    assert len(main.representatives(engine, 100)) > 24
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "bulk_images/1.png", "main.py", "image_index", "../ui/small.png", "."])

@@ -63,9 +63,6 @@ def one_line(outcome: Outcome) -> str:
     return outcome.stderr
 
 
-# ---- The host answers ------------------------------------------------------------------------------------------------
-
-
 def test_good_file_is_downloaded_once_and_kept_and_needs_no_network_then(site, publish, resnet50, monkeypatch):
     asked, name = list[socket.socket](), hashed(resnet50)
     url = site(lambda connection: (asked.append(connection), connection.sendall(reply(resnet50)))) + f"/{name}"
@@ -93,9 +90,6 @@ def test_weights_that_are_there_now_are_used_and_both_caches_stay(site, publish,
     assert third.stdout == second.stdout
     assert "are here now" not in third.stderr and "no image was opened" in third.stderr
     assert sorted(path.name.partition("-")[0] for path in Path("image_index").iterdir()) == ["offline", "resnet50"]
-
-
-# ---- The host does not -----------------------------------------------------------------------------------------------
 
 
 NO_WEIGHTS: dict[
@@ -137,9 +131,6 @@ def test_model_asked_for_by_name_is_never_replaced(no_weights, options, collecti
     collection(1)
     error = one_line(run("bulk_images/0.png", "-q", *options.split()))
     assert no_weights in error and "--weights FILE" in error
-
-
-# ---- Files that are no weights, or another model's -------------------------------------------------------------------
 
 
 class Evil:
