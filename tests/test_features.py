@@ -63,9 +63,6 @@ def checked(model: main.Model, batch: torch.Tensor, expected: torch.Tensor, tole
     assert np.abs(main.extract_features_batch(batch, model) - expected).max() < tolerance
 
 
-# ---- Pixels ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("side", [1, 64, 299])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "I;16"])
@@ -112,9 +109,6 @@ def test_scaled_decoding_gives_the_pixels_of_full_decoding(size, side, offline):
             assert first @ second > 0.995
 
 
-# ---- Any model -------------------------------------------------------------------------------------------------------
-
-
 def test_features_have_length_one_and_do_not_depend_on_the_rest_of_the_batch(model):
     plain = [Image.new("RGB", (40, 30), colour) for colour in ("white", "black", "grey", "red")]
     images = [*(draw(seed) for seed in range(9)), *plain, Image.new("L", (1, 1))]
@@ -153,9 +147,6 @@ def test_path_of_a_heic_image_is_read_in_a_fresh_process():
     assert printed.startswith("(1, ")
 
 
-# ---- The offline descriptor ------------------------------------------------------------------------------------------
-
-
 EDITED = {
     "half size": lambda image: image.resize((image.width // 2, image.height // 2)),
     "double size": lambda image: image.resize((2 * image.width, 2 * image.height)),
@@ -173,9 +164,6 @@ def test_offline_tells_an_edited_copy_from_all_other_pictures(offline, edit):
     pictures = main.extract_features_batch(images, offline)
     edited = main.extract_features_batch([EDITED[edit](image) for image in images], offline)
     assert ((edited @ pictures.T).argmax(axis=1) == np.arange(20)).all()
-
-
-# ---- Networks --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -290,9 +278,6 @@ def test_identity_is_a_plain_file_name_with_name_and_dimension(model):
     assert model.identity.startswith(f"{model.name}-") and model.identity.endswith(f"-{model.dim}")
 
 
-# ---- Fast, and yet the same features ---------------------------------------------------------------------------------
-
-
 def test_convolutions_take_batch_norm_sum_and_relu_into_one_kernel(weights, only_fp32):
     graph = main.load_model("resnet18", weights("resnet18")).network.keywords["network"].graph
     kernels = [node for node in graph.nodes if "one_kernel" in str(node.target)]
@@ -382,9 +367,6 @@ def test_gpu_that_cannot_be_used_is_said_with_the_reason_and_none_is_not(tmp_pat
     (tmp_path / "nvidia-smi").touch(0o755)
     assert main.load_model("offline").device == "cpu"
     assert re.search(r"there is a GPU, but torch \S+ cannot use it \(\w+", caplog.text)
-
-
-# ---- timm ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])

@@ -1,6 +1,5 @@
 """Sections Query views, Verification and Search: how an edited copy is found, what a match is called, and the order."""
 
-import itertools
 import json
 import os
 import random
@@ -9,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import draw, draw_rich
 from evaluate import EDITS, Edit, app, collage
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -265,8 +263,6 @@ def test_a_copy_is_called_mirrored_only_if_it_is(run, tmp_path):
         assert match["label"] == "copy" and ("mirrored" in match["view"]) == (name == "mirrored")
 
 
-# ---- Query views -----------------------------------------------------------------------------------------------------
-
 SIZE = (240, 180)
 
 
@@ -342,19 +338,4 @@ def test_a_picture_in_a_larger_one_is_found_wherever_it_lies(run, twelve, place)
     query.paste(draw(3, SIZE), place)
     query.save("query.png")
     best = matches(run, query="query.png")[0]
-    assert (best["path"], best["view"]) == ("bulk_images/3.png", "part of the query")
-
-
-def test_the_features_of_parts_are_those_of_pictures_cut_out():
-    """The offline descriptor computes the edges of a query once for all parts of a size."""
-    model = main.load_model("offline", device="cpu")
-    image, side = draw_rich(1), model.side
-    views = list(main.parts_of(image, model, main.SIZES))
-    names, together = main.features_of_views(views, model)
-    cut = [
-        view.pixels[:, -top : side - top, -left : side - left]
-        for view in views
-        for top, left in itertools.product(view.tops, view.lefts)
-    ]
-    alone = main.extract_features_batch(torch.stack(cut), model)
-    assert len(names) == len(cut) > 200 and (together * alone).sum(1).min() > 0.97
+    assert (best["path"], best["view"]) == ("bulk_images/3.png", "part of the query") and best["score"] > 0.8

