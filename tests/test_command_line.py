@@ -72,9 +72,7 @@ USAGE_ERRORS = {  # by what is complained of
     "LEFT,TOP,RIGHT,BOTTOM": [f"--crop={part}" for part in CROPS],
     "not allowed with": ["--duplicates --index-only", "--ui --duplicates"],
     "with a QUERY": ["photo.jpg --duplicates", "photo.jpg --ui", "photo.jpg --index-only"],
-    "with --crop": [
-        f"{option} --crop 0,0,1,1" for option in ("--duplicates", "--ui", "--index-only", "--export there")
-    ],
+    "with --crop": [f"{it} --crop 0,0,1,1" for it in ("--duplicates", "--ui", "--index-only", "--export there")],
     "with --threshold": ["--duplicates --threshold 0.9"],
     "with --top": ["--duplicates 0.9 -k 3"],
     "with --json": ["--ui --json"],

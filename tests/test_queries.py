@@ -86,19 +86,25 @@ def test_a_copy_of_a_part_is_outlined_where_it_lies_in_the_whole_query(ask):
     assert np.abs(np.array(match["region"]["outline"]) - [(480, 0), (960, 0), (960, 360), (480, 360)]).max() < 6
 
 
-@pytest.mark.parametrize(
-    ("content", "answer"),
-    [(None, "3.png"), (b"", "it is empty"), (b"hello", "not an image"), (b"x" * 50_001, "more than 50,000 bytes")],
-    ids=["an image", "empty", "text", "too large"],
-)
-def test_stdin(content, answer, ask, monkeypatch):
-    data = Path("query.png").read_bytes() if content is None else content
+STDIN = {  # what is in it, None if it was closed; and the first match, or the error
+    "an image": ("query.png", "3.png"),
+    "empty": (b"", "it is empty"),
+    "closed": (None, "it is empty"),
+    "text": (b"hello", "not an image"),
+    "too large": (b"x" * 50_001, "more than 50,000 bytes"),
+}
+
+
+@pytest.mark.parametrize("kind", STDIN)
+def test_stdin(kind, ask, monkeypatch):
+    content, answer = STDIN[kind]
+    data = picture() if kind == "an image" else content
     monkeypatch.setattr(main, "FETCHED_BYTES", 50_000)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    monkeypatch.setattr(sys, "stdin", data if data is None else io.TextIOWrapper(io.BytesIO(data)))
     outcome = ask("-", IMAGES / "1.png")
     assert told(outcome)["-"] == answer and told(outcome).keys() == {"-", "bulk_images/1.png"}
-    assert outcome.stderr == ("" if content is None else f"-: {answer}\n")
-    assert outcome.status == (content is not None)
+    assert outcome.stderr == ("" if kind == "an image" else f"-: {answer}\n")
+    assert outcome.status == (kind != "an image")
 
 
 def test_stdin_of_a_process_is_read_once(ask, program):
@@ -107,12 +113,6 @@ def test_stdin_of_a_process_is_read_once(ask, program):
         first, second = map(json.loads, process.communicate(timeout=60)[0].splitlines())
     assert first["matches"][0]["path"] == "bulk_images/3.png" and second["query"] == "-" and second["error"]
     assert process.returncode == 1
-
-
-def test_a_stdin_that_is_closed(ask, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", None)  # as after `<&-`
-    outcome = ask("-")
-    assert (outcome.status, outcome.stderr.count("\n")) == (1, 1)
 
 
 def servers() -> Iterator[Callable[[Reply], str]]:
@@ -210,12 +210,10 @@ def test_other_schemes_are_names_of_files(scheme, ask):
     assert told(ask(name)) == {name: "No such file or directory"}
 
 
-@pytest.mark.parametrize(
-    "address", ["http://", "http:///x.png", "http://[::1", "https://127.0.0.1:9/a b.png", "http://a..b/"]
-)
-def test_an_address_that_is_none_is_one_line(address, ask):
-    outcome = ask(address)
-    assert (outcome.status, outcome.stderr.count("\n")) == (1, 1) and outcome.stderr.startswith(f"{address}: ")
+@pytest.mark.parametrize("name", ["http://", "http:///x.png", "http://[::1", "https://127.0.0.1/a b", "http://a..b/"])
+def test_an_address_that_is_none_is_one_line(name, ask):
+    outcome = ask(name)
+    assert (outcome.status, outcome.stderr.count("\n")) == (1, 1) and outcome.stderr.startswith(f"{name}: ")
 
 
 def test_a_redirect_to_ftp_asks_not_even_its_proxy(ask, site, monkeypatch):
