@@ -49,7 +49,6 @@ import signal
 import socket
 import socketserver
 import sqlite3
-import stat
 import subprocess
 import sys
 import tempfile
@@ -62,7 +61,7 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -78,8 +77,7 @@ if TYPE_CHECKING:
     import torch
     import torchvision
     import tqdm
-    from PIL import Image, ImageCms, ImageDraw, ImageOps
-
+    from PIL import Image, ImageDraw, ImageOps
 else:
 
     class Lazy:
@@ -95,7 +93,7 @@ else:
                 raise DeepVisionError(f"{error}: to install it, run `pip install -r requirements.txt`") from error
 
     faiss, np, torch, torchvision, tqdm = map(Lazy, ("faiss", "numpy", "torch", "torchvision", "tqdm"))
-    Image, ImageCms, ImageDraw, ImageOps = map(Lazy, ("PIL.Image", "PIL.ImageCms", "PIL.ImageDraw", "PIL.ImageOps"))
+    Image, ImageDraw, ImageOps = map(Lazy, ("PIL.Image", "PIL.ImageDraw", "PIL.ImageOps"))
     filelock, jinja2 = map(Lazy, ("filelock", "jinja2"))  # torch requires them, so they are there
 
 # The defaults that an option changes
@@ -108,9 +106,9 @@ TOP = 10  # --top; matches a query
 MODEL = "resnet50"  # --model
 WEIGHTS = "IMAGENET1K_V1"  # --weights; V2 is worse for retrieval: https://github.com/pytorch/vision/issues/8382
 OFFLINE = "offline"  # --model offline: the built-in descriptor, which needs no weights
-VIEWS = ("none", "auto", "all")  # --views
-COPIES = "copies"  # the views that --duplicates looks for copies with
-LABELS = ("copy", "identical")  # --threshold and --duplicates
+VIEWS = ("none", "auto", "all")  # --views; what each of them means: see `query_views`
+COPIES = "copies"  # a further kind of views, for --duplicates
+LABELS = ("copy", "identical")  # of matches, the weaker one first; for --threshold and --duplicates
 
 log = logging.getLogger("deepvision")
 
@@ -122,7 +120,7 @@ class DeepVisionError(Exception):
     """What went wrong, where, and what to do about it, in one line."""
 
 
-class DamageError(DeepVisionError):
+class DamageError(DeepVisionError):  # the caller calls `Store.repair` and tries again
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path} is damaged ({reason}). Run the command again to repair it")
 
@@ -156,7 +154,7 @@ class File(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A file that was read, with its results. They stay together, so that a file that fails shifts no other one."""
+    """A file that was read, and its results: in one object, so that no result is taken for another file's."""
 
     file: File
     digest: bytes | None = None  # hash of the content; None: not a usable image
@@ -167,21 +165,20 @@ class Picture(NamedTuple):
 
 
 class View(NamedTuple):
-    """A query as it may have looked before an edit."""
+    """A query as it may have looked before an edit, or several such views: one for each pair of a top and a left."""
 
     name: str  # the edit that is undone; empty: the query as it is
     pixels: torch.Tensor  # uint8 (3, h, w); of the model's side if all tops and lefts are 0
-    # Each pair of a top and a left is one view. They say where the pixels start in the model's square. Positive: the
-    # pixels fill only a part of the square. Negative: the square shows only a part of the pixels. Tuples, for caching.
-    tops: Sequence[int] = (0,)
+    # Where the pixels start in the model's square. Above 0, they fill a part of it; below 0, it shows a part of them
+    tops: Sequence[int] = (0,)  # a tuple, so that `cell_grid` can be cached
     lefts: Sequence[int] = (0,)
 
 
 class Region(NamedTuple):
-    """Where a copy was found."""
+    """Where query and match show the same. The four corners of a picture start at its top left, clockwise."""
 
-    corners: list[tuple[float, float]]  # the query's, from the top left clockwise, in pixels of the upright match
-    outline: list[tuple[float, float]]  # the match's, in the same order, in pixels of the upright query
+    corners: list[tuple[float, float]]  # of the query, in pixels of the upright match
+    outline: list[tuple[float, float]]  # the corners of the match, in pixels of the upright query
     points: int  # local features that agree
     covers: float  # share of the match's area that is seen in the query, 0 to 1
 
@@ -192,7 +189,7 @@ class Match(NamedTuple):
     score: float  # cosine similarity, -1 to 1, of the best view of the query
     identical: bool  # the same bytes as the query
     label: str = ""  # identical, copy or empty
-    view: str = ""  # the best view of the query; of --duplicates: what the file is to the one to keep
+    view: str = ""  # name of the query's best view; of --duplicates: the `relation` of this file to the one to keep
     region: Region | None = None  # of a copy
 
 
@@ -202,7 +199,7 @@ class Answer(NamedTuple):
     query: str  # as it was given
     matches: list[Match]
     error: str | None = None
-    file: str = ""  # where its picture lies; empty: `query` is a path
+    file: str = ""  # path of the query's picture; empty: the path is `query`
 
 
 class Group(NamedTuple):
@@ -238,7 +235,7 @@ class Work:
     prune: bool = False  # forget the files that are gone
     update: bool = True  # look for what is new, changed or gone in the collection
     exact: bool = False  # compare with every vector, however many there are
-    exact_bytes: int = 1 << 28  # with more bytes of vectors, codes choose candidates: comparing all takes over 0.5 s
+    exact_bytes: int = 1 << 28  # of all vectors; with more, comparing all takes over 0.5 s, and a `coded_index` is used
     exclude: tuple[str, ...] = ()  # patterns of paths, relative to the collection, that are passed over
     rank: int = 0  # of this process, among `ranks` that torchrun started; rank 0 commits
     ranks: int = 1
@@ -258,6 +255,7 @@ class Summary:
     seconds: float = 0.0  # that reading and the model took; 0: not measured, several ranks of torchrun did it
 
     def add(self, pictures: Sequence[Picture]) -> None:
+        """Count pictures that this run has read."""
         usable = [picture for picture in pictures if picture.digest and not picture.vanished]
         self.opened += len(pictures)
         self.new += len(usable)
@@ -277,25 +275,24 @@ class Summary:
 
 NOT_AN_IMAGE = "not an image"  # the reason given for a query that was never meant as one
 MAX_PIXELS = 100_000_000  # pixels to decode, after JPEG scaling: 0.4 GB in memory; phones reach 200 million in JPEG
-COSTLY_FORMATS = {"WEBP", "JPEG2000"}  # their decoders hold an image four times: half of MAX_PIXELS is their limit
+COSTLY_FORMATS = {"WEBP", "JPEG2000"}  # decoding takes the memory of four images: the limit is half of MAX_PIXELS
 LARGE_PIXELS = 24_000_000  # pixels; larger images are decoded one at a time, which bounds memory
 DRAFT_SCALE = 3  # a JPEG is decoded at no less than 3 times the model's side; with 2, thin stripes change
 DIGEST_BYTES = 16  # bytes of the SHA-256 that identifies a content
 PREPROCESSING = 2  # version, part of a model's identity; raise it when the same file would get other pixels
-PASSED_OVER = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
+SYSTEM_NAMES = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
 NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS starts Ghostscript; Pillow cannot read the others
 
-OnError = Callable[[OSError], None]
-one_large_image = threading.Lock()
+one_large_image = threading.Lock()  # held while an image of more than LARGE_PIXELS is decoded
 
 
 def find_images(
-    folder: str | Path, onerror: OnError, without: Sequence[str | Path] = (), exclude: Sequence[str] = ()
+    folder: str | Path, onerror: Callable[..., None], without: Sequence[str | Path] = (), exclude: Sequence[str] = ()
 ) -> Iterator[File]:
     """Every file below `folder` that may be an image, in the order of paths. No folder is listed twice.
 
-    onerror is called for what cannot be listed. Folders in `without`, and relative paths that fit one of the shell
-    patterns in `exclude`, are left out. Links are followed.
+    onerror is called with the OSError of what cannot be listed. Folders in `without`, and relative paths that fit one
+    of the shell patterns in `exclude`, are left out. Links are followed.
     """
     root, separator = os.fsencode(folder), os.fsencode(os.sep)
     visited = {os.stat(path)[1:3] for path in without}  # inode and device
@@ -317,11 +314,10 @@ def find_images(
         for entry in entries:
             path, name = above + entry.name, entry.name.lower()
             excluded = any(fnmatch.fnmatch(os.fsdecode(path), pattern) for pattern in exclude)
-            if name.startswith(b".") or name in PASSED_OVER or excluded:
+            if name.startswith(b".") or name in SYSTEM_NAMES or excluded:
                 continue
             try:
-                info = entry.stat()
-                found.append(File.of(path + separator if stat.S_ISDIR(info.st_mode) else path, info))
+                found.append(File.of(path + separator if entry.is_dir() else path, entry.stat()))
             except OSError as error:
                 if error.errno not in (errno.ENOENT, errno.ELOOP):  # a broken link, or a file that is gone by now
                     onerror(error)
@@ -344,7 +340,7 @@ def image_formats() -> tuple[list[str], set[str], str]:
 
 
 def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
-    """The image in `stream`, with only its header read. None for a file that was never meant to be an image."""
+    """The image in `stream`, only its header read. None: no image, nor named like one. ValueError: a broken one."""
     formats, suffixes, _ = image_formats()
     suffix = os.path.splitext(path)[1].lower()
     try:
@@ -369,19 +365,16 @@ def content_hash(stream: BinaryIO) -> bytes:
     return sha.digest()[:DIGEST_BYTES]
 
 
-def read_picture(
-    file: File, root: bytes, transform: Callable[[Image.Image], Any], known: Callable[[bytes], bool] = lambda _: False
-) -> Picture:
-    """Read a file: a Picture with its hash and, unless the hash is `known`, with what `transform` makes of the image.
+def read_picture(file: File, root: bytes, transform: Callable[..., Any], known: Any = lambda _: False) -> Picture:
+    """Read a file of the folder `root`: a Picture with its hash and, unless known(hash), with transform(image).
 
-    The Picture of a file that cannot be used has the reason instead. No error in a file reaches the caller.
+    The Picture of a file that cannot be used has a reason instead. No error in a file reaches the caller.
     """
     path = os.path.join(root, file.path)
     try:
-        info = os.stat(path)
-        file = File.of(file.path, info)
-        if not stat.S_ISREG(info.st_mode):
-            return Picture(file, reason="not a regular file")  # opening a FIFO would wait for a writer forever
+        file = File.of(file.path, os.stat(path))
+        if not os.path.isfile(path):  # opening a FIFO would wait for a writer forever
+            return Picture(file, reason="not a regular file", vanished=not os.path.exists(path))
         with open(path, "rb") as stream:
             if (image := open_image(stream, os.fsdecode(path))) is None:
                 return Picture(file)
@@ -397,20 +390,20 @@ def read_picture(
         return Picture(file, reason=reason, vanished=isinstance(error, FileNotFoundError))
 
 
+def read_path(path: str | bytes | Path, transform: Callable[[Image.Image], Any]) -> Picture:
+    """Read a file by its whole path, as `read_picture` does."""
+    return read_picture(File(os.fsencode(path), 0, 0), b"", transform)
+
+
 def to_8_bits(image: Image.Image) -> Image.Image:
     """A grey image of 16 or 32 bits (I;16, I) or floating point (F) in 8 bits. Pillow itself would clip the values."""
-    values = np.array(image, np.float32)
-    values[~np.isfinite(values)] = 0
-    is_clear = values == image.info.get("transparency", math.nan)
+    values = torch.from_numpy(np.array(image, np.float32)).nan_to_num_(0, 0, 0)
+    is_clear = values == image.info.get("transparency", math.nan)  # white in the end, as in `to_rgb`
     low, high = min(0.0, float(values.min())), float(values.max())
     scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)  # the usual values of white
-    white = next((scale for scale in scales if high <= scale), high)
-    values -= low
-    values *= 255 / (white - low)
-    values += 0.5
-    levels = values.astype(np.uint8)
-    levels[is_clear] = 255
-    return Image.fromarray(levels)
+    white = next((scale for scale in scales if high <= scale), high)  # the least of them that no value exceeds
+    levels = values.sub_(low).mul_(255 / (white - low)).add_(0.5).byte()  # in place: 0.4 GB for 100 million pixels
+    return Image.fromarray(levels.masked_fill_(is_clear, 255).numpy())
 
 
 def to_rgb(image: Image.Image, side: int) -> Image.Image:
@@ -426,10 +419,7 @@ def to_rgb(image: Image.Image, side: int) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":
             image = to_8_bits(image)
-        if image.mode == "LAB":
-            lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-            image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
-        elif image.has_transparency_data:
+        if image.has_transparency_data:
             image = image if image.mode == "RGBA" else image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -443,14 +433,13 @@ def usable_cores() -> int:
 
 def read_ahead(read: Callable[[Any], Any], files: Iterable[Any], workers: int, ahead: int) -> Iterator[Any]:
     """`read(file)` for each file, in order, computed by `workers` threads. At most `ahead` results wait."""
-    threads, pending = ThreadPoolExecutor(workers), deque[Future[Any]]()
+    threads = ThreadPoolExecutor(workers)
+    results = (threads.submit(read, file) for file in files)
     try:
-        for file in files:
-            pending.append(threads.submit(read, file))
-            if len(pending) >= ahead:
-                yield pending.popleft().result()
+        pending = deque(itertools.islice(results, ahead))
         while pending:
             yield pending.popleft().result()
+            pending.extend(itertools.islice(results, 1))
     finally:
         threads.shutdown(cancel_futures=True)
 
@@ -458,16 +447,16 @@ def read_ahead(read: Callable[[Any], Any], files: Iterable[Any], workers: int, a
 # ---- Descriptor ------------------------------------------------------------------------------------------------------
 
 OFFLINE_SIDE = 96  # pixels; 128 gains nothing, 64 costs 1 point of recall
-EDGE_CELLS, COLOUR_CELLS = 8, 4  # a side; fewer for the edges lose small crops, more lose a turn by 10 degrees
-DIRECTIONS = 16  # of an edge, dark-to-light told from light-to-dark
-SHARPNESS = 5  # times that the cosine is squared; an edge then counts for its nearest one or two directions alone
-EDGE_POWER = 0.3  # of the counts: a strong edge says little more than a weak one
-ORDERS = (0.5, 1.0, 1.0, 1.3, 1.3, 1.7, 1.7)  # weight of each Fourier order over the directions
-BRIGHTNESS_WEIGHT, HUE_WEIGHT, MEAN_WEIGHT = 0.2, 0.3, 0.02  # of the colours, where the edges have 1
+EDGE_CELLS, COLOUR_CELLS = 8, 4  # cells along a side; fewer EDGE_CELLS lose small crops, more lose turns by 10°
+DIRECTIONS = 16  # in which edges are counted; dark to light is another direction than light to dark
+SHARPNESS = 5  # times that the cosine between edge and direction is squared: only the nearest one or two count
+EDGE_POWER = 0.3  # to which the counts of the edges are raised: a strong edge says little more than a weak one
+ORDERS = (0.5, 1.0, 1.0, 1.3, 1.3, 1.7, 1.7)  # weight of each order of the Fourier transform over the directions
+BRIGHTNESS_WEIGHT, HUE_WEIGHT, MEAN_WEIGHT = 0.2, 0.3, 0.02  # of these parts of a vector; the edges have 1
 LEAST_COSINE = 0.25  # a smaller cosine counts as this: its power would be a denormal number, which is slow
 TINY = 1e-12  # a smaller weight counts as 0, for the same reason
-FAINT = 100.0  # parts are divided by their norm, but at least by this: less is noise; photographs have 200 and more
-OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # brightness, red-green, yellow-blue
+FAINT = 100.0  # a part of a vector is divided by its norm, but at least by this: less is noise; photographs have 200 up
+OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # RGB to brightness, red-green, yellow-blue
 
 
 @lru_cache(maxsize=64)
@@ -478,9 +467,9 @@ def cell_grid(cells: int, tops: Sequence[int], lefts: Sequence[int], height: int
     of each cell that the pixels cover, (tops * lefts, 1, cells, cells).
     """
     distance = (torch.arange(OFFLINE_SIDE) + 0.5) * cells / OFFLINE_SIDE - (torch.arange(cells)[:, None] + 0.5)
-    weights = torch.exp(-2 * distance**2)  # sigma is half a cell
+    weights = torch.exp(-2 * distance**2)  # of a pixel by its distance, in cells, from the cell's centre; sigma: 0.5
     weights = torch.where(weights > TINY, weights / weights.sum(1, keepdim=True), 0)
-    rows, columns = (  # a negative padding cuts
+    rows, columns = (  # negative padding cuts off what lies outside
         torch.cat([torch.nn.functional.pad(weights, (-start, start + length - OFFLINE_SIDE)) for start in starts])
         for starts, length in ((tops, height), (lefts, width))
     )
@@ -490,9 +479,9 @@ def cell_grid(cells: int, tops: Sequence[int], lefts: Sequence[int], height: int
 
 @cache
 def fourier() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cosine and sine of each direction, (DIRECTIONS, 1, 1), and the matrix of a Fourier transform over the directions.
+    """Cosine and sine of each direction, (DIRECTIONS, 1, 1), and a Fourier matrix, (DIRECTIONS, 2 * len(ORDERS) - 1).
 
-    The matrix is (DIRECTIONS, 2 * len(ORDERS) - 1). It turns one value for each direction into weighted coefficients.
+    The matrix turns one value for each direction into coefficients, weighted by ORDERS.
     """
     phase = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None] * torch.arange(len(ORDERS))
     cosine, sine = phase.cos(), phase.sin()
@@ -503,7 +492,7 @@ def fourier() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @cache
 def cosine_transform(cells: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrix of a cosine transform, and a weight of each coefficient: most of a picture is in low frequencies."""
+    """A cosine transform and the weights of its coefficients, both (cells, cells): low frequencies are strongest."""
     k = torch.arange(cells, dtype=torch.float32)
     cosines = torch.cos(math.pi / cells * k[:, None] * (k + 0.5))
     cosines[0] /= math.sqrt(2)
@@ -511,9 +500,9 @@ def cosine_transform(cells: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def cell_means(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """The mean of the planes (B, c, h, w) in each cell; only the part of a cell that the pixels cover counts.
+    """The mean of planes (B, c, h, w) in each cell, (B * tops * lefts, c, cells, cells), where there are pixels.
 
-    Returns (B * tops * lefts, c, cells, cells). See `cell_grid` for the rest. With several views, B must be 1.
+    rows, columns and inside are what `cell_grid` returns. With several tops or lefts, B must be 1.
     """
     cells = inside.shape[3]
     sums = (rows @ planes @ columns).unflatten(3, (-1, cells)).unflatten(2, (-1, cells))
@@ -525,7 +514,7 @@ def edge_strengths(light: torch.Tensor) -> torch.Tensor:
     framed = torch.nn.functional.pad(light, (1, 1, 1, 1), mode="replicate")
     dx, dy = framed[..., 1:-1, 2:] - framed[..., 1:-1, :-2], framed[..., 2:, 1:-1] - framed[..., :-2, 1:-1]
     slope = torch.hypot(dx, dy) + 1e-3  # of 255: no division by 0 where it is flat
-    root = slope  # becomes a root, which the squaring below undoes: the strength is slope * cosine ** 2 ** SHARPNESS
+    root = slope  # its root is taken, because the loop below squares it: the strength is slope * cosine ** 32
     for _ in range(SHARPNESS):
         root = root.sqrt()
     cosine, sine, _ = fourier()
@@ -536,7 +525,7 @@ def edge_strengths(light: torch.Tensor) -> torch.Tensor:
 
 
 def whiten(maps: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Subtract the mean of each map (B, c, cells, cells); return weighted cosine coefficients, (B, c, cells² - 1)."""
+    """Weighted cosine coefficients, (B, c, cells² - 1), of maps (B, c, cells, cells) less their mean over `inside`."""
     maps = (maps - (maps * inside).sum((2, 3), keepdim=True) / inside.sum((2, 3), keepdim=True)) * inside
     cosines, weight = cosine_transform(inside.shape[3])
     return (cosines @ (maps @ cosines.T) * weight).flatten(2)[:, :, 1:]
@@ -549,11 +538,9 @@ def describe(pixels: torch.Tensor, tops: Sequence[int] = (0,), lefts: Sequence[i
     power, and a layout of the colours. Both are whitened by a fixed rule, so that unrelated pictures score near 0: the
     mean is removed, cells and directions are transformed, and what is strong in every picture gets a low weight.
 
-    With tops and lefts, the pixels, (1, 3, h, w), need not have the model's side. Each pair of a top and a left gives a
-    vector: the one of a square in which the pixels start there. What the square has outside the pixels is unknown.
-    With a negative top or left, the square shows only a part of the pixels.
+    With tops and lefts, the pixels are (1, 3, h, w). Each pair of a top and a left gives the vector of the square in
+    which the pixels start there, see `View`. What of the square lies outside the pixels does not count.
     """
-    normalize = torch.nn.functional.normalize
     planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT), pixels.float())
     edge_grid, colour_grid = (cell_grid(cells, tops, lefts, *pixels.shape[2:]) for cells in (EDGE_CELLS, COLOUR_CELLS))
     counts = cell_means(edge_strengths(planes[:, :1]), *edge_grid)
@@ -561,7 +548,7 @@ def describe(pixels: torch.Tensor, tops: Sequence[int] = (0,), lefts: Sequence[i
     colours = whiten(cell_means(planes, *colour_grid), colour_grid[2])
     mean = planes.mean((2, 3)).expand(len(edges), 3) / 255  # nearly nothing, but all that a blank picture has
     weighted = (1.0, edges), (BRIGHTNESS_WEIGHT, colours[:, :1]), (HUE_WEIGHT, colours[:, 1:])
-    parts = [weight * normalize(part.flatten(1), eps=FAINT) for weight, part in weighted]
+    parts = [weight * torch.nn.functional.normalize(part.flatten(1), eps=FAINT) for weight, part in weighted]
     return torch.cat([*parts, MEAN_WEIGHT * mean, torch.full_like(mean[:, :1], MEAN_WEIGHT)], 1)
 
 
@@ -573,22 +560,22 @@ def offline_model() -> Model:
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
 
-# The file of MODEL's WEIGHTS, so that torchvision is only imported (1.2 s) once this file is there
+# The file of MODEL's WEIGHTS. torchvision knows its address, but takes 1.2 s to import, in vain without a network
 WEIGHTS_URL = "https://download.pytorch.org/models/resnet50-0676ba61.pth"
-CONNECT_SECONDS = 10  # seconds; torch.hub has no timeout, and would hang for minutes if the network drops packets
+CONNECT_SECONDS = 10  # timeout of a connection; without one, torch.hub hangs for minutes if the network drops packets
 SIDE = 224  # pixels; the side of ResNet50's input
 REDUCING_GAP = 32.0  # Image.resize(reducing_gap=): huge images are box-averaged first, which bounds memory
 GPU_BATCH = {"cuda": 256, "mps": 64}  # images at once
 CPU_BATCH_PER_CORE, CPU_BATCH_MOST = 4, 32  # images at once; with 4 for each core, a layer's output stays in its cache
-MIN_COSINE = 0.999  # least cosine of the features of a fast form with those of plain fp32; below it, plain fp32 is used
-AHEAD_BATCHES, AHEAD_MOST = 4, 1024  # how far decoding runs ahead of the model: batches, but at most so many files
+MIN_COSINE = 0.999  # least similarity of a fast form's features to those of plain fp32; below it, plain fp32 is used
+AHEAD_BATCHES, AHEAD_MOST = 4, 1024  # how far decoding runs ahead of the model: 4 batches, but at most 1024 files
 Recipe = tuple[int, Sequence[float], Sequence[float], str]  # side, mean and deviation of each channel, resampling
 
 
 def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> None:
-    """Load a file's tensors into a network whose classifier, `heads`, was removed. A missing tensor is an error.
+    """Load the tensors of the file `path` into a network without its classifier, the layers `heads`.
 
-    The tensors are plain, wrapped as `state_dict`, or saved as `module.` by several GPUs.
+    They may be wrapped as `state_dict`, or have the prefix `module.` of multi-GPU training. All must be there.
     """
     unused = (*(f"{head}." for head in heads), "aux1.", "aux2.", "AuxLogits.")  # aux: classifiers for training alone
     try:
@@ -608,13 +595,10 @@ def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> Non
 
 
 def one_kernel(layer: Any, then: str) -> Callable[..., torch.Tensor]:
-    """A function that convolves, adds a second tensor if one is given, and then applies `then`: "relu" or "none"."""
+    """A function that convolves like `layer`, adds its second argument, if any, and applies `then`: "relu", "none"."""
     geometry, kernels = (layer.padding, layer.stride, layer.dilation, layer.groups), torch.ops.mkldnn
-
-    @cache
-    def weight(*shape: int) -> torch.Tensor:
-        """The weights in the order in which the kernel reads them."""
-        return kernels._reorder_convolution_weight(layer.weight, *geometry, shape)
+    # The weights in the order in which the kernel reads them, by the shape of its input
+    weight = cache(lambda *shape: kernels._reorder_convolution_weight(layer.weight, *geometry, shape))
 
     def compute(x: torch.Tensor, *other: torch.Tensor) -> torch.Tensor:
         args = (*other, weight(1, *x.shape[1:]), layer.bias, *geometry)
@@ -634,7 +618,7 @@ def fuse_convolutions(network: torch.fx.GraphModule) -> None:
     layers = {node: network.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
     convolutions = [node for node, layer in layers.items() if isinstance(layer, torch.nn.Conv2d)]
     for last in list(reversed(graph.nodes)):
-        convolution, addends, then = last, list[Any](), "none"  # go back from `last` over ReLU and sum
+        convolution, addends, then = last, list[Any](), "none"  # `last`: a convolution, its ReLU, or its sum's ReLU
         if isinstance(layers.get(last), torch.nn.ReLU) or last.target in relu:
             convolution, then = last.args[0], "relu"
             if convolution.target in add and len(convolution.users) == 1:
@@ -648,10 +632,8 @@ def fuse_convolutions(network: torch.fx.GraphModule) -> None:
     network.recompile()
 
 
-def forward(
-    pixels: torch.Tensor, network: Callable[..., Any], dtype: torch.dtype, mean: torch.Tensor, std: torch.Tensor
-) -> torch.Tensor:
-    """Run the network in precision `dtype` on pixels, uint8 (B, 3, side, side). Returns features, float32 (B, dim)."""
+def forward(pixels: torch.Tensor, network: Any, dtype: torch.dtype, mean: Any, std: Any) -> torch.Tensor:
+    """Features, float32 (B, dim), of pixels, uint8 (B, 3, side, side), in precision `dtype`. mean, std: (3, 1, 1)."""
     scaled = (pixels.contiguous(memory_format=torch.channels_last).float() / 255 - mean) / std
     return network(scaled.to(dtype)).float().flatten(1)
 
@@ -702,7 +684,7 @@ def assemble_model(name: str, network: torch.nn.Module, recipe: Recipe, device: 
     identity = re.sub(r"[^\w.-]", "-", f"{name}-{sha.hexdigest()[:8]}-p{PREPROCESSING}")
     network = network.eval().to(device).to(memory_format=torch.channels_last)
     centre, spread = (torch.tensor(list(values), device=device).view(3, 1, 1) for values in (mean, std))
-    noise = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255
+    noise = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255  # enlarged: two blurred pictures
     sample = torch.nn.functional.interpolate(noise, (side, side), mode="bicubic").clamp(0, 255).byte().to(device)
     with torch.inference_mode():
         plain = partial(forward, network=network, dtype=torch.float32, mean=centre, std=spread)
@@ -808,7 +790,7 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
 
     Raises DeepVisionError for an unknown name or device, and for weights that are missing, corrupt or do not fit.
     """
-    torch_threads()  # remembered before `one_torch_thread` changes it
+    torch_threads()  # the cache keeps it: `one_torch_thread` changes it
     device = choose_device(device)
     if name == OFFLINE and weights:
         raise DeepVisionError(f"--weights {weights}: --model offline takes no weights, leave one out")
@@ -830,7 +812,7 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
 
 
 def squeeze(image: Image.Image, width: int, height: int, resample: str) -> torch.Tensor:
-    """An RGB image as uint8 (3, height, width)."""
+    """An RGB image, resized to uint8 (3, height, width), whatever its proportions. resample: a method of Pillow."""
     resized = image.resize((width, height), Image.Resampling[resample.upper()], reducing_gap=REDUCING_GAP)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
@@ -843,10 +825,7 @@ def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Ima
     return lambda image: squeeze(to_rgb(image, side), side, side, resample)
 
 
-@cache
-def torch_threads() -> int:
-    """The number of threads that torch uses by default. `load_model` calls this first, so that the cache keeps it."""
-    return torch.get_num_threads()
+torch_threads = cache(lambda: torch.get_num_threads())  # torch's own number: `load_model` asks before it is changed
 
 
 @contextmanager
@@ -860,10 +839,9 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def launch(pixels: torch.Tensor, model: Model, size: int, *where: Sequence[int]) -> tuple[torch.Tensor, int]:
-    """Features (B, dim), each of length 1, and the batch size that fitted into memory.
+    """Features (B, dim), each of length 1, and the batch size: `size`, or less if the memory of the GPU is too small.
 
-    It is `size`, or less if the memory of the GPU is short. The GPU may still be computing when this returns.
-    `where`: see `describe`.
+    The GPU may still be computing when this returns. where: the tops and lefts of `describe`.
     """
     pixels = pixels.pin_memory() if model.device == "cuda" else pixels
     while True:
@@ -891,16 +869,16 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
     if len(images) == 0:
         return np.zeros((0, model.dim), np.float32)
     if not isinstance(images, torch.Tensor):
-        image_formats()  # from here on, Pillow opens HEIC as well
-        opened = (image.copy() if isinstance(image, Image.Image) else Image.open(image) for image in images)
-        images = torch.stack([get_transform(model.side, model.resample)(image) for image in opened])
+        formats, transform = image_formats()[0], get_transform(model.side, model.resample)  # HEIC too, but not EPS
+        opened = (it.copy() if isinstance(it, Image.Image) else Image.open(it, formats=formats) for it in images)
+        images = torch.stack([transform(image) for image in opened])
     if images.shape[1:] != (3, model.side, model.side):
         raise ValueError(f"pixels are {tuple(images.shape[1:])}, {model.name} takes (3, {model.side}, {model.side})")
     return launch(images, model, model.batch)[0].cpu().numpy()
 
 
 def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Iterator[list[Picture]]:
-    """The pictures with their features, `size` at a time and in order.
+    """The pictures in order, in lists of `size`; those with pixels in `made` have features in place of the pixels.
 
     A GPU gets the next batch before the results of the last one are fetched.
     """
@@ -918,16 +896,25 @@ def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Itera
 
 # ---- Query views -----------------------------------------------------------------------------------------------------
 
-# Width by height of the parts of a query that are searched for, and their size, where 1 is the largest that fits
+# Parts of a query that may be pictures of their own: width by height, and size as a share of the largest that fits
 SHAPES, SIZES = (0.75, 1.33, 1.78), (1.0, 0.7, 0.5)
-SMALLEST_PART = 0.08  # of the query's area; a long query has too many smaller parts
-# A part moves by its width (or height) in this many steps. 3 steps miss a quarter of the pictures that are set in at
-# 40 %, 5 miss a tenth. A network takes fewer steps, because it computes each part by itself
+SMALLEST_PART = 0.08  # least share of the query's area in a part; a long query has too many smaller ones
+# Steps in which a part moves by its own width (or height). 3 steps miss a quarter of the pictures that fill 40 % of
+# the query, 5 miss a tenth. A network takes fewer steps, because it computes each part by itself
 PLACES, NETWORK_PLACES = 5, 3
-LARGER = ((0.80, 2), (0.67, 3), (0.52, 5))  # the query's side (the larger picture has 1), and places along each axis
+LARGER = ((0.80, 2), (0.67, 3), (0.52, 5))  # share of the larger picture's side that the query has; places per axis
 TURNS = (-30, -20, -10, 10, 20, 30)  # degrees
-SMALLEST = 128  # pixels of the shorter side of a query that is searched by its parts
-VIEW_SIDE = 3  # times the model's side: the shorter side of the picture that views are cut from
+SMALLEST = 128  # pixels; a query with a shorter side than this is not searched by its parts
+VIEW_SIDE = 3  # parts and turns are computed from a picture whose shorter side is at most 3 times the model's
+
+
+def crop_box(text: str) -> tuple[float, ...]:
+    """The value of --crop: left, top, right, bottom."""
+    with suppress(ValueError):
+        sides = tuple(map(float, text.split(",")))
+        if len(sides) == 4 and 0 <= sides[0] < sides[2] < math.inf and 0 <= sides[1] < sides[3] < math.inf:
+            return sides
+    raise argparse.ArgumentTypeError(f"{text!r} is not LEFT,TOP,RIGHT,BOTTOM, in pixels or as shares of the picture")
 
 
 def cut_out(image: Image.Image, part: Sequence[float]) -> tuple[Image.Image, int, int]:
@@ -944,11 +931,11 @@ def cut_out(image: Image.Image, part: Sequence[float]) -> tuple[Image.Image, int
 
 
 def parts_of(picture: Image.Image, model: Model, sizes: Sequence[float]) -> Iterator[View]:
-    """Parts of the query that may be pictures of their own. For each shape and size, the query is resized once."""
+    """Views of parts of the query, one View for each of SHAPES and `sizes`: for each, the query is resized once."""
     side, (width, height) = model.side, picture.size
     places = PLACES if model.name == OFFLINE else NETWORK_PLACES
     for shape, size in itertools.product(SHAPES, sizes):
-        across, down = size * min(1.0, shape * height / width), size * min(1.0, width / shape / height)  # of its sides
+        across, down = size * min(1.0, shape * height / width), size * min(1.0, width / shape / height)  # shares
         if across * down >= SMALLEST_PART:
             whole = squeeze(picture, round(side / across), round(side / down), model.resample)
             tops, lefts = (
@@ -958,16 +945,8 @@ def parts_of(picture: Image.Image, model: Model, sizes: Sequence[float]) -> Iter
             yield View("part of the query", whole, tops, lefts)
 
 
-def larger_views(picture: Image.Image, model: Model) -> Iterator[View]:
-    """Views for a query that was cut out of a larger picture: one for each size that it may have in it."""
-    for share, places in LARGER:
-        small = round(share * model.side)
-        starts = tuple(round((2 * i + 1) / (2 * places) * (model.side - small)) for i in range(places))
-        yield View("part", squeeze(picture, small, small, model.resample), starts, starts)
-
-
 def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
-    """A query as it is, and as it would be before an edit. The views of each kind:
+    """The views of a query: as it is, and as it would be before an edit. `views` is one of these kinds:
 
     none    the query as it is
     all     also mirrored, turned, as a negative, its parts; with the offline descriptor also as a part of a larger one
@@ -993,40 +972,40 @@ def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
             found.append(View(f"turned {angle % 360}°", squeeze(turned, side, side, model.resample)))
     if views != COPIES and min(whole.size) >= SMALLEST:
         found += parts_of(picture, model, SIZES if everything else SIZES[:1])
-    return found + (list(larger_views(picture, model)) if offline else [])
+    for share, places in LARGER if offline else ():  # the query may have been cut out of a larger picture
+        small = round(share * side)
+        starts = tuple(round((2 * i + 1) / (2 * places) * (side - small)) for i in range(places))
+        found.append(View("part", squeeze(picture, small, small, model.resample), starts, starts))
+    return found
 
 
 def features_of_views(views: Sequence[View], model: Model) -> tuple[list[str], np.ndarray]:
     """Names and features of a query's views, float32 (views, dim), rounded to fp16 as they are in the store."""
-    names = [view.name for view in views for _ in itertools.product(view.tops, view.lefts)]
+    squares = [(view, top, left) for view in views for top, left in itertools.product(view.tops, view.lefts)]
     if model.network is describe:
         features = [launch(view.pixels[None], model, 1, view.tops, view.lefts)[0] for view in views]
     else:
-        parts = [
-            view.pixels[:, -top : model.side - top, -left : model.side - left]
-            for view in views
-            for top, left in itertools.product(view.tops, view.lefts)
-        ]
+        parts = [view.pixels[:, -top : model.side - top, -left : model.side - left] for view, top, left in squares]
         features = [launch(torch.stack(parts), model, model.batch)[0]]
-    return names, to_float32(torch.cat(features).cpu().numpy().astype(np.float16))
+    return [view.name for view, *_ in squares], to_float32(torch.cat(features).cpu().numpy().astype(np.float16))
 
 
 # ---- Verification ----------------------------------------------------------------------------------------------------
 
-AREA, POINTS = 90_000, 300  # pixels of a picture on which local features are computed; how many it gets
-QUERY_AREA, QUERY_POINTS = 250_000, 700  # of a query: the picture looked for may be a small part of it
-LEVELS = 8  # of the pyramid; each is smaller than the last by the square root of 2
-CONTRAST = 1.5  # of 255, of a blob against its surroundings: fainter ones are noise
-SPREAD = 4  # cells a side among which the points are spread, so that a caption does not take them all
-WINDOW, SAMPLES = 8, 12  # pixels of its level on each side of a point that its descriptor sees; samples along a side
+AREA, POINTS = 90_000, 300  # pixels to which a picture is reduced for its local features; how many it gets at most
+QUERY_AREA, QUERY_POINTS = 250_000, 700  # the same for a query, of which a small part may be the match
+LEVELS = 8  # sizes in which points are looked for; each is smaller than the one before by the square root of 2
+CONTRAST = 1.5  # least difference, of 255, of a blob from its surroundings: fainter ones are noise
+SPREAD = 4  # points are taken from 4 × 4 cells of the picture in turn, so that a caption does not have them all
+WINDOW, SAMPLES = 8, 12  # a descriptor sees 8 pixels on each side of its point, in 12 × 12 samples
 RATIO = 0.75  # a match counts if its squared distance is less than this share of its best rival's
 NEAR = 8.0  # pixels within which two points are the same spot, and no rivals
-TOLERANCE, DRIFT = 5.0, 0.04  # pixels that an agreeing point may be off; added for each pixel from the proposing point
-SCALES = (0.15, 6.0)  # smallest and largest size of the query in the match; beyond, all points fall on one spot
-PROPOSALS = 5  # transforms that are fitted, of those that most points agree on
+TOLERANCE, DRIFT = 5.0, 0.04  # pixels that an agreeing point may be off; more for each pixel from the proposing point
+SCALES = (0.15, 6.0)  # least and most that the query is enlarged to fit the match; beyond, all points fall on one spot
+PROPOSALS = 5  # of the proposed transforms, so many are fitted: those that most points agree on
 CELL = 4.0  # pixels: points that are nearer to each other count as one
 FEWEST, AGREEING = 6, 14  # least points for a fit; least points for a copy (unrelated photographs reach 3, drawings 10)
-GRID, GRID_CELL = 48, 4  # samples along each side of the match, and of a cell in which the two pictures are correlated
+GRID, GRID_CELL = 48, 4  # the match is compared in 48 × 48 samples; a cell, 4 × 4 of them, agrees or does not
 TEXTURE, CORRELATION = 2.5, 0.8  # least deviation, of 255, of a cell that counts; least correlation of one that agrees
 # Share of the common cells that agree in a copy. Large letters on a plain product, stickers or a curved screen leave
 # 0.62. Two products before one backdrop reach 0.57, two screenshots of one app 0.3
@@ -1034,7 +1013,7 @@ AGREEMENT = 0.6
 
 
 class LocalFeatures(NamedTuple):
-    """Distinctive points of a picture, and what it looks like around them. Complex numbers stand for the plane."""
+    """Distinctive points of a picture, and what it looks like around them. A place is a complex number."""
 
     size: tuple[int, int]  # width and height of the upright picture, pixels
     grey: torch.Tensor  # the picture made smaller; uint8 (h, w)
@@ -1051,7 +1030,7 @@ def smooth(light: torch.Tensor, step: int = 1) -> torch.Tensor:
 
 
 def blob_points(light: torch.Tensor, count: int) -> torch.Tensor:
-    """x and y, int64 (n, 2), of the strongest blobs, at most `count`, taken from all parts of light (h, w) in turn.
+    """x and y, int64 (n, 2), of at most `count` blobs: the strongest in each cell of light (h, w), then the seconds...
 
     A blob is an extreme of a difference of Gaussians, but not on an edge, where it would slide (Lowe, IJCV 2004).
     """
@@ -1075,8 +1054,8 @@ def blob_points(light: torch.Tensor, count: int) -> torch.Tensor:
 def describe_points(light: torch.Tensor, xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Directions, e^(i angle) (n,), and descriptors (n, 128) of the points xy (n, 2) of light (h, w).
 
-    As in SIFT: gradients in 4 × 4 cells and 8 directions, turned by the mean gradient, under a square root
-    (Arandjelović & Zisserman, CVPR 2012).
+    As in SIFT: gradients in 4 × 4 cells and 8 directions, relative to the direction of the mean gradient. Of these sums
+    the square root is taken (Arandjelović & Zisserman, CVPR 2012).
     """
     normalize = torch.nn.functional.normalize
     steps = (torch.arange(SAMPLES) + 0.5) * (2 * WINDOW / SAMPLES) - WINDOW
@@ -1100,7 +1079,7 @@ def describe_points(light: torch.Tensor, xy: torch.Tensor) -> tuple[torch.Tensor
 
 
 def local_features(image: Image.Image, area: int = AREA, count: int = POINTS, side: int = 0) -> LocalFeatures:
-    """At most `count` local features, computed on `area` pixels. `side`: of a model that takes the same image later."""
+    """At most `count` local features, computed on `area` pixels. side: of the model that takes this image next."""
     short, long = sorted(image.size)
     scale = min(1.0, (area / (short * long)) ** 0.5)
     picture = to_rgb(image, max(side, math.ceil(scale * long / DRAFT_SCALE)))
@@ -1134,9 +1113,9 @@ def seen_through(query: LocalFeatures, mirrored: bool, negative: bool) -> LocalF
 
 
 def fitted(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.ndarray]:
-    """Fit an affine transform, (3, 3), from the places q to m. Returns how many points agree, and the transform.
+    """How many of the pairs of places q and m, complex (n,), agree on an affine transform; and that one, (3, 3).
 
-    The fit starts from the points in `agrees`. The number is 0 if it is below AGREEING, or if the picture is distorted.
+    It is fitted to the pairs in `agrees`, then to all that agree. 0: too few agree, or the picture is distorted.
     """
     H = np.eye(3)
     Q, M = (np.stack([z.real, z.imag, np.ones(len(z))]) for z in (q, m))
@@ -1157,7 +1136,7 @@ def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.
     """How many points agree on the best transform from query to match, and that transform: see `fitted`.
 
     A point is matched to the one it resembles most, if it resembles no other place nearly as much. Each matched pair
-    proposes a move, turn and scale by its places, sizes and angles. All proposals are tried, none is drawn at random.
+    proposes a move, turn and scale by its places, sizes and angles. All of them are tried: nothing is random.
     """
     S = torch.from_numpy(query.descriptors) @ torch.from_numpy(match.descriptors).T
     scores, best = (found.numpy() for found in S.max(1))
@@ -1177,7 +1156,7 @@ def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.
 def common_share(query: LocalFeatures, match: LocalFeatures, H: np.ndarray) -> tuple[float, float]:
     """The share of the common cells that agree; and the share of the match's area that lies in the query and agrees.
 
-    The query is warped by H and compared with the match, cell by cell.
+    The query is warped by H to the match. The two are compared cell by cell; featureless cells do not count.
     """
     F = torch.nn.functional
     to_q, to_m = (np.array([[w, 0, w], [0, h, h], [0, 0, 2]]) / 2 for h, w in (query.grey.shape, match.grey.shape))
@@ -1197,7 +1176,7 @@ def common_share(query: LocalFeatures, match: LocalFeatures, H: np.ndarray) -> t
 
 
 def corners_in(one: LocalFeatures, other: LocalFeatures, H: np.ndarray) -> list[tuple[float, float]]:
-    """The corners of one picture in pixels of the other. H: the transform between their small versions."""
+    """The corners of `one` in pixels of `other`. H: the transform from the grey picture of `one` to that of `other`."""
     height, width = one.grey.shape
     there = H @ [(0, width, width, 0), (0, 0, height, height), (1, 1, 1, 1)]
     return [(x, y) for x, y in (there[:2].T * other.size / other.grey.shape[::-1]).round(1).tolist()]
@@ -1222,43 +1201,44 @@ def align(query: LocalFeatures, match: LocalFeatures) -> Region | None:
 
 FORMAT = 3  # of the database; a DeepVision of an older format refuses it
 PAGE_BYTES = 32_768  # 7 vectors of 2048 × fp16 a page: 4.7 KB an image in all, against 5.5 with pages of 16 KB
-CACHE_KB = 16_384  # of pages in memory: the inner pages of ten million rows fit
+CACHE_KB = 16_384  # memory for pages of the database: the inner pages of ten million rows fit
 BLOCK = 4096  # rows handled at once: 16 MB at 2048 dimensions
 CHECKED_BYTES = 1 << 27  # a database up to this size is checked whole on opening, in 0.3 s
-WAIT_SECONDS = 60  # for a commit of another run
+WAIT_SECONDS = 60  # seconds that SQLite waits while another run commits
 OLD_FILES = ("features.bin", "catalogue.sqlite", "catalogue.crc")  # of formats 1 and 2
 SCHEMA = [
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
     # AUTOINCREMENT: no row number is used twice, so that a stale FAISS index can miss a row but never mistake one.
     "CREATE TABLE features (row INTEGER PRIMARY KEY AUTOINCREMENT, digest BLOB UNIQUE, vector BLOB, checksum INTEGER)",
-    # Every file that was ever read. Without digest: not usable, for this reason; without either: not an image.
+    # All files ever read. there: 0 if gone. A skipped file has a reason, no digest; a file that is no image, neither.
     "CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, digest BLOB, reason TEXT, there INTEGER)"
     " WITHOUT ROWID",
-    "CREATE INDEX files_by_digest ON files (digest, there, reason)",  # all that is counted: a million in 50 ms
+    "CREATE INDEX files_by_digest ON files (digest, there, reason)",  # enough to count a million files in 50 ms
 ]
 FEATURE_COLUMNS, FILE_COLUMNS = "row, digest, vector, checksum", "path, size, mtime, digest, reason, there"
-USABLE = "files WHERE there AND digest IS NOT NULL"
+USABLE = "files WHERE there AND digest IS NOT NULL"  # this and the next four: what follows FROM, see `count`
 SKIPPED = "files WHERE there AND reason IS NOT NULL"
 GONE = """files AS old WHERE NOT there AND digest IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM files WHERE digest = old.digest AND there)"""  # a renamed file is not gone
 DAMAGED = "features WHERE checksum IS NOT crc(digest, vector)"
 ORPHANED = """files WHERE digest IS NOT NULL AND mtime != -1
-    AND NOT EXISTS (SELECT 1 FROM features WHERE features.digest = files.digest)"""
-CRASHES = "its decoder crashes"  # the reason given for such a file; --rebuild does not try it again
+    AND NOT EXISTS (SELECT 1 FROM features WHERE features.digest = files.digest)"""  # images without features
+CRASHES = "its decoder crashes"  # reason of a file that crashed the whole process; --rebuild does not try it again
+ROWS_AND_PATHS = "SELECT row, path FROM files JOIN features USING (digest) WHERE there"
 LAST_PATH = b"\xff" * 5000  # sorts after every path
 
-Blocks = Iterator[tuple["np.ndarray", "np.ndarray"]]  # rows, int64 (n,), and features (n, dim)
+Blocks = Iterator[tuple["np.ndarray", "np.ndarray"]]  # rows, int64 (n,), and features, fp16 or float32 (n, dim)
 
 
 @contextmanager
 def whole_file(path: Path, mark: object = "") -> Iterator[BinaryIO]:
-    """A file to write, which takes its place only when it is whole and on disk.
+    """A stream to a new file, which replaces the file `path` once it is whole and on disk.
 
-    Two processes that may write the same file at once give a different `mark`.
+    `mark` is part of the new file's name. Processes that may write the same `path` at once give different marks.
     """
     part = path.with_name(f"{path.name}{mark}.part")
     try:
-        part.unlink(missing_ok=True)  # a link in its place would be written through
+        part.unlink(missing_ok=True)  # a stopped run may have left it; "x" writes through no link
         with open(part, "xb") as stream:
             yield stream
             stream.flush()
@@ -1292,15 +1272,16 @@ class Store:
         self.path, self.index = folder / name, folder / "index.faiss"
         self.salt = zlib.crc32(identity.encode())  # so that checksums of another model's vectors never match
         self.lock_file, self.db_lock = filelock.FileLock(folder / "lock"), threading.Lock()
-        self.last_words = b""  # faulthandler's crash report in the lock file; who takes the lock empties this file
+        self.last_words = b""  # faulthandler's report of a crash, from the lock file: taking the lock empties that file
         with self.errors():
             folder.mkdir(parents=True, exist_ok=True)
             self.connect()
 
     def connect(self) -> None:
+        """Open the database. By the inode, `locked` sees whether another run has replaced the file."""
         if not self.path.exists():
             self.path.touch()
-        self.inode = self.path.stat().st_ino
+        self.inode = self.path.stat().st_ino  # another one: another run has replaced the database, see `locked`
         self.db = sqlite3.connect(self.path, timeout=WAIT_SECONDS, check_same_thread=False)
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
         self.db.create_function("crc", 2, self.crc)
@@ -1308,16 +1289,14 @@ class Store:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Turn errors of the disk and of SQLite into a DeepVisionError. Damage is marked for the next run to repair."""
+        """Turn errors of disk and SQLite into a DeepVisionError. Damage sets the format to 0, which `check` refuses."""
         try:
             yield
         except (OSError, NotImplementedError, sqlite3.OperationalError) as error:  # NotImplementedError: no file locks
             if "user-defined function" in str(error):
                 raise KeyboardInterrupt from error  # a signal came while SQLite called `crc`
-            advice = "Check the free space and the permissions, or choose another folder with --index-dir"
-            raise DeepVisionError(
-                f"the index in {self.folder} cannot be used: {first_line(error)}. {advice}"
-            ) from error
+            hint = "Check the free space and the permissions, or choose another folder with --index-dir"
+            raise DeepVisionError(f"the index in {self.folder} cannot be used: {first_line(error)}. {hint}") from error
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # UnicodeDecodeError: from a damaged schema
             with suppress(sqlite3.Error):
                 self.db.rollback()
@@ -1326,7 +1305,7 @@ class Store:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock of the one run that writes."""
+        """Hold the lock of the one run that writes. Before: read a crash report. Then: reopen a replaced database."""
         with suppress(OSError):  # there is none yet
             self.last_words = Path(self.lock_file.lock_file).read_bytes() or self.last_words
         try:
@@ -1348,8 +1327,8 @@ class Store:
         """A number that changes whenever another run has written."""
         return self.value("PRAGMA data_version")
 
-    def count(self, table: str) -> int:
-        return self.value(f"SELECT count(*) FROM {table}")
+    def count(self, source: str) -> int:
+        return self.value(f"SELECT count(*) FROM {source}")
 
     def get_meta(self, key: str) -> Any:
         return self.value("SELECT value FROM meta WHERE key = ?", key)
@@ -1397,22 +1376,21 @@ class Store:
             return bool(self.value("SELECT 1 FROM features WHERE digest = ?", digest))
 
     def save(self, pictures: Sequence[Picture]) -> None:
-        """Store files and their features in one transaction. New features take the place of stored ones."""
+        """Store files and features in one transaction, in place of what is stored. Mark vanished files as gone."""
         kept = [picture for picture in pictures if not picture.vanished]
         features = {picture.digest: picture.vector.tobytes() for picture in kept if picture.vector is not None}
         files = ((*picture.file, picture.digest, picture.reason) for picture in kept)
         vanished = ((picture.file.path,) for picture in pictures if picture.vanished)
         with self.db_lock, self.db:
-            columns = "(digest, vector, checksum) VALUES (?1, ?2, crc(?1, ?2))"
-            self.db.executemany(f"INSERT OR REPLACE INTO features {columns}", features.items())
+            self.db.executemany("INSERT OR REPLACE INTO features VALUES (NULL, ?1, ?2, crc(?1, ?2))", features.items())
             self.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", files)
             self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", vanished)
 
     def scan(self, images: Path, work: Work) -> Changes:
         """How the folder `images` differs from the store.
 
-        Unread: new and changed files; unusable ones if the decoders have changed; with `work.rebuild` all files, except
-        those that crash a decoder.
+        New and changed files are unread. If the decoders have changed, unusable files are unread as well. With
+        `work.rebuild`, all files are, except those that crash a decoder.
         """
 
         def unlisted(error: OSError) -> None:
@@ -1423,7 +1401,7 @@ class Store:
 
         self.scanned = self.version()
         changes = Changes([], [], [])
-        start: bytes | str = ""  # sorts before every path, also before one that damage has made a text
+        start: bytes | str = ""  # SQLite sorts it before every path, also before one that damage has made a text
         files = find_images(images, unlisted, [self.folder.parent], work.exclude)  # in the order of their paths
         other_decoders = self.get_meta("decoders") != image_formats()[2]
         while start != LAST_PATH:
@@ -1444,7 +1422,7 @@ class Store:
         return changes
 
     def mark_presence(self, changes: Changes) -> bool:
-        """Mark files as gone or back. Returns False, and changes nothing, if no usable image would remain."""
+        """Mark files as gone or back; note the decoders. If no usable image would remain, change nothing: False."""
         with self.db:
             self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", ((path,) for path in changes.gone))
             self.db.executemany("UPDATE files SET there = 1 WHERE path = ?", ((path,) for path in changes.back))
@@ -1472,12 +1450,12 @@ class Store:
         return self.db.execute(f"SELECT path, reason FROM {SKIPPED} ORDER BY path LIMIT ?", (limit,)).fetchall()
 
     def check(self, whole: bool) -> None:
-        """Raise DamageError if this is no sound database of this format. `whole`: look at all of it, if it is small."""
+        """Raise DamageError unless the database is sound, of this format and model. `whole`: read all if small."""
         if (version := self.value("PRAGMA user_version")) > FORMAT:
             newer = f"was written by a newer DeepVision (format {version}, this one knows {FORMAT})"
             raise DeepVisionError(f"{self.folder} {newer}: update DeepVision, or choose another --index-dir")
         ours = "sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%' ORDER BY rowid"
-        schema = [sql for (sql,) in self.db.execute(f"SELECT sql FROM {ours}")]  # with no trigger of a stranger
+        schema = [sql for (sql,) in self.db.execute(f"SELECT sql FROM {ours}")]  # a foreign trigger would show here
         if version < FORMAT or schema != SCHEMA or self.get_meta("identity") != self.identity:
             raise DamageError(self.path, "it is not a database of this format, or of another model")
         self.db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
@@ -1503,12 +1481,12 @@ class Store:
                 return  # all rows were read, no damage
 
     def repair(self) -> None:
-        """Replace a damaged, or new, database by a sound one with all that can be read. Call it with the lock held."""
+        """Replace a damaged or empty database by a sound one with all readable rows. The caller holds the lock."""
         try:
             with self.errors():
                 return self.check(whole=True)  # no damage: another run has repaired it meanwhile
         except DamageError:
-            is_new = not self.path.stat().st_size
+            is_new = not self.path.stat().st_size  # `connect` has only touched it
         Path(f"{self.path}.part-journal").unlink(missing_ok=True)
         with whole_file(self.path) as stream:
             new = Store(self.folder, self.identity, self.dim, os.path.basename(stream.name))
@@ -1531,9 +1509,9 @@ class Store:
 
 # ---- Index -----------------------------------------------------------------------------------------------------------
 
-CODED_DIM = 256  # principal components in the codes, of 2 bits each
-TRAINED_ON, HELD_OUT = 30_000, 500  # vectors; more gain nothing, fewer measure recall less exactly than to 0.001
-OUTGROWN = 2  # the index is made anew when it holds twice as many vectors as at its making, or as the store holds now
+CODED_DIM = 256  # principal components that a code keeps, each in 2 bits
+TRAINED_ON, HELD_OUT = 30_000, 500  # vectors; more improve nothing; with fewer held out, recall is off by over 0.001
+OUTGROWN = 2  # an index is made anew once it holds twice the vectors that it was made of, or that are stored now
 SHORTLIST, LONGEST_SHORTLIST = 160, 32_768  # codes whose exact scores are computed: at first, at most
 RECALL = 0.998  # share of the true ten nearest that the shortlist must hold
 GPU_RESERVE = 3 << 30  # bytes left to the model and to FAISS's own work
@@ -1583,7 +1561,7 @@ def progress_bar(steps: Iterable[Any] | None = None, **options: Any) -> tqdm.tqd
 
 
 def nearest(xq: np.ndarray, k: int, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
-    """Scores D and rows I, (nq, k), of the rows nearest to xq, float32 (nq, dim), best first; -1: there are fewer."""
+    """Scores and rows, (nq, k), best first, of the rows in `blocks` nearest to xq, float32 (nq, dim). Row -1: none."""
     heap = faiss.ResultHeap(len(xq), k, keep_max=True)
     for rows, xb in blocks:
         S = torch.from_numpy(xq) @ torch.from_numpy(to_float32(xb)).T  # several times as fast as FAISS multiplies
@@ -1596,9 +1574,9 @@ def nearest(xq: np.ndarray, k: int, blocks: Blocks) -> tuple[np.ndarray, np.ndar
 def coded_index(store: Store, last: int) -> Index:
     """An index of compact codes, 64 bytes a vector, with its measured recall.
 
-    The principal components, rotated so that all weigh alike, are coded by product quantization in 4 bits (André,
-    Kermarrec & Le Scouarnec, VLDB 2015). A search scans all codes. They only choose the rows whose exact scores are
-    computed: this shortlist grows until it holds nearly all of the true ten nearest of held-out vectors.
+    The principal components, rotated so that their variances are alike, are coded by product quantization in 4 bits
+    (André, Kermarrec & Le Scouarnec, VLDB 2015). A search scans all codes and takes the best rows: the shortlist. Only
+    their exact scores are computed. It is made long enough to hold nearly all true ten nearest of held-out vectors.
     """
     # A digest is a hash: the first ones are a random sample.
     own, _, sample = store.features("row <= ? ORDER BY digest LIMIT ?", last, TRAINED_ON + HELD_OUT)
@@ -1648,7 +1626,7 @@ def open_index(store: Store, work: Work = Work()) -> Index:
     if not rows:
         raise DeepVisionError(f"{store.folder} holds no features yet: run without --no-update")
     coded = rows * store.dim * 2 > work.exact_bytes
-    if index and work.update and bool(index.shortlist) != coded:  # the collection has become too large, or small
+    if index and work.update and bool(index.shortlist) != coded:  # the collection has outgrown that kind
         index = None
     if index and (index.last == last or not work.update):
         return index
@@ -1657,7 +1635,7 @@ def open_index(store: Store, work: Work = Work()) -> Index:
         new = store.count(f"features WHERE row > {index.last}") if index else 0
         if index and index.faiss.ntotal + new < OUTGROWN * min(rows, index.made_of):
             copy = faiss.deserialize_index(index.file)  # vectors cannot be added to an index that looks into a file
-            index = index._replace(faiss=build_index(store.blocks(index.last + 1, last), copy), last=last)
+            index = index._replace(faiss=build_index(store.blocks(index.last + 1, last), copy), last=last, file=None)
         elif coded:
             index = coded_index(store, last)
         else:
@@ -1691,13 +1669,13 @@ def index_on_gpus(store: Store, last: int) -> faiss.Index | None:
 
 # ---- Search ----------------------------------------------------------------------------------------------------------
 
-GPU_QUERIES = 32  # views; from so many on, loading the features on a GPU pays
+GPU_QUERIES = 32  # views; for fewer, copying all features to a GPU takes longer than it saves
 GPU_RESULTS = 2048  # most results that FAISS gives on a GPU
-QUERY_THREADS = 2  # that read queries; few, since each query has many views
-TOGETHER = 16  # queries compared at once: each costs a third of what it costs alone
+QUERY_THREADS = 2  # threads that read queries; few, since each query has many views
+TOGETHER = 16  # queries in a batch; each takes a third of the time that it takes alone
 SCAN_VIEWS = 20  # with this many views, `nearest` is quicker than a search in the exact index
-FIRST_LIST = 64  # rows of the first list of an exact search
-CLOSELY = 10  # codes rank inexactly: in a list that they choose, only the best tenth surely misses no row
+FIRST_LIST = 64  # rows that an exact search scores first; `ranked` asks for more
+CLOSELY = 10  # codes rank inexactly: of the rows that they choose, only the best tenth is trusted to be complete
 ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
 CANDIDATES = 10  # contents that are aligned with a query, whatever k is
 SAMPLED = 8000  # images that `representatives` looks at: 0.7 s with 2048 dimensions, and sizes within 10 %
@@ -1715,13 +1693,17 @@ class Engine:
     exact: bool  # compare with every vector, whatever the index is
     summary: Summary
 
+    def path_of(self, path: bytes) -> str:
+        """The path of a file of the collection, from its path below `images`."""
+        return os.path.join(self.images, os.fsdecode(path))
+
     @cached_property
     def on_gpus(self) -> faiss.Index | None:
         return index_on_gpus(self.store, self.index.last)
 
     @property
     def first_list(self) -> int:
-        """Rows of the first list of every search."""
+        """How many rows a search scores first; `ranked` asks for more."""
         return FIRST_LIST if self.exact else self.index.shortlist or FIRST_LIST
 
 
@@ -1745,16 +1727,17 @@ class Found(NamedTuple):
 
 
 def candidate_rows(engine: Engine, queries: Sequence[np.ndarray], count: int) -> list[list[int]]:
-    """For each of the queries, (views, dim), rows that include its `count` nearest ones.
+    """Rows for each of the queries, (views, dim): its `count` nearest ones by the index, without duplicates.
 
-    Rows that are not in the index yet are compared one by one; if the search is exact or has many views, all rows are.
+    Rows that are not in the index yet are scanned and give up to `count` more. If the search is exact or has many
+    views, all rows are scanned instead.
     """
     index, last, found = engine.index, engine.store.last_row(), []
     xq = np.concatenate(queries)
     scans = engine.exact or (not index.shortlist and len(xq) >= SCAN_VIEWS)
     if not scans:
-        on_gpus = index.shortlist and len(xq) >= GPU_QUERIES and count <= GPU_RESULTS and engine.on_gpus
-        # `on_gpus` is an index, or something false
+        is_large = index.shortlist and len(xq) >= GPU_QUERIES and count <= GPU_RESULTS
+        on_gpus = engine.on_gpus if is_large else None
         D, I = (on_gpus or index.faiss).search(xq, min(count, index.faiss.ntotal))
         found.append((-D if index.shortlist and not on_gpus else D, I))  # codes give distances
     if scans or last > index.last:
@@ -1780,25 +1763,22 @@ def exact_scores(store: Store, xq: np.ndarray, rows: Iterable[int]) -> list[Foun
 
 
 def ranked(engine: Engine, xq: np.ndarray, rows: Sequence[int]) -> Iterator[Found]:
-    """All contents of the store, compared with a query's views, xq (views, dim), best first. `rows`: its first list.
+    """All contents of the store, compared with a query's views, xq (views, dim), best first. `rows`: its first rows.
 
-    A list of rows is scored, then one that is four times as long, and so on. Each list yields the scores from `bound`
-    up to `end`. Below `bound`, a longer list may still find other rows. `end` is the bound of the list before: rows
-    above it were yielded already. A row that only the longer list finds up there comes too late and is left out.
+    `count` rows are scored, then four times as many, and so on. Each round yields the scores above `bound` and up to
+    `end`. Up to `bound`, more rows may still be missing. `end` is the bound of the round before: what lies above it was
+    yielded then. A row above it that is found only now comes too late and is left out.
     """
     count, end = engine.first_list, math.inf
     while True:
         scored = exact_scores(engine.store, xq, rows)
-        is_last = count >= max(engine.index.faiss.ntotal, engine.store.last_row())
-        trusted = count - 1 - (len(rows) - len(scored))  # a row that a rebuild has replaced is missing in `scored`
-        if engine.index.shortlist and not engine.exact:
-            trusted = count // CLOSELY
-        bound = -math.inf if is_last else end
-        if scored and trusted >= 0 and not is_last:
-            bound = min(end, scored[min(trusted, len(scored) - 1)].score + ROUNDING)
-        yield from (it for it in scored if bound < it.score <= end)
-        if is_last:
+        if count >= max(engine.index.faiss.ntotal, engine.store.last_row()):  # these are all rows
+            yield from (it for it in scored if it.score <= end)
             return
+        missing = len(rows) - len(scored)  # rows that a rebuild has replaced meanwhile
+        trusted = count // CLOSELY if engine.index.shortlist and not engine.exact else count - 1 - missing
+        bound = min(end, scored[min(trusted, len(scored) - 1)].score + ROUNDING) if scored and trusted >= 0 else end
+        yield from (it for it in scored if bound < it.score <= end)
         count, end = 4 * count, bound
         engine = replace(engine, exact=engine.exact or count > LONGEST_SHORTLIST)
         (rows,) = candidate_rows(engine, [xq], count)
@@ -1810,7 +1790,7 @@ def location(path: str) -> str:
 
 
 def nearest_files(engine: Engine, query: Picture, rows: Sequence[int], k: int) -> list[Found]:
-    """The files nearest to the query, by score, then by path: at least k, and CANDIDATES contents.
+    """The files nearest to the query, sorted by score and path: at least k files of at least CANDIDATES contents.
 
     The query's own file and files that have changed since they were indexed are left out.
     """
@@ -1819,7 +1799,7 @@ def nearest_files(engine: Engine, query: Picture, rows: Sequence[int], k: int) -
         if len(found) >= k and len(contents) >= CANDIDATES and it.score < found[-1].score:
             break
         for file in engine.store.files_with(it.digest):
-            path = os.path.join(engine.images, os.fsdecode(file.path))
+            path = engine.path_of(file.path)
             with suppress(OSError):  # it is gone
                 if File.of(file.path, os.stat(path)) == file and (it.digest != query.digest or location(path) != own):
                     found.append(it._replace(path=path))
@@ -1830,12 +1810,12 @@ def nearest_files(engine: Engine, query: Picture, rows: Sequence[int], k: int) -
 @lru_cache(maxsize=1024)  # 200 MB; many queries share candidates
 def read_local(path: str, digest: bytes) -> LocalFeatures | None:
     """Local features of a file; None if it cannot be read, or if its content has another hash than `digest`."""
-    read = read_picture(File(os.fsencode(path), 0, 0), b"", local_features)
+    read = read_path(path, local_features)
     return read.made if read.digest == digest and not read.vanished else None
 
 
 def verified(query: Picture, found: Sequence[Found]) -> list[Found]:
-    """The same files, with the region of those that are copies. The best CANDIDATES contents are looked at."""
+    """`found`, with the region of each copy of the query. Only the best CANDIDATES contents are aligned with it."""
     paths = {it.digest: it.path for it in reversed(found)}
     best = [digest for digest in dict.fromkeys(it.digest for it in found) if digest != query.digest][:CANDIDATES]
 
@@ -1851,7 +1831,7 @@ def verified(query: Picture, found: Sequence[Found]) -> list[Found]:
 def compared(
     queries: Iterable[str | Path], engine: Engine, k: int, views: str, crop: Sequence[float] | None = None
 ) -> Iterator[tuple[Picture, list[Found]]]:
-    """Each query with at least k nearest files, by score, its copies verified."""
+    """Each query with what `nearest_files` and `verified` give for it. `views`, `crop`: see `search`."""
 
     def look_at(image: Image.Image) -> Seen:
         image, *corner = cut_out(image, crop) if crop else (image, 0, 0)
@@ -1860,8 +1840,7 @@ def compared(
             seen = query_views(image, engine.model, views)
         return Seen(*features_of_views(seen, engine.model), local, corner)
 
-    files = (File(os.fsencode(name), 0, 0) for name in queries)
-    pictures = read_ahead(partial(read_picture, root=b"", transform=look_at), files, QUERY_THREADS, TOGETHER)
+    pictures = read_ahead(partial(read_path, transform=look_at), queries, QUERY_THREADS, TOGETHER)
     while group := list(itertools.islice(pictures, TOGETHER)):
         usable = [query for query in group if query.made]
         with engine.store.db:  # all that is read comes from one state: --rebuild, say, replaces rows meanwhile
@@ -1880,6 +1859,7 @@ def is_mirrored(corners: Sequence[tuple[float, float]]) -> bool:
 
 
 def as_match(query: Picture, found: Found) -> Match:
+    """The Match, still without a rank, that a Found of the query is shown as."""
     view, region = query.made.views[found.view], found.region
     label = "identical" if found.digest == query.digest else "copy" if region else ""
     if region:  # the alignment knows whether the copy is mirrored; the view only scored best
@@ -1891,9 +1871,8 @@ def as_match(query: Picture, found: Found) -> Match:
 
 
 def search(
-    queries: str | Path | Iterable[str | Path], engine: Engine | None = None, *,
-    k: int = TOP, threshold: float | str = -1.0, views: str = "auto",
-    crop: Sequence[float] | None = None,
+    queries: str | Path | Iterable[str | Path], engine: Engine | None = None, *, k: int = TOP,
+    threshold: float | str = -1.0, views: str = "auto", crop: Sequence[float] | None = None,
 ) -> Iterator[Answer]:  # fmt: skip
     """What looks like each of the image files `queries`: an Answer for each, in their order.
 
@@ -1917,9 +1896,8 @@ def search(
             matches = [as_match(query, it) for it in found]
             matches.sort(key=lambda match: (("identical", "copy", "").index(match.label), -match.score, match.path))
             kept = [match for match in matches if match.label in labels and round(match.score, 3) >= least][:k]
-            error = None if query.made else query.reason or NOT_AN_IMAGE
-            ranks = itertools.count(1)
-            yield Answer(os.fsdecode(query.file.path), [it._replace(rank=next(ranks)) for it in kept], error)
+            kept = [match._replace(rank=rank) for rank, match in enumerate(kept, start=1)]
+            yield Answer(os.fsdecode(query.file.path), kept, None if query.made else query.reason or NOT_AN_IMAGE)
 
 
 def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]:
@@ -1927,9 +1905,8 @@ def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]
 
     Each has its size, an estimate if the collection is larger than the sample, and the images nearest to its centre.
     """
-    files = "SELECT row, path FROM files JOIN features USING (digest) WHERE there"
     with engine.store.errors():  # a digest is a hash: the first ones are a random sample
-        sample = engine.store.db.execute(f"{files} ORDER BY digest, path LIMIT {SAMPLED}").fetchall()
+        sample = engine.store.db.execute(f"{ROWS_AND_PATHS} ORDER BY digest, path LIMIT {SAMPLED}").fetchall()
         if not sample:
             return []
         rows, paths = zip(*sample)
@@ -1940,10 +1917,9 @@ def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]
     kmeans.train(xb)
     D, I = kmeans.assign(xb)
     for centre in set(I.tolist()):
-        members = np.flatnonzero(centre == I)
-        closest = members[np.argsort(-D[members], kind="stable")][:MEMBERS].tolist()
-        names = [os.path.join(engine.images, os.fsdecode(paths[i])) for i in closest]
-        images = [Match(n, name, float(D[i]), False) for n, (i, name) in enumerate(zip(closest, names), start=1)]
+        members = sorted(np.flatnonzero(centre == I).tolist(), key=lambda i: -D[i])
+        names = [engine.path_of(paths[i]) for i in members[:MEMBERS]]
+        images = [Match(n, name, float(D[i]), False) for n, (i, name) in enumerate(zip(members, names), start=1)]
         groups.append((round(len(members) / len(xb) * engine.summary.images), images))
     return sorted(groups, key=lambda group: (-group[0], group[1][0].path))
 
@@ -1953,25 +1929,23 @@ def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]
 NEIGHBOURS = 100  # contents that `pairs_by_score` compares with each content, at most
 WHOLE = 0.95  # share of a picture's area from which on it counts as all of it
 
-
 Pairs = Iterator[tuple[bytes, bytes, Match]]  # keep, other, and the Match of the other, still without a path
 
 
 def different_files(engine: Engine, digest: bytes) -> list[str]:
     """The paths of the files with this content, by path. A link to one of them is no other file."""
-    root, found = os.path.realpath(engine.images), dict[tuple[int, int], str]()
+    root, found = os.path.realpath(engine.images), dict[tuple[int, ...], str]()
     names = [os.fsdecode(file.path) for file in engine.store.files_with(digest)]
     # Files that are reached without a link come first, so that they stay and not the links.
     for name in sorted(names, key=lambda name: os.path.realpath(os.path.join(root, name)) != os.path.join(root, name)):
         path = os.path.join(engine.images, name)
         with suppress(OSError):  # gone meanwhile
-            info = os.stat(path)
-            found.setdefault((info.st_dev, info.st_ino), path)
+            found.setdefault(os.stat(path)[1:3], path)  # inode and device
     return sorted(found.values())
 
 
 def pairs_by_score(engine: Engine, threshold: float) -> Pairs:
-    """The contents of the collection that score `threshold` or more, as it is printed, with each other."""
+    """Each two contents of the collection that score `threshold` or more, once rounded to 3 decimals as printed."""
     digests = dict(engine.store.db.execute("SELECT row, digest FROM features"))
     for rows, xb in progress_bar(engine.store.blocks(), desc="comparing", unit="block"):
         D, I = nearest(to_float32(xb), min(NEIGHBOURS + 1, len(digests)), engine.store.blocks())
@@ -1984,9 +1958,9 @@ def pairs_by_score(engine: Engine, threshold: float) -> Pairs:
 def relation(corners: Sequence[tuple[float, float]], shown: float, inside: float) -> str:
     """What a picture is to the one to keep: "same picture", "mirrored", "crop, 60 %"...
 
-    corners        its own corners in pixels of the picture to keep
-    shown   share of the picture to keep that this picture shows
-    inside  share of this picture that lies in the picture to keep
+    corners  its own corners in pixels of the picture to keep
+    shown    share of the picture to keep that this picture shows
+    inside   share of this picture that lies in the picture to keep
     """
     (x0, y0), (x1, y1), *_ = corners
     mirrored = is_mirrored(corners)
@@ -2004,7 +1978,7 @@ def relation(corners: Sequence[tuple[float, float]], shown: float, inside: float
 def pairs_by_alignment(engine: Engine) -> Pairs:
     """Each two contents of the collection that are copies, twice: either one may be the one to keep."""
     first = engine.store.db.execute(f"SELECT min(path) FROM {USABLE} GROUP BY digest ORDER BY 1").fetchall()
-    queries = [os.path.join(engine.images, os.fsdecode(path)) for (path,) in first]
+    queries = [engine.path_of(path) for (path,) in first]
     answers = compared(queries, engine, 1, COPIES)
     for query, found in progress_bar(answers, total=len(queries), desc="comparing", unit="img"):
         for copy in {it.digest: it for it in found if it.region}.values():
@@ -2012,15 +1986,15 @@ def pairs_by_alignment(engine: Engine) -> Pairs:
             outline = 100 * np.array(copy.region.outline) / query.made.local.size  # the query measures 100 × 100
             ImageDraw.Draw(mask).polygon(outline.ravel().tolist(), fill=1)
             common = float(np.asarray(mask).mean())  # share of the query that the match covers
-            share = common * 100**2 / abs(np.linalg.det(outline[[1, 3]] - outline[0]))  # of the match
-            match = Match(0, "", copy.score, False, "copy", relation(copy.region.outline, common, share))
+            inside = common * 100**2 / abs(np.linalg.det(outline[[1, 3]] - outline[0]))  # share of the match in it
+            match = Match(0, "", copy.score, False, "copy", relation(copy.region.outline, common, inside))
             yield query.digest, copy.digest, match
-            yield copy.digest, query.digest, match._replace(view=relation(copy.region.corners, share, common))
+            yield copy.digest, query.digest, match._replace(view=relation(copy.region.corners, inside, common))
 
 
 def largest_first(path: str) -> tuple[int, int, str]:
     """A key that sorts image files by their pixels, as the header tells, then by their bytes, then by path."""
-    with suppress(Exception), Image.open(path) as image:  # it is gone or changed meanwhile
+    with suppress(Exception), Image.open(path, formats=image_formats()[0]) as image:  # it may be gone meanwhile
         return -image.width * image.height, -os.path.getsize(path), path
     return 0, 0, path
 
@@ -2028,7 +2002,7 @@ def largest_first(path: str) -> tuple[int, int, str]:
 def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Match]]) -> Iterator[Group]:
     """Groups of files that hold the same picture, the largest keeper first. `pairs`: by keeper, then by other.
 
-    Every file of a group was compared with the one to keep. A copy of a copy may be none of that.
+    Every file of a group was compared with the one to keep: a copy of a copy need not be a copy of that one.
     """
     repeated = engine.store.db.execute(f"SELECT digest FROM {USABLE} GROUP BY digest HAVING count(*) > 1")
     contents = {*pairs, *(digest for (digest,) in repeated)}
@@ -2064,18 +2038,18 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator
 
 # ---- Assembly --------------------------------------------------------------------------------------------------------
 
-SAVE_SECONDS = 10  # between saves: the work at risk if the process is killed
+SAVE_SECONDS = 10  # seconds between saves; a killed process loses at most that much work
 RANKS_WAIT = 30  # days that a rank of torchrun waits for the slowest one
 CRASH = b"Fatal Python error"  # how faulthandler's report begins when a decoder crashes the process
-# The process that tries the files: it writes a dot before each one. The last dot stands for the one that crashed
+# A program that reads files one by one and writes a dot before each: the last dot is for the file that crashed it
 READ_EACH = """import os, sys, main
 for path in sys.stdin.buffer.read().split(b"\\0"):
     os.write(1, b".")
-    main.read_picture(main.File(path, 0, 0), b"", lambda image: main.to_rgb(image, 224))"""
+    main.read_path(path, lambda image: main.to_rgb(image, 224))"""
 
 
 def skip_crashing_file(store: Store, unread: list[File], images: Path, work: Work) -> None:
-    """If a decoder has crashed the run before, find the file in a process of its own and note it as skipped."""
+    """If a decoder crashed the last run, find the file in another process, note it, and remove it from `unread`."""
     if CRASH not in store.last_words:
         return
     at_risk = unread[: None if work.rebuild else 2 * BLOCK * work.ranks]  # a run saves before it has read so many
@@ -2087,14 +2061,13 @@ def skip_crashing_file(store: Store, unread: list[File], images: Path, work: Wor
 
 
 def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, work: Work) -> Summary:
-    """Read these files, and save them with their features: in the store, or as a rank of torchrun in its own.
+    """A Summary of the files that were read and saved: in `store`, or a rank's share of them in a store of its own.
 
-    It saves every few seconds, and also when an error or an interrupt ends the run. If a decoder crashes the process,
+    Saves come every few seconds, and also when an error or an interrupt ends the run. If a decoder crashes the process,
     faulthandler writes that into the lock file, for `skip_crashing_file`.
     """
-    read = partial(read_picture, root=os.fsencode(images), transform=get_transform(model.side, model.resample))
-    if not work.rebuild:
-        read = partial(read, known=store.is_known)
+    transform, known = get_transform(model.side, model.resample), (lambda _: False) if work.rebuild else store.is_known
+    read = partial(read_picture, root=os.fsencode(images), transform=transform, known=known)
     size, workers = work.batch_size or model.batch, work.workers or usable_cores()
     files = [file for file in unread if zlib.crc32(file.path) % work.ranks == work.rank]
     if model.network is describe:  # small operations gain nothing from cores: each thread describes what it reads
@@ -2128,7 +2101,7 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
 
 
 def merge_ranks(store: Store) -> Summary:
-    """Store what the ranks of torchrun have read, also those that were stopped, and delete their databases."""
+    """A Summary of what the ranks of torchrun, also stopped ones, have read. It is stored; their files are deleted."""
     summary = Summary()
     for path in sorted(store.folder.glob("rank-*.sqlite")):
         share = Store(store.folder, store.identity, store.dim, path.name)
@@ -2173,7 +2146,7 @@ def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
 
 
 def store_changes(store: Store, changes: Changes, images: Path, model: Model, work: Work) -> Summary:
-    """Read what is new. Note what is gone, but only if a usable image remains: else the summary counts no images."""
+    """Read what is new, note what is gone; what was done. If no usable image remains, nothing is noted, images is 0."""
     with store.locked():
         if merge_ranks(store).opened or store.scanned != store.version():  # a stopped or another run has added files
             changes = store.scan(images, work)
@@ -2222,9 +2195,8 @@ def prepare(store: Store, images: Path, model: Model, work: Work) -> Engine:
     """Update the store and open its index: the engine of a search."""
     with store.errors():
         store.check(whole=work.update)
-        summary = Summary(store.count(USABLE), store.count(SKIPPED))
-        if work.update:
-            summary = update(store, images, model, work)
+        counts = map(store.count, (USABLE, SKIPPED))
+        summary = update(store, images, model, work) if work.update else Summary(*counts)
         return Engine(images, model, store, open_index(store, work), work.exact, summary)
 
 
@@ -2270,7 +2242,7 @@ def initialize_reverse_image_search(
 
 
 def verdict(found: Answer | Group) -> str:
-    """What a heading says of the matches; empty for an Answer whose first match is a copy or identical."""
+    """What a heading says of the matches. It is empty if the query was found: if its first match has a label."""
     if isinstance(found, Group):
         return f"keep: the best of {len(found.matches) + 1}"
     if not found.matches:
@@ -2287,8 +2259,8 @@ def remark_on(match: Match) -> str:
 def as_text(found: Answer | Group, engine: Engine, colour: bool) -> str:
     """A heading line, then `rank  score  path  label, view` for each match."""
     bold, green, plain = ("\x1b[1m", "\x1b[32m", "\x1b[0m") if colour else ("", "", "")
-    about = f"{engine.model.name}, {engine.summary.images:,} images"
-    about = f"({verdict(found)})" if isinstance(found, Group) else f"({about}): {verdict(found)}".removesuffix(": ")
+    searched = f"({engine.model.name}, {engine.summary.images:,} images): {verdict(found)}".removesuffix(": ")
+    about = f"({verdict(found)})" if isinstance(found, Group) else searched
     lines = [f"{bold}{escape_controls(found[0])}{plain}  {about}"]
     for match in found.matches:
         remark = f"{green}{remark_on(match)}{plain}" if match.label else remark_on(match)
@@ -2299,12 +2271,13 @@ def as_text(found: Answer | Group, engine: Engine, colour: bool) -> str:
 
 def as_json(found: Answer | Group, engine: Engine) -> str:
     """One object on one line, in ASCII, so that any file name makes valid JSON."""
+    subject = {found._fields[0]: found[0]}  # an Answer's query, or a Group's keep
     if found.error:
-        return json.dumps({found._fields[0]: found[0], "error": found.error})
+        return json.dumps({**subject, "error": found.error})
     matches = [match._replace(score=round(match.score, 6))._asdict() for match in found.matches]
     for match in matches:
         match["region"] = match["region"] and match["region"]._asdict()
-    return json.dumps({found._fields[0]: found[0], "model": engine.model.name, "matches": matches})
+    return json.dumps({**subject, "model": engine.model.name, "matches": matches})
 
 
 def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
@@ -2322,8 +2295,9 @@ def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
 # ---- Page ------------------------------------------------------------------------------------------------------------
 
 THUMBNAIL, QUALITY = 256, 60  # pixels of the longer side, and of WebP: 5 KB a photograph
+ADDRESS = re.compile("https?://", re.IGNORECASE)  # the only queries, and redirects, that are fetched
 PAGE_PICTURES = 5000  # on a page, 34 MB; the rest is left to the other outputs
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # Content-Security-Policy: nothing is loaded
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{{ policy }}">
@@ -2396,10 +2370,12 @@ def decode_path(path: str | Path) -> str:
 
 
 def link_to(path: str) -> str:
+    """The address of a file; an address stays as it is; empty for stdin."""
     return path if ADDRESS.match(path) else "" if path == "-" else Path(path).absolute().as_uri()
 
 
 def title_of(found: Sequence[Answer | Group]) -> str:
+    """The title of a page: the number of groups, or of queries and of those that were found."""
     if not found:
         return "No picture is there twice"
     if isinstance(found[0], Group):
@@ -2411,25 +2387,22 @@ def with_query(item: Answer | Group) -> list[Match]:
     """The matches, and before them, with rank 0, the query or the file to keep, outlined as its first copy is."""
     if item.error or not item[0]:
         return item.matches
-    region = next((match.region for match in item.matches if match.region), None)
-    region = region and region._replace(corners=region.outline)
+    region = next((it.region._replace(corners=it.region.outline) for it in item.matches if it.region), None)
     return [Match(0, getattr(item, "file", "") or item[0], 1.0, False, region=region), *item.matches]
 
 
 def render(
     found: Sequence[Answer | Group], engine: Engine, name: Any = decode_path, link: Any = link_to, **values: Any
 ) -> str:
-    """The page. `name` and `link` make of a path the text and the address shown; `values`: what else PAGE takes."""
-    shown = list[tuple[Answer | Group, list[Match]]]()
-    room = PAGE_PICTURES
+    """The page, HTML. `name` gives the text for a path, `link` its address; `values`: other variables of PAGE."""
+    shown, room = list[tuple[Answer | Group, list[Match]]](), PAGE_PICTURES
     for item in found:
         matches = with_query(item)
         shown.append((item, matches[: max(0, room)]))
         room -= len(matches)
     paths = list(dict.fromkeys(match.path for _, matches in shown for match in matches))
-    files = (File(os.fsencode(path), 0, 0) for path in paths)
-    read = partial(read_picture, root=b"", transform=thumbnail)
-    pictures = dict(zip(paths, read_ahead(read, files, usable_cores(), 4 * usable_cores())))
+    read = partial(read_path, transform=thumbnail)
+    pictures = dict(zip(paths, read_ahead(read, paths, usable_cores(), 4 * usable_cores())))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     environment.filters.update(text=decode_path, name=name, link=link)
     values = {"title": title_of(found), "policy": POLICY, "verdict": verdict, "remark_on": remark_on, **values}
@@ -2438,28 +2411,23 @@ def render(
 
 
 def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine, seconds: float) -> None:
-    """Write the page: one file that needs no other, no script and no network.
-
-    Raises DeepVisionError if it cannot be written. An older page stays then.
-    """
+    """Write the page, one file without script or network. DeepVisionError: it cannot be; an older page stays."""
     target = Path(os.path.realpath(path))
     try:
         if target.exists() and not target.is_file():
             raise FileExistsError(errno.EEXIST, "it exists and is not a regular file")
         with whole_file(target, f".{os.getpid()}") as stream:
-            about = f"{time.strftime('%Y-%m-%d %H:%M')}, {seconds:.1f} s"
-            stream.write(render(found, engine, about=about).encode())
+            stream.write(render(found, engine, about=f"{time.strftime('%Y-%m-%d %H:%M')}, {seconds:.1f} s").encode())
     except OSError as error:
         why = error.strerror or first_line(error)
-        advice = "choose another place with --report FILE, or --no-report"
-        raise DeepVisionError(f"the page {path} cannot be written ({why}): {advice}") from error
+        raise DeepVisionError(f"the page {path} cannot be written ({why}): choose another --report FILE") from error
 
 
 # ---- UI --------------------------------------------------------------------------------------------------------------
 
-UPLOAD_BYTES = 300_000_000  # of one file given to --ui: a photograph of 100 million pixels, uncompressed
+QUERY_BYTES = 300_000_000  # of a query given to --ui, on stdin or by an address: 100 million pixels, uncompressed
 TILES = 24  # pictures that stand for the collection
-COMPARING = "Comparing all pictures: each takes a fraction of a second"  # the title of a page that reloads itself
+COMPARING = "Comparing all pictures: each takes a fraction of a second"  # a page with this title reloads itself
 SCRIPT = """// Pictures that a person gives are sent one by one. The answers are keys, which the next page asks for.
 const given = document.querySelector("#given")
 const send = async files => {
@@ -2469,7 +2437,7 @@ const send = async files => {
         const request = fetch("/?" + new URLSearchParams({name: file.name}), {method: "POST", body: file})
         const answer = await request.catch(error => ({statusText: error.message}))
         if (answer.ok) asked.append("q", await answer.text())
-        else alert(`${file.name} is not taken (${answer.statusText}). A file may have 300 MB`)
+        else alert(`${file.name} is not taken: ${answer.statusText}`)
     }
     if (asked.has("q")) location.search = asked
 }
@@ -2511,7 +2479,7 @@ class Request(http.server.BaseHTTPRequestHandler):
     timeout = 60  # seconds without a byte
 
     def parse_request(self) -> bool:
-        """Read the header. Refuse what comes neither from this machine's address line nor from the UI's own page."""
+        """Read the header. False, and an error is sent, unless the UI's own page or a typed address asks for it."""
         if not super().parse_request():
             return False
         host, port = self.headers["Host"], self.server.server_address[1]
@@ -2524,22 +2492,18 @@ class Request(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
-        if path == "/":
-            self.reply(self.server.page(query))
-        else:
-            self.send_error(404)
+        if path != "/":
+            return self.send_error(404)
+        self.reply(self.server.page(query))
 
     def do_POST(self) -> None:
         """Save the picture that is sent, and answer with its key. Its name is in the address."""
-        left = int(self.headers["Content-Length"])
-        if not 0 <= left <= UPLOAD_BYTES:
-            return self.send_error(413, f"more than {UPLOAD_BYTES:,} bytes")
+        size = int(self.headers.get("Content-Length", -1))
+        if not 0 <= size <= QUERY_BYTES:
+            return self.send_error(413, f"more than {QUERY_BYTES:,} bytes")
         name = urllib.parse.parse_qs(self.path.partition("?")[2])["name"][0]
         path = os.path.join(tempfile.mkdtemp(dir=self.server.folder), os.path.basename(name))
-        with open(path, "xb") as target:
-            while data := self.rfile.read(min(left, 1 << 20)):
-                target.write(data)
-                left -= len(data)
+        Path(path).write_bytes(self.rfile.read(size))
         self.reply(self.server.key(path))
 
     def reply(self, body: str) -> None:
@@ -2565,7 +2529,7 @@ class UI(socketserver.ThreadingTCPServer):
         self.engine, self.top, self.folder = engine, top, folder  # the folder is for the pictures that are given
         self.searching = threading.Lock()  # the store is for one thread at a time
         self.comparing = threading.Thread(target=self.compare, daemon=True)
-        self.duplicates: list[Any] = [Answer("", [], "the comparison has failed: the terminal says why")]
+        self.duplicates: list[Group] | None = None  # None: not known yet, or the comparison has failed
         self.groups = representatives(engine, TILES)
         self.paths = dict[str, str]()  # by key
 
@@ -2604,9 +2568,11 @@ class UI(socketserver.ThreadingTCPServer):
         if "twice" in asked:
             with suppress(RuntimeError):  # it was started before
                 self.comparing.start()
-            self.comparing.join(1)
+            self.comparing.join(1)  # second; a small collection is compared by then
             if self.comparing.is_alive():
                 return COMPARING, []
+            if self.duplicates is None:
+                raise DeepVisionError("the comparison has failed: the terminal says why")
             return title_of(self.duplicates), self.duplicates
         with self.searching:
             if "q" in asked:
@@ -2619,8 +2585,8 @@ class UI(socketserver.ThreadingTCPServer):
             if "group" in asked:
                 size, images = self.groups[int(asked["group"][0]) - 1]
                 return f"{counted(size, 'picture')} that look alike", [Group("", images)]
-            tiles = [images[0]._replace(view=f"group of {size:,}") for size, images in self.groups]
-            tiles = [match._replace(rank=rank) for rank, match in enumerate(tiles, start=1)]
+            ranked_groups = enumerate(self.groups, start=1)
+            tiles = [images[0]._replace(rank=n, view=f"group of {size:,}") for n, (size, images) in ranked_groups]
             return "Pictures that stand for the collection", [Group("", tiles)]
 
 
@@ -2630,8 +2596,7 @@ def serve(engine: Engine, port: int, top: int) -> None:
         try:
             server = UI(engine, port, top, folder)
         except (OSError, OverflowError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise DeepVisionError(f"port {port} cannot be used ({why}): choose another with --port") from error
+            raise DeepVisionError(f"port {port}: {first_line(error)}: choose another with --port") from error
         with server, suppress(KeyboardInterrupt):
             log.info("http://127.0.0.1:%d", server.server_address[1])
             server.serve_forever()
@@ -2640,10 +2605,8 @@ def serve(engine: Engine, port: int, top: int) -> None:
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-ADDRESS = re.compile("https?://", re.IGNORECASE)  # nothing else is fetched, not even after a redirect
-FETCHED_BYTES = 300_000_000  # of one query that comes from an address or from stdin
-FETCH_SECONDS = 600  # for one address: FETCHED_BYTES at 0.5 MB/s
-NO_MEMORY = re.compile("alloc|memory|start new thread|map segment")  # in the words of torch, FAISS, Python and ld.so
+FETCH_SECONDS = 600  # for one address: QUERY_BYTES at 0.5 MB/s
+NO_MEMORY = re.compile("alloc|memory|start new thread|map segment")  # as torch, FAISS, Python or ld.so say it
 EXCLUDED = {  # by option: those that cannot be combined with it
     "no_update": ("index_only", "rebuild", "prune", "exclude"),
     "index_only": ("queries", "crop"),
@@ -2654,20 +2617,13 @@ EXCLUDED = {  # by option: those that cannot be combined with it
 
 
 def score_or_label(text: str) -> float | str:
+    """The value of --threshold and --duplicates: a cosine similarity, or one of LABELS."""
     if text in LABELS:
         return text
     with suppress(ValueError):
         if -1 <= float(text) <= 1:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1 to 1, and not one of: {', '.join(LABELS)}")
-
-
-def crop_box(text: str) -> tuple[float, ...]:
-    with suppress(ValueError):
-        sides = tuple(map(float, text.split(",")))
-        if len(sides) == 4 and 0 <= sides[0] < sides[2] < math.inf and 0 <= sides[1] < sides[3] < math.inf:
-            return sides
-    raise argparse.ArgumentTypeError(f"{text!r} is not LEFT,TOP,RIGHT,BOTTOM, in pixels or as shares of the picture")
 
 
 def check_options(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -2745,8 +2701,8 @@ def save_query(name: str, path: str) -> str | None:
             # `read` would wait until it has all bytes that it is asked for, however slowly a server sends them.
             while data := stream.read1(1 << 16):
                 target.write(data)
-                if target.tell() > FETCHED_BYTES:
-                    return f"more than {FETCHED_BYTES:,} bytes"
+                if target.tell() > QUERY_BYTES:
+                    return f"more than {QUERY_BYTES:,} bytes"
                 if name != "-" and time.monotonic() > end:
                     return f"not there after {FETCH_SECONDS} seconds"
             return None if target.tell() else "it is empty"
@@ -2756,7 +2712,7 @@ def save_query(name: str, path: str) -> str | None:
 
 
 def find_queries(names: Iterable[str], folder: str) -> Iterator[Answer]:
-    """The queries, as Answers without matches. Addresses and stdin are saved in `folder`. A folder gives its files."""
+    """An Answer without matches for each query, file of a folder, and unlisted folder. Fetched ones go to `folder`."""
     unlisted = list[OSError]()
     for number, name in enumerate(names):
         if name == "-" or ADDRESS.match(name):
@@ -2784,12 +2740,11 @@ def answers(options: argparse.Namespace, engine: Engine, folder: str) -> Iterato
 
 
 def write_export(engine: Engine, folder: Path) -> None:
-    """Write paths.txt, a line for each image, and features.npy, float16 (n, dim), which is there only if both are."""
+    """Write paths.txt, a line for each image, then features.npy, float16 (n, dim). If it is there, both are whole."""
     store = engine.store
     try:
         with store.locked():  # nobody else changes the store meanwhile
-            joined = "files JOIN features USING (digest) WHERE there"
-            files = store.db.execute(f"SELECT row, path FROM {joined} ORDER BY row, path").fetchall()
+            files = store.db.execute(f"{ROWS_AND_PATHS} ORDER BY row, path").fetchall()
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "features.npy").unlink(missing_ok=True)
             with whole_file(folder / "features.npy") as features, whole_file(folder / "paths.txt") as paths:
@@ -2802,28 +2757,26 @@ def write_export(engine: Engine, folder: Path) -> None:
                     for name in names:
                         paths.write(name.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r") + b"\n")
     except (OSError, sqlite3.Error, DamageError) as error:
-        advice = "run it again, or choose another folder"
-        raise DeepVisionError(f"--export {folder}: {first_line(error)}; {advice}") from error
+        raise DeepVisionError(f"--export {folder}: {first_line(error)}; run it again, or elsewhere") from error
     log.info("%s: %d × %d features and their paths", folder, len(files), store.dim)
 
 
 def report_update(engine: Engine, options: argparse.Namespace) -> None:
     """Say on stderr what the update found and did."""
     model = engine.model
-    done = str(engine.summary)
-    if options.no_update:
-        done = f"{engine.summary.images:,} images, not checked for changes (--no-update)"
+    unchecked = f"{engine.summary.images:,} images, not checked for changes (--no-update)"
+    done = unchecked if options.no_update else engine.summary
     log.info("%s: %s (%s on %s, %s)", engine.images, done, model.name, model.device, model.precision)
     if engine.index.recall and not engine.exact:
-        how = "the search is approximate (recall@%d is %.3f); --exact compares with every image"
-        log.info(how, TOP, engine.index.recall)
+        recall = f"recall@{TOP} is {engine.index.recall:.3f}"
+        log.info("the search is approximate (%s); --exact compares with every image", recall)
     if options.no_update:
         first = engine.store.db.execute(f"SELECT path FROM {USABLE} LIMIT 1000")
-        if not any(os.path.exists(os.path.join(engine.images, os.fsdecode(path))) for (path,) in first):
+        if not any(os.path.exists(engine.path_of(path)) for (path,) in first):
             log.warning("none of the first images in the index is in %s: is --images the right folder?", engine.images)
     if log.isEnabledFor(logging.DEBUG):
         for path, reason in engine.store.skipped():
-            log.debug("skipped %s: %s", os.path.join(engine.images, os.fsdecode(path)), reason)
+            log.debug("skipped %s: %s", engine.path_of(path), reason)
 
 
 def print_answers(options: argparse.Namespace, engine: Engine) -> int:
@@ -2859,8 +2812,8 @@ class OneLine(logging.Formatter):
 def run(options: argparse.Namespace) -> int:
     """Do what the options ask for, and return the exit status."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))  # the processes that torchrun started; this is number `rank`
-    rank = int(os.environ.get("RANK", 0)) % ranks
-    if rank:  # the first one speaks for all
+    rank = int(os.environ.get("RANK", 0)) % ranks  # 0 without torchrun, whatever RANK is
+    if rank:  # only rank 0 reports progress
         log.handlers[0].setFormatter(OneLine(f"rank {rank}: %(message)s"))
         log.setLevel(logging.WARNING)
     model = load_model(options.model, options.weights, options.device)
@@ -2903,8 +2856,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError, ImportError) as error:
         if not (isinstance(error, MemoryError) or NO_MEMORY.search(str(error))):
             raise
-        advice = "free some, or try --workers 1 and a small --batch-size"
-        log.error("error: out of memory (%s): %s", first_line(error), advice)
+        log.error("error: out of memory (%s): try --workers 1 and a small --batch-size", first_line(error))
         return 1
     except KeyboardInterrupt:
         log.error("interrupted: what was done is saved, the next run goes on from there")

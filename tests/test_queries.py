@@ -99,7 +99,7 @@ STDIN = {  # what is in it, None if it was closed; and the first match, or the e
 def test_stdin(kind, ask, monkeypatch):
     content, answer = STDIN[kind]
     data = picture() if kind == "an image" else content
-    monkeypatch.setattr(main, "FETCHED_BYTES", 50_000)
+    monkeypatch.setattr(main, "QUERY_BYTES", 50_000)
     monkeypatch.setattr(sys, "stdin", data if data is None else io.TextIOWrapper(io.BytesIO(data)))
     outcome = ask("-", IMAGES / "1.png")
     assert told(outcome)["-"] == answer and told(outcome).keys() == {"-", "bulk_images/1.png"}
@@ -195,7 +195,7 @@ FAILURES: dict[str, tuple[Callable[[], Reply], str]] = {
 @pytest.mark.parametrize("kind", FAILURES)
 def test_each_failure_is_one_line_and_the_other_queries_are_answered(kind, ask, site, monkeypatch):
     make, words = FAILURES[kind]
-    monkeypatch.setattr(main, "FETCHED_BYTES", 50_000)
+    monkeypatch.setattr(main, "QUERY_BYTES", 50_000)
     monkeypatch.setattr(main, "CONNECT_SECONDS", 0.3)
     outcome = ask("query.png", address := site(make()), IMAGES / "1.png")
     answers = told(outcome)
@@ -242,7 +242,7 @@ def test_no_more_is_read_than_the_limit(kind, ask, site, monkeypatch):
             connection.sendall(bytes(1 << 20))
             sent.append(number)
 
-    monkeypatch.setattr(main, "FETCHED_BYTES", 1 << 20)
+    monkeypatch.setattr(main, "QUERY_BYTES", 1 << 20)
     assert ask(site(go_on)).status == 1
     assert len(sent) < 16  # most of it in the buffers of the two sockets
 
