@@ -272,12 +272,12 @@ def by_edit(photos: list[Image.Image], paths: list[Path], engine: main.Engine) -
     rows = []
     for name, edit in EDITS.items():
         with tempfile.TemporaryDirectory() as folder:
-            queries = saved(map(edit, photos), folder)
-            found = [(answer.matches, str(path)) for answer, path in zip(main.search(queries, engine, k=10), paths)]
-        first = [bool(matches) and matches[0].path == path for matches, path in found]
-        among = [path in {match.path for match in matches} for matches, path in found]
-        copy = [hit and matches[0].label == "copy" for hit, (matches, _) in zip(first, found)]
-        rows.append(np.mean([first, among, copy], 1))
+            queries, hits = saved(map(edit, photos), folder), []
+            for answer, path in zip(main.search(queries, engine, k=10), map(str, paths)):
+                found = [match.path for match in answer.matches]
+                first = found[:1] == [path]
+                hits.append((first, path in found, first and answer.matches[0].label == "copy"))
+        rows.append(np.mean(hits, 0))
         print(f"{name:11}" + "".join(f"{value:18.3f}" for value in rows[-1]), flush=True)
     print(f"{'mean':11}" + "".join(f"{value:18.3f}" for value in np.mean(rows, 0)), flush=True)
 

@@ -213,15 +213,11 @@ def as_published(name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.T
 @pytest.mark.parametrize(
     ("name", "classifier", "dim"),
     [
-        ("resnet18", "fc", 512),
-        ("mobilenet_v3_small", "classifier.3", 1024),
-        ("squeezenet1_1", "classifier.1", 512),
-        ("googlenet", "fc", 1024),
-        ("mnasnet0_5", "classifier.1", 1280),
-        ("densenet121", "classifier", 1024),
+        ("resnet18", "fc", 512), ("mobilenet_v3_small", "classifier.3", 1024), ("squeezenet1_1", "classifier.1", 512),
+        ("googlenet", "fc", 1024), ("mnasnet0_5", "classifier.1", 1280), ("densenet121", "classifier", 1024),
         ("vit_b_32", "heads.head", 768),
     ],
-)
+)  # fmt: skip
 def test_features_are_what_enters_the_classifier_of_torchvision(name, classifier, dim, weights, tmp_path, monkeypatch):
     """Downloaded, in the fastest form that this processor has, and from a file, in fp32."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
