@@ -245,8 +245,7 @@ def by_class(features: np.ndarray, classes: np.ndarray) -> tuple[float, float]:
 
 def read(folder: Path) -> tuple[list[Path], np.ndarray]:
     """The photographs, shuffled, and the class of each, by its folder."""
-    stop: list[OSError] = []
-    paths = [folder / os.fsdecode(file.path) for file in main.find_images(folder, stop.append)]
+    paths = [folder / os.fsdecode(file.path) for file in main.find_images(folder, lambda error: None)]
     paths = [path for path in paths if path.suffix.lower() in main.image_formats()[1]]
     random.Random(SEED).shuffle(paths)
     names = sorted({path.parent for path in paths})

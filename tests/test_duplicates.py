@@ -127,8 +127,7 @@ def test_a_larger_file_of_fewer_pixels_is_not_the_one_to_keep(collection, run):
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9])
 def test_pairs_by_score_are_those_of_brute_force(threshold, collection):
     collection(30)
-    model = main.load_model("offline")
-    engine = main.initialize_reverse_image_search(IMAGES, model=model)
+    engine = main.initialize_reverse_image_search(IMAGES, model=main.load_model("offline"))
     xb = np.concatenate([x for _, x in engine.store.blocks()]).astype(np.float32)
     expected = {(i, j) for i, j in zip(*np.nonzero(xb @ xb.T >= threshold - 0.0005)) if i != j}
     rows = {digest: row for row, digest in engine.store.db.execute("SELECT row - 1, digest FROM features")}

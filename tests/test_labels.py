@@ -1,5 +1,6 @@
 """Sections Query views, Verification and Search: how an edited copy is found, what a match is called, and the order."""
 
+import io
 import json
 import os
 import random
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import draw, draw_rich
-from evaluate import EDITS, Edit, app, collage
+from evaluate import EDITS, app, collage
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import main
@@ -25,11 +26,6 @@ def rich(tmp_path: Path) -> Path:
         draw_rich(seed).save(tmp_path / IMAGES / f"{seed}.png")
     draw_rich(3).resize((360, 270)).save("query.jpg", quality=70)
     return IMAGES
-
-
-def digest_of(path: str) -> bytes:
-    with open(path, "rb") as stream:
-        return main.content_hash(stream)
 
 
 def matches(run, *args: object, query: str = "query.jpg") -> list[dict[str, Any]]:
@@ -62,7 +58,7 @@ def test_no_copy_is_an_answer(rich, run):
 def test_a_copy_stands_above_a_look_alike_that_scores_more(rich, run, monkeypatch):
     paths = [match["path"] for match in matches(run)]
     region = main.Region([(0, 0)] * 4, [(0, 0)] * 4, 20, 1.0)
-    last = main.read_local(paths[-1], digest_of(paths[-1]))
+    last = main.read_local(paths[-1], main.content_hash(io.BytesIO(Path(paths[-1]).read_bytes())))
     monkeypatch.setattr(main, "align", lambda query, match: region if match is last else None)
     found = matches(run)
     assert found[0]["path"] == paths[-1] and found[0]["label"] == "copy" and found[0]["score"] < found[1]["score"]
@@ -78,7 +74,7 @@ def test_a_copy_stands_above_a_look_alike_that_scores_more(rich, run, monkeypatc
 ], ids=["gone", "changed", "forbidden"])  # fmt: skip
 def test_a_candidate_that_cannot_be_read_is_unverified_and_no_error(spoil, rich):
     path, read = str(rich / "3.png"), main.read_local.__wrapped__  # that remembers nothing
-    digest = digest_of(path)
+    digest = main.content_hash(io.BytesIO(Path(path).read_bytes()))
     assert read(path, digest) is not None and read(path, b"other") is None
     spoil(path)
     assert read(path, digest) is None
@@ -117,19 +113,18 @@ def set_in(image: Image.Image) -> Image.Image:
     return canvas
 
 
-REGIONS: dict[str, tuple[Edit, str, list[tuple[int, int]], float]] = {  # what is told of a copy, and what it covers
+REGIONS = {  # what is told of a copy, and how much of the match it covers
     "mirrored": (ImageOps.mirror, "corners", [(480, 0), (0, 0), (0, 360), (480, 360)], 1),
     "turned": (EDITS["rotate 90°"], "corners", [(480, 0), (480, 360), (0, 360), (0, 0)], 1),
     "both": (
-        lambda image: image.transpose(Image.Transpose.TRANSVERSE),
-        "corners", [(480, 360), (480, 0), (0, 0), (0, 360)], 1,
+        lambda it: it.transpose(Image.Transpose.TRANSVERSE),
+        "corners",
+        [(480, 360), (480, 0), (0, 0), (0, 360)],
+        1,
     ),
-    "cut out": (
-        lambda image: image.crop((48, 36, 384, 288)),
-        "corners", [(48, 36), (384, 36), (384, 288), (48, 288)], 0.49,
-    ),
+    "cut out": (lambda it: it.crop((48, 36, 384, 288)), "corners", [(48, 36), (384, 36), (384, 288), (48, 288)], 0.49),
     "set in": (set_in, "outline", [(250, 150), (650, 150), (650, 450), (250, 450)], 1),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("edit", REGIONS)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import Outcome, counts, draw, draw_rich
 from PIL import Image
+from test_command_line import one_line
 from test_page import Page
 
 import main
@@ -287,8 +288,7 @@ def test_exclude(pattern, fewer, index):
 
 
 def test_all_excluded_is_one_line(index):
-    outcome = index("--exclude", "*.png")
-    assert (outcome.status, outcome.stderr.count("\n")) == (1, 1) and "no usable image" in outcome.stderr
+    one_line(index("--exclude", "*.png"), "no usable image")
 
 
 def test_what_is_excluded_is_gone_and_comes_back_without_being_read(index, run):

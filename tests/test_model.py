@@ -1,12 +1,17 @@
-"""Features: from pictures to vectors, by the offline descriptor, torchvision's networks and timm's."""
+"""Section Model: weights from their host, from torch's cache and from files; and from pictures to features."""
 
 import dataclasses
+import hashlib
 import io
 import os
+import pickle
 import re
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,8 @@ import torchvision
 from benchmark import drawn
 from conftest import MAIN, draw
 from PIL import Image, ImageDraw
+from test_command_line import one_line
+from test_queries import reply, servers
 
 import main
 
@@ -381,3 +388,177 @@ def test_timm_model_from_a_file(name, tmp_path, only_fp32):
     with torch.inference_mode():
         pooled = network.forward_head(network.forward_features((batch / 255 - mean) / std), pre_logits=True)
     checked(model, batch, pooled)
+
+
+ENTRY = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.value  # where torchvision says what is to be had where
+TORCH = Path("torch")  # where torch keeps what it downloads: empty at first
+NOT_WEIGHTS = b"<html>Sign in to this network</html>"
+HALF = reply(NOT_WEIGHTS)[:-20]
+
+
+site = pytest.fixture(servers)
+
+
+@pytest.fixture
+def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """publish(url): ResNet50's default weights are there, for the default run and for `--model resnet50`."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / TORCH))
+
+    def make(url: str) -> None:
+        monkeypatch.setattr(ENTRY, "url", url)
+        monkeypatch.setattr(main, "WEIGHTS_URL", url)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def resnet50(weights: Callable[..., Path]) -> bytes:
+    return weights("resnet50").read_bytes()
+
+
+def hashed(content: bytes) -> str:
+    """The name of weights carries the start of their SHA-256."""
+    return f"resnet50-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+
+
+def downloads() -> list[str]:
+    """What torch's cache holds, but for the notes about the fastest form."""
+    return [path.name for path in TORCH.rglob("*") if path.is_file() and path.suffix != ".json"]
+
+
+def test_good_file_is_downloaded_once_and_kept_and_needs_no_network_then(site, publish, resnet50, monkeypatch):
+    asked, name = list[socket.socket](), hashed(resnet50)
+    url = site(lambda connection: (asked.append(connection), connection.sendall(reply(resnet50)))) + f"/{name}"
+    publish(url)
+    monkeypatch.setattr(torchvision.models.ResNet50_Weights.IMAGENET1K_V2.value, "url", url)
+    model = main.load_model(weights="IMAGENET1K_V2")
+    assert (model.name, model.dim, model.side) == ("resnet50", 2048, 224) and downloads() == [name]
+    assert main.load_model("resnet50", next(TORCH.rglob(name))).identity == main.load_model().identity
+    assert len(asked) == 1
+
+
+def test_weights_that_are_there_now_are_used_and_both_caches_stay(site, publish, resnet50, collection, run):
+    collection(3)
+    replies = [reply(status="404 Not Found")]
+    publish(site(lambda connection: connection.sendall(replies[-1])) + f"/{hashed(resnet50)}")
+    first = run("bulk_images/1.png")
+    assert first.status == 0 and "(offline, 3 images)" in first.stdout
+    replies.append(reply(resnet50))
+    second = run("bulk_images/1.png")
+    assert second.status == 0 and "(resnet50, 3 images)" in second.stdout
+    assert "are here now" in second.stderr and "100%" in second.stderr
+    third = run("bulk_images/1.png")
+    assert third.stdout == second.stdout
+    assert "are here now" not in third.stderr and "no image was opened" in third.stderr
+    assert sorted(path.name.partition("-")[0] for path in Path("image_index").iterdir()) == ["offline", "resnet50"]
+
+
+NO_WEIGHTS = {  # the name of the file, and what its host says; None: there is no host
+    "wrong hash": ("resnet50-00000000.pth", reply(NOT_WEIGHTS)),
+    "not found": ("resnet50-11111111.pth", reply(status="404 Not Found")),
+    "breaks off": (hashed(NOT_WEIGHTS), HALF),
+    "stalls": (hashed(NOT_WEIGHTS), lambda connection: (connection.sendall(HALF), connection.recv(1))),
+    "hangs": ("resnet50-22222222.pth", lambda connection: connection.recv(1)),
+    "refuses": ("resnet50-33333333.pth", None),
+}
+
+
+@pytest.fixture(params=NO_WEIGHTS)
+def no_weights(request, site, publish, monkeypatch) -> Iterator[str]:
+    """The address of weights that cannot be had."""
+    name, answer = NO_WEIGHTS[request.param]
+    publish(url := f"{site(answer) if answer else 'http://127.0.0.1:9'}/{name}")
+    monkeypatch.setattr(main, "CONNECT_SECONDS", 0.2)
+    timeout = socket.getdefaulttimeout()
+    yield url
+    assert downloads() == []  # nothing half downloaded
+    assert socket.getdefaulttimeout() == timeout
+
+
+def test_default_model_gives_way_to_the_offline_descriptor_with_a_warning(no_weights, collection, run):
+    collection(3)
+    outcome = run("bulk_images/1.png", "-q")
+    assert outcome.status == 0 and "(offline, 3 images)" in outcome.stdout and outcome.stderr.count("\n") == 1
+    for said in (no_weights, "offline", "--weights FILE", "--model", "copies", "does not recognise"):
+        assert said in outcome.stderr
+
+
+@pytest.mark.parametrize("options", ["--model resnet50", "--weights IMAGENET1K_V1"])
+def test_model_asked_for_by_name_is_never_replaced(no_weights, options, collection, run):
+    collection(1)
+    one_line(run("bulk_images/0.png", "-q", *options.split()), no_weights, "--weights FILE")
+    assert not Path("image_index").exists()
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("it ran",)
+
+
+pickled = partial(pickle.dumps, protocol=2)  # as torch does
+
+
+def in_archive(content: Any) -> bytes:
+    torch.save(content, stream := io.BytesIO())
+    return stream.getvalue()
+
+
+def changed(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[bytes], bytes]:
+    return lambda good: in_archive(change(torch.load(io.BytesIO(good), weights_only=True)))
+
+
+FIRST = "conv1.0.weight"
+WIDER = {FIRST: torch.zeros(48, 3, 3, 3)}
+SPOILT = {  # what becomes of good weights, and what is said then
+    "zero bytes": (lambda good: b"", []),
+    "web page": (lambda good: NOT_WEIGHTS, []),
+    "truncated": (lambda good: good[: len(good) // 2], []),
+    "zeros": (lambda good: bytes(len(good)), []),
+    "pickle that runs code": (lambda good: pickled(Evil()), []),
+    "pickle that runs code within": (lambda good: pickled({"state_dict": Evil()}), []),
+    "archive that runs code": (lambda good: in_archive({"state_dict": {"fc.weight": Evil()}}), []),
+    "not a dictionary": (lambda good: pickled([1, 2]), []),
+    "not tensors": (lambda good: pickled({"fc.weight": "text"}), []),
+    "wrapped number": (lambda good: pickled({"state_dict": 5}), []),
+    "numbers for names": (lambda good: pickled({1: 2}), []),
+    "empty": (lambda good: in_archive({}), [FIRST]),
+    "empty in a wrapper": (lambda good: in_archive({"state_dict": {}}), [FIRST]),
+    "a layer missing": (changed(lambda state: {k: state[k] for k in state if "conv5" not in k}), ["conv5.0.weight"]),
+    "a layer more": (changed(lambda state: state | {"extra.weight": torch.zeros(3)}), ["extra.weight"]),
+    "another shape": (changed(lambda state: state | WIDER), [FIRST, "48, 3, 3, 3", "24, 3, 3, 3"]),
+    "text for a tensor": (changed(lambda state: state | {FIRST: "text"}), [FIRST]),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_file_of_no_weights_or_other_ones_is_refused_with_what_was_expected_and_found(kind, weights, collection, run):
+    collection(1)
+    spoil, said = SPOILT[kind]
+    Path("spoilt.pth").write_bytes(spoil(weights(SMALL).read_bytes()))
+    outcome = run("bulk_images/0.png", "-q", "--model", SMALL, "--weights", "spoilt.pth")
+    one_line(outcome, "spoilt.pth", *said)
+    assert len(outcome.stderr) < 1000 and not Path("it ran").exists() and not Path("image_index").exists()
+
+
+def test_corrupt_file_in_torchs_cache_is_named_and_not_replaced_in_silence(publish, resnet50, collection, run):
+    collection(1)
+    publish("http://127.0.0.1:9/resnet50-55555555.pth")
+    file = cached("resnet50", "IMAGENET1K_V1")
+    file.write_bytes(resnet50[: len(resnet50) // 2])
+    one_line(run("bulk_images/0.png", "-q"), str(file.absolute()), "delete it")
+
+
+def test_cache_that_cannot_be_written_counts_as_no_weights(site, publish, resnet50):
+    publish(site(reply(resnet50)) + "/resnet50.pth")
+    TORCH.write_text("a file in its place")
+    assert main.load_model().name == "offline"
+
+
+def test_copy_of_torchvisions_file_is_used_as_by_its_name(weights, monkeypatch):
+    """Both have the same weights, and so the same cache: the pixels must be the same, too."""
+    name, listed = "efficientnet_b1", torchvision.models.EfficientNet_B1_Weights
+    for entry in (listed.IMAGENET1K_V1, listed.IMAGENET1K_V2):  # of which only the first is bicubic
+        copy = Path(shutil.copy(weights(name), Path(entry.url).name))
+        monkeypatch.setattr(main, "downloaded", lambda url, name, copy=copy: copy)
+        by_file, by_name = main.load_model(name, copy), main.load_model(name, entry.name)
+        assert (by_file.identity, by_file.resample) == (by_name.identity, by_name.resample)
