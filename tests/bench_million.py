@@ -63,9 +63,7 @@ def model_of(dim: int, n: int) -> main.Model:
     queries = queries_for(dim, n)
 
     def network(pixels: Any) -> Any:
-        import torch
-
-        return torch.from_numpy(queries[[int(p.sum()) % len(queries) for p in pixels]])
+        return main.torch.from_numpy(queries[[int(p.sum()) % len(queries) for p in pixels]])
 
     return main.Model("made-up", f"made-up-{dim}", 8, dim, "cpu", network)
 
@@ -196,11 +194,9 @@ def duplicates(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
 
 def peer_flat(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     """What the usual script does: the index in fp32, read whole, one query."""
-    import faiss
-
     xq, path = queries_for(dim, n), cache / "peer.faiss"
     with measured("first") as figures:
-        index = faiss.read_index(str(path))
+        index = main.faiss.read_index(str(path))
         index.search(xq[:1], main.TOP)
     again = seconds(lambda: index.search(xq[:SCAN_QUERIES], main.TOP)) / SCAN_QUERIES
     return figures | {"again ms": 1e3 * again}
@@ -236,12 +232,10 @@ def measure(n: int, dim: int, folder: Path, peers: bool) -> Iterator[tuple[str, 
     yield "100 added, scan and all", in_a_process("add", False, *args)
     yield "nothing changed", in_a_process("rerun", False, *args)
     if peers:
-        import faiss
-
-        index = faiss.IndexFlatIP(dim)
+        index = main.faiss.IndexFlatIP(dim)
         for _, block in store.blocks():
             index.add(block.astype(np.float32))
-        faiss.write_index(index, str(cache / "peer.faiss"))
+        main.faiss.write_index(index, str(cache / "peer.faiss"))
         del index
         for kind in ("cold", "warm"):
             yield f"peers: FAISS flat, {kind}", in_a_process("peer_flat", kind == "cold", *args)

@@ -410,7 +410,6 @@ def test_progress_is_seen_on_a_terminal_and_a_polite_stop_saves_the_work(program
     fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     process = program(*index, stderr=its_end)
     os.close(its_end)
-
     sent = list[None]()
 
     def stop(seen: bytes) -> None:

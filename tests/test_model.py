@@ -28,6 +28,11 @@ from test_queries import reply, servers
 import main
 
 SMALL = "shufflenet_v2_x0_5"  # the quickest to load
+ENTRY = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.value  # where torchvision says what is to be had where
+TORCH = Path("torch")  # where torch keeps what it downloads: empty at first
+NOT_WEIGHTS = b"<html>Sign in to this network</html>"
+HALF = reply(NOT_WEIGHTS)[:-20]
+site = pytest.fixture(servers)
 
 
 @pytest.fixture(scope="module")
@@ -388,15 +393,6 @@ def test_timm_model_from_a_file(name, tmp_path, only_fp32):
     with torch.inference_mode():
         pooled = network.forward_head(network.forward_features((batch / 255 - mean) / std), pre_logits=True)
     checked(model, batch, pooled)
-
-
-ENTRY = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.value  # where torchvision says what is to be had where
-TORCH = Path("torch")  # where torch keeps what it downloads: empty at first
-NOT_WEIGHTS = b"<html>Sign in to this network</html>"
-HALF = reply(NOT_WEIGHTS)[:-20]
-
-
-site = pytest.fixture(servers)
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from test_command_line import bomb, one_line
 import main
 
 IMAGES, PAGE = Path("bulk_images"), Path("results.html")
+WAIT = 60  # seconds, for the UI on a busy machine
 
 
 class Page(HTMLParser):
@@ -271,9 +272,6 @@ def contrast(browser: Any, selector: str) -> float:
     linear = np.where(share <= 0.03928, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
     dark, light = sorted(linear @ (0.2126, 0.7152, 0.0722) + 0.05)
     return light / dark
-
-
-WAIT = 60  # seconds, on a busy machine
 
 
 def started(folder: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
