@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 import main
 
 IMAGES = Path("bulk_images")
+SIZE = (240, 180)
 
 
 @pytest.fixture
@@ -253,9 +254,6 @@ def test_a_copy_is_called_mirrored_only_if_it_is(run, tmp_path):
         assert match["label"] == "copy" and ("mirrored" in match["view"]) == (name == "mirrored")
 
 
-SIZE = (240, 180)
-
-
 UNDONE = {
     "": lambda image: image,
     "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
@@ -301,12 +299,11 @@ def test_an_edit_is_not_undone_without_views(run, twelve):
         assert found["score"] > 0.9 and (found["path"], found["view"]) == ("bulk_images/4.png", "turned 270°")
 
 
-NETWORK = main.Model("resnet18", "resnet18", 64, 4, "cpu", lambda pixels: pixels.float().mean((2, 3)))
-
-
 def test_a_network_looks_at_few_views_of_its_own_accord():
+    model = main.Model("resnet18", "resnet18", 64, 4, "cpu", lambda pixels: pixels.float().mean((2, 3)))
+
     def names(size, views):
-        return main.features_of_views(main.query_views(draw(1, size), NETWORK, views), NETWORK)[0]
+        return main.features_of_views(main.query_views(draw(1, size), model, views), model)[0]
 
     assert names(SIZE, "none") == [""] and names(SIZE, "copies") == ["", "mirrored"]
     for size in (SIZE, (180, 240), (180, 400), (400, 180)):

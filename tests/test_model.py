@@ -1,4 +1,4 @@
-"""Section Model: weights from their host, from torch's cache and from files; and from pictures to features."""
+"""Section Model: from pictures to features; and weights from their host, from torch's cache and from files."""
 
 import dataclasses
 import hashlib
@@ -393,6 +393,9 @@ def test_timm_model_from_a_file(name, tmp_path, only_fp32):
     with torch.inference_mode():
         pooled = network.forward_head(network.forward_features((batch / 255 - mean) / std), pre_logits=True)
     checked(model, batch, pooled)
+
+
+# ---- Weights ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -211,8 +211,7 @@ HOSTILE = [
 def hostile(run) -> Page:
     IMAGES.mkdir()
     for number, name in enumerate(HOSTILE):
-        with open(os.path.join(os.fsencode(IMAGES), name), "wb") as stream:
-            draw(number).save(stream, "PNG")
+        draw(number).save(IMAGES / os.fsdecode(name), "PNG")
     assert run("--model", "offline", os.fsdecode(b"bulk_images/" + HOSTILE[-1]), "-k", 99).status == 0
     return Page(PAGE.read_text())
 
@@ -272,6 +271,9 @@ def contrast(browser: Any, selector: str) -> float:
     linear = np.where(share <= 0.03928, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
     dark, light = sorted(linear @ (0.2126, 0.7152, 0.0722) + 0.05)
     return light / dark
+
+
+# ---- UI --------------------------------------------------------------------------------------------------------------
 
 
 def started(folder: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
