@@ -96,7 +96,7 @@ else:
     Image, ImageDraw, ImageOps = map(Lazy, ("PIL.Image", "PIL.ImageDraw", "PIL.ImageOps"))
     filelock, jinja2 = map(Lazy, ("filelock", "jinja2"))  # torch requires them, so they are there
 
-# The defaults that an option changes
+# What the options take, and their defaults
 IMAGES = "bulk_images"  # --images
 QUERIES = "that_one_image"  # QUERY
 INDEX_DIR = "image_index"  # --index-dir
@@ -120,7 +120,7 @@ class DeepVisionError(Exception):
     """What went wrong, where, and what to do about it, in one line."""
 
 
-class DamageError(DeepVisionError):  # the caller calls `Store.repair` and tries again
+class DamageError(DeepVisionError):  # `initialize_reverse_image_search` repairs the store and tries again
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path} is damaged ({reason}). Run the command again to repair it")
 
@@ -165,7 +165,7 @@ class Picture(NamedTuple):
 
 
 class View(NamedTuple):
-    """A query as it may have looked before an edit, or several such views: one for each pair of a top and a left."""
+    """The query as it may have looked before an edit, placed in the model's square at each pair of a top and a left."""
 
     name: str  # the edit that is undone; empty: the query as it is
     pixels: torch.Tensor  # uint8 (3, h, w); of the model's side if all tops and lefts are 0
@@ -461,7 +461,7 @@ OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # RGB to
 
 @lru_cache(maxsize=64)
 def cell_grid(cells: int, tops: Sequence[int], lefts: Sequence[int], height: int, width: int) -> list[torch.Tensor]:
-    """How much each pixel row and pixel column counts in each cell, for pixels that start at each top and left.
+    """How much each row and column of pixels (height, width) counts in each cell, if they start at each top and left.
 
     Returns the weights of the rows, (tops * cells, height), those of the columns, (width, lefts * cells), and the share
     of each cell that the pixels cover, (tops * lefts, 1, cells, cells).
@@ -492,7 +492,7 @@ def fourier() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @cache
 def cosine_transform(cells: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A cosine transform and the weights of its coefficients, both (cells, cells): low frequencies are strongest."""
+    """A cosine transform and the weights of its coefficients, both (cells, cells): a low frequency weighs least."""
     k = torch.arange(cells, dtype=torch.float32)
     cosines = torch.cos(math.pi / cells * k[:, None] * (k + 0.5))
     cosines[0] /= math.sqrt(2)
@@ -567,15 +567,27 @@ SIDE = 224  # pixels; the side of ResNet50's input
 REDUCING_GAP = 32.0  # Image.resize(reducing_gap=): huge images are box-averaged first, which bounds memory
 GPU_BATCH = {"cuda": 256, "mps": 64}  # images at once
 CPU_BATCH_PER_CORE, CPU_BATCH_MOST = 4, 32  # images at once; with 4 for each core, a layer's output stays in its cache
-MIN_COSINE = 0.999  # least similarity of a fast form's features to those of plain fp32; below it, plain fp32 is used
+MIN_COSINE = 0.999  # least similarity of a fast form's features to those of plain fp32; below it, another form is used
 AHEAD_BATCHES, AHEAD_MOST = 4, 1024  # how far decoding runs ahead of the model: 4 batches, but at most 1024 files
 Recipe = tuple[int, Sequence[float], Sequence[float], str]  # side, mean and deviation of each channel, resampling
+
+torch_threads = cache(lambda: torch.get_num_threads())  # torch's own number: `load_model` asks before it is changed
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Have torch compute small operations with one thread: more take up to five times as long on a busy machine."""
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(torch_threads())
 
 
 def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> None:
     """Load the tensors of the file `path` into a network without its classifier, the layers `heads`.
 
-    They may be wrapped as `state_dict`, or have the prefix `module.` of multi-GPU training. All must be there.
+    The tensors may be wrapped as `state_dict`, or have the prefix `module.` of multi-GPU training. None may be missing.
     """
     unused = (*(f"{head}." for head in heads), "aux1.", "aux2.", "AuxLogits.")  # aux: classifiers for training alone
     try:
@@ -695,7 +707,7 @@ def assemble_model(name: str, network: torch.nn.Module, recipe: Recipe, device: 
 
 
 def timm_model(name: str, weights: str | Path | None, device: str) -> Model:
-    """A model of the timm library, which keeps its weights in the Hugging Face cache."""
+    """A model of the timm library. `weights`: a file; None: those of timm, which are kept in the Hugging Face cache."""
     try:
         timm = importlib.import_module("timm")
         network = timm.create_model(name.removeprefix("timm:"), pretrained=weights is None, num_classes=0)
@@ -790,7 +802,7 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
 
     Raises DeepVisionError for an unknown name or device, and for weights that are missing, corrupt or do not fit.
     """
-    torch_threads()  # the cache keeps it: `one_torch_thread` changes it
+    torch_threads()  # asked now and kept in its cache, before `one_torch_thread` changes it
     device = choose_device(device)
     if name == OFFLINE and weights:
         raise DeepVisionError(f"--weights {weights}: --model offline takes no weights, leave one out")
@@ -823,19 +835,6 @@ def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Ima
     The whole picture is squeezed into a square: a crop of its centre would lose what stands at the edges.
     """
     return lambda image: squeeze(to_rgb(image, side), side, side, resample)
-
-
-torch_threads = cache(lambda: torch.get_num_threads())  # torch's own number: `load_model` asks before it is changed
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Have torch compute small operations with one thread: more take up to five times as long on a busy machine."""
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(torch_threads())
 
 
 def launch(pixels: torch.Tensor, model: Model, size: int, *where: Sequence[int]) -> tuple[torch.Tensor, int]:
@@ -875,6 +874,11 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
     if images.shape[1:] != (3, model.side, model.side):
         raise ValueError(f"pixels are {tuple(images.shape[1:])}, {model.name} takes (3, {model.side}, {model.side})")
     return launch(images, model, model.batch)[0].cpu().numpy()
+
+
+def to_float32(block: np.ndarray) -> np.ndarray:
+    """The block as contiguous float32. torch converts fp16 several times as fast as NumPy does."""
+    return torch.from_numpy(np.ascontiguousarray(block)).float().numpy()
 
 
 def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Iterator[list[Picture]]:
@@ -1064,7 +1068,7 @@ def describe_points(light: torch.Tensor, xy: torch.Tensor) -> tuple[torch.Tensor
     dy, dx = torch.gradient(light)
     gradient = torch.complex(dx, dy)
 
-    def gradients(offsets: torch.Tensor) -> torch.Tensor:
+    def gradients(offsets: torch.Tensor) -> torch.Tensor:  # (n, samples), weighted, at these offsets from each point
         x, y = (xy[:, :1] + offsets.real).round().long(), (xy[:, 1:] + offsets.imag).round().long()
         return gradient[y.clamp(0, light.shape[0] - 1), x.clamp(0, light.shape[1] - 1)] * weight
 
@@ -1079,7 +1083,7 @@ def describe_points(light: torch.Tensor, xy: torch.Tensor) -> tuple[torch.Tensor
 
 
 def local_features(image: Image.Image, area: int = AREA, count: int = POINTS, side: int = 0) -> LocalFeatures:
-    """At most `count` local features, computed on `area` pixels. side: of the model that takes this image next."""
+    """At most `count` local features, from `area` pixels. The image stays large enough for a model of this `side`."""
     short, long = sorted(image.size)
     scale = min(1.0, (area / (short * long)) ** 0.5)
     picture = to_rgb(image, max(side, math.ceil(scale * long / DRAFT_SCALE)))
@@ -1113,7 +1117,7 @@ def seen_through(query: LocalFeatures, mirrored: bool, negative: bool) -> LocalF
 
 
 def fitted(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.ndarray]:
-    """How many of the pairs of places q and m, complex (n,), agree on an affine transform; and that one, (3, 3).
+    """How many of the pairs of places q and m, complex (n,), agree on an affine transform; and the transform, (3, 3).
 
     It is fitted to the pairs in `agrees`, then to all that agree. 0: too few agree, or the picture is distorted.
     """
@@ -1160,7 +1164,7 @@ def common_share(query: LocalFeatures, match: LocalFeatures, H: np.ndarray) -> t
     """
     F = torch.nn.functional
     to_q, to_m = (np.array([[w, 0, w], [0, h, h], [0, 0, 2]]) / 2 for h, w in (query.grey.shape, match.grey.shape))
-    theta = torch.from_numpy(np.linalg.inv(H @ to_q) @ to_m)[None, :2].float()  # both ways from -1 to 1
+    theta = torch.from_numpy(np.linalg.inv(H @ to_q) @ to_m)[None, :2].float()  # match to query, sides at -1 and 1
     grid = F.affine_grid(theta, [1, 1, 4 * GRID, 4 * GRID], align_corners=False)
     inside = (grid.abs().amax(3) <= 1).float()[None]
     warped = F.grid_sample(query.grey[None, None].float(), grid, padding_mode="border", align_corners=False)
@@ -1278,7 +1282,7 @@ class Store:
             self.connect()
 
     def connect(self) -> None:
-        """Open the database. By the inode, `locked` sees whether another run has replaced the file."""
+        """Open the database. A new one is an empty file: `check` refuses it, and `repair` fills it."""
         if not self.path.exists():
             self.path.touch()
         self.inode = self.path.stat().st_ino  # another one: another run has replaced the database, see `locked`
@@ -1528,11 +1532,6 @@ class Index(NamedTuple):
     file: Any = None  # the index file in memory, which `faiss` looks into
 
 
-def to_float32(block: np.ndarray) -> np.ndarray:
-    """The block as contiguous float32. torch converts fp16 several times as fast as NumPy does."""
-    return torch.from_numpy(np.ascontiguousarray(block)).float().numpy()
-
-
 def build_index(features: np.ndarray | Iterable[Any], index: faiss.Index | None = None) -> faiss.Index:
     """A FAISS index of `features`, of any float type, each of length 1, that is searched by inner product.
 
@@ -1572,11 +1571,11 @@ def nearest(xq: np.ndarray, k: int, blocks: Blocks) -> tuple[np.ndarray, np.ndar
 
 
 def coded_index(store: Store, last: int) -> Index:
-    """An index of compact codes, 64 bytes a vector, with its measured recall.
+    """An index of the features up to row `last` as compact codes, 64 bytes a vector, with its measured recall.
 
     The principal components, rotated so that their variances are alike, are coded by product quantization in 4 bits
-    (André, Kermarrec & Le Scouarnec, VLDB 2015). A search scans all codes and takes the best rows: the shortlist. Only
-    their exact scores are computed. It is made long enough to hold nearly all true ten nearest of held-out vectors.
+    (André, Kermarrec & Le Scouarnec, VLDB 2015). A search scans all codes and computes exact scores only for the best
+    rows: the shortlist. It is made long enough to hold nearly all true ten nearest of held-out vectors.
     """
     # A digest is a hash: the first ones are a random sample.
     own, _, sample = store.features("row <= ? ORDER BY digest LIMIT ?", last, TRAINED_ON + HELD_OUT)
@@ -1622,13 +1621,15 @@ def read_index(store: Store) -> Index | None:
 
 def open_index(store: Store, work: Work = Work()) -> Index:
     """The FAISS index of the store, added to or made anew if need be. Without `work.update` a stored one is kept."""
-    rows, last, index = store.count("features"), store.last_row(), read_index(store)
-    if not rows:
+    last, index = store.last_row(), read_index(store)
+    if not last:
         raise DeepVisionError(f"{store.folder} holds no features yet: run without --no-update")
-    coded = rows * store.dim * 2 > work.exact_bytes
-    if index and work.update and bool(index.shortlist) != coded:  # the collection has outgrown that kind
+    if index and not work.update:
+        return index
+    coded = store.count("features") * store.dim * 2 > work.exact_bytes
+    if index and bool(index.shortlist) != coded:  # there are too many vectors for that kind, or too few
         index = None
-    if index and (index.last == last or not work.update):
+    if index and index.last == last:
         return index
     with store.locked():
         rows, last = store.count("features"), store.last_row()  # another run may have replaced all meanwhile
@@ -1763,7 +1764,7 @@ def exact_scores(store: Store, xq: np.ndarray, rows: Iterable[int]) -> list[Foun
 
 
 def ranked(engine: Engine, xq: np.ndarray, rows: Sequence[int]) -> Iterator[Found]:
-    """All contents of the store, compared with a query's views, xq (views, dim), best first. `rows`: its first rows.
+    """All contents of the store, compared with a query's views, xq (views, dim), best first. `rows`: for round one.
 
     `count` rows are scored, then four times as many, and so on. Each round yields the scores above `bound` and up to
     `end`. Up to `bound`, more rows may still be missing. `end` is the bound of the round before: what lies above it was
@@ -1780,7 +1781,7 @@ def ranked(engine: Engine, xq: np.ndarray, rows: Sequence[int]) -> Iterator[Foun
         bound = min(end, scored[min(trusted, len(scored) - 1)].score + ROUNDING) if scored and trusted >= 0 else end
         yield from (it for it in scored if bound < it.score <= end)
         count, end = 4 * count, bound
-        engine = replace(engine, exact=engine.exact or count > LONGEST_SHORTLIST)
+        engine = replace(engine, exact=True) if count > LONGEST_SHORTLIST else engine  # a copy has no `on_gpus` yet
         (rows,) = candidate_rows(engine, [xq], count)
 
 
@@ -1945,7 +1946,7 @@ def different_files(engine: Engine, digest: bytes) -> list[str]:
 
 
 def pairs_by_score(engine: Engine, threshold: float) -> Pairs:
-    """Each two contents of the collection that score `threshold` or more, once rounded to 3 decimals as printed."""
+    """Each two contents whose score, rounded to 3 decimals as printed, is at least `threshold`, in either order."""
     digests = dict(engine.store.db.execute("SELECT row, digest FROM features"))
     for rows, xb in progress_bar(engine.store.blocks(), desc="comparing", unit="block"):
         D, I = nearest(to_float32(xb), min(NEIGHBOURS + 1, len(digests)), engine.store.blocks())
@@ -1979,8 +1980,8 @@ def pairs_by_alignment(engine: Engine) -> Pairs:
     """Each two contents of the collection that are copies, twice: either one may be the one to keep."""
     first = engine.store.db.execute(f"SELECT min(path) FROM {USABLE} GROUP BY digest ORDER BY 1").fetchall()
     queries = [engine.path_of(path) for (path,) in first]
-    answers = compared(queries, engine, 1, COPIES)
-    for query, found in progress_bar(answers, total=len(queries), desc="comparing", unit="img"):
+    results = compared(queries, engine, 1, COPIES)
+    for query, found in progress_bar(results, total=len(queries), desc="comparing", unit="img"):
         for copy in {it.digest: it for it in found if it.region}.values():
             mask = Image.new("1", (100, 100))
             outline = 100 * np.array(copy.region.outline) / query.made.local.size  # the query measures 100 × 100
@@ -2108,10 +2109,9 @@ def merge_ranks(store: Store) -> Summary:
         with suppress(DamageError), share.errors():  # what is damaged is read again
             share.check(whole=False)
             store.db.execute("ATTACH ? AS share", (os.fsencode(path),))
-            columns = "digest, vector, checksum"
             with store.db:
-                new = f"SELECT {columns} FROM share.features ORDER BY row"
-                store.db.execute(f"INSERT OR REPLACE INTO main.features ({columns}) {new}")
+                new = "SELECT NULL, digest, vector, checksum FROM share.features ORDER BY row"  # NULL: the next row
+                store.db.execute(f"INSERT OR REPLACE INTO main.features {new}")
                 store.db.execute("INSERT OR REPLACE INTO main.files SELECT * FROM share.files")
             summary.opened += share.count("files")
             summary.new += share.count(USABLE)
@@ -2146,7 +2146,7 @@ def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
 
 
 def store_changes(store: Store, changes: Changes, images: Path, model: Model, work: Work) -> Summary:
-    """Read what is new, note what is gone; what was done. If no usable image remains, nothing is noted, images is 0."""
+    """A Summary of what was read and noted as gone. If no usable image remains, nothing is noted: `images` is 0."""
     with store.locked():
         if merge_ranks(store).opened or store.scanned != store.version():  # a stopped or another run has added files
             changes = store.scan(images, work)
@@ -2172,7 +2172,7 @@ def store_changes(store: Store, changes: Changes, images: Path, model: Model, wo
 
 
 def update(store: Store, images: Path, model: Model, work: Work) -> Summary:
-    """Bring the store up to date with the folder `images`; what was found and done.
+    """Bring the store up to date with the folder `images`. Returns a Summary of what was found and done.
 
     Raises DeepVisionError if no usable image is there. The store keeps what it has: the drive may only be unplugged.
     """
@@ -2195,8 +2195,7 @@ def prepare(store: Store, images: Path, model: Model, work: Work) -> Engine:
     """Update the store and open its index: the engine of a search."""
     with store.errors():
         store.check(whole=work.update)
-        counts = map(store.count, (USABLE, SKIPPED))
-        summary = update(store, images, model, work) if work.update else Summary(*counts)
+        summary = update(store, images, model, work) if work.update else Summary(store.count(USABLE))
         return Engine(images, model, store, open_index(store, work), work.exact, summary)
 
 
@@ -2411,7 +2410,7 @@ def render(
 
 
 def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine, seconds: float) -> None:
-    """Write the page, one file without script or network. DeepVisionError: it cannot be; an older page stays."""
+    """Write the page, one file without script or network. Raises DeepVisionError if it cannot; an older page stays."""
     target = Path(os.path.realpath(path))
     try:
         if target.exists() and not target.is_file():
@@ -2483,7 +2482,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         if not super().parse_request():
             return False
         host, port = self.headers["Host"], self.server.server_address[1]
-        is_own = host in (f"127.0.0.1:{port}", f"localhost:{port}")  # another name may be another site's
+        is_own = host in [f"{it}:{port}".removesuffix(":80") for it in ("127.0.0.1", "localhost")]  # not another site's
         is_own &= self.headers.get("Origin", f"http://{host}") == f"http://{host}"
         is_own &= self.headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
         if not is_own:
