@@ -8,9 +8,8 @@ the files of the cache were dropped from the page cache before. The peer's way i
 The collection is of empty files, one a vector.
 """
 
-from __future__ import annotations
-
 import argparse
+import importlib
 import itertools
 import json
 import os
@@ -21,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,8 @@ def made_up(n: int, dim: int, seed: int, of: int) -> Iterator[np.ndarray]:
     """Clustered, non-negative, long-tailed, float32 of length 1, in blocks; of any seed around the same centres, as
     many as a collection `of` so many has."""
     common, own = np.random.default_rng(0), np.random.default_rng(seed)
-    weights = (
-        common.standard_normal((LATENT, dim), np.float32)
-        * (np.arange(1, LATENT + 1, dtype=np.float32) ** -0.4)[:, None]
-    )
+    weights = common.standard_normal((LATENT, dim), np.float32)
+    weights *= (np.arange(1, LATENT + 1, dtype=np.float32) ** -0.4)[:, None]
     centres = common.standard_normal((max(1, min(of // CLUSTER, 20_000)), LATENT), np.float32)
     for start in range(0, n, BLOCK):
         count = min(BLOCK, n - start)
@@ -65,9 +63,7 @@ def model_of(dim: int, n: int) -> main.Model:
     queries = queries_for(dim, n)
 
     def network(pixels: Any) -> Any:
-        import torch
-
-        return torch.from_numpy(queries[[int(p.sum()) % len(queries) for p in pixels]])
+        return main.torch.from_numpy(queries[[int(p.sum()) % len(queries) for p in pixels]])
 
     return main.Model("made-up", f"made-up-{dim}", 8, dim, "cpu", network)
 
@@ -78,6 +74,10 @@ def make_files(root: Path, n: int) -> None:
         folder.mkdir(parents=True)
         for i in range(start, min(start + 1000, n)):
             os.close(os.open(folder / f"IMG_{i:08}_a_name_of_usual_length.jpg", os.O_CREAT))
+
+
+def store_of(cache: Path, dim: int) -> main.Store:
+    return main.Store(cache / f"made-up-{dim}", f"made-up-{dim}", dim)
 
 
 def fill(store: main.Store, root: Path, blocks: Iterable[np.ndarray]) -> None:
@@ -98,16 +98,26 @@ def peak(reset: bool = False) -> float:
     return int(line.split()[1]) / 1e3
 
 
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+@contextmanager
+def measured(name: str) -> Iterator[dict[str, float]]:
+    """The seconds of what is done meanwhile, and the memory that it takes, are put into the figures."""
+    figures, base, start = dict[str, float](), peak(reset=True), time.perf_counter()
+    yield figures
+    figures |= {f"{name} s": time.perf_counter() - start, f"{name} MB": peak() - base}
+
+
 def start_up() -> None:
     """What any run of the program takes."""
-    import faiss  # noqa: F401
-    import filelock  # noqa: F401
-    import torch
-    import torchvision  # noqa: F401
-    import tqdm  # noqa: F401
-
+    for name in ("faiss", "filelock", "torch", "torchvision", "tqdm"):
+        importlib.import_module(name)
     main.image_formats()
-    torch.zeros(2, 2) @ torch.zeros(2, 2)
+    main.torch.zeros(2, 2) @ main.torch.zeros(2, 2)
 
 
 def drop_cached(folder: Path) -> None:
@@ -118,34 +128,22 @@ def drop_cached(folder: Path) -> None:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-# ---- Measurements, each in a process of its own ----------------------------------------------------------------------
-
-
 def build(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
-    store = main.Store(cache / f"made-up-{dim}", f"made-up-{dim}", dim)
-    base, start = peak(reset=True), time.perf_counter()
-    index = main.open_index(store)
-    return {
-        "build s": time.perf_counter() - start,
-        "build MB": peak() - base,
-        **({"recall": index.recall or 1.0, "shortlist": index.shortlist} if index.shortlist else {}),
-    }
+    store = store_of(cache, dim)
+    with measured("build") as figures:
+        index = main.open_index(store)
+    return figures | ({"recall": index.recall or 1.0, "shortlist": index.shortlist} if index.shortlist else {})
 
 
-def first_answer(images: Path, cache: Path, dim: int, n: int, exact: bool = False) -> dict[str, float]:
+def first_answer(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     model = model_of(dim, n)
     Image.new("L", (8, 8), 3).save(image := str(cache / "query.png"))
-    base, start = peak(reset=True), time.perf_counter()
-    engine = main.initialize_reverse_image_search(images, cache, model=model, work=main.Work(update=False, exact=exact))
-    answer = next(main.search(image, engine))
-    spent, memory = time.perf_counter() - start, peak() - base
+    with measured("first") as figures:
+        engine = main.initialize_reverse_image_search(images, cache, model=model, work=main.Work(update=False))
+        answer = next(main.search(image, engine))
     assert len(answer.matches) == main.TOP, answer
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        next(main.search(image, engine))
-        times.append(time.perf_counter() - start)
-    return {"first s": spent, "first MB": memory, "again ms": 1e3 * statistics.median(times)}
+    again = [seconds(lambda: next(main.search(image, engine))) for _ in range(20)]
+    return figures | {"again ms": 1e3 * statistics.median(again)}
 
 
 def batch(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
@@ -167,44 +165,41 @@ def batch(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     return {"batch ms": 1e3 * spent / len(xq), "recall": float(recall)}
 
 
-def add(images: Path, cache: Path, dim: int, n: int, count: int = 100) -> dict[str, float]:
+def add(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     model, folder, noise = model_of(dim, n), images / f"added-{time.time_ns()}", np.random.default_rng()
     folder.mkdir()
-    for i in range(count):
+    for i in range(100):
         Image.fromarray(noise.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{i}.png")
     start = time.perf_counter()
     engine = main.initialize_reverse_image_search(images, cache, model=model)
-    assert (engine.summary.opened, engine.summary.recognised) == (count, 0)
-    return {"add s": time.perf_counter() - start}
+    spent = time.perf_counter() - start
+    assert (engine.summary.opened, engine.summary.recognised) == (100, 0)
+    return {"add s": spent}
 
 
 def rerun(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     model = model_of(dim, n)
-    base, start = peak(reset=True), time.perf_counter()
-    engine = main.initialize_reverse_image_search(images, cache, model=model)
+    with measured("rerun") as figures:
+        engine = main.initialize_reverse_image_search(images, cache, model=model)
     assert engine.summary.opened == 0
-    return {"rerun s": time.perf_counter() - start, "rerun MB": peak() - base}
+    return figures
 
 
 def duplicates(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     engine = main.initialize_reverse_image_search(images, cache, model=model_of(dim, n), work=main.Work(update=False))
-    base, start = peak(reset=True), time.perf_counter()
-    groups = sum(1 for _ in main.find_duplicates(engine, 0.999))
-    return {"duplicates s": time.perf_counter() - start, "duplicates MB": peak() - base, "groups": groups}
+    with measured("duplicates") as figures:
+        groups = sum(1 for _ in main.find_duplicates(engine, 0.999))
+    return figures | {"groups": groups}
 
 
 def peer_flat(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     """What the usual script does: the index in fp32, read whole, one query."""
-    import faiss
-
     xq, path = queries_for(dim, n), cache / "peer.faiss"
-    base, start = peak(reset=True), time.perf_counter()
-    index = faiss.read_index(str(path))
-    index.search(xq[:1], main.TOP)
-    spent, memory = time.perf_counter() - start, peak() - base
-    start = time.perf_counter()
-    index.search(xq[:SCAN_QUERIES], main.TOP)
-    return {"first s": spent, "first MB": memory, "again ms": 1e3 * (time.perf_counter() - start) / SCAN_QUERIES}
+    with measured("first") as figures:
+        index = main.faiss.read_index(str(path))
+        index.search(xq[:1], main.TOP)
+    again = seconds(lambda: index.search(xq[:SCAN_QUERIES], main.TOP)) / SCAN_QUERIES
+    return figures | {"again ms": 1e3 * again}
 
 
 STEPS: dict[str, Callable[..., dict[str, float]]] = {
@@ -222,13 +217,13 @@ def in_a_process(step: str, cold: bool, *args: Any) -> dict[str, float]:
 
 def measure(n: int, dim: int, folder: Path, peers: bool) -> Iterator[tuple[str, dict[str, float]]]:
     images, cache = folder / "images", folder / "cache"
-    store = main.Store(cache / f"made-up-{dim}", f"made-up-{dim}", dim)
+    store = store_of(cache, dim)
     if not images.exists():
         make_files(images, n)
         fill(store, images, made_up(n, dim, seed=1, of=n))
     args = images, cache, dim, n
     yield "index made from stored features", in_a_process("build", True, *args)
-    size = sum(path.stat().st_size for path in (cache / f"made-up-{dim}").iterdir())
+    size = sum(path.stat().st_size for path in store.folder.iterdir())
     yield "disk", {"KB an image": size / n / 1e3}
     for kind in ("cold", "warm"):
         yield f"first answer, {kind}", in_a_process("first_answer", kind == "cold", *args)
@@ -237,12 +232,10 @@ def measure(n: int, dim: int, folder: Path, peers: bool) -> Iterator[tuple[str, 
     yield "100 added, scan and all", in_a_process("add", False, *args)
     yield "nothing changed", in_a_process("rerun", False, *args)
     if peers:
-        import faiss
-
-        index = faiss.IndexFlatIP(dim)
+        index = main.faiss.IndexFlatIP(dim)
         for _, block in store.blocks():
             index.add(block.astype(np.float32))
-        faiss.write_index(index, str(cache / "peer.faiss"))
+        main.faiss.write_index(index, str(cache / "peer.faiss"))
         del index
         for kind in ("cold", "warm"):
             yield f"peers: FAISS flat, {kind}", in_a_process("peer_flat", kind == "cold", *args)
@@ -255,12 +248,12 @@ def run() -> None:
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--folder", type=Path, help="keep what is made here, and use it again")
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--step", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
-        step, images, cache, dim, n, *others = options.step
+        step, images, cache, dim, n = options.step
         start_up()
-        print(json.dumps(STEPS[step](Path(images), Path(cache), int(dim), int(n), *others)))
+        print(json.dumps(STEPS[step](Path(images), Path(cache), int(dim), int(n))))
         return
     folder = options.folder or Path(tempfile.mkdtemp())
     try:

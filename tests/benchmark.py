@@ -9,10 +9,9 @@ process, with imports, weights and all warm-up; `beyond start-up` is without the
 one image. Medians of the repetitions. Without --weights the network is untrained: it takes as long.
 """
 
-from __future__ import annotations
-
 import argparse
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -29,6 +28,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,9 +36,12 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+OURS = (sys.executable, str(ROOT / "main.py"))
+IMPORTS = (sys.executable, "-c", "import torch, faiss")
 sys.path.insert(0, str(ROOT))
 
 import bench_million  # noqa: E402
+from bench_million import seconds  # noqa: E402
 
 import main  # noqa: E402
 
@@ -142,15 +145,14 @@ def collection(options: Options, count: int, width: int, height: int, distinct: 
         named = [path for path in found if path.lower().endswith((".jpg", ".jpeg"))][: min(count, 10 * distinct)]
         contents = [Path(path).read_bytes() for path in named]
     for seed in range(0 if contents else min(count, distinct)):
-        drawn(seed, width, height).save(folder / "new", "JPEG", quality=92)
-        contents.append((folder / "new").read_bytes())
-        (folder / "new").unlink()
+        drawn(seed, width, height).save(stream := io.BytesIO(), "JPEG", quality=92)
+        contents.append(stream.getvalue())
     for i in range(count):
         (folder / f"{i:06}.jpg").write_bytes(contents[i % len(contents)] + i.to_bytes(4, "big"))
     return folder
 
 
-def process(command: list[str], environment: Mapping[str, str]) -> Spent:
+def process(command: Sequence[str], environment: Mapping[str, str] = {}) -> Spent:
     """Started by a small process: to Linux, the peak of a process is at least that of the one that started it."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-S", "-c", LAUNCH, *command], env={**os.environ, **environment},
@@ -161,12 +163,14 @@ def process(command: list[str], environment: Mapping[str, str]) -> Spent:
     return Spent(seconds, int(done.stdout.split()[-1]) / (1 << 20 if sys.platform == "darwin" else 1 << 10))
 
 
-def ours(
-    folder: Path, options: Options, environment: Mapping[str, str] = {}, offline: bool = False,
-    python: Sequence[str] = (sys.executable, str(ROOT / "main.py")),
-) -> Spent:  # fmt: skip
+def ours(folder: Path, options: Options, environment: Mapping[str, str]) -> Spent:
+    return indexed(folder, options, options.network, "--weights", str(options.weights), environment=environment)
+
+
+def indexed(
+    folder: Path, options: Options, *model: str, environment: Mapping[str, str] = {}, python: Sequence[str] = OURS
+) -> Spent:
     with tempfile.TemporaryDirectory(dir=options.folder) as index_dir:
-        model = ["offline"] if offline else [options.network, "--weights", str(options.weights)]
         where = ["--images", str(folder), "--index-dir", index_dir, "--index-only"]
         return process([*python, *where, "--model", *model], environment)
 
@@ -176,46 +180,32 @@ def usual(folder: Path, options: Options, environment: Mapping[str, str]) -> Spe
     return process(command, environment)
 
 
-def against_the_usual_script(
-    count: int, width: int, height: int, promised: str, environment: Mapping[str, str] = {}
-) -> Callable[[Options], Iterator[Row]]:
-    """A section: the rate of extraction, from files to features in the cache."""
-
-    def section(options: Options) -> Iterator[Row]:
-        n = max(2, round(count * options.share))
-        many, one = collection(options, n, width, height), collection(options, 1, width, height)
-        whole: dict[Any, list[float]] = {ours: [], usual: []}
-        beyond: dict[Any, list[float]] = {ours: [], usual: []}
-        for _ in range(options.repeat):
-            for program in (usual, ours):
-                start_up = program(one, options, environment).seconds
-                seconds = program(many, options, environment).seconds
-                whole[program].append(n / seconds)
-                beyond[program].append((n - 1) / max(seconds - start_up, 1e-3))
-        what = f"{n:,} JPEGs of {width} × {height}" if not options.images else f"{n:,} of your JPEGs"
-        what += ", no bf16" if environment else ""
-        for name, rates in (("whole", whole), ("beyond start-up", beyond)):
-            mine, theirs = (statistics.median(rates[program]) for program in (ours, usual))
-            yield Row(f"{what}: {name}", mine, "images/s", theirs, promised)
-
-    return section
+def extraction(
+    options: Options, count: int, width: int, height: int, promised: str, environment: Mapping[str, str] = {}
+) -> Iterator[Row]:
+    """The rate from files to features in the cache, against the usual script."""
+    n = max(2, round(count * options.share))
+    many, one = collection(options, n, width, height), collection(options, 1, width, height)
+    rates: dict[Any, list[tuple[float, float]]] = {usual: [], ours: []}
+    for _, program in itertools.product(range(options.repeat), rates):
+        start_up, spent = (program(folder, options, environment).seconds for folder in (one, many))
+        rates[program].append((n / spent, (n - 1) / max(spent - start_up, 1e-3)))
+    what = f"{n:,} JPEGs of {width} × {height}" if not options.images else f"{n:,} of your JPEGs"
+    what += ", no bf16" if environment else ""
+    medians_of = (map(statistics.median, zip(*rates[program])) for program in (ours, usual))
+    for name, mine, theirs in zip(("whole", "beyond start-up"), *medians_of):
+        yield Row(f"{what}: {name}", mine, "images/s", theirs, promised)
 
 
 def rate(work: Callable[[], Any], items: float, repeat: int) -> float:
     """Items a second, warm."""
     work()
-    seconds = []
-    for _ in range(repeat + 2):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return items / statistics.median(seconds)
+    return items / statistics.median(seconds(work) for _ in range(repeat + 2))
 
 
 def ceilings(options: Options) -> Iterator[Row]:
     """What the machine allows: decoding alone, the network alone, and the matrix product it could come near to."""
-    import torch
-
+    torch = main.torch
     model = main.load_model(options.network, options.weights)
     transform = main.get_transform(model.side, model.resample)
     for width, height in ((500, 375), (4000, 3000)):
@@ -227,37 +217,31 @@ def ceilings(options: Options) -> Iterator[Row]:
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(model.precision, torch.float32)
     matrix, n = torch.randn(2048, 2048, device=model.device).to(kind), 2048
     synchronise = torch.cuda.synchronize if model.device == "cuda" else lambda: None
-    rates: dict[str, list[float]] = {"product": [], "network": []}
-    for _ in range(options.repeat):
-        product = rate(lambda: (matrix @ matrix, synchronise()), 2 * n**3 / 1e9, 3)
-        rates["product"].append(product)
-        rates["network"].append(rate(lambda: main.extract_features_batch(batch, model), size, 1))
-    product, network = (statistics.median(rates[name]) for name in ("product", "network"))
-    yield Row(f"matrix product, {model.precision}", product, "GFLOP/s")
+    timed = {
+        "product": lambda: rate(lambda: (matrix @ matrix, synchronise()), 2 * n**3 / 1e9, 3),
+        "network": lambda: rate(lambda: main.extract_features_batch(batch, model), size, 1),
+    }
+    found = medians(options.repeat, timed)
+    yield Row(f"matrix product, {model.precision}", found["product"], "GFLOP/s")
     if options.network == "resnet50":
         what = f"network alone, {model.precision}, {size} at once, against {GFLOP} GFLOP an image"
-        yield Row(what, network, "images/s", product / GFLOP, "0.80 ×")
+        yield Row(what, found["network"], "images/s", found["product"] / GFLOP, "0.80 ×")
 
 
 def memory(options: Options) -> Iterator[Row]:
     """The peak while a collection ten times as large is indexed, with the offline descriptor."""
     sizes = [max(2, round(n * options.share)) for n in (5000, 50000)]
-    few, many = (ours(collection(options, n, 64, 48), options, offline=True).megabytes for n in sizes)
+    few, many = (indexed(collection(options, n, 64, 48), options, "offline").megabytes for n in sizes)
     yield Row(f"peak memory at {sizes[1]:,} images, against {sizes[0]:,}", many, "MB", few, "≤ 1.20 ×")
 
 
-def search(vectors: int) -> Callable[[Options], Iterator[Row]]:
+def search(options: Options, vectors: int) -> Iterator[Row]:
     """The index of so many made-up vectors and the answers from it, then the peers' ways: see bench_million.py."""
-
-    def section(options: Options) -> Iterator[Row]:
-        n = max(300, round(vectors * options.share))
-        for what, figures in bench_million.measure(n, 2048, options.folder / f"search {n}", peers=True):
-            for name, value in figures.items():
-                word, _, unit = name.rpartition(" ")
-                known = unit in ("s", "ms", "MB")
-                yield Row(f"{n:,} vectors, {what}: {word if known else name}", value, unit if known else "")
-
-    return section
+    n = max(300, round(vectors * options.share))
+    for what, figures in bench_million.measure(n, 2048, options.folder / f"search {n}", peers=True):
+        for figure, value in figures.items():
+            name, unit = figure.rsplit(" ", 1) if figure.endswith((" s", " ms", " MB")) else (figure, "")
+            yield Row(f"{n:,} vectors, {what}: {name}", value, unit)
 
 
 def duplicates(options: Options) -> Iterator[Row]:
@@ -267,11 +251,10 @@ def duplicates(options: Options) -> Iterator[Row]:
     bench_million.make_files(images, n)
     blocks = bench_million.made_up(n, dim, seed=1, of=n)
     with_copies = (np.where(np.arange(len(block))[:, None] % 100 == 1, np.roll(block, 1, 0), block) for block in blocks)
-    bench_million.fill(main.Store(cache / f"made-up-{dim}", f"made-up-{dim}", dim), images, with_copies)
+    bench_million.fill(bench_million.store_of(cache, dim), images, with_copies)
     found = bench_million.in_a_process("duplicates", False, images, cache, dim, n)
-    yield Row(
-        f"{found['groups']} groups of copies among {n:,}", found["duplicates s"], "s", promised="≤ 600 s at 100,000"
-    )
+    what = f"{found['groups']} groups of copies among {n:,}"
+    yield Row(what, found["duplicates s"], "s", promised="≤ 600 s at 100,000")
     yield Row(f"copies among {n:,}, memory beyond start-up", found["duplicates MB"], "MB")
 
 
@@ -301,12 +284,11 @@ def offline(options: Options) -> Iterator[Row]:
     before = options.folder / "before" / "main.py"
     before.write_bytes(subprocess.run(["git", "show", f"{BEFORE}:main.py"], cwd=ROOT, stdout=-1, check=True).stdout)
 
-    def rate_of(script: Path, *start: str) -> float:
-        python = (*start, sys.executable, str(script))
-        spent = [ours(folder, options, {}, True, python).seconds for folder in (many, one)]
+    def rate_of(*python: str) -> float:
+        spent = [indexed(folder, options, "offline", python=python).seconds for folder in (many, one)]
         return (n - 1) / max(spent[0] - spent[1], 1e-3)
 
-    both: dict[str, Callable[[], float]] = {"before": lambda: rate_of(before), "now": lambda: rate_of(ROOT / "main.py")}
+    both = {"before": lambda: rate_of(sys.executable, str(before)), "now": lambda: rate_of(*OURS)}
     found = medians(options.repeat, both)
     yield Row(f"offline, {n:,} images, against {BEFORE}", found["now"], "images/s", found["before"], "≥ 1.80 ×")
     with busy(main.usable_cores()):
@@ -315,7 +297,7 @@ def offline(options: Options) -> Iterator[Row]:
     taskset, cores = shutil.which("taskset"), sorted(os.sched_getaffinity(0))[:2]
     if taskset and len(cores) == 2:
         on = {str(n): (taskset, "-c", ",".join(map(str, cores[:n]))) for n in (1, 2)}
-        found = medians(options.repeat, {n: lambda n=n: rate_of(ROOT / "main.py", *on[n]) for n in on})
+        found = medians(options.repeat, {n: lambda n=n: rate_of(*on[n], *OURS) for n in on})
         yield Row("the same, two cores against one", found["2"], "images/s", found["1"], "≥ 1.80 ×")
 
 
@@ -324,15 +306,13 @@ def rerun(options: Options) -> Iterator[Row]:
     folder = collection(options, max(2, round(1000 * options.share)), 500, 375)
     query, home = str(next(folder.iterdir())), {"TORCH_HOME": str(options.folder / "no weights")}
     index_dir = options.folder / "rerun"
-    search = [sys.executable, str(ROOT / "main.py"), query, "--images", str(folder), "--index-dir", str(index_dir)]
-    search.append("--no-report")
+    search = [*OURS, query, "--images", str(folder), "--index-dir", str(index_dir), "--no-report"]
     network = [*search, "--model", options.network, "--weights", str(options.weights)]
-    process(network, {})
+    process(network)
     (index,) = index_dir.glob("*/index.faiss")
     plain = [sys.executable, "-c", PLAIN_SEARCH, query, options.network, str(options.weights), str(index)]
     process(search, home)
-    imports = [sys.executable, "-c", "import torch, faiss"]
-    commands = {"ours": (network, {}), "plain": (plain, {}), "offline": (search, home), "imports": (imports, {})}
+    commands = {"ours": (network,), "plain": (plain,), "offline": (search, home), "imports": (IMPORTS,)}
     timed = {name: lambda command=command: process(*command).seconds for name, command in commands.items()}
     found = medians(options.repeat + 2, timed)
     yield Row(f"rerun, {options.network}, one query", found["ours"], "s", found["plain"], "≤ 1.00 ×")
@@ -350,19 +330,17 @@ def first_progress(options: Options) -> Iterator[Row]:
         with tempfile.TemporaryDirectory(dir=options.folder) as index_dir:
             where = ["--images", str(folder), "--index-dir", index_dir, "--index-only", "--model", "offline"]
             start, seen = time.perf_counter(), b""
-            run = subprocess.Popen([sys.executable, str(ROOT / "main.py"), *where], stderr=end, stdin=end)
+            run = subprocess.Popen([*OURS, *where], stderr=end, stdin=end)
             while not re.search(rb" [1-9]\d*/", seen):
                 seen += os.read(terminal, 1 << 16)
-            seconds = time.perf_counter() - start
+            spent = time.perf_counter() - start
             run.kill()
             run.wait()
         os.close(terminal)
         os.close(end)
-        return seconds
+        return spent
 
-    imports = [sys.executable, "-c", "import torch, faiss"]
-    timed = {"first": seconds_until_counted, "imports": lambda: process(imports, {}).seconds}
-    found = medians(options.repeat, timed)
+    found = medians(options.repeat, {"first": seconds_until_counted, "imports": lambda: process(IMPORTS).seconds})
     what = f"{len(os.listdir(folder)):,} new images, first progress beyond the imports of torch and faiss"
     yield Row(what, found["first"] - found["imports"], "s", promised="≤ 1.00 s")
 
@@ -374,53 +352,42 @@ def one_query(options: Options) -> Iterator[Row]:
     engine = main.initialize_reverse_image_search(folder, options.folder / "one query", model=model)
     names = sorted(map(str, folder.iterdir()))
 
-    def seconds(engine: main.Engine, queries: list[str], views: str) -> float:
-        start = time.perf_counter()
-        deque(main.search(queries, engine, views=views), 0)
-        return (time.perf_counter() - start) / len(queries)
+    def each(engine: main.Engine, queries: list[str], views: str = "auto") -> float:
+        return seconds(lambda: deque(main.search(queries, engine, views=views), 0)) / len(queries)
 
-    seconds(engine, names[:1], "auto")
+    each(engine, names[:1])
     # No picture is a query twice: the local features of candidates are remembered.
     turn = itertools.count(1)
     timed = {
-        "alone": lambda: seconds(engine, [names[next(turn)]], "auto"),
-        "without views": lambda: seconds(engine, [names[next(turn)]], "none"),
+        "alone": lambda: each(engine, [names[next(turn)]]),
+        "without views": lambda: each(engine, [names[next(turn)]], "none"),
     }
     found = medians(5 * options.repeat, timed)
     yield Row("a query in all its views, verified, alone", found["alone"], "s", promised="≤ 0.50 s")
     yield Row("the same with --views none", found["without views"], "s", promised="≤ 0.15 s")
-    yield Row("each of 100 queries at once", seconds(engine, names[-100:], "auto"), "s", promised="≤ 0.30 s")
+    yield Row("each of 100 queries at once", each(engine, names[-100:]), "s", promised="≤ 0.30 s")
     few = collection(options, 20, 500, 375)
     model = main.load_model(options.network, options.weights, "cpu")
     engine = main.initialize_reverse_image_search(few, options.folder / "one query", model=model)
-    rounds = medians(2 * options.repeat, {"network": lambda: seconds(engine, [names[next(turn)]], "auto")})
+    rounds = medians(2 * options.repeat, {"network": lambda: each(engine, [names[next(turn)]])})
     yield Row(f"a query in its views by {options.network}, alone", rounds["network"], "s", promised="≤ 1.00 s")
 
 
 SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
-    "many": against_the_usual_script(2000, 500, 375, "5.00 ×"),
-    "few": against_the_usual_script(200, 500, 375, "3.50 ×"),
-    "no-bf16": against_the_usual_script(500, 500, 375, "1.60 ×", NO_BF16),
-    "large": against_the_usual_script(200, 4000, 3000, "8.00 ×"),
+    "many": partial(extraction, count=2000, width=500, height=375, promised="5.00 ×"),
+    "few": partial(extraction, count=200, width=500, height=375, promised="3.50 ×"),
+    "no-bf16": partial(extraction, count=500, width=500, height=375, promised="1.60 ×", environment=NO_BF16),
+    "large": partial(extraction, count=200, width=4000, height=3000, promised="8.00 ×"),
     "offline": offline,
     "rerun": rerun,
     "first-progress": first_progress,
     "one-query": one_query,
     "ceilings": ceilings,
     "memory": memory,
-    "search": search(100_000),
-    "million": search(1_000_000),
+    "search": partial(search, vectors=100_000),
+    "million": partial(search, vectors=1_000_000),
     "duplicates": duplicates,
 }
-
-
-def untrained(network: str, path: Path) -> Path:
-    import torch
-    import torchvision
-
-    torch.manual_seed(0)
-    torch.save(torchvision.models.get_model(network, weights=None).state_dict(), path)
-    return path
 
 
 def benchmark(sections: list[str], options: Options, kept: Path | None) -> None:
@@ -447,6 +414,10 @@ if __name__ == "__main__":
     if unknown := set(given.sections) - set(SECTIONS):
         parser.error(f"no such section: {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     with tempfile.TemporaryDirectory() as temporary:
-        weights = (given.weights or untrained(given.network, Path(temporary, "weights.pth"))).resolve()
+        if not given.weights:
+            given.weights = Path(temporary, "weights.pth")
+            main.torch.manual_seed(0)
+            main.torch.save(main.torchvision.models.get_model(given.network, weights=None).state_dict(), given.weights)
+        weights = given.weights.resolve()
         settings = Options(given.share, given.repeat, given.images, given.network, weights, Path(temporary))
         benchmark(given.sections or list(SECTIONS), settings, given.json)

@@ -2,6 +2,7 @@
 
     python tests/evaluate.py ~/Pictures
     python tests/evaluate.py ~/Pictures --model offline --model resnet50 --weights resnet50-0676ba61.pth
+    SEED=8 python tests/evaluate.py ~/Pictures      another draw of the photographs to edit
 
 A number of the photographs are edited in many ways. Each edited copy is then searched for among all of them, by the
 program itself. Printed is how often the original comes first (@1), among the first ten (@10), and first as a verified
@@ -13,56 +14,54 @@ copy. Where the folder has one sub-folder a class, also how often a photograph's
     --times       seconds of one query, alone and among a hundred, and of the local features of one picture
 """
 
-from __future__ import annotations
-
 import argparse
 import io
+import os
 import random
 import sys
 import tempfile
-import time
 import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
+from bench_million import seconds
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import main
 
-SEED = 7  # of the shuffle that chooses the photographs to edit
+SEED = int(os.environ.get("SEED", 7))  # of the shuffle that chooses the photographs to edit
 
 Edit = Callable[[Image.Image], Image.Image]
 
-# ---- Edits -----------------------------------------------------------------------------------------------------------
+BACKDROPS: list[Image.Image] = []  # other photographs, into which a picture is set
 
 
-def resaved(quality: int) -> Edit:
-    def edit(image: Image.Image) -> Image.Image:
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=quality)
-        return Image.open(buffer).convert("RGB")
-
-    return edit
+def number_of(image: Image.Image) -> int:
+    """What is chosen for a picture is drawn from its own bytes: each run makes the same edits."""
+    return zlib.crc32(image.tobytes())
 
 
-def crop(area: float) -> Edit:
-    """Keep `area` of the picture, both sides cut alike, at a place drawn from the picture's own bytes."""
-
-    def edit(image: Image.Image) -> Image.Image:
-        place = random.Random(zlib.crc32(image.tobytes()))
-        width, height = round(image.width * area**0.5), round(image.height * area**0.5)
-        left, top = place.randint(0, image.width - width), place.randint(0, image.height - height)
-        return image.crop((left, top, left + width, top + height))
-
-    return edit
+def backdrop(image: Image.Image) -> Image.Image:
+    others = BACKDROPS or [Image.effect_mandelbrot((500, 400), (-2, -1, 1, 1), 80).convert("RGB")]
+    return others[number_of(image) % len(others)]
 
 
-def mirror(image: Image.Image) -> Image.Image:
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+def resaved(image: Image.Image, quality: int) -> Image.Image:
+    image.save(stream := io.BytesIO(), "JPEG", quality=quality)
+    return Image.open(stream).convert("RGB")
+
+
+def crop(image: Image.Image, area: float) -> Image.Image:
+    """Keep `area` of the picture, both sides cut alike, at a place that is drawn."""
+    place = random.Random(number_of(image))
+    width, height = round(image.width * area**0.5), round(image.height * area**0.5)
+    left, top = place.randint(0, image.width - width), place.randint(0, image.height - height)
+    return image.crop((left, top, left + width, top + height))
 
 
 def colour(image: Image.Image) -> Image.Image:
@@ -82,31 +81,13 @@ def caption(image: Image.Image) -> Image.Image:
     return image
 
 
-def border(image: Image.Image) -> Image.Image:
-    """A white border on all sides, 12 % of the longer side wide."""
-    edge = round(0.12 * max(image.size))
-    canvas = Image.new("RGB", (image.width + 2 * edge, image.height + 2 * edge), "white")
-    canvas.paste(image, (edge, edge))
-    return canvas
-
-
-def letterbox(image: Image.Image) -> Image.Image:
-    """Black bars above and below, each 35 % of the height of the whole."""
-    bar = round(image.height * 0.35 / 0.3)
-    canvas = Image.new("RGB", (image.width, image.height + 2 * bar))
-    canvas.paste(image, (0, bar))
-    return canvas
-
-
 def polaroid(image: Image.Image) -> Image.Image:
     """An off-white frame that is deepest below, with a line of handwriting."""
     edge = round(0.08 * min(image.size))
-    canvas = Image.new("RGB", (image.width + 2 * edge, image.height + edge + 4 * edge), (247, 245, 238))
-    canvas.paste(image, (edge, edge))
-    font = ImageFont.load_default(size=1.4 * edge)
-    place = (canvas.width / 2, canvas.height - 2 * edge)
-    ImageDraw.Draw(canvas).text(place, "summer, at last", (60, 60, 80), font, anchor="mm")
-    return canvas
+    framed = ImageOps.expand(image, (edge, edge, edge, 4 * edge), (247, 245, 238))
+    place, font = (framed.width / 2, framed.height - 2 * edge), ImageFont.load_default(size=1.4 * edge)
+    ImageDraw.Draw(framed).text(place, "summer, at last", (60, 60, 80), font, anchor="mm")
+    return framed
 
 
 def app(image: Image.Image) -> Image.Image:
@@ -122,8 +103,7 @@ def app(image: Image.Image) -> Image.Image:
     draw.text((130, 138), "Lisbon, Portugal", (120, 120, 130), small)
     picture = image.resize((width, round(width * image.height / image.width)), Image.Resampling.BICUBIC)
     picture = picture.crop((0, 0, width, min(picture.height, 900)))
-    top = 200 + (900 - picture.height) // 2
-    canvas.paste(picture, (0, top))
+    canvas.paste(picture, (0, 200 + (900 - picture.height) // 2))
     for i in range(3):
         draw.ellipse((30 + 90 * i, 1120, 80 + 90 * i, 1170), outline=ink, width=5)
     draw.text((30, 1190), "1,204 likes", ink, small)
@@ -137,53 +117,40 @@ def app(image: Image.Image) -> Image.Image:
 
 def screen(image: Image.Image) -> Image.Image:
     """A photograph of a screen: from the side, with a dark frame, stripes and noise."""
-    width, height = image.size
-    frame = Image.new("RGB", (round(1.16 * width), round(1.16 * height)), (24, 24, 26))
-    frame.paste(image, (round(0.08 * width), round(0.08 * height)))
-    w, h = frame.size
+    w, h = size = round(1.16 * image.width), round(1.16 * image.height)
+    frame = Image.new("RGB", size, (24, 24, 26))
+    frame.paste(image, (round(0.08 * image.width), round(0.08 * image.height)))
     corners = (-0.03 * w, -0.05 * h, 0.02 * w, 1.06 * h, 1.05 * w, 1.01 * h, 1.02 * w, 0.02 * h)  # of the source
-    seen = frame.transform((w, h), Image.Transform.QUAD, corners, Image.Resampling.BICUBIC)
-    pixels = np.asarray(seen, np.float32)
+    seen = frame.transform(size, Image.Transform.QUAD, corners, Image.Resampling.BICUBIC)
     stripes = 10 * np.sin(np.arange(h) * 1.9)[:, None, None] + 6 * np.sin(np.arange(w) * 0.7)[None, :, None]
-    return noisy(Image.fromarray((pixels * 0.9 + stripes + 12).clip(0, 255).astype(np.uint8)), 6)
+    return noisy(of_light(np.asarray(seen, np.float32) * 0.9 + stripes + 12), 6)
+
+
+def of_light(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def noisy(image: Image.Image, spread: float) -> Image.Image:
-    noise = np.random.default_rng(zlib.crc32(image.tobytes())).normal(0, spread, (*image.size[::-1], 3))
-    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+    return of_light(image + np.random.default_rng(number_of(image)).normal(0, spread, (*image.size[::-1], 3)))
 
 
-BACKDROPS: list[Image.Image] = []  # other photographs, into which a picture is set
-
-
-def backdrop(image: Image.Image) -> Image.Image:
-    others = BACKDROPS or [Image.effect_mandelbrot((500, 400), (-2, -1, 1, 1), 80).convert("RGB")]
-    return others[zlib.crc32(image.tobytes()) % len(others)]
-
-
-def inset(share: float) -> Edit:
+def inset(image: Image.Image, share: float) -> Image.Image:
     """Set into another photograph, at `share` of its width."""
-
-    def edit(image: Image.Image) -> Image.Image:
-        canvas = backdrop(image).resize((600, 450), Image.Resampling.BICUBIC)
-        scale = min(share * canvas.width / image.width, 0.96 * canvas.height / image.height)
-        small = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BICUBIC)
-        place = random.Random(zlib.crc32(image.tobytes()))
-        left, top = (place.randint(0, a - b) for a, b in zip(canvas.size, small.size))
-        canvas.paste(small, (left, top))
-        return canvas
-
-    return edit
+    canvas, place = backdrop(image).resize((600, 450), Image.Resampling.BICUBIC), random.Random(number_of(image))
+    scale = min(share * canvas.width / image.width, 0.96 * canvas.height / image.height)
+    small = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BICUBIC)
+    left, top = (place.randint(0, a - b) for a, b in zip(canvas.size, small.size))
+    canvas.paste(small, (left, top))
+    return canvas
 
 
 def collage(image: Image.Image) -> Image.Image:
     """Beside another photograph, both equally high."""
     other = backdrop(image)
     other = other.resize((round(other.width * image.height / other.height), image.height), Image.Resampling.BICUBIC)
-    canvas = Image.new("RGB", (image.width + other.width, image.height))
-    canvas.paste(image, (0, 0))
-    canvas.paste(other, (image.width, 0))
-    return canvas
+    both = ImageOps.expand(image, (0, 0, other.width, 0))
+    both.paste(other, (image.width, 0))
+    return both
 
 
 def meme(image: Image.Image) -> Image.Image:
@@ -197,7 +164,7 @@ def meme(image: Image.Image) -> Image.Image:
 
 
 def stickers(image: Image.Image) -> Image.Image:
-    image, place = image.copy(), random.Random(zlib.crc32(image.tobytes()))
+    place, image = random.Random(number_of(image)), image.copy()
     draw, radius = ImageDraw.Draw(image), 0.11 * min(image.size)
     for colour_of in ("gold", "deepskyblue", "hotpink"):
         x, y = place.uniform(radius, image.width - radius), place.uniform(radius, image.height - radius)
@@ -208,11 +175,9 @@ def stickers(image: Image.Image) -> Image.Image:
 
 def vintage(image: Image.Image) -> Image.Image:
     """A warm filter with faded shadows and dark corners."""
-    pixels = np.asarray(image, np.float32) / 255
-    pixels = 0.12 + 0.85 * pixels ** np.array([0.8, 1.0, 1.3])
+    pixels = 0.12 + 0.85 * (np.asarray(image, np.float32) / 255) ** np.array([0.8, 1.0, 1.3])
     y, x = (np.linspace(-1, 1, side) for side in image.size[::-1])
-    pixels *= (1 - 0.35 * (x[None, :] ** 2 + y[:, None] ** 2) / 2)[..., None]
-    return Image.fromarray((pixels * 255).clip(0, 255).astype(np.uint8))
+    return of_light(255 * (pixels * (1 - 0.35 * (x[None, :] ** 2 + y[:, None] ** 2) / 2)[..., None]))
 
 
 def tiny(image: Image.Image) -> Image.Image:
@@ -222,57 +187,51 @@ def tiny(image: Image.Image) -> Image.Image:
     return small.resize(image.size, Image.Resampling.BICUBIC)
 
 
-def crop_mirror_jpeg(image: Image.Image) -> Image.Image:
-    return resaved(30)(mirror(crop(0.7)(image)))
-
-
 EDITS: dict[str, Edit] = {
     "half size": lambda image: image.reduce(2),
-    "jpeg 30": resaved(30),
-    "crop 81 %": crop(0.81),
-    "crop 50 %": crop(0.50),
-    "crop 25 %": crop(0.25),
-    "mirror": mirror,
+    "jpeg 30": partial(resaved, quality=30),
+    "crop 81 %": partial(crop, area=0.81),
+    "crop 50 %": partial(crop, area=0.50),
+    "crop 25 %": partial(crop, area=0.25),
+    "mirror": ImageOps.mirror,
     "rotate 10°": lambda image: image.rotate(10, Image.Resampling.BICUBIC),  # same size, black corners
     "rotate 90°": lambda image: image.transpose(Image.Transpose.ROTATE_90),
     "colour": colour,
     "grey": lambda image: image.convert("L").convert("RGB"),
     "blur": lambda image: image.filter(ImageFilter.GaussianBlur(0.008 * max(image.size))),  # 4 pixels at 500
     "caption": caption,
-    "border": border,
+    "border": lambda image: ImageOps.expand(image, round(0.12 * max(image.size)), "white"),
     "aspect": lambda image: image.resize((round(image.width * 1.4), image.height), Image.Resampling.BICUBIC),
-    "jpeg 8": resaved(8),
+    "jpeg 8": partial(resaved, quality=8),
     "rotate 30°": lambda image: image.rotate(30, Image.Resampling.BICUBIC),
-    "letterbox": letterbox,
+    "letterbox": lambda image: ImageOps.expand(image, (0, round(image.height * 0.35 / 0.3))),  # bars of 35 % each
     "polaroid": polaroid,
     "screenshot": app,
     "screen": screen,
-    "inset 60 %": inset(0.6),
-    "inset 40 %": inset(0.4),
+    "inset 60 %": partial(inset, share=0.6),
+    "inset 40 %": partial(inset, share=0.4),
     "collage": collage,
     "meme": meme,
     "stickers": stickers,
     "vintage": vintage,
-    "negative": lambda image: image.point([255 - value for value in range(256)] * 3),
+    "negative": ImageOps.invert,
     "noise": lambda image: noisy(image, 25),
     "64 px": tiny,
-    "crop+mirror": crop_mirror_jpeg,
+    "crop+mirror": lambda image: resaved(ImageOps.mirror(crop(image, 0.7)), 30),
     "dark": lambda image: ImageEnhance.Brightness(image).enhance(0.4),
 }
 
 # What is found as a duplicate, whatever the collection
 COPIES: dict[str, Edit] = {
-    "resaved": resaved(85),
-    "half": lambda image: image.reduce(2),
-    "grey": lambda image: image.convert("L").convert("RGB"),
+    "resaved": partial(resaved, quality=85),
+    "half": EDITS["half size"],
+    "grey": EDITS["grey"],
     "caption": caption,
     "meme": meme,
-    "crop 90 %": crop(0.9),
-    "crop 60 %": crop(0.6),
-    "mirrored": mirror,
+    "crop 90 %": partial(crop, area=0.9),
+    "crop 60 %": partial(crop, area=0.6),
+    "mirrored": ImageOps.mirror,
 }
-
-# ---- Measures --------------------------------------------------------------------------------------------------------
 
 
 def by_class(features: np.ndarray, classes: np.ndarray) -> tuple[float, float]:
@@ -286,10 +245,8 @@ def by_class(features: np.ndarray, classes: np.ndarray) -> tuple[float, float]:
 
 def read(folder: Path) -> tuple[list[Path], np.ndarray]:
     """The photographs, shuffled, and the class of each, by its folder."""
-    stop: list[OSError] = []
-    paths = [folder / main.os.fsdecode(file.path) for file in main.find_images(folder, stop.append)]
-    suffixes = main.image_formats()[1]
-    paths = [path for path in paths if path.suffix.lower() in suffixes]
+    paths = [folder / os.fsdecode(file.path) for file in main.find_images(folder, lambda error: None)]
+    paths = [path for path in paths if path.suffix.lower() in main.image_formats()[1]]
     random.Random(SEED).shuffle(paths)
     names = sorted({path.parent for path in paths})
     return paths, np.array([names.index(path.parent) for path in paths])
@@ -299,12 +256,12 @@ def opened(path: Path) -> Image.Image:
     return main.to_rgb(Image.open(path), 10**6)
 
 
-def saved(images: Iterable[Image.Image], folder: Path) -> list[str]:
+def saved(images: Iterable[Image.Image], folder: str | Path) -> list[str]:
     """The images as files, and their paths."""
     paths = []
     for number, image in enumerate(images):
-        image.save(path := folder / f"{number:05}.png")
-        paths.append(str(path))
+        image.save(path := f"{folder}/{number:05}.png")
+        paths.append(path)
     return paths
 
 
@@ -314,24 +271,24 @@ def by_edit(photos: list[Image.Image], paths: list[Path], engine: main.Engine) -
     rows = []
     for name, edit in EDITS.items():
         with tempfile.TemporaryDirectory() as folder:
-            queries = saved(map(edit, photos), Path(folder))
-            found = [(answer.matches, str(path)) for answer, path in zip(main.search(queries, engine, k=10), paths)]
-        first = [bool(matches) and matches[0].path == path for matches, path in found]
-        among = [path in {match.path for match in matches} for matches, path in found]
-        copy = [hit and matches[0].label == "copy" for hit, (matches, _) in zip(first, found)]
-        rows.append([float(np.mean(hits)) for hits in (first, among, copy)])
+            queries, hits = saved(map(edit, photos), folder), []
+            for answer, path in zip(main.search(queries, engine, k=10), map(str, paths)):
+                found = [match.path for match in answer.matches]
+                first = found[:1] == [path]
+                hits.append((first, path in found, first and answer.matches[0].label == "copy"))
+        rows.append(np.mean(hits, 0))
         print(f"{name:11}" + "".join(f"{value:18.3f}" for value in rows[-1]), flush=True)
     print(f"{'mean':11}" + "".join(f"{value:18.3f}" for value in np.mean(rows, 0)), flush=True)
 
 
-def without_source(paths: list[Path], model: main.Model) -> tuple[int, int]:
-    """How many queries get a copy, and of how many. No query has a source in the collection.
+def without_source(paths: list[Path], model: main.Model) -> None:
+    """Print how many queries get a copy, and of how many. No query has a source in the collection.
 
     One half of the photographs is the collection, every second one in the frame of the same app. The other half asks,
     as it is, in that frame and cropped. Then the halves change places.
     """
     copies, asked, half = 0, 0, len(paths) // 2
-    kinds: tuple[Edit, ...] = (lambda image: image, app, crop(0.5))
+    kinds: tuple[Edit, ...] = (lambda image: image, app, EDITS["crop 50 %"])
     for known, strangers in ((paths[:half], paths[half:]), (paths[half:], paths[:half])):
         with tempfile.TemporaryDirectory() as name:
             here = Path(name)
@@ -340,15 +297,12 @@ def without_source(paths: list[Path], model: main.Model) -> tuple[int, int]:
             queries = saved((edit(opened(path)) for path in strangers for edit in kinds), here / "queries")
             engine = main.initialize_reverse_image_search(here / "collection", here / "index", model=model)
             for answer in tqdm(main.search(queries, engine, k=1), total=len(queries), desc="without a source"):
-                if any(match.label == "copy" for match in answer.matches):
-                    number = int(Path(answer.query).stem)
-                    other = known[int(Path(answer.matches[0].path).stem)]
-                    print(
-                        f"  {strangers[number // len(kinds)]} is called a copy of {other}, {answer.matches[0].region}"
-                    )
+                for match in (match for match in answer.matches if match.label == "copy"):
+                    query, other = int(Path(answer.query).stem) // len(kinds), int(Path(match.path).stem)
+                    print(f"  {strangers[query]} is called a copy of {known[other]}, {match.region}")
                     copies += 1
         asked += len(queries)
-    return copies, asked
+    print(f"\nof {asked:,} queries with no source in the collection, {copies} get a `copy`, {copies / asked:.2%}")
 
 
 def duplicates(paths: list[Path], model: main.Model, count: int) -> None:
@@ -361,14 +315,13 @@ def duplicates(paths: list[Path], model: main.Model, count: int) -> None:
                 edit(opened(path)).save(root / str(i) / f"{kind}.png", compress_level=1)
         engine = main.initialize_reverse_image_search(root, Path(name, "index"), model=model)
         pairs = [(Path(g.keep), Path(match.path)) for g in main.find_duplicates(engine) for match in g.matches]
+    wrong = [(keep, other) for keep, other in pairs if keep.parent != other.parent]
     right = {keep.parent: {keep.stem} for keep, _ in pairs}
-    for keep, other in pairs:
-        if keep.parent == other.parent:
-            right[keep.parent].add(other.stem)
-        else:
-            print(f"  wrong: {paths[int(keep.parent.name)]} and {paths[int(other.parent.name)]}, {other.stem}")
-    wrong = sum(keep.parent != other.parent for keep, other in pairs)
-    print(f"\nduplicates: {len(pairs)} pairs, {wrong} of them wrong; found:")
+    for keep, other in set(pairs) - set(wrong):
+        right[keep.parent].add(other.stem)
+    for keep, other in wrong:
+        print(f"  wrong: {paths[int(keep.parent.name)]} and {paths[int(other.parent.name)]}, {other.stem}")
+    print(f"\nduplicates: {len(pairs)} pairs, {len(wrong)} of them wrong; found:")
     for kind in COPIES:
         found = sum({"original", kind} <= kinds for kinds in right.values())
         print(f"{kind:11}{found / count:18.3f}")
@@ -377,29 +330,21 @@ def duplicates(paths: list[Path], model: main.Model, count: int) -> None:
 def times(paths: list[Path], engine: main.Engine) -> None:
     """Print seconds of a query in all its views, and of local features."""
     with tempfile.TemporaryDirectory() as folder:
-        queries = saved(map(resaved(30), map(opened, paths[:100])), Path(folder))
+        queries = saved((resaved(opened(path), 30) for path in paths[:100]), folder)
         list(main.search(queries[:1], engine))
         spent = []
-        for some in ([query] for query in queries[:10]):
+        for query in queries[:10]:
             main.read_local.cache_clear()
-            start = time.perf_counter()
-            list(main.search(some, engine))
-            spent.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        list(main.search(queries, engine))
-        many = (time.perf_counter() - start) / len(queries)
+            spent.append(seconds(lambda query=query: list(main.search(query, engine))))
+        many = seconds(lambda: list(main.search(queries, engine))) / len(queries)
     local = []
     with main.one_torch_thread():
         for path in paths[:50]:
             (image := Image.open(path)).load()
-            start = time.perf_counter()
-            main.local_features(image)
-            local.append(time.perf_counter() - start)
-    alone = float(np.median(spent))
-    print(
-        f"\none query alone {alone:.2f} s, each of {len(queries)} {many:.2f} s, among {engine.summary.images:,} images"
-    )
-    print(f"local features of one picture {1000 * float(np.median(local)):.0f} ms on one thread")
+            local.append(seconds(lambda image=image: main.local_features(image)))
+    each = f"one query alone {np.median(spent):.2f} s, each of {len(queries)} {many:.2f} s"
+    print(f"\n{each}, among {engine.summary.images:,} images")
+    print(f"local features of one picture {1000 * np.median(local):.0f} ms on one thread")
 
 
 def evaluate(options: argparse.Namespace, model: main.Model) -> None:
@@ -425,9 +370,7 @@ def evaluate(options: argparse.Namespace, model: main.Model) -> None:
         features = np.concatenate([main.extract_features_batch(block, model) for block in blocks])
         print("\nby class: precision@1 {:.3f}, mAP {:.3f}".format(*by_class(features, classes)))
     if options.strangers:
-        claimed, asked = without_source(paths, model)
-        share = f"{claimed / asked:.2%}"
-        print(f"\nof {asked:,} queries with no source in the collection, {claimed} get a `copy`, {share}")
+        without_source(paths, model)
     if options.duplicates:
         duplicates(paths, model, min(options.duplicates, len(paths) // 2))
 

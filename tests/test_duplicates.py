@@ -1,7 +1,5 @@
 """--duplicates: the same picture, kept more than once."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
@@ -9,23 +7,27 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Outcome, draw_rich
+from conftest import draw_rich
 from PIL import Image, ImageOps
 
 import main
 
-Run = Callable[..., Outcome]
 IMAGES = Path("bulk_images")
 
 
-def groups(run: Run, *args: object) -> list[tuple[str, list[str]]]:
-    """Keeper and copies, by name, of each group."""
+def printed(run, *args: object) -> list[dict[str, Any]]:
     outcome = run("--model", "offline", "-q", "--no-report", "--json", "--duplicates", *args)
     assert outcome.status == 0, outcome
-    found = [json.loads(line) for line in outcome.stdout.splitlines()]
+    return [json.loads(line) for line in outcome.stdout.splitlines()]
+
+
+def groups(run, *args: object) -> list[tuple[str, list[str]]]:
+    """Keeper and copies, by name, of each group."""
+    found = printed(run, *args)
     return [(Path(group["keep"]).name, [Path(match["path"]).name for match in group["matches"]]) for group in found]
 
 
@@ -41,29 +43,21 @@ def pictures(collection: Callable[[int], Path]) -> Path:
     return root
 
 
-# ---- Which files -----------------------------------------------------------------------------------------------------
-
-
-def test_identical_files_and_copies_are_found_and_the_largest_is_kept(pictures: Path, run: Run) -> None:
+def test_identical_files_and_copies_are_found_the_largest_is_kept_and_no_file_is_touched(pictures, run):
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in pictures.iterdir()}
     assert groups(run) == [("5 large.png", ["5.png", "5 small.jpg"]), ("3 again.png", ["3.png"])]
     assert groups(run, "identical") == [("3 again.png", ["3.png"])]
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in pictures.iterdir()} == before
 
 
-def test_no_file_is_touched(pictures: Path, run: Run) -> None:
-    state = lambda: {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in pictures.iterdir()}  # noqa: E731
-    before = state()
-    groups(run, 0.5)
-    assert state() == before
-
-
-def test_a_collection_without_any(collection: Callable[[int], Path], run: Run) -> None:
+def test_a_collection_without_any(collection, run):
     collection(5)
     outcome = run("--model", "offline", "--duplicates")
     assert (outcome.status, outcome.stdout) == (0, "") and "No picture is there twice" in outcome.stderr
     assert "No picture is there twice" in Path("results.html").read_text()
 
 
-def test_a_link_is_no_copy_of_its_target(pictures: Path, run: Run) -> None:
+def test_a_link_is_no_copy_of_its_target(pictures, run):
     """Whoever deletes the target because of it has lost the picture."""
     (pictures / "0 link.png").symlink_to("3.png")
     os.link(pictures / "7.png", pictures / "7 hard.png")
@@ -71,13 +65,15 @@ def test_a_link_is_no_copy_of_its_target(pictures: Path, run: Run) -> None:
     assert groups(run, "identical") == [("3 again.png", ["3.png"])]
 
 
-def test_files_that_are_gone_are_no_copies(pictures: Path, run: Run) -> None:
+def test_files_that_are_gone_are_no_copies_even_if_they_go_meanwhile(pictures, run):
     groups(run)
-    (pictures / "3.png").unlink(), (pictures / "5 large.png").unlink()
-    assert groups(run) == [("5.png", ["5 small.jpg"])]
+    (pictures / "3.png").unlink()
+    engine = main.initialize_reverse_image_search(IMAGES, model=main.load_model("offline"))
+    (pictures / "5 large.png").unlink()
+    assert [(Path(group.keep).name, len(group.matches)) for group in main.find_duplicates(engine)] == [("5.png", 1)]
 
 
-def test_it_does_not_depend_on_the_order_in_which_files_came(pictures: Path, run: Run, tmp_path: Path) -> None:
+def test_it_does_not_depend_on_the_order_in_which_files_came(pictures, run, tmp_path):
     expected = groups(run, 0.5)
     (later := tmp_path / "later").mkdir()
     for path in sorted(pictures.iterdir())[::2]:
@@ -97,13 +93,12 @@ EDITS: dict[str, Callable[[Image.Image], Image.Image]] = {
 }
 
 
-def test_each_file_is_told_what_it_is_to_the_one_to_keep(collection: Callable[[int], Path], run: Run) -> None:
+def test_each_file_is_told_what_it_is_to_the_one_to_keep(collection, run):
     root = collection(5)
     for seed, (name, edit) in enumerate(EDITS.items(), 100):
         draw_rich(seed).save(root / f"{name}.png")
         edit(draw_rich(seed)).resize((240, 180) if "turned" not in name else (180, 240)).save(root / f"{name}.jpg")
-    outcome = run("--model", "offline", "-q", "--no-report", "--json", "--duplicates")
-    found = {Path(group["keep"]).name: group["matches"] for group in map(json.loads, outcome.stdout.splitlines())}
+    found = {Path(group["keep"]).name: group["matches"] for group in printed(run)}
     assert set(found) == {f"{name}.png" for name in EDITS}
     for name in EDITS:
         (match,) = found[f"{name}.png"]
@@ -111,7 +106,7 @@ def test_each_file_is_told_what_it_is_to_the_one_to_keep(collection: Callable[[i
         assert re.fullmatch(re.sub(r"\d0 %|64 %", r"(5|6)\\d %", name), match["view"]), match
 
 
-def test_many_identical_files_hide_no_copy(collection: Callable[[int], Path], run: Run) -> None:
+def test_many_identical_files_hide_no_copy(collection, run):
     root = collection(3)
     draw_rich(5).save(root / "best.png")
     for number in range(15):
@@ -121,7 +116,7 @@ def test_many_identical_files_hide_no_copy(collection: Callable[[int], Path], ru
     assert keep == "best.png" and len(others) == 16 and others[-1] == "small.jpg"
 
 
-def test_a_larger_file_of_fewer_pixels_is_not_the_one_to_keep(collection: Callable[[int], Path], run: Run) -> None:
+def test_a_larger_file_of_fewer_pixels_is_not_the_one_to_keep(collection, run):
     root = collection(2)
     draw_rich(7).save(root / "large.jpg", quality=30)
     draw_rich(7).resize((400, 300)).save(root / "small.bmp")
@@ -129,14 +124,10 @@ def test_a_larger_file_of_fewer_pixels_is_not_the_one_to_keep(collection: Callab
     assert groups(run) == [("large.jpg", ["small.bmp"])]
 
 
-# ---- By score alone --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9])
-def test_pairs_by_score_are_those_of_brute_force(threshold: float, collection: Callable[[int], Path]) -> None:
+def test_pairs_by_score_are_those_of_brute_force(threshold, collection):
     collection(30)
-    model = main.load_model("offline")
-    engine = main.initialize_reverse_image_search(IMAGES, model=model)
+    engine = main.initialize_reverse_image_search(IMAGES, model=main.load_model("offline"))
     xb = np.concatenate([x for _, x in engine.store.blocks()]).astype(np.float32)
     expected = {(i, j) for i, j in zip(*np.nonzero(xb @ xb.T >= threshold - 0.0005)) if i != j}
     rows = {digest: row for row, digest in engine.store.db.execute("SELECT row - 1, digest FROM features")}
@@ -145,7 +136,7 @@ def test_pairs_by_score_are_those_of_brute_force(threshold: float, collection: C
     assert all(score == pytest.approx(float(xb[i] @ xb[j]), abs=1e-4) for (i, j), score in found.items())
 
 
-def test_look_alikes_do_not_chain(collection: Callable[[int], Path]) -> None:
+def test_look_alikes_do_not_chain(collection):
     """Each is like the next, as frames of a film are; the first and the last are not alike."""
     collection(7)
     engine = main.initialize_reverse_image_search(IMAGES, model=main.load_model("offline"))
@@ -158,10 +149,7 @@ def test_look_alikes_do_not_chain(collection: Callable[[int], Path]) -> None:
     assert sum(1 + len(group.matches) for group in groups) <= 7 and all(len(group.matches) <= 2 for group in groups)
 
 
-# ---- What goes wrong -------------------------------------------------------------------------------------------------
-
-
-def test_damage_is_one_line_and_is_repaired_by_the_next_run(pictures: Path, run: Run) -> None:
+def test_damage_is_one_line_and_is_repaired_by_the_next_run(pictures, run):
     expected = groups(run)
     engine = main.initialize_reverse_image_search(IMAGES, model=main.load_model("offline"))
     with engine.store.db:
@@ -171,42 +159,26 @@ def test_damage_is_one_line_and_is_repaired_by_the_next_run(pictures: Path, run:
     assert groups(run) == expected
 
 
-def test_a_file_that_goes_meanwhile_is_left_out(pictures: Path, run: Run) -> None:
-    groups(run)
-    engine = main.initialize_reverse_image_search(IMAGES, model=main.load_model("offline"))
-    (IMAGES / "5 large.png").unlink()
-    found = [(Path(group.keep).name, len(group.matches)) for group in main.find_duplicates(engine)]
-    assert found == [("5.png", 1), ("3 again.png", 1)]
-
-
-# ---- In which form ---------------------------------------------------------------------------------------------------
-
-
-def test_as_text(pictures: Path, run: Run) -> None:
+def test_as_text_and_as_a_page(pictures, run):
     outcome = run("--model", "offline", "--duplicates")
     first, *_, fourth, fifth = lines = outcome.stdout.splitlines()
     assert len(lines) == 5 and first == "bulk_images/5 large.png  (keep: the best of 3)"
     assert fourth == "bulk_images/3 again.png  (keep: the best of 2)"
     assert fifth == "  1   1.000  bulk_images/3.png  identical"
     assert "2 groups\nresults.html\n" in outcome.stderr
-
-
-def test_as_json(pictures: Path, run: Run) -> None:
-    outcome = run("--model", "offline", "-q", "--json", "--duplicates", "identical")
-    match = {"rank": 1, "path": "bulk_images/3.png", "score": 1, "identical": True, "label": "identical", "view": ""}
-    match["region"] = None
-    assert json.loads(outcome.stdout) == {"keep": "bulk_images/3 again.png", "model": "offline", "matches": [match]}
-
-
-def test_as_paths_the_files_to_keep_are_not_among_them(pictures: Path, run: Run) -> None:
-    outcome = run("--model", "offline", "-q", "-0", "--duplicates")
-    assert outcome.stdout.split("\0") == ["bulk_images/5.png", "bulk_images/5 small.jpg", "bulk_images/3.png", ""]
-
-
-def test_as_a_page(pictures: Path, run: Run) -> None:
-    run("--model", "offline", "--duplicates")
     page = Path("results.html").read_text()
     assert page.count("<section>") == 2 and page.count("<img ") == 5
     assert re.findall(r'<li class="(\w*)"', page) == ["", "copy", "copy", "", "identical"]
-    assert page.count("keep: the best of") == 2
-    assert "480 × 360 px" in page
+    assert page.count("keep: the best of") == 2 and "480 × 360 px" in page
+
+
+def test_as_json(pictures, run):
+    match = {"rank": 1, "path": "bulk_images/3.png", "score": 1, "identical": True, "label": "identical", "view": ""}
+    assert printed(run, "identical") == [
+        {"keep": "bulk_images/3 again.png", "model": "offline", "matches": [match | {"region": None}]}
+    ]
+
+
+def test_as_paths_the_files_to_keep_are_not_among_them(pictures, run):
+    outcome = run("--model", "offline", "-q", "-0", "--duplicates")
+    assert outcome.stdout.split("\0") == ["bulk_images/5.png", "bulk_images/5 small.jpg", "bulk_images/3.png", ""]
