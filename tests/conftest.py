@@ -174,6 +174,14 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     started.close()
 
 
+@pytest.fixture(scope="session")
+def with_faults(zygote: Zygote) -> Zygote:
+    """zygote, where faults.c can be used."""
+    if "LD_PRELOAD" not in zygote.environment:
+        pytest.skip("needs a C compiler")
+    return zygote
+
+
 @pytest.fixture
 def picture() -> Callable[..., Image.Image]:
     """picture(seed, size=(96, 64)): see `draw`."""

@@ -261,17 +261,15 @@ DEADLY = b"\x89PNG\r\n\x1a\n deadly".ljust(99)  # faults.c lets whoever reads it
 
 
 @pytest.mark.parametrize("names", [("1deadly.png", "25deadly.png"), ("deadly.png",)], ids=["two", "the last file"])
-def test_a_decoder_that_crashes_costs_one_file(names, zygote, collection):
+def test_a_decoder_that_crashes_costs_one_file(names, with_faults, collection):
     """The run that it ends, too, but not the next one; and it is remembered."""
-    if "LD_PRELOAD" not in zygote.environment:
-        pytest.skip("needs a C compiler")
     images, ask = collection(30), (*OFFLINE, "--index-only", "-v", "--batch-size", 4, "--workers", 3 - len(names))
     for name in names:
         (images / name).write_bytes(DEADLY)
-    runs = [zygote(*ask) for _ in range(len(names) + 1)]
+    runs = [with_faults(*ask) for _ in range(len(names) + 1)]
     assert runs[0].status == -signal.SIGSEGV and runs[-1].status == 0, runs
     assert runs[-1].stderr.count("deadly.png: its decoder crashes") == len(names)
-    assert counts(zygote(*ask)) == {"found": 30 + len(names), "unchanged": 30, "skipped": len(names)}
+    assert counts(with_faults(*ask)) == {"found": 30 + len(names), "unchanged": 30, "skipped": len(names)}
     assert sorted(contents(cache_folder())) == ["index.faiss", "index.sqlite", "lock"]
 
 

@@ -113,14 +113,12 @@ def test_a_rank_that_is_killed_costs_only_what_it_had_not_saved(rank, collection
     assert ask("two") == ask("one") != ""
 
 
-def test_a_decoder_that_crashes_another_rank_costs_one_file(collection, torchrun, zygote, monkeypatch):
+def test_a_decoder_that_crashes_another_rank_costs_one_file(collection, torchrun, with_faults, monkeypatch):
     """The run that it ends, too, but not those that follow."""
-    if "LD_PRELOAD" not in zygote.environment:
-        pytest.skip("needs a C compiler")
     root = collection(10)
     name = next(f"{i}deadly.png" for i in range(99) if zlib.crc32(b"%ddeadly.png" % i) % 2 == 1)  # the second reads it
     (root / name).write_bytes(b"\x89PNG\r\n\x1a\n deadly".ljust(99))
-    monkeypatch.setenv("LD_PRELOAD", zygote.environment["LD_PRELOAD"])
+    monkeypatch.setenv("LD_PRELOAD", with_faults.environment["LD_PRELOAD"])
     first, second = (finish(torchrun(*OFFLINE, "--index-only", "-v")) for _ in range(2))
     assert first.status != 0 and " found," not in first.stderr
     assert second.status == 0 and "11 found" in second.stderr, second.stderr
