@@ -80,6 +80,12 @@ def counts(outcome: Any) -> dict[str, int]:
     return {name: value for name, value in {**figures, "opened": int(not found["opened"])}.items() if value}
 
 
+def one_line(outcome: Any, *words: str) -> None:
+    """It failed, and all that was said is one line of error with these words in it."""
+    assert (outcome.status, outcome.stdout, outcome.stderr.count("\n")) == (1, "", 1), outcome
+    assert outcome.stderr.startswith("error: ") and all(word in outcome.stderr for word in words), outcome
+
+
 def answers_of(outcome: Any) -> list[dict[str, Any]]:
     """What was printed as JSON, with scores that allow for other rounding in another batch."""
     assert outcome.status == 0, outcome
@@ -102,6 +108,17 @@ def edit(database: Path, *statements: str) -> None:
     with closing(sqlite3.connect(database)) as db, db:
         for statement in statements:
             assert db.execute(statement).rowcount, statement
+
+
+def ruin_page(database: Path, row: int) -> None:
+    """The page that holds the features of this row is malformed."""
+    with closing(sqlite3.connect(database)) as db:
+        ((vector,),) = db.execute("SELECT vector FROM features WHERE row = ?", (row,))
+        ((size,),) = db.execute("PRAGMA page_size")
+    content = bytearray(database.read_bytes())
+    start = content.find(vector) // size * size
+    content[start : start + 64] = b"\xff" * 64
+    database.write_bytes(content)
 
 
 @contextmanager

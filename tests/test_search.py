@@ -152,15 +152,6 @@ def test_a_threshold_leaves_out_what_is_below_it(threshold, collection, find):
     assert find("query.png", k=5, threshold=threshold) == [match for match in found[:5] if match.score >= threshold]
 
 
-def test_queries_are_answered_in_their_order(collection, model):
-    collection(80)
-    queries = [IMAGES / f"{seed}.png" for seed in random.Random(0).sample(range(80), 70)]
-    engine = main.initialize_reverse_image_search(model=model)
-    together = list(main.search(queries, engine))
-    assert [answer.query for answer in together] == [str(query) for query in queries]
-    assert together[::23] == [next(main.search(answer.query, engine)) for answer in together[::23]]
-
-
 def test_an_unusable_query_is_an_answer_with_an_error(collection, model):
     collection(3)
     Path("broken.png").write_bytes(b"\x89PNG")
