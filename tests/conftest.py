@@ -110,6 +110,10 @@ def edit(database: Path, *statements: str) -> None:
             assert db.execute(statement).rowcount, statement
 
 
+def break_a_checksum(database: Path, row: int) -> None:
+    edit(database, f"UPDATE features SET checksum = checksum + 1 WHERE row = {row}")
+
+
 def ruin_page(database: Path, row: int) -> None:
     """The page that holds the features of this row is malformed."""
     with closing(sqlite3.connect(database)) as db:

@@ -23,7 +23,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, cache_folder, counts, draw, edit, one_line, ruin_page
+from conftest import Outcome, break_a_checksum, cache_folder, counts, draw, edit, one_line, ruin_page
 from PIL import Image
 
 import main
@@ -271,10 +271,6 @@ def test_others_may_save_during_a_scan(opened, monkeypatch):
 
     monkeypatch.setattr(main, "find_images", files)
     assert opened().summary.images == 50
-
-
-def break_a_checksum(database: Path, row: int) -> None:
-    edit(database, f"UPDATE features SET checksum = checksum + 1 WHERE row = {row}")
 
 
 @pytest.mark.parametrize(
