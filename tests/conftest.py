@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ MAIN = Path(__file__).parent.parent / "main.py"
 sys.path.insert(0, str(MAIN.parent))
 
 import faults  # noqa: E402
-from zygote import Zygote  # noqa: E402
+from zygote import Outcome, Zygote  # noqa: E402
 
 import main  # noqa: E402
 
@@ -55,12 +55,6 @@ HOSTILE_NAMES = {  # each is one name of a file, as bytes
     "surrogates": b"\xed\xa0\x80\xed\xb0\x80.png",
     "a tab": b"a\tb\t0.99.png",
 }
-
-
-class Outcome(NamedTuple):
-    status: int
-    stdout: str
-    stderr: str
 
 
 SUMMARY = re.compile(

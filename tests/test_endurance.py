@@ -12,7 +12,7 @@ import pytest
 from conftest import contents
 from faults import KILL, write_all
 from test_faults import OFTEN, OTHER, Box, answers, extracted, flipped, one_line, picture, seeded
-from zygote import Ended, Zygote
+from zygote import Outcome, Zygote
 
 START = 12  # images
 NONE = (b"", b"\x89PNG", b"text")
@@ -43,7 +43,7 @@ class World:
         paths = sorted(path for path in self.box.index.rglob("*") if path.is_file())
         return paths[number % len(paths) :][:1] if paths else []
 
-    def run(self, *options: str, **how: Any) -> Ended:
+    def run(self, *options: str, **how: Any) -> Outcome:
         return self.box.run(*options, **{"constants": self.constants, **how})
 
     def add(self, number: int) -> None:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import cache_folder, contents, counts, draw, edit
 from faults import FAIL, FAIL_ON, KILL, TEAR, Call, Disk, calls, write_all
-from zygote import Ended, Zygote
+from zygote import Outcome, Zygote
 
 N = 70  # images: enough for codes
 IMAGES, INDEX = "images", "index"
@@ -60,7 +60,7 @@ class Box:
         queries = () if "--index-only" in options else ("small.png", "unknown.png")
         return self.zygote.start(*ASK, *options, *queries, cwd=self.folder, **how)
 
-    def run(self, *options: object, **how: Any) -> Ended:
+    def run(self, *options: object, **how: Any) -> Outcome:
         return self.start(*options, **how).wait()
 
     def copy(self, folder: Path) -> Box:
@@ -88,7 +88,7 @@ def encoded(seed: int) -> bytes:
         os.unlink(path)
 
 
-def answers(ended: Ended, of: int = 2) -> list[Any]:
+def answers(ended: Outcome, of: int = 2) -> list[Any]:
     """What was printed: for each query the score and label of each path, with room for other rounding."""
     assert ended.status == 0 and "Traceback" not in ended.stderr, ended
     found = [json.loads(line)["matches"] for line in ended.stdout.splitlines()]
@@ -96,14 +96,14 @@ def answers(ended: Ended, of: int = 2) -> list[Any]:
     return [{m["path"]: (pytest.approx(m["score"], abs=2e-3), m["identical"]) for m in each} for each in found]
 
 
-def one_line(ended: Ended) -> bool:
+def one_line(ended: Outcome) -> bool:
     """It failed, and said so in one line, which may follow on the summary or a word about damage."""
     *said, last = ended.stderr.splitlines() or [""]
     words = all(any(remark in line for remark in REMARKS) for line in said)
     return ended.status == 1 and ended.stdout == "" and last.startswith("error: ") and words
 
 
-def extracted(ended: Ended) -> int:
+def extracted(ended: Outcome) -> int:
     """Of how many images the features were extracted."""
     figures = counts(ended)
     return figures.get("new", 0) - figures.get("recognised", 0)
@@ -202,7 +202,7 @@ class Scene:
     def copy(self) -> Box:
         return self.box.copy(self.box.folder.with_name(f"{self.box.folder.name} {next(self.number)}"))
 
-    def run(self, box: Box, number: int, action: int, error: int = 0, **how: Any) -> Ended:
+    def run(self, box: Box, number: int, action: int, error: int = 0, **how: Any) -> Outcome:
         """With a fault at the `number`-th call."""
         faults = (box.index, number, action, error)
         return box.run(*self.case.options, constants=self.case.constants, faults=faults, **how)
@@ -215,7 +215,7 @@ class Scene:
         """Images whose features are surely kept by what was done before this call."""
         return max(0, sum(place < number for place in self.places(*JOURNAL)) - COMMITS_BEFORE - 1)
 
-    def comes_to_the_same_end(self, box: Box, done: int = 0, why: object = "", killed: bool = False) -> Ended:
+    def comes_to_the_same_end(self, box: Box, done: int = 0, why: object = "", killed: bool = False) -> Outcome:
         """The next run answers rightly and does little work again; the one after it only what is new by then."""
         ended = box.run(*self.case.options, constants=self.how)
         assert answers(ended) == self.expected, why
@@ -245,7 +245,7 @@ def seeded(*of: object) -> random.Random:
 # ---- Killed, cut off, refused at any call ----------------------------------------------------------------------------
 
 
-def kill_at(scene: Scene, number: int, how: int) -> Ended:
+def kill_at(scene: Scene, number: int, how: int) -> Outcome:
     box, call = scene.copy(), scene.calls[number - 1]
     ended = scene.run(box, number, how)
     assert ended.status == -signal.SIGKILL, (number, call[:5], ended)
@@ -494,7 +494,7 @@ def test_something_else_in_the_place_of_a_file(what, caches):
 # ---- Many at once ----------------------------------------------------------------------------------------------------
 
 
-def right_or_overtaken(ended: Ended, expected: list[Any]) -> bool:
+def right_or_overtaken(ended: Outcome, expected: list[Any]) -> bool:
     """A run that another one has overtaken says so instead of guessing; what it said before is right."""
     if overtaken := "Run the command again" in ended.stderr:
         assert ended.status == 1 and "Traceback" not in ended.stderr and ended.stderr.count("error: ") == 1, ended
@@ -504,7 +504,7 @@ def right_or_overtaken(ended: Ended, expected: list[Any]) -> bool:
     return not overtaken
 
 
-def at_once(scene: Scene, options: list[tuple[str, ...]]) -> list[Ended]:
+def at_once(scene: Scene, options: list[tuple[str, ...]]) -> list[Outcome]:
     box = scene.copy()
     runs = [box.start(*these, constants=OFTEN) for these in options]
     ended = [run.wait() for run in runs]

@@ -27,7 +27,7 @@ import pytest
 import torch
 from conftest import HOSTILE_NAMES, cache_folder, contents, counts, draw
 from PIL import Image
-from zygote import Ended, Zygote
+from zygote import Outcome, Zygote
 
 SEED = int(os.environ.get("SEED", 20))
 GIGABYTE = 1 << 30
@@ -219,7 +219,7 @@ print(picture.made is not None, round(time.process_time() - start, 2), picture.r
 """
 
 
-def look_at(zygote: Zygote, room: int = GIGABYTE) -> tuple[bool, str, Ended]:
+def look_at(zygote: Zygote, room: int = GIGABYTE) -> tuple[bool, str, Outcome]:
     """Whether the bomb was read, the reason if not; in `room` bytes of memory and ten seconds of a processor."""
     ended = zygote(code=READ_ONE, room=room, timeout=60)
     assert ended.status == 0 and ended.stdout.count("\n") == 1, ended
