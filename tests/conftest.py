@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -133,6 +134,11 @@ def as_nobody() -> Iterator[Path]:
         for path in (root, *root.rglob("*")):
             path.chmod(0o700)
         shutil.rmtree(root)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    image.save(stream := io.BytesIO(), kind, **options)
+    return stream.getvalue()
 
 
 def draw(seed: int, size: tuple[int, int] = (96, 64)) -> Image.Image:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
@@ -17,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from conftest import draw
+from conftest import draw, encoded
 from PIL import Image, PngImagePlugin
 
 import main
@@ -31,8 +30,7 @@ def saved(kind: str, mode: str = "RGB", frames: int = 1, **options: Any) -> byte
     first, *rest = (draw(seed, SIZE).convert(mode) for seed in range(frames))
     if rest:
         options.update(save_all=True, append_images=rest)
-    first.save(stream := io.BytesIO(), kind, **options)
-    return stream.getvalue()
+    return encoded(first, kind, **options)
 
 
 def text_chunks() -> PngImagePlugin.PngInfo:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import contents
 from faults import KILL, write_all
-from test_faults import OFTEN, OTHER, Box, answers, extracted, flipped, one_line, picture, seeded
+from test_faults import OFTEN, OTHER, Box, answers, drawn, extracted, flipped, one_line, seeded
 from zygote import Outcome, Zygote
 
 START = 12  # images
@@ -51,11 +51,11 @@ class World:
         folder.mkdir(parents=True, exist_ok=True)
         (self.box.images / f"bad {number}.png").write_bytes(NONE[number % 3])
         for seed in range(number, number + number % 5):
-            picture(2000 + seed % 30, folder / f"{seed}.png")  # some content comes again under another name
+            (folder / f"{seed}.png").write_bytes(drawn(2000 + seed % 30))  # some content comes again under another name
 
     def change(self, number: int) -> None:
         for seed, path in enumerate(self.some(number), number):
-            picture(2000 + seed % 30, path)
+            path.write_bytes(drawn(2000 + seed % 30))
 
     def spoil(self, number: int) -> None:
         for path in self.some(number):

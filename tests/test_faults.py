@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import cache_folder, contents, counts, draw, edit
+from conftest import cache_folder, contents, counts, draw, edit, encoded
 from faults import FAIL, FAIL_ON, KILL, TEAR, Call, Disk, calls, write_all
 from zygote import Outcome, Zygote
 
@@ -54,7 +54,7 @@ class Box:
 
     def put(self, *seeds: int) -> None:
         for seed in seeds:
-            picture(seed, self.images / f"{seed}.png")
+            (self.images / f"{seed}.png").write_bytes(drawn(seed))
 
     def start(self, *options: object, **how: Any) -> Any:
         queries = () if "--index-only" in options else ("small.png", "unknown.png")
@@ -75,17 +75,9 @@ class Box:
         return answers(ended)
 
 
-def picture(seed: int, path: Path) -> None:
-    path.write_bytes(encoded(seed))
-
-
 @cache
-def encoded(seed: int) -> bytes:
-    draw(seed).save(path := f"{seed}.png")
-    try:
-        return Path(path).read_bytes()
-    finally:
-        os.unlink(path)
+def drawn(seed: int) -> bytes:
+    return encoded(draw(seed))
 
 
 def answers(ended: Outcome, of: int = 2) -> list[Any]:
@@ -120,7 +112,7 @@ def add(box: Box) -> None:
 
 def change(box: Box) -> None:
     for seed in range(5):
-        picture(100 + seed, box.images / f"{seed}.png")
+        (box.images / f"{seed}.png").write_bytes(drawn(100 + seed))
     for seed in range(5, 20):
         (box.images / f"{seed}.png").rename(box.images / f"renamed {seed}.png")
     (box.images / "20.png").unlink()
@@ -553,11 +545,11 @@ def disturb(box: Box, chance: random.Random, until: threading.Event) -> None:
         if act == 0 and path.exists():
             path.rename(box.images / f"moved {chance.randrange(99)}.png")
         elif act == 1:
-            path.write_bytes(encoded(chance.randrange(N)))
+            path.write_bytes(drawn(chance.randrange(N)))
         elif act == 2:
             path.unlink(missing_ok=True)
         else:
-            (box.images / f"new {chance.randrange(99)}.png").write_bytes(encoded(chance.randrange(300, 330)))
+            (box.images / f"new {chance.randrange(99)}.png").write_bytes(drawn(chance.randrange(300, 330)))
         time.sleep(0.001)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import itertools
 import os
 import random
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import PIL
 import pytest
-from conftest import draw
+from conftest import encoded
 from PIL import EpsImagePlugin, Image, ImageCms
 
 import main
@@ -78,11 +77,6 @@ def touch(path: str | bytes | Path, content: bytes = b"") -> None:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "wb") as stream:
         stream.write(content)
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    image.save(stream := io.BytesIO(), kind, **options)
-    return stream.getvalue()
 
 
 @pytest.fixture
@@ -482,7 +476,10 @@ def written_to(path: str) -> None:
         pytest.param(os.mkfifo, id="FIFO"),
         pytest.param(written_to, id="FIFO that is written to"),
         pytest.param(lambda path: socket.socket(socket.AF_UNIX).bind(path), id="socket"),
-        pytest.param(lambda path: os.symlink("/dev/zero", path), id="device that never ends"),
+        *(
+            pytest.param(partial(os.symlink, device), id=device)
+            for device in ("/dev/zero", "/dev/full", "/dev/random", "/proc/self/mem", "/dev/stdin")
+        ),
         pytest.param(os.mkdir, id="folder"),
     ],
 )
@@ -516,23 +513,6 @@ def test_file_that_changes_while_it_is_read_is_left_out_this_time(picture, chang
 
 
 # ---- Many, in order --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("workers", [1, 3, 20], ids="{} workers".format)
-@pytest.mark.parametrize(
-    "bad", [{0}, {4}, {8}, {3, 4, 5}, set(range(9))], ids=["first", "middle", "last", "a batch of", "all"]
-)
-def test_bad_file_costs_no_other_its_place(picture, bad, workers):
-    for i in range(9):
-        content = encoded(picture(i), "PNG")
-        touch(f"{i}.png", content[:200] if i in bad else content)
-    files = [main.File(b"%d.png" % i, 0, 0) for i in range(9)]
-    read_one = partial(main.read_picture, root=b"", transform=main.get_transform(SIDE), known=lambda digest: False)
-    pictures = list(main.read_ahead(read_one, files, workers, 4))
-    assert [p.file.path for p in pictures] == [file.path for file in files]
-    assert {i for i, p in enumerate(pictures) if p.reason} == bad
-    for i in set(range(9)) - bad:
-        assert difference(pictures[i].made.permute(1, 2, 0).numpy().astype(int), squeezed(draw(i))) == 0
 
 
 @pytest.mark.parametrize("workers", [1, 8])
