@@ -11,13 +11,12 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -213,7 +212,7 @@ class Scene:
         assert answers(ended) == self.expected, why
         if not self.case.again:
             assert extracted(ended) <= max(0, self.work - done), (why, ended.stderr)
-        assert self.case.mended or not killed or "Repaired" not in ended.stderr, (why, ended.stderr)
+        assert self.case.mended or not killed or not re.search("Repaired|missing", ended.stderr), (why, ended.stderr)
         box.put(999)  # what SQLite or a stopped --prune has left goes with the next write
         assert extracted(box.run("--index-only", constants=self.how)) == 1, why
         assert sorted(contents(cache_folder(box.index))) == ["index.faiss", "index.sqlite", "lock"], why
@@ -256,30 +255,9 @@ def test_killed_around_a_commit(kind, name, scene):
     """Files and features are one transaction, and the index file comes before its note: nothing is to be repaired."""
     case = scene("codes, added to")
     there = case.places(kind, name)
-    for number in {there[0], there[-1]}:
+    for number in {there[0], *(place + 1 for place in there[4:6]), there[-1]}:
         ended = kill_at(case, number, KILL)
         assert kind != "r" or "is made again" not in ended.stderr, ended
-
-
-@pytest.mark.parametrize("name", ["first", "change", "prune"])
-def test_every_commit_holds_files_together_with_their_features(name, scene, tmp_path):
-    case = scene(name)
-    disk, commits, known = Disk(case.box.index), case.places(*JOURNAL), 0
-    for number, call in enumerate(case.calls, 1):
-        disk.do(call)
-        if number not in commits:
-            continue
-        (content,) = (bytes(node.content) for path, node in disk.names.items() if path.endswith("/index.sqlite"))
-        (tmp_path / "now.sqlite").write_bytes(content)
-        with closing(sqlite3.connect(tmp_path / "now.sqlite")) as db:
-            if db.execute("SELECT count(*) FROM sqlite_master WHERE name IN ('features', 'files')").fetchone() == (2,):
-                files, features = (
-                    {digest for (digest,) in db.execute(f"SELECT digest FROM {table} WHERE digest IS NOT NULL")}
-                    for table in ("files", "features")
-                )
-                assert files <= features and (name != "first" or files == features), (number, call[:5])
-                known += bool(files)
-    assert known >= (N // 2 if name == "first" else 1)
 
 
 @each_case(2, 30)
