@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import contents
 from faults import KILL, write_all
-from test_faults import OFTEN, OTHER, Box, answers, drawn, extracted, flipped, one_line, seeded
+from test_faults import OFTEN, OTHER, Box, N, answers, drawn, extracted, flipped, one_line, seeded
 from zygote import Outcome, Zygote
 
 START = 12  # images
@@ -139,3 +140,24 @@ def test_any_sequence_of_acts_leaves_the_answers_of_a_fresh_index(walk, steps, w
         print(act.__name__, number)
         act(world, number)
         world.check()
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(30, marks=pytest.mark.slow)])
+def test_the_collection_changes_while_it_is_scanned(times, zygote, tmp_path):
+    chance, world, until = seeded("changes", times), World(tmp_path / "world", zygote), threading.Event()
+    world.box.put(*range(N))
+
+    def disturb() -> None:
+        while not until.is_set():
+            chance.choice([act for act in FILES if act != World.copy])(world, chance.randrange(1000))
+
+    disturber = threading.Thread(target=disturb)
+    disturber.start()
+    try:
+        for _ in range(times):
+            ended = world.run()
+            assert ended.status == 0 and "Traceback" not in ended.stderr, ended
+    finally:
+        until.set()
+        disturber.join()
+    world.check()

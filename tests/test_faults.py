@@ -14,7 +14,6 @@ import random
 import re
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -279,6 +278,7 @@ EVERY = {"first, saved once", "prune", "codes"}  # each of their calls fails; of
 
 @each_case(2, 40)
 def test_a_failing_write(name, times, scene):
+    """As where the disk is full: a line that names the cache, and nothing is lost that was there."""
     chance, case, noticed = seeded(name, times), scene(name), 0
     places = range(1, len(case.calls) + 1)
     chosen = sorted(chance.sample(places, len(places) if times > 2 and name in EVERY else min(times, len(places))))
@@ -287,7 +287,7 @@ def test_a_failing_write(name, times, scene):
         box, why = case.copy(), (number, how, errno.errorcode[error], case.calls[number - 1][:5])
         ended = case.run(box, number, how, error)
         noticed += one_line(ended)
-        assert one_line(ended) or answers(ended) == case.expected, (why, ended)
+        assert (one_line(ended) and INDEX in ended.stderr) or answers(ended) == case.expected, (why, ended)
         case.comes_to_the_same_end(box, why=why)
     assert noticed >= len(chosen) // 2 or len(chosen) < 10
 
@@ -512,35 +512,3 @@ def test_one_that_waits_goes_on_when_the_writer_is_killed(scene):
     writer.wait()
     assert answers(waiting.wait(60)) == case.expected
     case.comes_to_the_same_end(box)
-
-
-def disturb(box: Box, chance: random.Random, until: threading.Event) -> None:
-    """Add, change, rename and remove images, as fast as can be, all but one: a collection without any is refused."""
-    while not until.is_set():
-        others = [path for path in sorted(box.images.iterdir()) if path.name != "0.png"]
-        path = chance.choice(others or [box.images / "1.png"])
-        act = chance.randrange(4)
-        if act == 0 and path.exists():
-            path.rename(box.images / f"moved {chance.randrange(99)}.png")
-        elif act == 1:
-            path.write_bytes(drawn(chance.randrange(N)))
-        elif act == 2:
-            path.unlink(missing_ok=True)
-        else:
-            (box.images / f"new {chance.randrange(99)}.png").write_bytes(drawn(chance.randrange(300, 330)))
-        time.sleep(0.001)
-
-
-@pytest.mark.parametrize("times", [2, pytest.param(30, marks=pytest.mark.slow)])
-def test_the_collection_changes_while_it_is_scanned(times, scene):
-    box, until = scene("first").copy(), threading.Event()
-    disturber = threading.Thread(target=disturb, args=(box, seeded("changes", times), until))
-    disturber.start()
-    try:
-        for _ in range(times):
-            ended = box.run()
-            assert ended.status == 0 and "Traceback" not in ended.stderr, ended
-    finally:
-        until.set()
-        disturber.join()
-    assert answers(box.run()) == box.fresh()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import resource
 import shutil
 import sqlite3
 import sys
@@ -503,22 +502,6 @@ def test_an_interrupted_rebuild_keeps_the_features_that_were_there(index, run, a
     assert answers() == before
     assert index("--rebuild") == {"found": N, "new": N, "opened": 1}
     assert answers() == before
-
-
-@pytest.mark.parametrize("share", [0.5, 1.0, 1.2], ids=["less room", "no more room", "little room"])
-def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(share, index, run, answers, fresh):
-    """As full as when no file can grow beyond this share of what the store takes now."""
-    index()
-    for seed in range(50, 90):
-        draw(seed).save(IMAGES / f"added {seed}.png")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * (cache_folder() / "index.sqlite").stat().st_size), hard))
-    try:
-        outcome = run(*OFFLINE, "--index-only", "-q")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    one_line(outcome, str(cache_folder()))
-    assert answers() == fresh()
 
 
 @pytest.mark.parametrize("made_before", [False, True], ids=["no cache", "a cache"])
