@@ -12,7 +12,7 @@ import signal
 import struct
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,36 +48,25 @@ def exif() -> Image.Exif:
     return data
 
 
-def words(text: str) -> list[str]:
-    return text.split()
-
-
+MODES = {  # of Pillow, and the formats that it writes in them; it cannot read its own TIFF in YCbCr
+    "RGB": "BMP DIB GIF ICNS IM JPEG MPO PNG PPM QOI SGI TIFF WEBP AVIF HEIF JPEG2000 DDS PCX TGA ICO",
+    "1": "BMP GIF MSP PCX PNG PPM TIFF XBM IM",
+    "P": "BMP GIF PCX PNG TGA TIFF IM BLP",
+    "RGBA": "DDS ICNS PNG SGI TGA TIFF WEBP",
+    "L": "JPEG JPEG2000 PCX SGI TIFF",
+    "CMYK": "TIFF JPEG",
+    **{"F": "TIFF SPIDER", "I": "TIFF", "I;16": "TIFF", "LAB": "TIFF"},
+}
+FRAMES = {"PNG": 3, "WEBP": 3, "AVIF": 2, "TIFF": 3, "MPO": 2}
+PACKINGS = ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "zstd", "lzma")
 WRITTEN: dict[str, Callable[[], bytes]] = {  # one or more of each format that Pillow writes
-    **{kind: lambda kind=kind: saved(kind) for kind in words("BMP DIB GIF ICNS IM JPEG MPO PNG PPM QOI SGI TIFF WEBP")},
-    **{kind: lambda kind=kind: saved(kind) for kind in words("AVIF HEIF JPEG2000 DDS PCX TGA ICO")},
-    "SPIDER": lambda: saved("SPIDER", "F"),
-    "BLP": lambda: saved("BLP", "P"),
-    **{f"{kind} of 1 bit": lambda kind=kind: saved(kind, "1") for kind in words("BMP GIF MSP PCX PNG PPM TIFF XBM IM")},
-    **{f"{kind}, palette": lambda kind=kind: saved(kind, "P") for kind in words("BMP GIF PCX PNG TGA TIFF IM")},
-    **{f"{kind}, alpha": lambda kind=kind: saved(kind, "RGBA") for kind in words("DDS ICNS PNG SGI TGA TIFF WEBP")},
-    **{f"{kind}, grey": lambda kind=kind: saved(kind, "L") for kind in words("JPEG JPEG2000 PCX SGI TIFF")},
-    **{
-        f"TIFF, {mode}": lambda mode=mode: saved("TIFF", mode) for mode in ("F", "I", "I;16", "CMYK", "LAB")
-    },  # Pillow 11 and 12 cannot read their own YCbCr
-    **{
-        f"TIFF, {packing}": lambda packing=packing: saved("TIFF", compression=packing)
-        for packing in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "zstd", "lzma")
-    },
-    "TIFF, fax": lambda: saved("TIFF", "1", compression="group4"),
-    "GIF, frames": lambda: saved("GIF", frames=3, duration=10),
-    "PNG, frames": lambda: saved("PNG", frames=3),
-    "WEBP, frames": lambda: saved("WEBP", frames=3),
-    "AVIF, frames": lambda: saved("AVIF", frames=2),
-    "TIFF, frames": lambda: saved("TIFF", frames=3),
-    "MPO, frames": lambda: saved("MPO", frames=2),
-    "WEBP, lossless": lambda: saved("WEBP", lossless=True),
-    "JPEG, progressive": lambda: saved("JPEG", progressive=True),
-    "JPEG, CMYK": lambda: saved("JPEG", "CMYK"),
+    **{f"{kind}, {mode}": partial(saved, kind, mode) for mode, kinds in MODES.items() for kind in kinds.split()},
+    **{f"{kind}, frames": partial(saved, kind, frames=count) for kind, count in FRAMES.items()},
+    **{f"TIFF, {packing}": partial(saved, "TIFF", compression=packing) for packing in PACKINGS},
+    "GIF, frames": partial(saved, "GIF", frames=3, duration=10),
+    "TIFF, fax": partial(saved, "TIFF", "1", compression="group4"),
+    "WEBP, lossless": partial(saved, "WEBP", lossless=True),
+    "JPEG, progressive": partial(saved, "JPEG", progressive=True),
     "JPEG, EXIF": lambda: saved("JPEG", exif=exif(), icc_profile=bytes(600)),
     "PNG, EXIF": lambda: saved("PNG", exif=exif(), pnginfo=text_chunks(), icc_profile=bytes(600)),
     "WEBP, EXIF": lambda: saved("WEBP", exif=exif(), icc_profile=bytes(600)),
@@ -161,15 +150,12 @@ def mutants(seed: object, begin: int, end: int) -> Iterator[tuple[int, str, byte
 
 def fuzz(read: Callable[[str], Any], seed: object, begin: int, end: int, folder: str) -> None:
     """Read mutants; the one under way is named in `progress`, and what became of them is printed."""
-    path, progress = (
-        os.path.join(folder, "mutant.jpg"),
-        os.open(os.path.join(folder, "progress"), os.O_WRONLY | os.O_CREAT),
-    )
+    path = os.path.join(folder, "mutant.jpg")
     tally: dict[str, int] = {}
     slowest = 0.0
     for number, name, content in mutants(seed, begin, end):
         Path(path).write_bytes(content)
-        os.pwrite(progress, b"%09d" % number, 0)
+        Path(folder, "progress").write_text(str(number))
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         start = time.process_time()
         picture = read(path)
