@@ -483,25 +483,20 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("options", [(), ("--prune",)], ids=["plain", "--prune"])
-def test_an_interrupted_run_keeps_what_it_has_done(options, index, run, answers, fresh, monkeypatch):
-    at_extraction(4, interrupt, monkeypatch)
-    outcome = run(*OFFLINE, "--index-only", *ONE_BY_ONE, *options)
-    assert (outcome.status, outcome.stdout) == (130, "") and outcome.stderr.count("\n") == 1
-    assert index() == {"found": N, "new": N - 3, "unchanged": 3, "opened": 1}
-    assert answers() == fresh()
-
-
-def test_an_interrupted_rebuild_keeps_the_features_that_were_there(index, run, answers, monkeypatch):
+@pytest.mark.parametrize(("option", "saved"), [("--index-only", 3), ("--prune", 3), ("--rebuild", 0)])
+def test_an_interrupted_run_keeps_what_it_has_done_and_what_was_there(
+    option, saved, index, run, answers, fresh, monkeypatch
+):
     index()
-    before = answers()
+    for seed in range(50, 50 + N):
+        draw(seed).save(IMAGES / f"new {seed}.png")
     with monkeypatch.context() as patch:
         at_extraction(4, interrupt, patch)
-        assert run(*OFFLINE, "--index-only", *ONE_BY_ONE, "--rebuild").status == 130
-    assert index() == {"found": N, "unchanged": N}
-    assert answers() == before
-    assert index("--rebuild") == {"found": N, "new": N, "opened": 1}
-    assert answers() == before
+        outcome = run(*OFFLINE, *ONE_BY_ONE, option)
+    assert (outcome.status, outcome.stdout) == (130, "") and outcome.stderr.count("\n") == 1
+    assert index() == {"found": 2 * N, "new": N - saved, "unchanged": N + saved, "opened": 1}
+    assert answers() == fresh()
+    assert index("--rebuild") == {"found": 2 * N, "new": 2 * N, "opened": 1}
 
 
 @pytest.mark.parametrize("made_before", [False, True], ids=["no cache", "a cache"])
