@@ -7,12 +7,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
@@ -258,19 +259,21 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 @pytest.fixture
 def program(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """program(*args, **popen): main.py in a process of its own (seconds to start), in tmp_path, its streams piped."""
+    """program(*args, python=[MAIN], **popen): main.py in a process of its own (seconds to start), in tmp_path, its
+    streams piped. `python`: what Python is to run instead."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*args: object, **popen: Any) -> subprocess.Popen[str]:
+    def start(*args: object, python: Sequence[object] = (MAIN,), **popen: Any) -> subprocess.Popen[str]:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": tmp_path}
-        text = {"encoding": "utf-8", "errors": "surrogateescape"}
-        process = subprocess.Popen([sys.executable, str(MAIN), *map(str, args)], **{**pipes, **text, **popen})
+        text = {"encoding": "utf-8", "errors": "surrogateescape", "start_new_session": True}
+        process = subprocess.Popen([sys.executable, *map(str, (*python, *args))], **{**pipes, **text, **popen})
         started.append(process)
         return process
 
     yield start
     for process in started:
-        process.kill()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 KILL, TEAR, FAIL, FAIL_ON = 1, 2, 3, 4  # as in faults.c
+DEADLY = b"\x89PNG\r\n\x1a\n deadly".ljust(99)  # faults.c lets whoever reads such a file crash
 SECTOR = 512  # bytes that a disk writes whole or not at all
 
 
@@ -47,26 +48,24 @@ def calls(trace: Path) -> Iterator[Call]:
 
 
 class Node:
-    """A file: what was written, what of it is surely on disk, and what was done to it since."""
+    """A file: what of it is surely on disk, and what was done to it since."""
 
     def __init__(self, content: bytes = b"") -> None:
-        self.content, self.durable, self.pending = bytearray(content), bytearray(content), list[Call]()
-
-    def change(self, call: Call) -> None:
-        apply(self.content, call)
-        self.pending.append(call)
+        self.durable, self.pending = bytearray(content), list[Call]()
 
     def sync(self) -> None:
-        self.durable, self.pending = bytearray(self.content), []
+        for call in self.pending:
+            apply(self.durable, call)
+        self.pending = []
 
     def after_power_cut(self, chance: random.Random, kept: float) -> bytes:
         """Of what was not synced, each sector is there with the probability `kept`."""
         content = bytearray(self.durable)
         for call in self.pending:
-            starts = range(0, max(1, len(call.data)), SECTOR)
-            for start in (start for start in starts if chance.random() < kept):
-                data = call.data[start : start + SECTOR]
-                apply(content, call._replace(offset=call.offset + start, data=data))
+            for start in range(0, max(1, len(call.data)), SECTOR):
+                if chance.random() < kept:
+                    data = call.data[start : start + SECTOR]
+                    apply(content, call._replace(offset=call.offset + start, data=data))
         return bytes(content)
 
 
@@ -99,9 +98,9 @@ class Disk:
             if node is None:
                 self.name(call.path, Node())
             elif call.length:
-                node.change(call._replace(kind="t", length=0))
+                node.pending.append(call._replace(kind="t", length=0))
         elif call.kind in "wt" and node:
-            node.change(call)
+            node.pending.append(call)
         elif call.kind == "s" and node:
             node.sync()
         elif call.kind == "s":  # of a folder

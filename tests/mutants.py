@@ -26,8 +26,8 @@ W, H = SIZE
 SECONDS = 10  # of a processor, that one file may take
 
 
-def saved(kind: str, mode: str = "RGB", frames: int = 1, **options: Any) -> bytes:
-    first, *rest = (draw(seed, SIZE).convert(mode) for seed in range(frames))
+def saved(kind: str, mode: str = "RGB", frames: int = 1, size: tuple[int, int] = SIZE, **options: Any) -> bytes:
+    first, *rest = (draw(seed, size).convert(mode) for seed in range(frames))
     if rest:
         options.update(save_all=True, append_images=rest)
     return encoded(first, kind, **options)

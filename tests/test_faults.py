@@ -232,7 +232,7 @@ def seeded(*of: object) -> random.Random:
     return random.Random(f"{SEED} {of}")
 
 
-# ---- Killed, cut off, refused at any call ----------------------------------------------------------------------------
+# ---- Killed, stopped, cut off, refused -------------------------------------------------------------------------------
 
 
 def kill_at(scene: Scene, number: int, how: int) -> Outcome:
@@ -290,9 +290,6 @@ def test_a_failing_write(name, times, scene):
         assert (one_line(ended) and INDEX in ended.stderr) or answers(ended) == case.expected, (why, ended)
         case.comes_to_the_same_end(box, why=why)
     assert noticed >= len(chosen) // 2 or len(chosen) < 10
-
-
-# ---- Killed and stopped at any time ----------------------------------------------------------------------------------
 
 
 def begun(box: Box, run: Any, wait: float) -> None:

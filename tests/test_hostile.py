@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HOSTILE_NAMES, cache_folder, contents, counts, draw, encoded, one_line
+from faults import DEADLY
 from PIL import Image
 from zygote import Outcome, Zygote
 
@@ -44,8 +45,6 @@ def seldom(cases: Iterable[str], *often: str) -> list[Any]:
     """All but those that are tried `often` are for the slow suite."""
     return [case if case in often else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
-
-# ---- Fuzzed images ---------------------------------------------------------------------------------------------------
 
 FUZZ = """
 import sys, warnings
@@ -73,7 +72,7 @@ def test_fuzzed_images_are_read_or_refused(count, zygote):
     assert sum(total.values()) == count and min(total.values()) > count // 10
 
 
-# ---- Images that are larger than they look ---------------------------------------------------------------------------
+# ---- Images that are larger than they look, and others that are none -------------------------------------------------
 
 
 def png(width: int, height: int, *more: tuple[bytes, bytes], depth: int = 8, colour: int = 0) -> bytes:
@@ -233,9 +232,6 @@ def test_a_bomb_is_read_or_refused_in_ten_seconds_and_a_gigabyte(bomb, zygote):
 @pytest.mark.parametrize("kind", seldom(LARGEST, "PNG, RGBA", "JPEG, 200 megapixels"))
 def test_the_largest_pictures_take_one_and_a_half_gigabytes(kind, zygote):
     assert look_at(LARGEST[kind](), zygote, 3 * GIGABYTE // 2) == ""
-
-
-DEADLY = b"\x89PNG\r\n\x1a\n deadly".ljust(99)  # faults.c lets whoever reads it crash
 
 
 @pytest.mark.parametrize("names", [("1deadly.png", "25deadly.png"), ("deadly.png",)], ids=["two", "the last file"])

@@ -59,9 +59,6 @@ def same_pixels(path: Path, image: Image.Image, comment: str) -> None:
     image.save(path, pnginfo=info)
 
 
-# ---- Against brute force ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("n", [1, 2, 9, 10, 11, 300, 5000])
 def test_the_index_is_exact_whether_made_of_the_whole_or_of_blocks(n, kind):
@@ -117,9 +114,6 @@ def test_bad_files_anywhere_cost_no_other_file(place, workers, collection, model
         assert len(answer.matches) == min(10, len(good))
 
 
-# ---- How many, and in which order ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("image", [draw(3), Image.new("RGB", (20, 20), "red")], ids=["a picture", "one colour"])
 def test_ties_are_in_the_order_of_their_paths_and_the_top_5_begin_the_top_15(image, collection, find):
     """The same pixels in many files of other bytes, among other pictures."""
@@ -160,8 +154,6 @@ def test_an_unusable_query_is_an_answer_with_an_error(collection, model):
     assert (broken.matches, missing.matches, fine.error) == ([], [], None)
     assert broken.error and missing.error == "No such file or directory" and len(fine.matches) == 2
 
-
-# ---- The query's own file, its copies, and files that are gone -------------------------------------------------------
 
 OWN = {
     "as it is": lambda own: own,

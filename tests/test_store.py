@@ -328,9 +328,6 @@ def test_a_file_that_vanishes_meanwhile_is_only_missing(index, monkeypatch):
     assert index() == {"found": N + 1, "new": 1, "unchanged": N, "opened": 1}
 
 
-# ---- Models never mix ------------------------------------------------------------------------------------------------
-
-
 def test_models_of_equal_dimension_never_mix(collection, run):
     """Not even where the folder of one is a copy of the other's."""
     collection(3)
@@ -354,7 +351,7 @@ def test_models_of_equal_dimension_never_mix(collection, run):
     assert [answers_of(ask(model)) for model in "ab"] == [*expected.values()]
 
 
-# ---- Damage (and more of it in test_faults.py) -----------------------------------------------------------------------
+# ---- Other models, and damage (more of it in test_faults.py) ---------------------------------------------------------
 
 
 GARBLED = {
@@ -476,7 +473,7 @@ def test_no_row_is_used_twice(index):
     assert min(rows()) > max(used)
 
 
-# ---- Runs that end early ---------------------------------------------------------------------------------------------
+# ---- Runs that end early, and at the same time (more of them in test_faults.py) --------------------------------------
 
 
 def interrupt() -> None:
@@ -526,9 +523,6 @@ def test_a_place_where_no_cache_can_be_is_one_line(place, index, run):
     Path("a file").write_text("mine")
     one_line(run(*OFFLINE, "-q", "--index-only", "--index-dir", place), place, "--index-dir")
     assert Path("a file").read_text() == "mine"
-
-
-# ---- Runs at the same time (and more of them in test_faults.py) ------------------------------------------------------
 
 
 def test_a_second_writer_waits_and_says_so_but_no_reader(index, answers, program):
