@@ -11,6 +11,7 @@ import pickle
 import random
 import resource
 import signal
+import socket
 import sqlite3
 import struct
 import sys
@@ -18,6 +19,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,9 +215,8 @@ print(picture.made is not None, round(time.process_time() - start, 2), picture.r
 """
 
 
-def look_at(content: bytes, zygote: Zygote, room: int = GIGABYTE) -> str:
-    """Why this picture cannot be used, in `room` bytes of memory and ten seconds of a processor; "" if it can."""
-    Path("bomb.jpg").write_bytes(content)
+def look_at(zygote: Zygote, room: int = GIGABYTE) -> str:
+    """Why bomb.jpg cannot be used, in `room` bytes of memory and ten seconds of a processor; "" if it can."""
     ended = zygote(code=READ_ONE, room=room, timeout=60)
     assert ended.status == 0 and ended.stdout.count("\n") == 1, ended
     read, seconds, reason = ended.stdout.rstrip("\n").split(" ", 2)
@@ -226,12 +227,35 @@ def look_at(content: bytes, zygote: Zygote, room: int = GIGABYTE) -> str:
 
 @pytest.mark.parametrize("bomb", seldom(BOMBS, *LIGHT))
 def test_a_bomb_is_read_or_refused_in_ten_seconds_and_a_gigabyte(bomb, zygote):
-    print(look_at(BOMBS[bomb](), zygote))
+    Path("bomb.jpg").write_bytes(BOMBS[bomb]())
+    print(look_at(zygote))
 
 
 @pytest.mark.parametrize("kind", seldom(LARGEST, "PNG, RGBA", "JPEG, 200 megapixels"))
 def test_the_largest_pictures_take_one_and_a_half_gigabytes(kind, zygote):
-    assert look_at(LARGEST[kind](), zygote, 3 * GIGABYTE // 2) == ""
+    Path("bomb.jpg").write_bytes(LARGEST[kind]())
+    assert look_at(zygote, 3 * GIGABYTE // 2) == ""
+
+
+def fifo_with_a_writer(path: str) -> None:
+    os.mkfifo(path)
+    os.write(os.open(path, os.O_RDWR), b"\xff\xd8\xff\xe0")
+
+
+DEVICES = "/dev/zero", "/dev/full", "/dev/random", "/proc/self/mem", "/dev/stdin"
+NOT_REGULAR: dict[str, Callable[[str], Any]] = {
+    "FIFO": os.mkfifo,
+    "FIFO with a writer": fifo_with_a_writer,
+    "socket": lambda path: socket.socket(socket.AF_UNIX).bind(path),
+    "folder": os.mkdir,
+    **{device: partial(os.symlink, device) for device in DEVICES},
+}
+
+
+@pytest.mark.parametrize("make", NOT_REGULAR.values(), ids=NOT_REGULAR)
+def test_what_is_no_regular_file_is_refused_and_never_waited_for(make, zygote):
+    make("bomb.jpg")
+    assert look_at(zygote)
 
 
 @pytest.mark.parametrize("names", [("1deadly.png", "25deadly.png"), ("deadly.png",)], ids=["two", "the last file"])

@@ -7,11 +7,8 @@ import itertools
 import os
 import random
 import shutil
-import signal
-import socket
 import struct
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,20 +75,6 @@ def touch(path: str | bytes | Path, content: bytes = b"") -> None:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "wb") as stream:
         stream.write(content)
-
-
-@pytest.fixture
-def soon() -> Iterator[None]:
-    """What takes longer than ten seconds is stopped."""
-
-    def stop(number: int, frame: object) -> None:
-        raise TimeoutError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(10)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 # ---- Found -----------------------------------------------------------------------------------------------------------
@@ -420,30 +403,7 @@ def test_eps_never_starts_ghostscript(tmp_path, picture, monkeypatch, name):
     assert not os.path.exists("started")
 
 
-# ---- Files that are none, and files that change ----------------------------------------------------------------------
-
-
-def written_to(path: str) -> None:
-    """A FIFO whose other end is open."""
-    os.mkfifo(path)
-    os.write(os.open(path, os.O_RDWR), b"\xff\xd8\xff\xe0")
-
-
-DEVICES = "/dev/zero", "/dev/full", "/dev/random", "/proc/self/mem", "/dev/stdin"
-NOT_REGULAR: dict[str, Callable[[str], Any]] = {
-    "FIFO": os.mkfifo,
-    "FIFO that is written to": written_to,
-    "socket": lambda path: socket.socket(socket.AF_UNIX).bind(path),
-    "folder": os.mkdir,
-    **{device: partial(os.symlink, device) for device in DEVICES},
-}
-
-
-@posix
-@pytest.mark.parametrize("make", NOT_REGULAR.values(), ids=NOT_REGULAR)
-def test_what_is_no_regular_file_is_refused_and_never_waited_for(soon, make):
-    make("a.jpg")
-    assert refused("a.jpg") != "it hangs"
+# ---- Files that change ----------------------------------------------------------------------------------------
 
 
 def test_file_that_vanished_is_left_out_this_time():
