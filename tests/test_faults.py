@@ -292,10 +292,10 @@ def test_a_failing_write(name, times, scene):
     assert noticed >= len(chosen) // 2 or len(chosen) < 10
 
 
-def begun(box: Box, run: Any, wait: float) -> None:
-    """Wait until the run has begun, and so many seconds more."""
+def begun(box: Box, wait: float) -> None:
+    """Wait until a run has begun, and so many seconds more."""
     deadline = time.monotonic() + 60
-    while not box.index.exists() and run.alive() and time.monotonic() < deadline:
+    while not box.index.exists() and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(wait)
 
@@ -308,7 +308,7 @@ def test_killed_again_and_again(name, times, scene):
         box = case.copy()
         for _ in range(times):
             run = box.start(*case.case.options, constants=case.case.constants)
-            begun(box, run, chance.uniform(0, 0.3))
+            begun(box, chance.uniform(0, 0.3))
             run.send(signal.SIGKILL)
             assert run.wait().status in (-signal.SIGKILL, 0)
         case.comes_to_the_same_end(box)
@@ -325,7 +325,7 @@ def test_stopped_politely(name, times, stops, scene):
     for _ in range(4 * times):
         box = case.copy()
         run = box.start(*case.case.options, "-q", constants=case.case.constants)
-        begun(box, run, chance.uniform(0.03, latest))
+        begun(box, chance.uniform(0.03, latest))
         for number in stops:
             run.send(number)
             time.sleep(chance.choice((0, 0.001, 0.01, 0.03)))
@@ -494,7 +494,7 @@ def test_twenty_of_all_kinds_at_once(round, scene):
 def test_one_that_waits_goes_on_when_the_writer_is_killed(scene):
     case, box = scene("first"), scene("first").copy()
     writer = box.start(*case.case.options, constants=case.case.constants)
-    begun(box, writer, 0.1)
+    begun(box, 0.1)
     waiting = box.start()
     time.sleep(0.1)
     writer.send(signal.SIGKILL)

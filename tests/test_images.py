@@ -50,20 +50,20 @@ def listed(folder: str | Path) -> list[bytes]:
     return paths
 
 
-def read(path: str | Path, side: int = SIDE) -> main.Picture:
-    return main.read_picture(main.File(os.fsencode(path), 0, 0), b"", main.get_transform(side), lambda digest: False)
+def read(path: str | Path) -> main.Picture:
+    return main.read_picture(main.File(os.fsencode(path), 0, 0), b"", main.get_transform(SIDE))
 
 
-def pixels(path: str | Path, side: int = SIDE) -> np.ndarray:
-    """What the model would see of a file, (side, side, 3)."""
-    picture = read(path, side)
+def pixels(path: str | Path) -> np.ndarray:
+    """What the model would see of a file, (SIDE, SIDE, 3)."""
+    picture = read(path)
     assert picture.reason is None and picture.digest and picture.made is not None
     return picture.made.permute(1, 2, 0).numpy().astype(int)
 
 
-def squeezed(image: Image.Image, side: int = SIDE) -> np.ndarray:
+def squeezed(image: Image.Image) -> np.ndarray:
     """What the model should see of an RGB picture, by Pillow alone."""
-    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR)).astype(int)
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)).astype(int)
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -403,31 +403,20 @@ def test_eps_never_starts_ghostscript(tmp_path, picture, monkeypatch, name):
     assert not os.path.exists("started")
 
 
-# ---- Files that change ----------------------------------------------------------------------------------------
+CHANGES: dict[str, Callable[[], Any]] = {
+    "overwritten": lambda: touch("a.png", b"something else"),
+    "truncated": lambda: os.truncate("a.png", 9),
+    "touched": lambda: os.utime("a.png", ns=(1, 1)),
+    "removed": lambda: os.unlink("a.png"),
+}
 
 
-def test_file_that_vanished_is_left_out_this_time():
-    assert read("gone.png").vanished
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(lambda: touch("a.png", b"something else"), id="overwritten"),
-        pytest.param(lambda: os.truncate("a.png", 9), id="truncated"),
-        pytest.param(lambda: os.utime("a.png", ns=(1, 1)), id="touched"),
-    ],
-)
-def test_file_that_changes_while_it_is_read_is_left_out_this_time(picture, change):
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_file_that_changes_while_it_is_read_or_is_gone_before_is_left_out_this_time(picture, change):
     touch("a.png", encoded(picture(1), "PNG"))
     transform = main.get_transform(SIDE)
-
-    def slow(image: Image.Image) -> Any:
-        shown = transform(image)
-        change()
-        return shown
-
-    assert main.read_picture(main.File(b"a.png", 0, 0), b"", slow, lambda digest: False).vanished
+    assert main.read_picture(main.File(b"a.png", 0, 0), b"", lambda image: [transform(image), change()][0]).vanished
+    assert read("gone.png").vanished
 
 
 @pytest.mark.parametrize("workers", [1, 8])

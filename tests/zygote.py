@@ -46,9 +46,6 @@ class Run:
         """Only before `wait` has returned: until then its number is its own."""
         os.kill(self.pid, number)
 
-    def alive(self) -> bool:
-        return bool(self.zygote.ask(alive=self.pid))
-
     def wait(self, timeout: float = 120) -> Outcome:
         status = self.zygote.ask(wait=self.pid, timeout=timeout)
         said = [path.read_bytes() if path.exists() else b"" for path in (self.folder / "1", self.folder / "2")]
@@ -200,8 +197,6 @@ def serve() -> None:
                 finally:
                     os._exit(1)  # it must not go on as a second zygote
             return pid
-        if "alive" in request:
-            return os.waitid(os.P_PID, request["alive"], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
         pid, deadline = request["wait"], time.perf_counter() + request["timeout"]
         while not (found := os.waitpid(pid, os.WNOHANG))[0]:
             if time.perf_counter() > deadline:
