@@ -49,6 +49,7 @@ HOSTILE_NAMES = {  # each is one name of a file, as bytes
     "a tag": b"<script>alert(1)<!-- &amp;.png",
     "a closing tag": b"]]><\xe2\x80\xa8img src=x onerror=alert(1)>.png",
     "SQL": b"'); DROP TABLE files; --.png",
+    "SQL at the end": b"x'; DELETE FROM files; --.png",
     "a pattern": b"%s %(x)s {0} $(touch exploded) `touch exploded` *?[a].png",
     "combining": ("e" + "\u0301" * 60 + ".png").encode(),
     "255 bytes": b"n" * 251 + b".png",

@@ -293,15 +293,15 @@ def test_a_collection_of_bombs_costs_no_picture(zygote, collection):
 
 
 @pytest.fixture
-def named(collection: Callable[[int], Path]) -> dict[bytes, int]:
-    """A collection, and queries, of all the names at once, each with a picture of its own: name and seed."""
+def named(collection: Callable[[int], Path]) -> list[bytes]:
+    """A collection, and queries, of all these names at once, each with a picture of its own."""
     images, names = os.fsencode(collection(3)), [*HOSTILE_NAMES.values(), b"deep.png"]
     os.mkdir("queries")
     for seed, name in enumerate(names, 100):
         for root, size in ((images, (96, 64)), (b"queries", (48, 32))):
             with open(os.path.join(root, name), "wb") as stream:
                 draw(seed).resize(size).save(stream, "PNG")
-    return {name: seed for seed, name in enumerate(names, 100)}
+    return names
 
 
 def make_deep(root: Path, length: int) -> None:
@@ -440,24 +440,19 @@ def test_a_link_in_the_cache_harms_no_file_elsewhere(suffix, zygote, collection)
         (cache / f"{name}{suffix}").unlink(missing_ok=True)
 
 
-def test_sql_in_names_and_in_the_database_is_text(zygote, collection):
-    """A stranger's database may hold triggers and views; it is known by its schema, and made again without them."""
+def test_a_database_with_triggers_and_views_is_made_again_without_them(zygote, collection):
     images, query = collection(4), "SELECT sql FROM sqlite_master ORDER BY sql"
-    (images / "x'; DELETE FROM files; --.png").write_bytes(encoded(draw(9)))
     ask = (*OFFLINE, "--json", "bulk_images/0.png")
-    assert len(json.loads(zygote(*ask).stdout)["matches"]) == 4
+    assert len(json.loads(zygote(*ask).stdout)["matches"]) == 3
     with closing(sqlite3.connect(cache_folder() / "index.sqlite")) as db:
         schema = db.execute(query).fetchall()
         db.execute("CREATE TRIGGER evil AFTER INSERT ON files BEGIN DELETE FROM features; END")
         db.execute("CREATE VIEW evil_too AS SELECT 1")
     draw(10).save(images / "10.png")
     ended = zygote(*ask)
-    assert ended.status == 0 and len(json.loads(ended.stdout)["matches"]) == 5, ended
+    assert ended.status == 0 and len(json.loads(ended.stdout)["matches"]) == 4, ended
     with closing(sqlite3.connect(cache_folder() / "index.sqlite")) as db:
         assert db.execute(query).fetchall() == schema
-
-
-# ---- Little memory, few open files -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("megabytes", seldom(map(str, (0, 2, 5, 10, 20, 30, 50, 80, 150)), "2", "20", "80"))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_million
+import faiss
 import filelock
 import numpy as np
 import pytest
@@ -31,7 +32,6 @@ import main
 CODED = main.Work(exact_bytes=0)
 SIDE, DIM = 8, 32
 OFFLINE = ("--model", "offline")
-Run = Callable[..., Outcome]
 Opened = Callable[..., main.Engine]
 
 
@@ -320,8 +320,7 @@ def test_without_an_update_what_is_new_is_not_seen_and_what_is_gone_or_changed_i
 
 def test_without_an_update_there_must_be_an_index_of_something(run, collection):
     collection(2)
-    outcome = run("query.png", *ASK)
-    one_line(outcome, "run without --no-update")
+    one_line(run("query.png", *ASK), "run without --no-update")
     assert not Path("image_index").exists()
     run(*OFFLINE, "--index-only")
     edit(cache_folder() / "index.sqlite", "DELETE FROM features")
@@ -384,43 +383,31 @@ def test_an_export_that_fails_is_one_line_and_leaves_no_features_beside_other_pa
     assert counts(run(*OFFLINE, "--index-only"))["new"] == 1
 
 
-# ---- GPUs, with what stands for them ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def test_many_queries_are_searched_on_the_gpus_and_by_the_processor_where_these_are_full(many, monkeypatch, caplog):
     """Two GPUs as far as the choice goes: their indexes are in memory, and have no selection and few results."""
-    import faiss
-
-    state: dict[str, Any] = {"free": 10 << 30, "used": []}
+    free, used = [1 << 30], list[int]()
 
     class OnGpu(faiss.IndexFlatIP):
         def search(self, xq: Any, k: int, **options: Any) -> Any:
             assert k <= 2048 and not options
             return super().search(xq, k)
 
-    def make(resources: Any, dim: int, config: Any) -> Any:
+    def make(resources: None, dim: int, config: Any) -> Any:
         assert config.useFloat16
-        state["used"].append(config.device)
+        used.append(config.device)
         return OnGpu(dim)
 
     there = {"StandardGpuResources": lambda: None, "GpuIndexFlatConfig": types.SimpleNamespace, "GpuIndexFlatIP": make}
     for name, value in {"get_num_gpus": lambda: 2, **there}.items():
         monkeypatch.setattr(faiss, name, value, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (state["free"], 80 << 30))
-    return state
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[0], 80 << 30))
 
-
-def test_on_gpus_many_queries_get_the_same_answers(many, gpus):
     engine, asked = many(3000), queries(32)
     exact = found(replace(engine, exact=True), asked, 10, "auto")
-    assert found(engine, asked[:1], 10, "auto") == exact[:1] and gpus["used"] == []  # not worth the loading
-    assert found(engine, asked, 10, "auto") == exact and gpus["used"] == [0, 1]
-
-
-def test_what_does_not_fit_on_the_gpus_is_searched_by_the_processor_and_said_once(many, gpus, caplog):
-    gpus["free"], engine = 1 << 30, many(200)
-    for _ in range(2):
-        found(engine, queries(32), 10, "auto")
-    assert gpus["used"] == [] and caplog.text.count("do not fit into the memory of the GPU") == 1
+    full = replace(engine)
+    assert found(full, asked, 10, "auto") == found(full, asked, 10, "auto") == exact and used == []
+    assert caplog.text.count("do not fit into the memory of the GPU") == 1
+    free[0] = 10 << 30
+    assert found(engine, asked[:1], 10, "auto") == exact[:1] and used == []  # not worth the loading
+    assert found(engine, asked, 10, "auto") == exact and used == [0, 1]
