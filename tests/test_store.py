@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import filelock
 import pytest
@@ -462,10 +463,6 @@ def test_no_row_is_used_twice(index):
 # ---- Runs that end early, and at the same time (more of them in test_faults.py) --------------------------------------
 
 
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize(("option", "saved"), [("--index-only", 3), ("--prune", 3), ("--rebuild", 0)])
 def test_an_interrupted_run_keeps_what_it_has_done_and_what_was_there(
     option, saved, index, run, answers, fresh, monkeypatch
@@ -474,7 +471,7 @@ def test_an_interrupted_run_keeps_what_it_has_done_and_what_was_there(
     for seed in range(50, 50 + N):
         draw(seed).save(IMAGES / f"new {seed}.png")
     with monkeypatch.context() as patch:
-        at_extraction(4, interrupt, patch)
+        at_extraction(4, Mock(side_effect=KeyboardInterrupt), patch)
         outcome = run(*OFFLINE, *ONE_BY_ONE, option)
     assert (outcome.status, outcome.stdout) == (130, "") and outcome.stderr.count("\n") == 1
     assert index() == {"found": 2 * N, "new": N - saved, "unchanged": N + saved, "opened": 1}
