@@ -89,10 +89,6 @@ def cache_folder(index_dir: str | Path = "image_index") -> Path:
     return folder
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def edit(database: Path, *statements: str) -> None:
     with closing(sqlite3.connect(database)) as db, db:
         for statement in statements:

@@ -37,12 +37,14 @@ def build(folder: Path) -> Path | None:
     return library if done.returncode == 0 else None
 
 
-def calls(trace: Path) -> Iterator[Call]:
+def calls(trace: Path, root: Path) -> Iterator[Call]:
+    """With paths relative to this folder."""
     data, place = memoryview(trace.read_bytes()), 0
     while place < len(data):
         kind, long, longer, offset, length = struct.unpack_from("5q", data, place)
         ends = [place + 40, place + 40 + long, place + 40 + long + longer]
         path, to = (os.fsdecode(bytes(data[a:b])) for a, b in itertools.pairwise(ends))
+        path, to = (os.path.relpath(it, os.path.realpath(root)) if it else "" for it in (path, to))
         place = ends[-1] + (length if chr(kind) == "w" else 0)
         yield Call(chr(kind), path, to, offset, length, bytes(data[ends[-1] : place]))
 
@@ -83,9 +85,7 @@ class Disk:
     its file was; until then any part of it may be there after a power cut."""
 
     def __init__(self, folder: Path) -> None:
-        self.root = os.path.realpath(folder)
-        files = {os.path.join(here, name) for here, _, names in os.walk(self.root) for name in names}
-        self.names = {path: Node(Path(path).read_bytes()) for path in files}
+        self.names = {path: Node(content) for path, content in contents(folder).items()}
         self.durable, self.pending = dict(self.names), list[tuple[str, Node | None]]()
 
     def name(self, path: str, node: Node | None) -> None:
@@ -104,7 +104,7 @@ class Disk:
         elif call.kind == "s" and node:
             node.sync()
         elif call.kind == "s":  # of a folder
-            here = [(path, node) for path, node in self.pending if os.path.dirname(path) == call.path]
+            here = [(path, node) for path, node in self.pending if (os.path.dirname(path) or ".") == call.path]
             for path, entry in here:
                 put(self.durable, path, entry)
             self.pending = [change for change in self.pending if change not in here]
@@ -119,7 +119,7 @@ class Disk:
         names = dict(self.durable)
         for path, node in self.pending[: sum(chance.random() < kept for _ in self.pending)]:
             put(names, path, node)
-        return {os.path.relpath(path, self.root): node.after_power_cut(chance, kept) for path, node in names.items()}
+        return {path: node.after_power_cut(chance, kept) for path, node in names.items()}
 
 
 def put(names: dict[str, Node], path: str, node: Node | None) -> None:
@@ -127,6 +127,10 @@ def put(names: dict[str, Node], path: str, node: Node | None) -> None:
         names.pop(path, None)
     else:
         names[path] = node
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def write_all(folder: Path, files: dict[str, bytes]) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Outcome, contents
-from faults import KILL, write_all
+from conftest import Outcome
+from faults import KILL, contents, write_all
 from test_faults import OFTEN, OTHER, Box, N, answers, drawn, extracted, flipped, one_line, seeded
 from zygote import Zygote
 

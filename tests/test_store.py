@@ -21,18 +21,8 @@ import filelock
 import pytest
 import torch
 import torchvision
-from conftest import (
-    Outcome,
-    answers_of,
-    break_a_checksum,
-    cache_folder,
-    contents,
-    counts,
-    draw,
-    edit,
-    one_line,
-    ruin_page,
-)
+from conftest import Outcome, answers_of, break_a_checksum, cache_folder, counts, draw, edit, one_line, ruin_page
+from faults import contents
 
 import main
 

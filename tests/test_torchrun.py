@@ -13,8 +13,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import MAIN, Outcome, cache_folder, contents, counts, draw
-from faults import DEADLY
+from conftest import MAIN, Outcome, cache_folder, counts, draw
+from faults import DEADLY, contents
 
 pytest.importorskip("torch").distributed.is_available() or pytest.skip("torch without it", allow_module_level=True)
 
