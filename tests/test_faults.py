@@ -286,7 +286,7 @@ def test_a_failing_write(name, times, scene):
         box, why = case.copy(), (number, how, errno.errorcode[error], case.calls[number - 1][:5])
         ended = case.run(box, number, how, error)
         noticed += one_line(ended)
-        assert (one_line(ended) and INDEX in ended.stderr) or answers(ended) == case.expected, (why, ended)
+        assert (one_line(ended) and f"{INDEX}/" in ended.stderr) or answers(ended) == case.expected, (why, ended)
         case.comes_to_the_same_end(box, why=why)
     assert noticed >= len(chosen) // 2 or len(chosen) < 10
 
@@ -433,19 +433,20 @@ def test_files_that_do_not_belong_together(number, caches):
         caches.answers_with(files, why)
 
 
-@pytest.mark.parametrize("what", [os.mkdir, partial(os.symlink, "nowhere")], ids=["folder", "link to nowhere"])
-def test_something_else_in_the_place_of_a_file(what, caches):
+def folder_with_a_file(path: Path) -> None:
+    path.mkdir()
+    (path / "mine.txt").write_text("do not delete")
+
+
+@pytest.mark.parametrize(
+    "make", [folder_with_a_file, partial(os.symlink, "nowhere")], ids=["folder", "link to nowhere"]
+)
+def test_something_else_in_the_place_of_a_file(make, caches):
     for name in caches.good:
         path = caches.cache / name
         rest = {key: content for key, content in caches.good.items() if key != name}
-
-        def spoil(path: Path = path) -> None:
-            what(path)
-            if path.is_dir():
-                (path / "mine.txt").write_text("do not delete")
-
-        caches.answers_with(rest, name, spoil)
-        assert what is not os.mkdir or (path / "mine.txt").exists()
+        caches.answers_with(rest, name, partial(make, path))
+        assert make is not folder_with_a_file or (path / "mine.txt").exists()
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
