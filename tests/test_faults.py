@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import cache_folder, counts, draw, edit, encoded
+from conftest import break_a_checksum, cache_folder, counts, draw, encoded
 from faults import FAIL, FAIL_ON, KILL, TEAR, Call, Disk, calls, contents, write_all
 from zygote import Outcome, Zygote
 
@@ -126,10 +126,6 @@ def lose_index(box: Box) -> None:
     (cache_folder(box.index) / "index.faiss").unlink()
 
 
-def damage(box: Box) -> None:
-    edit(cache_folder(box.index) / "index.sqlite", f"UPDATE features SET checksum = 1 WHERE row = {N // 2}")
-
-
 class Case(NamedTuple):
     images: int  # indexed before
     prepare: Callable[[Box], None]
@@ -148,7 +144,7 @@ CASES = {
     "prune": Case(N, remove, ("--prune",)),
     "rebuild": Case(N, lambda box: None, ("--rebuild",), again=True),
     "index": Case(N, lose_index),
-    "repair": Case(N, damage),
+    "repair": Case(N, lambda box: break_a_checksum(cache_folder(box.index) / "index.sqlite", N // 2)),
     "codes": Case(N, lose_index, constants=CODES),
     "codes, added to": Case(N - 5, add, ONE_BY_ONE, {**OFTEN, **CODES}, mended=False),
 }
@@ -167,9 +163,8 @@ class Scene:
 
     def __init__(self, name: str, folder: Path, zygote: Zygote) -> None:
         self.case, self.number = CASES[name], itertools.count()
-        self.how = {
-            key: value for key, value in (self.case.constants or {}).items() if key not in OFTEN
-        }  # of later runs
+        constants = self.case.constants or {}
+        self.how = {key: value for key, value in constants.items() if key not in OFTEN}  # of later runs
         self.box = Box(folder / name, zygote)
         self.box.put(*range(self.case.images))
         if self.case.images:
