@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ MAIN = Path(__file__).parent.parent / "main.py"
 sys.path.insert(0, str(MAIN.parent))
 
 import faults  # noqa: E402
-from zygote import Zygote  # noqa: E402
+from zygote import Outcome, Zygote  # noqa: E402
 
 import main  # noqa: E402
 
@@ -48,6 +49,7 @@ HOSTILE_NAMES = {  # each is one name of a file, as bytes
     "a tag": b"<script>alert(1)<!-- &amp;.png",
     "a closing tag": b"]]><\xe2\x80\xa8img src=x onerror=alert(1)>.png",
     "SQL": b"'); DROP TABLE files; --.png",
+    "SQL at the end": b"x'; DELETE FROM files; --.png",
     "a pattern": b"%s %(x)s {0} $(touch exploded) `touch exploded` *?[a].png",
     "combining": ("e" + "\u0301" * 60 + ".png").encode(),
     "255 bytes": b"n" * 251 + b".png",
@@ -57,27 +59,20 @@ HOSTILE_NAMES = {  # each is one name of a file, as bytes
 }
 
 
-class Outcome(NamedTuple):
-    status: int
-    stdout: str
-    stderr: str
-
-
-SUMMARY = re.compile(
-    r"(?P<found>[\d,]+) found, (?P<new>[\d,]+) new(?: \((?P<recognised>[\d,]+) recognised by content\))?, "
-    r"(?P<unchanged>[\d,]+) unchanged, (?P<skipped>[\d,]+) skipped, (?P<gone>[\d,]+) gone(?:, [\d,]+ forgotten)?; "
-    r"(?P<opened>no image was opened)?"
-)
-
-
 def counts(outcome: Any) -> dict[str, int]:
     """The figures of the summary that are not 0; `opened` is 1 if any file was opened."""
-    found = SUMMARY.search(outcome.stderr)
-    assert found, outcome
-    figures = {
-        name: int((value or "0").replace(",", "")) for name, value in found.groupdict().items() if name != "opened"
-    }
-    return {name: value for name, value in {**figures, "opened": int(not found["opened"])}.items() if value}
+    summary = re.search(r"[\d,]+ found, .*", outcome.stderr)
+    assert summary, outcome
+    figures = re.findall(r"([\d,]+) (found|new|recognised|unchanged|skipped|gone)\b", summary[0])
+    counted = {name: int(figure.replace(",", "")) for figure, name in figures}
+    counted["opened"] = int("no image was opened" not in summary[0])
+    return {name: value for name, value in counted.items() if value}
+
+
+def one_line(outcome: Any, *words: str) -> None:
+    """It failed, and all that was said is one line of error with these words in it."""
+    assert (outcome.status, outcome.stdout, outcome.stderr.count("\n")) == (1, "", 1), outcome
+    assert outcome.stderr.startswith("error: ") and all(word in outcome.stderr for word in words), outcome
 
 
 def answers_of(outcome: Any) -> list[dict[str, Any]]:
@@ -94,30 +89,30 @@ def cache_folder(index_dir: str | Path = "image_index") -> Path:
     return folder
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def edit(database: Path, *statements: str) -> None:
     with closing(sqlite3.connect(database)) as db, db:
         for statement in statements:
             assert db.execute(statement).rowcount, statement
 
 
-@contextmanager
-def as_nobody() -> Iterator[Path]:
-    """An empty folder, and no right to read or write what the permissions forbid, not even as root."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    root = Path(tempfile.mkdtemp())  # pytest's own are root's alone
-    try:
-        yield root
-    finally:
-        os.seteuid(user)
-        for path in (root, *root.rglob("*")):
-            path.chmod(0o700)
-        shutil.rmtree(root)
+def break_a_checksum(database: Path, row: int) -> None:
+    edit(database, f"UPDATE features SET checksum = checksum + 1 WHERE row = {row}")
+
+
+def ruin_page(database: Path, row: int) -> None:
+    """The page that holds the features of this row is malformed."""
+    with closing(sqlite3.connect(database)) as db:
+        ((vector,),) = db.execute("SELECT vector FROM features WHERE row = ?", (row,))
+        ((size,),) = db.execute("PRAGMA page_size")
+    content = bytearray(database.read_bytes())
+    start = content.find(vector) // size * size
+    content[start : start + 64] = b"\xff" * 64
+    database.write_bytes(content)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    image.save(stream := io.BytesIO(), kind, **options)
+    return stream.getvalue()
 
 
 def draw(seed: int, size: tuple[int, int] = (96, 64)) -> Image.Image:
@@ -172,6 +167,14 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     started = Zygote(faults.build(tmp_path_factory.mktemp("faults")))
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def with_faults(zygote: Zygote) -> Zygote:
+    """zygote, where faults.c can be used."""
+    if "LD_PRELOAD" not in zygote.environment:
+        pytest.skip("needs a C compiler")
+    return zygote
 
 
 @pytest.fixture
@@ -229,19 +232,21 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 @pytest.fixture
 def program(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """program(*args, **popen): main.py in a process of its own (seconds to start), in tmp_path, its streams piped."""
+    """program(*args, python=[MAIN], **popen): main.py in a process of its own (seconds to start), in tmp_path, its
+    streams piped. `python`: what Python is to run instead."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*args: object, **popen: Any) -> subprocess.Popen[str]:
+    def start(*args: object, python: Sequence[object] = (MAIN,), **popen: Any) -> subprocess.Popen[str]:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": tmp_path}
-        text = {"encoding": "utf-8", "errors": "surrogateescape"}
-        process = subprocess.Popen([sys.executable, str(MAIN), *map(str, args)], **{**pipes, **text, **popen})
+        text = {"encoding": "utf-8", "errors": "surrogateescape", "start_new_session": True}
+        process = subprocess.Popen([sys.executable, *map(str, (*python, *args))], **{**pipes, **text, **popen})
         started.append(process)
         return process
 
     yield start
     for process in started:
-        process.kill()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 

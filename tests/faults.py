@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 KILL, TEAR, FAIL, FAIL_ON = 1, 2, 3, 4  # as in faults.c
+DEADLY = b"\x89PNG\r\n\x1a\n deadly".ljust(99)  # faults.c lets whoever reads such a file crash
 SECTOR = 512  # bytes that a disk writes whole or not at all
 
 
@@ -36,37 +37,37 @@ def build(folder: Path) -> Path | None:
     return library if done.returncode == 0 else None
 
 
-def calls(trace: Path) -> Iterator[Call]:
+def calls(trace: Path, root: Path) -> Iterator[Call]:
+    """With paths relative to this folder."""
     data, place = memoryview(trace.read_bytes()), 0
     while place < len(data):
         kind, long, longer, offset, length = struct.unpack_from("5q", data, place)
         ends = [place + 40, place + 40 + long, place + 40 + long + longer]
         path, to = (os.fsdecode(bytes(data[a:b])) for a, b in itertools.pairwise(ends))
+        path, to = (os.path.relpath(it, os.path.realpath(root)) if it else "" for it in (path, to))
         place = ends[-1] + (length if chr(kind) == "w" else 0)
         yield Call(chr(kind), path, to, offset, length, bytes(data[ends[-1] : place]))
 
 
 class Node:
-    """A file: what was written, what of it is surely on disk, and what was done to it since."""
+    """A file: what of it is surely on disk, and what was done to it since."""
 
     def __init__(self, content: bytes = b"") -> None:
-        self.content, self.durable, self.pending = bytearray(content), bytearray(content), list[Call]()
-
-    def change(self, call: Call) -> None:
-        apply(self.content, call)
-        self.pending.append(call)
+        self.durable, self.pending = bytearray(content), list[Call]()
 
     def sync(self) -> None:
-        self.durable, self.pending = bytearray(self.content), []
+        for call in self.pending:
+            apply(self.durable, call)
+        self.pending = []
 
     def after_power_cut(self, chance: random.Random, kept: float) -> bytes:
         """Of what was not synced, each sector is there with the probability `kept`."""
         content = bytearray(self.durable)
         for call in self.pending:
-            starts = range(0, max(1, len(call.data)), SECTOR)
-            for start in (start for start in starts if chance.random() < kept):
-                data = call.data[start : start + SECTOR]
-                apply(content, call._replace(offset=call.offset + start, data=data))
+            for start in range(0, max(1, len(call.data)), SECTOR):
+                if chance.random() < kept:
+                    data = call.data[start : start + SECTOR]
+                    apply(content, call._replace(offset=call.offset + start, data=data))
         return bytes(content)
 
 
@@ -84,9 +85,7 @@ class Disk:
     its file was; until then any part of it may be there after a power cut."""
 
     def __init__(self, folder: Path) -> None:
-        self.root = os.path.realpath(folder)
-        files = {os.path.join(here, name) for here, _, names in os.walk(self.root) for name in names}
-        self.names = {path: Node(Path(path).read_bytes()) for path in files}
+        self.names = {path: Node(content) for path, content in contents(folder).items()}
         self.durable, self.pending = dict(self.names), list[tuple[str, Node | None]]()
 
     def name(self, path: str, node: Node | None) -> None:
@@ -99,13 +98,13 @@ class Disk:
             if node is None:
                 self.name(call.path, Node())
             elif call.length:
-                node.change(call._replace(kind="t", length=0))
+                node.pending.append(call._replace(kind="t", length=0))
         elif call.kind in "wt" and node:
-            node.change(call)
+            node.pending.append(call)
         elif call.kind == "s" and node:
             node.sync()
         elif call.kind == "s":  # of a folder
-            here = [(path, node) for path, node in self.pending if os.path.dirname(path) == call.path]
+            here = [(path, node) for path, node in self.pending if (os.path.dirname(path) or ".") == call.path]
             for path, entry in here:
                 put(self.durable, path, entry)
             self.pending = [change for change in self.pending if change not in here]
@@ -120,7 +119,7 @@ class Disk:
         names = dict(self.durable)
         for path, node in self.pending[: sum(chance.random() < kept for _ in self.pending)]:
             put(names, path, node)
-        return {os.path.relpath(path, self.root): node.after_power_cut(chance, kept) for path, node in names.items()}
+        return {path: node.after_power_cut(chance, kept) for path, node in names.items()}
 
 
 def put(names: dict[str, Node], path: str, node: Node | None) -> None:
@@ -128,6 +127,10 @@ def put(names: dict[str, Node], path: str, node: Node | None) -> None:
         names.pop(path, None)
     else:
         names[path] = node
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def write_all(folder: Path, files: dict[str, bytes]) -> None:

@@ -11,13 +11,16 @@ import pickle
 import random
 import resource
 import signal
+import socket
 import sqlite3
 import struct
 import sys
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,10 @@ import mutants
 import numpy as np
 import pytest
 import torch
-from conftest import HOSTILE_NAMES, cache_folder, contents, counts, draw
+from conftest import HOSTILE_NAMES, cache_folder, counts, draw, encoded, one_line
+from faults import DEADLY, contents
 from PIL import Image
-from zygote import Ended, Zygote
+from zygote import Outcome, Zygote
 
 SEED = int(os.environ.get("SEED", 20))
 GIGABYTE = 1 << 30
@@ -45,8 +49,6 @@ def seldom(cases: Iterable[str], *often: str) -> list[Any]:
     return [case if case in often else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
-# ---- Fuzzed images ---------------------------------------------------------------------------------------------------
-
 FUZZ = """
 import sys, warnings
 sys.path.insert(0, {here!r})
@@ -60,20 +62,17 @@ mutants.fuzz(read, {seed!r}, {begin}, {end}, ".")
 @pytest.mark.parametrize("count", [400, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_fuzzed_images_are_read_or_refused(count, zygote):
     """A process that dies of a mutant is a failure that names it."""
-    total, slowest, step = {"read": 0, "refused": 0}, 0.0, 500
+    total, step = Counter[str](), 500
     print(f"SEED={SEED}, {len(mutants.samples())} samples")
     for begin in range(0, count, step):
         code = FUZZ.format(here=str(HERE), seed=SEED, begin=begin, end=min(count, begin + step))
         ended = zygote(code=code, room=GIGABYTE, timeout=600)
         assert ended.status == 0, f"mutant {Path('progress').read_text()} of seed {SEED}: {ended}"
-        found = json.loads(ended.stdout.splitlines()[-1])
-        total = {word: total[word] + found.get(word, 0) for word in total}
-        slowest = max(slowest, found["slowest"])
-    print(total, slowest)
-    assert sum(total.values()) == count and min(total.values()) > count // 10
+        total.update(json.loads(ended.stdout.splitlines()[-1]))
+    assert total.total() == count and min(total["read"], total["refused"]) > count // 10
 
 
-# ---- Images that are larger than they look ---------------------------------------------------------------------------
+# ---- Images that are larger than they look, and others that are none -------------------------------------------------
 
 
 def png(width: int, height: int, *more: tuple[bytes, bytes], depth: int = 8, colour: int = 0) -> bytes:
@@ -88,18 +87,13 @@ def png(width: int, height: int, *more: tuple[bytes, bytes], depth: int = 8, col
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
-    image.save(stream := io.BytesIO(), kind, **options)
-    return stream.getvalue()
-
-
 def squeezed_text(name: bytes, megabytes: int) -> tuple[bytes, bytes]:
     return b"zTXt", name + b"\0\0" + zlib.compress(bytes(megabytes << 20), 9)
 
 
 def ifd_chain(links: int, loop: bool) -> bytes:
     """A TIFF whose directories each point to the next one, the last to the first."""
-    picture = saved(Image.new("L", (8, 8)), "TIFF")
+    picture = encoded(Image.new("L", (8, 8)), "TIFF")
     (first,) = struct.unpack_from("<I", picture, 4)
     (count,) = struct.unpack_from("<H", picture, first)
     directory, chain = picture[first : first + 2 + 12 * count], bytearray(picture)
@@ -118,23 +112,23 @@ def exif_spiral(depth: int) -> bytes:
         here = len(tiff)
         tiff += struct.pack("<HHHIII", 1, 0x8769, 4, 1, here + 18 if level < depth - 1 else 8, 0)
     body = b"Exif\0\0" + bytes(tiff)[:65000]
-    plain = saved(Image.new("RGB", (8, 8)), "JPEG")
+    plain = encoded(Image.new("RGB", (8, 8)), "JPEG")
     return plain[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + plain[2:]
 
 
 def many_segments(count: int) -> bytes:
-    plain = saved(Image.new("RGB", (8, 8)), "JPEG")
+    plain = encoded(Image.new("RGB", (8, 8)), "JPEG")
     return plain[:2] + (b"\xff\xe2\xff\xff" + b"ICC_PROFILE\0\1\1".ljust(65533, b"x")) * count + plain[2:]
 
 
 def mpo_of(frames: int) -> bytes:
     """At most 800: what tells of them is one segment, and Pillow cannot write more."""
     first = Image.new("RGB", (8, 8))
-    return saved(first, "MPO", save_all=True, append_images=[first] * frames)
+    return encoded(first, "MPO", save_all=True, append_images=[first] * frames)
 
 
 def gif_of(frames: int) -> bytes:
-    plain = saved(Image.new("P", (8, 8)), "GIF")
+    plain = encoded(Image.new("P", (8, 8)), "GIF")
     start = plain.index(b",\0\0\0\0")
     return plain[:start] + plain[start:-1] * frames + b";"
 
@@ -159,32 +153,32 @@ W, H = 10_000, 9_990  # just within the limit
 MODES = ("1", "L", "P", "RGB", "RGBA", "CMYK", "LAB", "YCbCr", "I", "I;16", "F")
 LARGEST: dict[str, Callable[[], bytes]] = {  # all are read
     **{
-        f"TIFF, {mode}": lambda mode=mode: saved(Image.new(mode, (W, H)), "TIFF", compression="tiff_adobe_deflate")
+        f"TIFF, {mode}": lambda mode=mode: encoded(Image.new(mode, (W, H)), "TIFF", compression="tiff_adobe_deflate")
         for mode in MODES
     },
-    **{f"PNG, {mode}": lambda mode=mode: saved(Image.new(mode, (W, H)), "PNG") for mode in ("L", "P", "RGBA", "I;16")},
-    "PNG, one transparent colour": lambda: saved(Image.new("P", (W, H)), "PNG", transparency=3),
-    "GIF": lambda: saved(Image.new("P", (W, H)), "GIF"),
-    "BMP": lambda: saved(Image.new("RGB", (W, H)), "BMP"),
-    "WebP": lambda: saved(Image.new("RGBA", (7_070, 7_070)), "WEBP"),
-    "JPEG2000": lambda: saved(Image.new("RGB", (7_000, 7_000)), "JPEG2000"),
-    "AVIF": lambda: saved(Image.new("RGB", (W, H)), "AVIF", speed=10),
-    "JPEG": lambda: saved(Image.new("CMYK", (W, H)), "JPEG"),
-    "JPEG, 200 megapixels": lambda: saved(Image.new("L", (16_320, 12_240), 99), "JPEG"),  # decoded at an eighth
-    "ICO": lambda: ico_of(saved(Image.new("RGBA", (W, H)), "PNG")),
+    **{f"PNG, {mode}": lambda mode=mode: encoded(Image.new(mode, (W, H))) for mode in ("L", "P", "RGBA", "I;16")},
+    "PNG, one transparent colour": lambda: encoded(Image.new("P", (W, H)), "PNG", transparency=3),
+    "GIF": lambda: encoded(Image.new("P", (W, H)), "GIF"),
+    "BMP": lambda: encoded(Image.new("RGB", (W, H)), "BMP"),
+    "WebP": lambda: encoded(Image.new("RGBA", (7_070, 7_070)), "WEBP"),
+    "JPEG2000": lambda: encoded(Image.new("RGB", (7_000, 7_000)), "JPEG2000"),
+    "AVIF": lambda: encoded(Image.new("RGB", (W, H)), "AVIF", speed=10),
+    "JPEG": lambda: encoded(Image.new("CMYK", (W, H)), "JPEG"),
+    "JPEG, 200 megapixels": lambda: encoded(Image.new("L", (16_320, 12_240), 99), "JPEG"),  # decoded at an eighth
+    "ICO": lambda: ico_of(encoded(Image.new("RGBA", (W, H)))),
 }
 BOMBS: dict[str, Callable[[], bytes]] = {
-    "PNG, one row of 100 million": lambda: saved(Image.new("L", (99_999_999, 1)), "PNG"),
+    "PNG, one row of 100 million": lambda: encoded(Image.new("L", (99_999_999, 1))),
     "PNG, too large by one column": lambda: png(10_001, 10_000),
     "PNG in an ICO": lambda: ico_of(png(16_000, 16_000)),
     "GIF of 100,000 frames": lambda: gif_of(100_000),
     "GIF of 65,535 × 65,535": lambda: b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0) + b";",
     "TIFF of 4 gigapixels": lambda: tiff_of(65_535, 65_535),
     "TIFF of a strip that is not there": lambda: tiff_of(W, H),
-    "TIFF, packed": lambda: saved(Image.new("1", (W, H)), "TIFF", compression="group4"),
+    "TIFF, packed": lambda: encoded(Image.new("1", (W, H)), "TIFF", compression="group4"),
     "TIFF, a chain of 20,000 directories": lambda: ifd_chain(20_000, loop=False),
     "TIFF, a chain that bites its tail": lambda: ifd_chain(5, loop=True),
-    "WebP of 9,000 × 9,000": lambda: saved(Image.new("RGB", (9_000, 9_000)), "WEBP"),
+    "WebP of 9,000 × 9,000": lambda: encoded(Image.new("RGB", (9_000, 9_000)), "WEBP"),
     "WebP of 16,384 × 16,384": lambda: webp_header(16_384, 16_384),
     "WebP of 2^24 × 2^24": lambda: webp_header(1 << 24, 1 << 24),
     "PPM of 10^18 pixels": lambda: b"P6 1000000000 1000000000 255\n",
@@ -219,59 +213,59 @@ print(picture.made is not None, round(time.process_time() - start, 2), picture.r
 """
 
 
-def look_at(zygote: Zygote, room: int = GIGABYTE) -> tuple[bool, str, Ended]:
-    """Whether the bomb was read, the reason if not; in `room` bytes of memory and ten seconds of a processor."""
+def look_at(zygote: Zygote, room: int = GIGABYTE) -> str:
+    """Why bomb.jpg cannot be used, in `room` bytes of memory and ten seconds of a processor; "" if it can."""
     ended = zygote(code=READ_ONE, room=room, timeout=60)
     assert ended.status == 0 and ended.stdout.count("\n") == 1, ended
-    word, seconds, reason = ended.stdout.rstrip("\n").split(" ", 2)
+    read, seconds, reason = ended.stdout.rstrip("\n").split(" ", 2)
     assert float(seconds) < 10, ended
-    assert (word == "True") == (reason == ""), ended
-    return word == "True", reason, ended
+    assert (read == "True") == (reason == ""), ended
+    return reason
 
 
 @pytest.mark.parametrize("bomb", seldom(BOMBS, *LIGHT))
 def test_a_bomb_is_read_or_refused_in_ten_seconds_and_a_gigabyte(bomb, zygote):
     Path("bomb.jpg").write_bytes(BOMBS[bomb]())
-    read, reason, ended = look_at(zygote)
-    print(read, reason, ended.memory >> 20, "MB")
+    print(look_at(zygote))
 
 
 @pytest.mark.parametrize("kind", seldom(LARGEST, "PNG, RGBA", "JPEG, 200 megapixels"))
 def test_the_largest_pictures_take_one_and_a_half_gigabytes(kind, zygote):
     Path("bomb.jpg").write_bytes(LARGEST[kind]())
-    read, reason, ended = look_at(zygote, 3 * GIGABYTE // 2)
-    assert read, (reason, ended)
+    assert look_at(zygote, 3 * GIGABYTE // 2) == ""
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-def test_what_is_no_picture_is_refused_whatever_its_name(kind, zygote):
-    Path("bomb.jpg").write_bytes(OTHERS[kind])
-    read, reason, _ = look_at(zygote)
-    assert not read and reason and not Path("exploded").exists()
+def fifo_with_a_writer(path: str) -> None:
+    os.mkfifo(path)
+    os.write(os.open(path, os.O_RDWR), b"\xff\xd8\xff\xe0")
 
 
-@pytest.mark.parametrize("device", ["/dev/zero", "/dev/full", "/dev/random", "/proc/self/mem", "/dev/stdin"])
-def test_a_link_to_a_device(device, zygote):
-    os.symlink(device, "bomb.jpg")
-    read, reason, _ = look_at(zygote)
-    assert not read and reason
+DEVICES = "/dev/zero", "/dev/full", "/dev/random", "/proc/self/mem", "/dev/stdin"
+NOT_REGULAR: dict[str, Callable[[str], Any]] = {
+    "FIFO": os.mkfifo,
+    "FIFO with a writer": fifo_with_a_writer,
+    "socket": lambda path: socket.socket(socket.AF_UNIX).bind(path),
+    "folder": os.mkdir,
+    **{device: partial(os.symlink, device) for device in DEVICES},
+}
 
 
-DEADLY = b"\x89PNG\r\n\x1a\n deadly".ljust(99)  # faults.c lets whoever reads it crash
+@pytest.mark.parametrize("make", NOT_REGULAR.values(), ids=NOT_REGULAR)
+def test_what_is_no_regular_file_is_refused_and_never_waited_for(make, zygote):
+    make("bomb.jpg")
+    assert look_at(zygote)
 
 
 @pytest.mark.parametrize("names", [("1deadly.png", "25deadly.png"), ("deadly.png",)], ids=["two", "the last file"])
-def test_a_decoder_that_crashes_costs_one_file(names, zygote, collection):
+def test_a_decoder_that_crashes_costs_one_file(names, with_faults, collection):
     """The run that it ends, too, but not the next one; and it is remembered."""
-    if "LD_PRELOAD" not in zygote.environment:
-        pytest.skip("needs a C compiler")
     images, ask = collection(30), (*OFFLINE, "--index-only", "-v", "--batch-size", 4, "--workers", 3 - len(names))
     for name in names:
         (images / name).write_bytes(DEADLY)
-    runs = [zygote(*ask) for _ in range(len(names) + 1)]
+    runs = [with_faults(*ask) for _ in range(len(names) + 1)]
     assert runs[0].status == -signal.SIGSEGV and runs[-1].status == 0, runs
     assert runs[-1].stderr.count("deadly.png: its decoder crashes") == len(names)
-    assert counts(zygote(*ask)) == {"found": 30 + len(names), "unchanged": 30, "skipped": len(names)}
+    assert counts(with_faults(*ask)) == {"found": 30 + len(names), "unchanged": 30, "skipped": len(names)}
     assert sorted(contents(cache_folder())) == ["index.faiss", "index.sqlite", "lock"]
 
 
@@ -288,22 +282,24 @@ def test_a_collection_of_bombs_costs_no_picture(zygote, collection):
     for ended in (first, second):
         assert ended.status == 0 and "Traceback" not in ended.stderr, ended
         assert all(f"{name}.jpg: " in ended.stderr for name in OTHERS)
+        assert not any(f"/{seed}.png" in ended.stderr for seed in range(5))
     assert "no image was opened" in second.stderr
+    assert not Path("exploded").exists()
 
 
 # ---- Hostile names ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def named(collection: Callable[[int], Path]) -> dict[bytes, int]:
-    """A collection, and queries, of all the names at once, each with a picture of its own: name and seed."""
+def named(collection: Callable[[int], Path]) -> list[bytes]:
+    """A collection, and queries, of all these names at once, each with a picture of its own."""
     images, names = os.fsencode(collection(3)), [*HOSTILE_NAMES.values(), b"deep.png"]
     os.mkdir("queries")
     for seed, name in enumerate(names, 100):
         for root, size in ((images, (96, 64)), (b"queries", (48, 32))):
             with open(os.path.join(root, name), "wb") as stream:
                 draw(seed).resize(size).save(stream, "PNG")
-    return {name: seed for seed, name in enumerate(names, 100)}
+    return names
 
 
 def make_deep(root: Path, length: int) -> None:
@@ -314,7 +310,7 @@ def make_deep(root: Path, length: int) -> None:
         os.mkdir("d" * side, dir_fd=here)
         here, rest = os.open("d" * side, os.O_RDONLY, dir_fd=here), rest - side - 1
     file = os.open("far.png", os.O_WRONLY | os.O_CREAT, dir_fd=here)
-    os.write(file, saved(draw(7), "PNG"))
+    os.write(file, encoded(draw(7)))
     os.close(file)
 
 
@@ -375,17 +371,16 @@ class Bomb:
         return os.mkdir, (os.path.abspath("exploded"),)
 
 
-def written(save: Callable[..., Any], content: Any, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    save(*((content, stream) if save is torch.save else (stream, content)), **options)
+def written(save: Callable[[io.BytesIO], Any]) -> bytes:
+    save(stream := io.BytesIO())
     return stream.getvalue()
 
 
 PICKLES: dict[str, Callable[[], bytes]] = {
     **{f"protocol {protocol}": lambda protocol=protocol: pickle.dumps(Bomb(), protocol) for protocol in (0, 2, 5)},
-    "numpy": lambda: written(np.save, np.array([Bomb()], dtype=object)),
-    "torch": lambda: written(torch.save, Bomb()),
-    "torch, old": lambda: written(torch.save, Bomb(), _use_new_zipfile_serialization=False),
+    "numpy": lambda: written(lambda to: np.save(to, np.array([Bomb()], dtype=object))),
+    "torch": lambda: written(lambda to: torch.save(Bomb(), to)),
+    "torch, old": lambda: written(lambda to: torch.save(Bomb(), to, _use_new_zipfile_serialization=False)),
 }
 
 
@@ -408,25 +403,20 @@ def test_a_pickle_never_runs_wherever_it_is_planted(kind, zygote, collection):
     assert not Path("exploded").exists()
 
 
-def hostile_index(kind: str, good: bytes) -> bytes:
-    """What crashes or starves FAISS, or would, had it been read."""
-    chance = random.Random(f"{SEED} {kind}")
-    if kind == "claims 2^60 vectors":
-        return good[:8] + struct.pack("<q", 1 << 60) + good[16:]
-    if kind == "of another dimension":
-        return good[:4] + struct.pack("<i", 1 << 30) + good[8:]
-    if kind == "another kind":
-        return b"IwFl" + good[4:]
-    return good[:40] + chance.randbytes(len(good) - 40)
+HOSTILE_INDEXES: dict[str, Callable[[bytes], bytes]] = {  # what crashes or starves FAISS, or would, had it been read
+    "claims 2^60 vectors": lambda good: good[:8] + struct.pack("<q", 1 << 60) + good[16:],
+    "of another dimension": lambda good: good[:4] + struct.pack("<i", 1 << 30) + good[8:],
+    "another kind": lambda good: b"IwFl" + good[4:],
+    "noise": lambda good: good[:40] + random.Random(SEED).randbytes(len(good) - 40),
+}
 
 
-@pytest.mark.parametrize("kind", ["claims 2^60 vectors", "of another dimension", "another kind", "noise"])
+@pytest.mark.parametrize("kind", HOSTILE_INDEXES)
 def test_an_index_is_read_only_when_its_checksum_holds(kind, zygote, collection):
     collection(8)
     ask = (*OFFLINE, "--json", "bulk_images/0.png")
-    before = zygote(*ask)
-    (index,) = Path("image_index").glob("*/index.faiss")
-    index.write_bytes(hostile_index(kind, index.read_bytes()))
+    before, index = zygote(*ask), cache_folder() / "index.faiss"
+    index.write_bytes(HOSTILE_INDEXES[kind](index.read_bytes()))
     ended = zygote(*ask, room=GIGABYTE)
     assert (ended.status, ended.stdout) == (0, before.stdout) and "made again" in ended.stderr, ended
 
@@ -448,24 +438,19 @@ def test_a_link_in_the_cache_harms_no_file_elsewhere(suffix, zygote, collection)
         (cache / f"{name}{suffix}").unlink(missing_ok=True)
 
 
-def test_sql_in_names_and_in_the_database_is_text(zygote, collection):
-    """A stranger's database may hold triggers and views; it is known by its schema, and made again without them."""
+def test_a_database_with_triggers_and_views_is_made_again_without_them(zygote, collection):
     images, query = collection(4), "SELECT sql FROM sqlite_master ORDER BY sql"
-    (images / "x'; DELETE FROM files; --.png").write_bytes(saved(draw(9), "PNG"))
     ask = (*OFFLINE, "--json", "bulk_images/0.png")
-    assert len(json.loads(zygote(*ask).stdout)["matches"]) == 4
+    assert len(json.loads(zygote(*ask).stdout)["matches"]) == 3
     with closing(sqlite3.connect(cache_folder() / "index.sqlite")) as db:
         schema = db.execute(query).fetchall()
         db.execute("CREATE TRIGGER evil AFTER INSERT ON files BEGIN DELETE FROM features; END")
         db.execute("CREATE VIEW evil_too AS SELECT 1")
     draw(10).save(images / "10.png")
     ended = zygote(*ask)
-    assert ended.status == 0 and len(json.loads(ended.stdout)["matches"]) == 5, ended
+    assert ended.status == 0 and len(json.loads(ended.stdout)["matches"]) == 4, ended
     with closing(sqlite3.connect(cache_folder() / "index.sqlite")) as db:
         assert db.execute(query).fetchall() == schema
-
-
-# ---- Little memory, few open files -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("megabytes", seldom(map(str, (0, 2, 5, 10, 20, 30, 50, 80, 150)), "2", "20", "80"))
@@ -486,8 +471,7 @@ def test_too_little_memory_to_start_is_one_line(kilobytes, program, collection):
     collection(3)
     limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (kilobytes << 10,) * 2)  # noqa: E731
     stdout, stderr = (process := program(*OFFLINE, preexec_fn=limit)).communicate(timeout=60)
-    assert (process.returncode, stdout) == (1, "") and "Traceback" not in stderr, stderr
-    assert stderr.count("\n") == 1 and stderr.startswith("error: "), stderr
+    one_line(Outcome(process.returncode, stdout, stderr))
 
 
 def test_few_open_files_suffice(zygote, collection):

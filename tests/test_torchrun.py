@@ -6,15 +6,15 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import MAIN, Outcome, cache_folder, contents, counts, draw
+from conftest import MAIN, Outcome, cache_folder, counts, draw
+from faults import DEADLY, contents
 
 pytest.importorskip("torch").distributed.is_available() or pytest.skip("torch without it", allow_module_level=True)
 
@@ -35,22 +35,10 @@ raise SystemExit(main.main(sys.argv[1:]))
 
 
 @pytest.fixture
-def torchrun() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """torchrun(*args, script=MAIN): two ranks, in a session of their own."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*args: object, script: Path = MAIN) -> subprocess.Popen[str]:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-        command = [*map(str, launch), *map(str, args)]
-        started.append(subprocess.Popen(command, start_new_session=True, **pipes))  # type: ignore[call-overload]
-        return started[-1]
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+def torchrun(program: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.Popen[str]]:
+    """torchrun(*args, script=MAIN): two ranks."""
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    return lambda *args, script=MAIN: program(*args, python=[*launch, script])
 
 
 def features_in(path: Path) -> int:
@@ -113,14 +101,12 @@ def test_a_rank_that_is_killed_costs_only_what_it_had_not_saved(rank, collection
     assert ask("two") == ask("one") != ""
 
 
-def test_a_decoder_that_crashes_another_rank_costs_one_file(collection, torchrun, zygote, monkeypatch):
+def test_a_decoder_that_crashes_another_rank_costs_one_file(collection, torchrun, with_faults, monkeypatch):
     """The run that it ends, too, but not those that follow."""
-    if "LD_PRELOAD" not in zygote.environment:
-        pytest.skip("needs a C compiler")
     root = collection(10)
     name = next(f"{i}deadly.png" for i in range(99) if zlib.crc32(b"%ddeadly.png" % i) % 2 == 1)  # the second reads it
-    (root / name).write_bytes(b"\x89PNG\r\n\x1a\n deadly".ljust(99))
-    monkeypatch.setenv("LD_PRELOAD", zygote.environment["LD_PRELOAD"])
+    (root / name).write_bytes(DEADLY)
+    monkeypatch.setenv("LD_PRELOAD", with_faults.environment["LD_PRELOAD"])
     first, second = (finish(torchrun(*OFFLINE, "--index-only", "-v")) for _ in range(2))
     assert first.status != 0 and " found," not in first.stderr
     assert second.status == 0 and "11 found" in second.stderr, second.stderr

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,12 +30,10 @@ SUBMODULES = ["concurrent.futures.thread", "PIL.Image", "PIL.ImageCms", "PIL.Ima
 IMPORTED = ["torch", "torchvision", "faiss", "filelock", "jinja2", "numpy", "sqlite3", "tqdm", *SUBMODULES]
 
 
-class Ended(NamedTuple):
-    status: int  # of the program; minus the number of the signal that killed it
+class Outcome(NamedTuple):
+    status: int  # minus the number of the signal that killed it
     stdout: str
     stderr: str
-    seconds: float
-    memory: int  # bytes, at its peak beyond what the imports take
 
 
 class Run:
@@ -47,23 +46,12 @@ class Run:
         """Only before `wait` has returned: until then its number is its own."""
         os.kill(self.pid, number)
 
-    def alive(self) -> bool:
-        return bool(self.zygote.ask(alive=self.pid))
-
-    def said(self) -> str:
-        """On stderr, as yet."""
-        return (self.folder / "2").read_text(errors="replace")
-
-    def wait(self, timeout: float = 120) -> Ended:
-        for name in "012":
-            (self.folder / name).touch()  # it may have been killed before it made them
-        ended = self.zygote.ask(wait=self.pid, timeout=timeout)
-        assert ended, f"it still runs after {timeout} seconds: {self.said()}"
-        start, out, err = ((self.folder / name).read_bytes().decode("utf-8", "surrogateescape") for name in "012")
-        for name in "012":
-            (self.folder / name).unlink()
-        self.folder.rmdir()
-        return Ended(ended["status"], out, err, ended["seconds"], max(0, ended["memory"] - int(start or 0)))
+    def wait(self, timeout: float = 120) -> Outcome:
+        status = self.zygote.ask(wait=self.pid, timeout=timeout)
+        said = [path.read_bytes() if path.exists() else b"" for path in (self.folder / "1", self.folder / "2")]
+        assert status is not None, f"it still runs after {timeout} seconds: {said[1]!r}"
+        shutil.rmtree(self.folder)
+        return Outcome(status, *(text.decode("utf-8", "surrogateescape") for text in said))
 
 
 class Zygote:
@@ -111,7 +99,7 @@ class Zygote:
         options["env"] = {**os.environ, **options.get("env", {})}
         return Run(self, self.ask(start=list(map(str, args)), folder=folder, **options), folder)
 
-    def __call__(self, *args: object, timeout: float = 120, **options: Any) -> Ended:
+    def __call__(self, *args: object, timeout: float = 120, **options: Any) -> Outcome:
         return self.start(*args, **options).wait(timeout)
 
     def close(self) -> None:
@@ -122,10 +110,6 @@ class Zygote:
 
 def address_space() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def arm(request: dict[str, Any]) -> None:
@@ -181,7 +165,6 @@ def child(request: dict[str, Any]) -> int:
     try:
         os.chdir(request["cwd"])
         os.environ.update(request.get("env", {}))
-        Path(request["folder"], "0").write_text(str(resident()))
         be_main(request)
         return 0
     except SystemExit as leaving:
@@ -203,15 +186,6 @@ def serve() -> None:
 
     Image.init()
     assert len(os.listdir("/proc/self/task")) == 1, "a process of several threads cannot be forked safely"
-    began: dict[int, float] = {}
-    ended: dict[int, tuple[int, int]] = {}
-
-    def reap(pid: int) -> bool:
-        if pid not in ended:
-            found, status, usage = os.wait4(pid, os.WNOHANG)
-            if found:
-                ended[pid] = os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
-        return pid in ended
 
     def answer_to(request: dict[str, Any]) -> Any:
         if "start" in request:
@@ -222,19 +196,15 @@ def serve() -> None:
                     os._exit(child(request))
                 finally:
                     os._exit(1)  # it must not go on as a second zygote
-            began[pid] = time.perf_counter()
             return pid
-        if "alive" in request:
-            return os.waitid(os.P_PID, request["alive"], os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
         pid, deadline = request["wait"], time.perf_counter() + request["timeout"]
-        while not reap(pid):
+        while not (found := os.waitpid(pid, os.WNOHANG))[0]:
             if time.perf_counter() > deadline:
                 os.killpg(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 return None
             time.sleep(0.002)
-        status, memory = ended.pop(pid)
-        return {"status": status, "memory": memory, "seconds": time.perf_counter() - began.pop(pid)}
+        return os.waitstatus_to_exitcode(found[1])
 
     for line in sys.stdin:
         try:
