@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MAIN, Outcome, counts, draw
+from conftest import MAIN, Outcome, counts, draw, one_line
 from PIL import Image
 from zygote import Zygote
 
@@ -44,14 +44,6 @@ def bare(*args: str) -> subprocess.CompletedProcess[str]:
 
 def objects(outcome: Outcome) -> list[dict[str, Any]]:
     return [json.loads(line) for line in outcome.stdout.splitlines()]
-
-
-def one_line(outcome: Outcome, *words: str) -> None:
-    """The run failed, and said so in one line that has all these words in it."""
-    assert (outcome.status, outcome.stdout, outcome.stderr.count("\n")) == (1, "", 1), outcome
-    assert outcome.stderr.startswith("error: ")
-    for word in words:
-        assert word in outcome.stderr
 
 
 def test_help_needs_no_package_and_names_the_defaults():

@@ -20,9 +20,8 @@ import pytest
 import torch
 import torchvision
 from benchmark import drawn
-from conftest import MAIN, draw
+from conftest import MAIN, draw, one_line
 from PIL import Image, ImageDraw
-from test_command_line import one_line
 from test_queries import reply, servers
 
 import main

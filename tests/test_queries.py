@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Outcome, counts, draw, draw_rich
+from conftest import Outcome, counts, draw, draw_rich, encoded, one_line
 from PIL import Image
-from test_command_line import one_line
 from test_page import Page
 
 import main
@@ -26,12 +25,7 @@ Reply = bytes | Callable[[socket.socket], Any]  # to a request: what is sent, or
 IMAGES = Path("bulk_images")
 
 
-def png(image: Image.Image) -> bytes:
-    image.save(stream := io.BytesIO(), "PNG")
-    return stream.getvalue()
-
-
-PICTURE = png(draw(3).resize((48, 32)))
+PICTURE = encoded(draw(3).resize((48, 32)))
 
 
 @pytest.fixture
