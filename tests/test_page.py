@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import HOSTILE_NAMES, MAIN, draw, draw_rich, requests
+from conftest import HOSTILE_NAMES, MAIN, draw, draw_rich, one_line, requests
 from PIL import Image, ImageOps
-from test_command_line import bomb, one_line
+from test_command_line import bomb
 
 import main
 
