@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MAIN = Path(__file__).parent.parent / "main.py"
-SUBMODULES = ["concurrent.futures.thread", "PIL.Image", "PIL.ImageCms", "PIL.ImageOps"]
+SUBMODULES = ["concurrent.futures.thread", "http.server", "PIL.Image", "PIL.ImageCms", "PIL.ImageOps", "urllib.request"]
 IMPORTED = ["torch", "torchvision", "faiss", "filelock", "jinja2", "numpy", "sqlite3", "tqdm", *SUBMODULES]
 
 
