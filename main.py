@@ -181,6 +181,7 @@ class Region(NamedTuple):
     outline: list[tuple[float, float]]  # the corners of the match, in pixels of the upright query
     points: int  # local features that agree
     covers: float  # share of the match's area that is seen in the query, 0 to 1
+    inverted: bool = False  # one picture is a negative of the other
 
 
 class Match(NamedTuple):
@@ -1190,15 +1191,17 @@ def align(query: LocalFeatures, match: LocalFeatures) -> Region | None:
     """Where the query, as it is, mirrored or as a negative, lies in the match; None if it is not the same picture."""
     if not (len(query.places) and len(match.places)):
         return None
-    ways = [(seen_through(query, *way), way[0]) for way in itertools.product((False, True), repeat=2)]
-    tried = [(*best_transform(seen, match), seen, mirrored) for seen, mirrored in ways]
-    points, H, seen, mirrored = max(tried, key=lambda fit: fit[0])
-    agreement, covers = common_share(seen, match, H) if points else (0.0, 0.0)
+    seen = {way: seen_through(query, *way) for way in itertools.product((False, True), repeat=2)}
+    fits = {way: best_transform(seen[way], match) for way in seen}
+    way = mirrored, inverted = max(fits, key=lambda way: fits[way][0])
+    points, H = fits[way]
+    agreement, covers = common_share(seen[way], match, H) if points else (0.0, 0.0)
     if agreement < AGREEMENT:
         return None
     if mirrored:  # H starts from the mirrored query
         H = H @ [(-1, 0, query.grey.shape[1]), (0, 1, 0), (0, 0, 1)]
-    return Region(corners_in(query, match, H), corners_in(match, query, np.linalg.inv(H)), points, round(covers, 3))
+    corners, outline = corners_in(query, match, H), corners_in(match, query, np.linalg.inv(H))
+    return Region(corners, outline, points, round(covers, 3), inverted)
 
 
 # ---- Store -----------------------------------------------------------------------------------------------------------
@@ -1863,9 +1866,9 @@ def as_match(query: Picture, found: Found) -> Match:
     """The Match, still without a rank, that a Found of the query is shown as."""
     view, region = query.made.views[found.view], found.region
     label = "identical" if found.digest == query.digest else "copy" if region else ""
-    if region:  # the alignment knows whether the copy is mirrored; the view only scored best
-        words = [word for word in view.split(", ") if word not in ("", "mirrored")]
-        view = ", ".join(["mirrored"] * is_mirrored(region.corners) + words)
+    if region:  # the alignment knows whether the copy is mirrored or a negative; the view only scored best
+        words = ["mirrored"] * is_mirrored(region.corners) + ["inverted"] * region.inverted
+        view = ", ".join(words + [word for word in view.split(", ") if word not in ("", "mirrored", "inverted")])
         left, top = query.made.corner
         region = region._replace(outline=[(x + left, y + top) for x, y in region.outline])
     return Match(0, found.path, found.score, label == "identical", label, view, region)
@@ -1956,17 +1959,18 @@ def pairs_by_score(engine: Engine, threshold: float) -> Pairs:
                 yield keep, other, Match(0, "", min(1.0, float(D[place])), False)
 
 
-def relation(corners: Sequence[tuple[float, float]], shown: float, inside: float) -> str:
+def relation(corners: Sequence[tuple[float, float]], shown: float, inside: float, inverted: bool) -> str:
     """What a picture is to the one to keep: "same picture", "mirrored", "crop, 60 %"...
 
-    corners  its own corners in pixels of the picture to keep
-    shown    share of the picture to keep that this picture shows
-    inside   share of this picture that lies in the picture to keep
+    corners   its own corners in pixels of the picture to keep
+    shown     share of the picture to keep that this picture shows
+    inside    share of this picture that lies in the picture to keep
+    inverted  whether it is a negative of the picture to keep
     """
     (x0, y0), (x1, y1), *_ = corners
     mirrored = is_mirrored(corners)
     angle = round(-math.degrees(math.atan2(y1 - y0, x1 - x0)) + 180 * mirrored) % 360  # clockwise
-    words = ["mirrored"] if mirrored else []
+    words = ["mirrored"] * mirrored + ["inverted"] * inverted
     if min(angle, 360 - angle) >= 3:
         words.append(f"turned {angle}°")
     if shown < WHOLE:
@@ -1984,13 +1988,14 @@ def pairs_by_alignment(engine: Engine) -> Pairs:
     for query, found in progress_bar(results, total=len(queries), desc="comparing", unit="img"):
         for copy in {it.digest: it for it in found if it.region}.values():
             mask = Image.new("1", (100, 100))
-            outline = 100 * np.array(copy.region.outline) / query.made.local.size  # the query measures 100 × 100
-            ImageDraw.Draw(mask).polygon(outline.ravel().tolist(), fill=1)
+            part = 100 * np.array(copy.region.outline) / query.made.local.size  # the query measures 100 × 100
+            ImageDraw.Draw(mask).polygon(part.ravel().tolist(), fill=1)
             common = float(np.asarray(mask).mean())  # share of the query that the match covers
-            inside = common * 100**2 / abs(np.linalg.det(outline[[1, 3]] - outline[0]))  # share of the match in it
-            match = Match(0, "", copy.score, False, "copy", relation(copy.region.outline, common, inside))
+            inside = common * 100**2 / abs(np.linalg.det(part[[1, 3]] - part[0]))  # share of the match in it
+            (corners, outline, *_), inverted = copy.region, copy.region.inverted
+            match = Match(0, "", copy.score, False, "copy", relation(outline, common, inside, inverted))
             yield query.digest, copy.digest, match
-            yield copy.digest, query.digest, match._replace(view=relation(copy.region.corners, inside, common))
+            yield copy.digest, query.digest, match._replace(view=relation(corners, inside, common, inverted))
 
 
 def largest_first(path: str) -> tuple[int, int, str]:
@@ -2337,8 +2342,10 @@ nav,form{display:flex;flex-wrap:wrap;gap:.5rem 1.5rem;margin-top:1rem}input[type
 <li class="{{ match.label if match.rank or item.keep else "query" }}"><figure>
 <a href="{{ path|link }}" draggable="false">{% if picture.made %}
 <img src="data:image/webp;base64,{{ picture.made[0] }}" alt="{{ path|name }}" loading="lazy">
-<svg viewBox="0 0 {{ picture.made[1] }} {{ picture.made[2] }}"><polygon points="
-{%- for x, y in (match.region or {}).corners %}{{ x|round(1) }},{{ y|round(1) }} {% endfor %}"/></svg>
+{% set width, height = picture.made[1:] %}<svg viewBox="0 0 {{ width }} {{ height }}">
+{% for corners in ([(match.region or {}).corners or []] if match.rank else
+item.matches|selectattr("region")|map(attribute="region.outline")|list or [[]]) %}<polygon points="
+{%- for x, y in corners %}{{ [0, [x, width]|min]|max }},{{ [0, [y, height]|min]|max }} {% endfor %}"/>{% endfor %}</svg>
 {% else %}{{ (picture.reason or "not there any more")|text }}{% endif %}</a>
 <figcaption>{% if not match.rank %}<b>{{ "query" if item.query else "keep" }}</b>
 {% elif match.view and item.keep == "" %}<a href="?group={{ match.rank }}&{{ kept }}">{{ match.view }}</a>
@@ -2383,11 +2390,10 @@ def title_of(found: Sequence[Answer | Group]) -> str:
 
 
 def with_query(item: Answer | Group) -> list[Match]:
-    """The matches, and before them, with rank 0, the query or the file to keep, outlined as its first copy is."""
+    """The matches, and before them, with rank 0, the query or the file to keep."""
     if item.error or not item[0]:
         return item.matches
-    region = next((it.region._replace(corners=it.region.outline) for it in item.matches if it.region), None)
-    return [Match(0, getattr(item, "file", "") or item[0], 1.0, False, region=region), *item.matches]
+    return [Match(0, getattr(item, "file", "") or item[0], 1.0, False), *item.matches]
 
 
 def render(
@@ -2500,7 +2506,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         size = int(self.headers.get("Content-Length", -1))
         if not 0 <= size <= QUERY_BYTES:
             return self.send_error(413, f"more than {QUERY_BYTES:,} bytes")
-        name = urllib.parse.parse_qs(self.path.partition("?")[2])["name"][0]
+        name = urllib.parse.parse_qs(self.path.partition("?")[2]).get("name", ["picture"])[0]
         path = os.path.join(tempfile.mkdtemp(dir=self.server.folder), os.path.basename(name))
         Path(path).write_bytes(self.rfile.read(size))
         self.reply(self.server.key(path))
@@ -2543,6 +2549,11 @@ class UI(socketserver.ThreadingTCPServer):
         self.paths[key] = path
         return key
 
+    def name_of(self, path: str) -> str:
+        """What is shown of a path: of a picture that was given, its name; else its path within the collection."""
+        is_given = path.startswith(self.folder)
+        return decode_path(os.path.basename(path) if is_given else os.path.relpath(path, self.engine.images))
+
     def page(self, query: str) -> str:
         """The page that the query of an address asks for."""
         asked = urllib.parse.parse_qs(query)
@@ -2558,7 +2569,7 @@ class UI(socketserver.ThreadingTCPServer):
             found, self.engine, title=title, is_waiting=title == COMPARING,
             about="click a picture to search from it, or draw on a query to search with a part of it",
             policy=f"{POLICY}; connect-src 'self'; script-src 'sha256-{script}'", script=SCRIPT,
-            name=lambda path: decode_path(os.path.basename(path)), link=lambda path: f"?q={self.key(path)}&{kept}",
+            name=self.name_of, link=lambda path: f"?q={self.key(path)}&{kept}",
             queries=asked.get("q", []), kept=kept, **choices,
         )  # fmt: skip
 
@@ -2594,8 +2605,8 @@ def serve(engine: Engine, port: int, top: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             server = UI(engine, port, top, folder)
-        except (OSError, OverflowError) as error:
-            raise DeepVisionError(f"port {port}: {first_line(error)}: choose another with --port") from error
+        except OSError as error:
+            raise DeepVisionError(f"port {port}: {error.strerror}. Choose another with --port") from error
         with server, suppress(KeyboardInterrupt):
             log.info("http://127.0.0.1:%d", server.server_address[1])
             server.serve_forever()
@@ -2629,6 +2640,8 @@ def check_options(options: argparse.Namespace, parser: argparse.ArgumentParser) 
     """End the program with a usage error if an option is out of range, or two options do not go together."""
     if any(number is not None and number < 1 for number in (options.top, options.batch_size, options.workers)):
         parser.error("--top, --batch-size and --workers must be above 0")
+    if not 0 <= options.port < 1 << 16:
+        parser.error(f"--port must be from 0 to {(1 << 16) - 1}")
     given = {name for name, value in vars(options).items() if value not in (parser.get_default(name), [])}
     for option, other in ((option, other) for option, others in EXCLUDED.items() for other in others):
         if {option, other} <= given:
@@ -2664,13 +2677,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--exact", action="store_true", help="compare with every image, however many there are")
     add("--rebuild", action="store_true", help="start again from the images")
     add("--prune", action="store_true", help="forget files that are gone, and their features")
-    add_form = partial(add, dest="form", default="text", action="store_const")
-    add_form("--json", const="json", help="one JSON object per query, a line each")
+    add_form = partial(parser.add_mutually_exclusive_group().add_argument, dest="form", action="store_const")
+    add_form("--json", const="json", default="text", help="one JSON object per query, a line each")
     add_form("--null", const="null", help="or -0: the paths found alone, each with a NUL at its end")
     add("--report", default=REPORT, metavar="FILE", help="the page to look at (default: %(default)s)")
     add("--no-report", dest="report", action="store_const", const=None, help="write no page")
-    add_level = partial(add, dest="level", default=logging.INFO, action="store_const")
-    add_level("-q", "--quiet", const=logging.WARNING, help="warnings and errors alone")
+    add_level = partial(parser.add_mutually_exclusive_group().add_argument, dest="level", action="store_const")
+    add_level("-q", "--quiet", const=logging.WARNING, default=logging.INFO, help="warnings and errors alone")
     add_level("-v", "--verbose", const=logging.DEBUG, help="name the files that were skipped")
     # -0 is replaced here: if argparse knew it as an option, it would take the -0.5 of `--threshold -0.5` for one too.
     given = sys.argv[1:] if argv is None else argv

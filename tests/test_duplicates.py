@@ -87,6 +87,7 @@ def test_it_does_not_depend_on_the_order_in_which_files_came(pictures, run, tmp_
 EDITS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "same picture": lambda image: image.resize((300, 225)).convert("L"),
     "mirrored": ImageOps.mirror,
+    "inverted": ImageOps.invert,
     "turned 90°": lambda image: image.transpose(Image.Transpose.ROTATE_270),  # clockwise
     "crop, 60 %": lambda image: image.crop((60, 40, 60 + 372, 40 + 279)),
     "within a larger picture, 64 % of it": lambda image: ImageOps.expand(image, (60, 45), "white"),

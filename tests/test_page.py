@@ -95,8 +95,19 @@ def test_copies_stand_apart_with_their_outline(page):
     outlines = [it["points"].replace(",", " ").split() for it in it.all("polygon")]
     query, copy = (np.array(outline, float) for outline in outlines if outline)
     assert np.abs(copy - [40, 30, 440, 30, 440, 330, 40, 330]).max() < 6  # in pixels of the whole picture
-    assert np.abs(query - [-40, -30, 440, -30, 440, 330, -40, 330]).max() < 6
+    assert np.abs(query - [0, 0, 400, 0, 400, 300, 0, 300]).max() < 6  # no outline leaves its picture
     assert [attributes["viewbox"] for attributes in it.all("svg")][:2] == ["0 0 400 300", "0 0 480 360"]
+
+
+def test_a_collage_has_an_outline_for_each_picture_in_it(page):
+    collage = Image.new("RGB", (960, 360))
+    for seed, left in ((20, 0), (21, 480)):
+        draw_rich(seed).save(IMAGES / f"rich {seed}.png")
+        collage.paste(draw_rich(seed), (left, 0))
+    collage.save("collage.png")
+    outlines = [np.array(it["points"].replace(",", " ").split(), float) for it in page("collage.png").all("polygon")]
+    lefts = sorted(outline[::2].min() for outline in outlines[:2])
+    assert np.abs(np.array(lefts) - [0, 480]).max() < 6 and sum(map(len, outlines)) == 4 * 8
 
 
 def test_every_query_has_its_section(page, run):
@@ -293,7 +304,8 @@ class Server:
         for seed in range(8):
             draw(seed, (240, 160)).save(folder / "bulk_images" / f"{seed}.png")
         draw_rich(5).save(folder / "bulk_images" / "5.png")
-        shutil.copy(folder / "bulk_images" / "5.png", folder / "bulk_images" / "<b>5 again&.png")
+        (folder / "bulk_images" / "more").mkdir()
+        shutil.copy(folder / "bulk_images" / "5.png", folder / "bulk_images" / "more" / "<b>5 again&.png")
         (folder / "bulk_images" / "broken.png").touch()
         ImageOps.mirror(draw_rich(5)).save(folder / "edited.jpg", quality=60)
         draw(2, (120, 80)).resize((30, 20)).save(folder / "small.png")
@@ -373,13 +385,13 @@ def found(tab: Tab) -> Tab:
 
 
 def test_an_edited_copy_is_found_and_a_click_searches_from_it(found):
-    assert found.names(".large") == ["edited.jpg", *sorted(["5.png", "<b>5 again&.png"])]
+    assert found.names(".large") == ["edited.jpg", *sorted(["5.png", "more/<b>5 again&.png"])]
     assert all("copy" in caption and "mirrored" in caption for caption in found.captions(".copy"))
     assert len(found.all(".large svg")) == 3 and len(found.names(".small")) == 1
     next(it for it in found.all(".large li") if "again&" in it.text).find_element("tag name", "a").click()
-    found.until(lambda: found.headings()[1:] == ["✓ found <b>5 again&.png"])
+    found.until(lambda: found.headings()[1:] == ["✓ found more/<b>5 again&.png"])
     assert found.captions(".identical")[0].startswith("1 · 1.000 identical · 5.png")
-    assert found.names().count("<b>5 again&.png") == 1  # the query itself
+    assert found.names().count("more/<b>5 again&.png") == 1  # the query itself
     loaded = "return [...document.images].every(i => i.complete && i.naturalWidth > 100)"
     found.until(lambda: found.browser.execute_script(loaded))
     assert all(url.startswith((found.url, "data:")) for url in requests(found.browser))
@@ -455,7 +467,7 @@ def test_a_rectangle_on_the_query_is_searched_for(pointer, found):
     actions.perform()
     part = found.until(lambda: found.all("[name=part]")[0].get_attribute("value"))
     assert all(abs(int(side) - expected) < 4 for side, expected in zip(part.split(","), (120, 60, 360, 300)))
-    assert set(found.names(".copy")) == {"5.png", "<b>5 again&.png"} and "covers 3" in found.captions(".copy")[0]
+    assert set(found.names(".copy")) == {"5.png", "more/<b>5 again&.png"} and "covers 3" in found.captions(".copy")[0]
     found.browser.back()
     found.until(lambda: found.headings() == FOUND and not found.all("[name=part]")[0].get_attribute("value"))
 
@@ -490,7 +502,7 @@ def test_the_same_picture_twice(tab):
     tab.until(lambda: tab.headings() == ["1 group", "✓ keep: the best of 2 5.png"])
     assert tab.captions()[0].startswith("keep") and "1 · 1.000 · identical" in tab.captions()[1].replace("0 i", "0 · i")
     tab.all("figure > a")[1].click()
-    tab.until(lambda: tab.headings()[1:] == ["✓ found <b>5 again&.png"])
+    tab.until(lambda: tab.headings()[1:] == ["✓ found more/<b>5 again&.png"])
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
