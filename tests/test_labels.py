@@ -38,7 +38,7 @@ def matches(run, *args: object, query: str = "query.jpg") -> list[dict[str, Any]
 def test_a_copy_is_called_one_and_nothing_else_is(rich, run):
     first, *others = matches(run)
     assert (first["path"], first["label"], first["identical"]) == ("bulk_images/3.png", "copy", False)
-    assert set(first["region"]) == {"corners", "outline", "points", "covers"}
+    assert set(first["region"]) == {"corners", "outline", "points", "covers", "inverted"}
     assert len(others) == 7 and {(match["label"], match["region"]) for match in others} == {("", None)}
     for threshold, found in (("copy", [first]), ("0.9", [first]), ("identical", [])):
         assert matches(run, "--threshold", threshold) == found
