@@ -2550,9 +2550,9 @@ class UI(socketserver.ThreadingTCPServer):
         return key
 
     def name_of(self, path: str) -> str:
-        """What is shown of a path: of a picture that was given, its name; else its path within the collection."""
-        is_given = path.startswith(self.folder)
-        return decode_path(os.path.basename(path) if is_given else os.path.relpath(path, self.engine.images))
+        """What is shown of a path: its part below the collection; of a picture that was given, the file's name."""
+        images = os.path.join(self.engine.images, "")
+        return decode_path(path.removeprefix(images) if path.startswith(images) else os.path.basename(path))
 
     def page(self, query: str) -> str:
         """The page that the query of an address asks for."""
