@@ -180,6 +180,23 @@ def test_of_a_burst_covers_tells_how_much_is_the_same():
     assert more is None or more.covers < 0.75
 
 
+def shirt_on_a_cloth(shirt: int, spots: int) -> Image.Image:
+    chance = np.random.default_rng(0)
+    cloth = Image.fromarray(chance.integers(0, 256, (5, 4), np.uint8)).resize((360, 480), Image.Resampling.BICUBIC)
+    for x, y, radius in chance.uniform((10, 10, 4), (350, 470, 9), (spots, 3)):
+        box = (x - radius, y - radius, x + radius, y + radius)
+        ImageDraw.Draw(cloth).ellipse(box, fill=0 if radius < 6.5 else 255)
+    cloth = cloth.convert("RGB")
+    cloth.paste(draw_rich(shirt).resize((200, 280)), (80, 100))
+    return cloth
+
+
+@pytest.mark.parametrize(("spots", "is_copy"), [(30, False), (90, True)])
+def test_where_much_differs_many_points_must_agree(spots, is_copy):
+    """About 0.65 of the cells agree, those of the cloth."""
+    assert (aligned(shirt_on_a_cloth(6, spots), shirt_on_a_cloth(8, spots)) is not None) == is_copy
+
+
 PLANE = np.random.default_rng(0).uniform(0, 300, (40, 2)) @ [1, 1j]
 EVERY = np.ones(40, bool)
 
