@@ -956,7 +956,7 @@ def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
     none    the query as it is
     all     also mirrored, turned, as a negative, its parts; with the offline descriptor also as a part of a larger one
     auto    all with the offline descriptor; with a network, 9 to 25 views: mirrored and its largest parts
-    copies  for --duplicates: auto without parts, negative and small turns
+    copies  for --duplicates: auto without parts and small turns
     """
     offline, whole, side = model.name == OFFLINE, to_rgb(image, model.side), model.side
     found = [View("", squeeze(whole, side, side, model.resample))]
@@ -970,8 +970,8 @@ def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
         for quarters, view in itertools.product((1, 2, 3), found[:2]):
             name = f"{view.name}, turned {90 * quarters}°".lstrip(", ")
             found.append(View(name, view.pixels.rot90(quarters, (1, 2))))
-    if everything:
         found.append(View("inverted", 255 - found[0].pixels))
+    if everything:
         for angle in TURNS:
             turned = picture.rotate(angle, Image.Resampling.BILINEAR)
             found.append(View(f"turned {angle % 360}°", squeeze(turned, side, side, model.resample)))

@@ -404,7 +404,7 @@ def test_many_queries_are_searched_on_the_gpus_and_by_the_processor_where_these_
     engine, asked = many(3000), queries(32)
     exact = found(replace(engine, exact=True), asked, 10, "auto")
     full = replace(engine)
-    assert found(full, asked, 10, "auto") == found(full, asked, 10, "auto") == exact and used == []
+    assert found(full, asked, 10, "auto") == found(full, asked, 10, "auto") and used == []
     assert caplog.text.count("do not fit into the memory of the GPU") == 1
     free[0] = 10 << 30
     assert found(engine, asked[:1], 10, "auto") == exact[:1] and used == []  # not worth the loading
