@@ -285,16 +285,29 @@ def test_identity_is_a_plain_file_name_with_name_and_dimension(model):
     assert model.identity.startswith(f"{model.name}-") and model.identity.endswith(f"-{model.dim}")
 
 
-def test_convolutions_take_batch_norm_sum_and_relu_into_one_kernel(weights, only_fp32):
+def has_kernels(form: Any) -> bool:
+    return any("one_kernel" in str(node.target) for node in form.keywords["network"].graph.nodes)
+
+
+def test_convolutions_take_batch_norm_sum_and_relu_into_one_kernel(weights, only_fp32, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(main, "seconds_of", lambda network, sample: not has_kernels(network))
     graph = main.load_model("resnet18", weights("resnet18")).network.keywords["network"].graph
     kernels = [node for node in graph.nodes if "one_kernel" in str(node.target)]
     assert len(kernels) == 20 and sum(len(node.args) == 2 for node in kernels) == 8  # all convolutions, all sums
     assert not [node for node in graph.nodes if any(name in str(node.target) for name in ("relu", "add", "bn"))]
 
 
-@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this processor has no bf16")
-def test_bf16_is_taken_where_the_processor_has_it(small):
-    assert small.precision == "bf16"
+@pytest.mark.parametrize("with_kernels", [True, False])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_form_that_takes_least_time_here_is_taken(precision, with_kernels, weights, tmp_path, monkeypatch):
+    if precision == "bf16" and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this processor has no bf16")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    fastest = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision], with_kernels
+    monkeypatch.setattr(main, "seconds_of", lambda it, sample: (it.keywords["dtype"], has_kernels(it)) != fastest)
+    for model in (main.load_model(SMALL, weights(SMALL), "cpu") for _ in range(2)):  # tried, and remembered
+        assert (model.precision, has_kernels(model.network)) == (precision, with_kernels)
 
 
 def test_bf16_is_not_taken_where_it_would_be_emulated(weights):
@@ -331,6 +344,8 @@ def test_fastest_form_is_remembered_and_a_note_that_does_not_hold_is_made_again(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     first, batch = main.load_model(SMALL, weights(SMALL), "cpu"), torch.randint(0, 256, (3, 3, 224, 224)).byte()
     (note,) = tmp_path.rglob("*.json")
+    chosen = first.network.keywords["dtype"], has_kernels(first.network)
+    monkeypatch.setattr(main, "seconds_of", lambda it, sample: (it.keywords["dtype"], has_kernels(it)) != chosen)
     written = note.read_text()
     tried, forward = list[torch.dtype](), main.forward
     monkeypatch.setattr(main, "forward", lambda pixels, **of: [tried.append(of["dtype"]), forward(pixels, **of)][1])
