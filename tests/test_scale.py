@@ -342,6 +342,17 @@ def test_without_an_update_nobody_is_waited_for(run, collection, monkeypatch):
     assert "waiting" not in outcome.stderr
 
 
+def test_without_an_update_the_images_are_counted_also_those_of_a_stopped_run(run, collection, monkeypatch):
+    images = collection(4)
+    run(*OFFLINE, "--index-only")
+    assert "4 images, not checked" in run("bulk_images/0.png", *ASK).stderr
+    draw(50).save(images / "new.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(main.Store, "mark_presence", Mock(side_effect=KeyboardInterrupt))
+        assert run(*OFFLINE, "--index-only").status == 130
+    assert "5 images, not checked" in run("bulk_images/0.png", *ASK).stderr
+
+
 # ---- Export ----------------------------------------------------------------------------------------------------------
 
 
