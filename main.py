@@ -1045,36 +1045,70 @@ class LocalFeatures(NamedTuple):
 
 
 def smooth(light: torch.Tensor, step: int = 1) -> torch.Tensor:
-    """The picture, (h, w), averaged with weights 1, 2, 1 along both axes, over pixels `step` apart."""
-    framed = torch.nn.functional.pad(light[None, None], (step,) * 4, mode="replicate")[0, 0]
-    rows = (framed[: -2 * step] + framed[2 * step :]).add_(framed[step:-step], alpha=2)
-    return (rows[:, : -2 * step] + rows[:, 2 * step :]).add_(rows[:, step:-step], alpha=2).div_(16)
+    """16 times the average of light (h, w) with weights 1, 2, 1 along both axes, over pixels `step` apart.
 
-
-def blob_points(light: torch.Tensor, count: int) -> torch.Tensor:
-    """x and y, int64 (n, 2), of at most `count` blobs: the strongest in each cell of light (h, w), then the seconds...
-
-    A blob is an extreme of a difference of Gaussians, but not on an edge, where it would slide (Lowe, IJCV 2004).
+    The result is smaller than light by `step` on each side.
     """
-    fine = smooth(smooth(smooth(light)))
-    D = smooth(fine, 2) - fine
+    rows = (light[: -2 * step] + light[2 * step :]).add_(light[step:-step], alpha=2)
+    return (rows[:, : -2 * step] + rows[:, 2 * step :]).add_(rows[:, step:-step], alpha=2)
+
+
+def blobs_in(light: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A difference of Gaussians of light (h, w), and where it has a strong extreme: both flat, (h * w,)."""
+    fine = smooth(smooth(smooth(light)))  # 16³ times as bright, and smaller by 3 on each side
+    D = smooth(fine, 2).sub_(fine[2:-2, 2:-2], alpha=16)
+    D = torch.nn.functional.pad(D, (5, 5, 5, 5))
     strength = D.abs()[WINDOW - 1 : 1 - WINDOW, WINDOW - 1 : 1 - WINDOW]
     rows = torch.maximum(torch.maximum(strength[:-2], strength[1:-1]), strength[2:])  # max_pool2d takes 5 times as long
     around = torch.maximum(torch.maximum(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
-    y, x = ((strength[1:-1, 1:-1] == around) & (around > CONTRAST)).nonzero().T + WINDOW
-    xx = D[y, x + 1] + D[y, x - 1] - 2 * D[y, x]
-    yy = D[y + 1, x] + D[y - 1, x] - 2 * D[y, x]
-    xy = (D[y + 1, x + 1] + D[y - 1, x - 1] - D[y + 1, x - 1] - D[y - 1, x + 1]) / 4
+    is_extreme = (strength[1:-1, 1:-1] == around) & (around > CONTRAST * 16**4)
+    return D.flatten(), torch.nn.functional.pad(is_extreme, (WINDOW,) * 4).flatten()
+
+
+def layout(levels: Sequence[torch.Tensor], level: torch.Tensor) -> torch.Tensor:
+    """Height, width and start, int64 (3, n), of each point's level, if all levels lie flat one after the other."""
+    shapes = torch.tensor([light.shape for light in levels])
+    areas = shapes.prod(1)
+    return torch.cat([shapes, (areas.cumsum(0) - areas)[:, None]], 1)[level].T
+
+
+def place_in_group(group: torch.Tensor) -> torch.Tensor:
+    """How many elements of group, int64 (n,), stand before each one and equal it."""
+    order = group.argsort(stable=True)
+    place = torch.arange(len(group)) - torch.searchsorted(group[order], group[order])
+    return torch.empty_like(group).scatter_(0, order, place)
+
+
+def blob_points(levels: Sequence[torch.Tensor], counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blobs of `levels`, each (h, w): the number of the level, int64 (n,), and x and y there, int64 (n, 2).
+
+    A blob is an extreme of a difference of Gaussians, but not on an edge, where it would slide (Lowe, IJCV 2004). Each
+    level has at most as many as `counts` says: the strongest one in each cell, then the second ones, and so on.
+
+    All levels are handled by the same calls of torch. Two threads make small calls no faster than one thread does.
+    """
+    D, is_extreme = map(torch.cat, zip(*map(blobs_in, levels)))
+    place = is_extreme.nonzero()[:, 0]
+    place = place[D[place].abs().argsort(descending=True, stable=True)]
+    ends = torch.tensor([light.numel() for light in levels]).cumsum(0)
+    level = torch.searchsorted(ends, place, right=True)
+    h, w, start = layout(levels, level)
+    xx = D[place + 1] + D[place - 1] - 2 * D[place]
+    yy = D[place + w] + D[place - w] - 2 * D[place]
+    xy = (D[place + w + 1] + D[place - w - 1] - D[place - w + 1] - D[place + w - 1]) / 4
     is_blob = (xx + yy) ** 2 * 10 < 11**2 * (xx * yy - xy**2)  # one curvature is at most 10 times the other
-    blobs = torch.stack([x, y], 1)[is_blob]
-    blobs = blobs[D[y, x][is_blob].abs().argsort(descending=True, stable=True)]
-    cell = (SPREAD * blobs // torch.tensor(light.shape[::-1])) @ torch.tensor([1, SPREAD])
-    turn = torch.nn.functional.one_hot(cell, SPREAD**2).cumsum(0).gather(1, cell[:, None])[:, 0]  # place in its cell
-    return blobs[turn.argsort(stable=True)[:count]]
+    x, y = (place - start) % w, (place - start) // w
+    cell = level * SPREAD**2 + SPREAD * y // h * SPREAD + SPREAD * x // w
+    blobs = torch.stack([level, x, y, cell])[:, is_blob]
+    blobs = blobs[:, place_in_group(blobs[3]).argsort(stable=True)]
+    level, x, y, _ = blobs[:, place_in_group(blobs[0]) < counts[blobs[0]]]
+    return level, torch.stack([x, y], 1)
 
 
-def describe_points(light: torch.Tensor, xy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Directions, e^(i angle) (n,), and descriptors (n, 128) of the points xy (n, 2) of light (h, w).
+def describe_points(
+    levels: Sequence[torch.Tensor], level: torch.Tensor, xy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Directions, e^(i angle) (n,), and descriptors (n, 128) of points: their numbers of `levels`, and xy (n, 2) there.
 
     As in SIFT: gradients in 4 × 4 cells and 8 directions, relative to the direction of the mean gradient. Of these sums
     the square root is taken (Arandjelović & Zisserman, CVPR 2012).
@@ -1083,12 +1117,12 @@ def describe_points(light: torch.Tensor, xy: torch.Tensor) -> tuple[torch.Tensor
     steps = (torch.arange(SAMPLES) + 0.5) * (2 * WINDOW / SAMPLES) - WINDOW
     window = torch.complex(*torch.meshgrid(steps, steps, indexing="xy")).flatten()
     weight = torch.exp(-(window.abs() ** 2) / (2 * WINDOW**2))
-    dy, dx = torch.gradient(light)
-    gradient = torch.complex(dx, dy)
+    gradient = torch.cat([torch.complex(dx, dy).flatten() for dy, dx in map(torch.gradient, levels)])
+    h, w, start = layout(levels, level)[..., None]
 
     def gradients(offsets: torch.Tensor) -> torch.Tensor:  # (n, samples), weighted, at these offsets from each point
         x, y = (xy[:, :1] + offsets.real).round().long(), (xy[:, 1:] + offsets.imag).round().long()
-        return gradient[y.clamp(0, light.shape[0] - 1), x.clamp(0, light.shape[1] - 1)] * weight
+        return gradient[start + w * torch.minimum(y.clamp(0), h - 1) + torch.minimum(x.clamp(0), w - 1)] * weight
 
     mean = gradients(window[None]).sum(1, keepdim=True)
     direction = torch.polar(torch.ones_like(mean.real), mean.angle())
@@ -1109,16 +1143,18 @@ def local_features(image: Image.Image, area: int = AREA, count: int = POINTS, si
     width, height = (max(1, round(scale * length)) for length in size)
     grey = picture.convert("L").resize((width, height), Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
     light = torch.from_numpy(np.array(grey))
-    found = [(torch.zeros(0, 2), torch.zeros(0, dtype=torch.complex64), torch.zeros(0, 128))]
     factors = [2 ** (-level / 2) for level in range(LEVELS)]
-    for factor in factors:
-        h, w = round(height * factor), round(width * factor)
-        if min(h, w) > 2 * WINDOW + 1:
-            level = torch.nn.functional.interpolate(light[None, None].float(), (h, w), mode="bilinear", antialias=True)
-            xy = blob_points(level[0, 0], round(count * factor / sum(factors)))
-            directions, descriptors = describe_points(level[0, 0], xy)
-            found.append(((xy + 0.5) * torch.tensor([width / w, height / h]), directions / factor, descriptors))
-    places, frames, descriptors = (torch.cat(parts) for parts in zip(*found))
+    sizes = [(round(height * factor), round(width * factor)) for factor in factors]
+    sizes = [it for it in sizes if min(it) > 2 * WINDOW + 1]
+    if not sizes:
+        nothing = np.zeros(0, np.complex64)
+        return LocalFeatures(size, light, nothing, nothing, np.zeros((0, 128), np.float32))
+    resized = partial(torch.nn.functional.interpolate, light[None, None].float(), mode="bilinear", antialias=True)
+    levels = [resized(it)[0, 0] for it in sizes]
+    level, xy = blob_points(levels, torch.tensor([round(count * factor / sum(factors)) for factor in factors]))
+    directions, descriptors = describe_points(levels, level, xy)
+    places = (xy + 0.5) * torch.tensor([(width / w, height / h) for h, w in sizes])[level]
+    frames = directions / torch.tensor(factors)[level]
     return LocalFeatures(size, light, torch.view_as_complex(places).numpy(), frames.numpy(), descriptors.numpy())
 
 
