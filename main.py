@@ -450,6 +450,7 @@ def read_ahead(read: Callable[[Any], Any], files: Iterable[Any], workers: int, a
 # ---- Descriptor ------------------------------------------------------------------------------------------------------
 
 OFFLINE_SIDE = 96  # pixels; 128 gains nothing, 64 costs 1 point of recall
+OFFLINE_BATCH = 16  # images at once: 0.3 ms each, against 0.8 ms alone; with more, the steps leave the cache
 EDGE_CELLS, COLOUR_CELLS = 8, 4  # cells along a side; fewer EDGE_CELLS lose small crops, more lose turns by 10°
 DIRECTIONS = 16  # in which edges are counted; dark to light is another direction than light to dark
 SHARPNESS = 5  # times that the cosine between edge and direction is squared: only the nearest one or two count
@@ -534,7 +535,7 @@ def whiten(maps: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     return (cosines @ (maps @ cosines.T) * weight).flatten(2)[:, :, 1:]
 
 
-def describe(pixels: torch.Tensor, tops: Sequence[int] = (0,), lefts: Sequence[int] = (0,)) -> torch.Tensor:
+def describe_squares(pixels: torch.Tensor, tops: Sequence[int] = (0,), lefts: Sequence[int] = (0,)) -> torch.Tensor:
     """A vector that needs no weights and no training, from uint8 (B, 3, side, side) to float32 (B, dim).
 
     Directions of brightness edges, counted in soft cells as in HOG (Dalal & Triggs, CVPR 2005) and compressed by a
@@ -555,10 +556,16 @@ def describe(pixels: torch.Tensor, tops: Sequence[int] = (0,), lefts: Sequence[i
     return torch.cat([*parts, MEAN_WEIGHT * mean, torch.full_like(mean[:, :1], MEAN_WEIGHT)], 1)
 
 
+def describe(pixels: torch.Tensor) -> torch.Tensor:
+    """`describe_squares` for OFFLINE_BATCH images at once: else the last bit of a vector depends on the batch size."""
+    filled = torch.nn.functional.pad(pixels, (0, 0, 0, 0, 0, 0, 0, -len(pixels) % OFFLINE_BATCH))
+    return torch.cat([describe_squares(part) for part in filled.split(OFFLINE_BATCH)])[: len(pixels)]
+
+
 def offline_model() -> Model:
-    """The built-in descriptor, a model like any other. It runs on the CPU, where the threads that read compute it."""
+    """The built-in descriptor, a model like any other. It runs on the CPU, with one thread."""
     dim = (2 * len(ORDERS) - 1) * (EDGE_CELLS**2 - 1) + 3 * (COLOUR_CELLS**2 - 1) + 4
-    return Model(OFFLINE, f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", OFFLINE_SIDE, dim, "cpu", describe, batch=1)
+    return Model(OFFLINE, f"{OFFLINE}-v1-p{PREPROCESSING}-{dim}", OFFLINE_SIDE, dim, "cpu", describe, OFFLINE_BATCH)
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
@@ -854,17 +861,17 @@ def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Ima
     return lambda image: squeeze(to_rgb(image, side), side, side, resample)
 
 
-def launch(pixels: torch.Tensor, model: Model, size: int, *where: Sequence[int]) -> tuple[torch.Tensor, int]:
+def launch(pixels: torch.Tensor, model: Model, size: int) -> tuple[torch.Tensor, int]:
     """Features (B, dim), each of length 1, and the batch size: `size`, or less if the memory of the GPU is too small.
 
-    The GPU may still be computing when this returns. where: the tops and lefts of `describe`.
+    The GPU may still be computing when this returns.
     """
     pixels = pixels.pin_memory() if model.device == "cuda" else pixels
     while True:
         try:
             with torch.inference_mode(), one_torch_thread() if model.network is describe else nullcontext():
                 parts = (part.to(model.device, non_blocking=True) for part in pixels.split(size))
-                found = [torch.nn.functional.normalize(model.network(part, *where)) for part in parts]
+                found = [torch.nn.functional.normalize(model.network(part)) for part in parts]
                 return torch.cat(found), size
         except torch.OutOfMemoryError as error:
             if size == 1:
@@ -1004,11 +1011,13 @@ def features_of_views(views: Sequence[View], model: Model) -> tuple[list[str], n
     """Names and features of a query's views, float32 (views, dim), rounded to fp16 as they are in the store."""
     squares = [(view, top, left) for view in views for top, left in itertools.product(view.tops, view.lefts)]
     if model.network is describe:
-        features = [launch(view.pixels[None], model, 1, view.tops, view.lefts)[0] for view in views]
+        with torch.inference_mode(), one_torch_thread():
+            found = torch.cat([describe_squares(view.pixels[None], view.tops, view.lefts) for view in views])
+            found = torch.nn.functional.normalize(found)
     else:
         parts = [view.pixels[:, -top : model.side - top, -left : model.side - left] for view, top, left in squares]
-        features = [launch(torch.stack(parts), model, model.batch)[0]]
-    return [view.name for view, *_ in squares], to_float32(torch.cat(features).cpu().numpy().astype(np.float16))
+        found, _ = launch(torch.stack(parts), model, model.batch)
+    return [view.name for view, *_ in squares], to_float32(found.cpu().numpy().astype(np.float16))
 
 
 # ---- Verification ----------------------------------------------------------------------------------------------------
@@ -2145,12 +2154,8 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
     read = partial(read_picture, root=os.fsencode(images), transform=transform, known=known)
     size, workers = work.batch_size or model.batch, work.workers or usable_cores()
     files = [file for file in unread if zlib.crc32(file.path) % work.ranks == work.rank]
-    if model.network is describe:  # small operations gain nothing from cores: each thread describes what it reads
-        # One by one: in a batch, a vector may differ in its last bit by what else is in there.
-        batches = read_ahead(lambda it: next(with_features(map(read, [it]), model, 1)), files, workers, AHEAD_MOST)
-    else:
-        pictures = read_ahead(read, files, workers, min(AHEAD_BATCHES * size + workers, AHEAD_MOST))
-        batches = with_features(pictures, model, size)
+    ahead = min(AHEAD_BATCHES * size + workers, AHEAD_MOST)
+    batches = with_features(read_ahead(read, files, workers, ahead), model, size)
     summary, into, unsaved = Summary(), store, list[Picture]()
     if work.ranks > 1:
         into = Store(store.folder, store.identity, store.dim, f"rank-{work.rank}.sqlite")

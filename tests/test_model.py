@@ -127,7 +127,7 @@ def test_features_have_length_one_and_do_not_depend_on_the_rest_of_the_batch(mod
     assert together.shape == (14, model.dim) and together.dtype == np.float32
     assert np.linalg.norm(together, axis=1) == pytest.approx(1, abs=1e-5)
     alone = np.concatenate([main.extract_features_batch([image], model) for image in images])
-    assert np.abs(together - alone).max() < 0.0005
+    assert np.abs(together - alone).max() <= (0 if model.name == "offline" else 0.0005)
     assert np.triu(together[:9] @ together[:9].T, 1).max() < 0.99999
     again = main.load_model("offline") if model.name == "offline" else model
     assert (main.extract_features_batch(images, again) == together).all()
@@ -359,10 +359,10 @@ def test_fastest_form_is_remembered_and_a_note_that_does_not_hold_is_made_again(
 
 
 def test_batch_is_halved_where_memory_is_short_and_that_is_said(offline, collection, caplog):
-    def narrow(pixels: torch.Tensor, *where: int) -> torch.Tensor:
+    def narrow(pixels: torch.Tensor) -> torch.Tensor:
         if len(pixels) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return offline.network(pixels, *where)
+        return offline.network(pixels)
 
     collection(30)
     short, work = dataclasses.replace(offline, network=narrow), main.Work(batch_size=8)
