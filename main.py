@@ -740,7 +740,7 @@ def timm_model(name: str, weights: str | Path | None, device: str) -> Model:
     except (OSError, RuntimeError, ValueError) as error:  # no such model, or its weights cannot be had
         raise DeepVisionError(f"--model {name}: {first_line(error)}") from error
     if weights is not None:
-        heads = network.pretrained_cfg["classifier"]
+        heads = network.pretrained_cfg.get("classifier") or []  # a model may have none, or several
         load_weights(network, weights, *([heads] if isinstance(heads, str) else heads))
     config = timm.data.resolve_model_data_config(network)
     recipe = config["input_size"][1], config["mean"], config["std"], config["interpolation"]
@@ -1987,7 +1987,9 @@ def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]
 
     Each has its size, an estimate if the collection is larger than the sample, and the images nearest to its centre.
     """
-    with engine.store.errors():  # a digest is a hash: the first ones are a random sample
+    with engine.store.errors(), engine.store.db:
+        engine.store.db.execute("BEGIN")  # rows and features come from one state
+        # A digest is a hash: the first ones are a random sample.
         sample = engine.store.db.execute(f"{ROWS_AND_PATHS} ORDER BY digest, path LIMIT {SAMPLED}").fetchall()
         if not sample:
             return []

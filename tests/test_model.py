@@ -409,6 +409,15 @@ def test_timm_model_from_a_file(name, tmp_path, only_fp32):
     checked(model, batch, pooled)
 
 
+def test_timm_model_without_a_classifier_from_a_file(tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("test_vit", pretrained=False, num_classes=0)
+    network.pretrained_cfg = {key: value for key, value in network.pretrained_cfg.items() if key != "classifier"}
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: network)
+    assert main.load_model("timm:headless", tmp_path / "weights.pth", device="cpu").dim == network.num_features
+
+
 # ---- Weights ---------------------------------------------------------------------------------------------------------
 
 
