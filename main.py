@@ -91,7 +91,7 @@ else:
                 module = importlib.import_module(self._name)
             except ModuleNotFoundError as error:
                 raise DeepVisionError(f"{error}: to install it, run `pip install -r requirements.txt`") from error
-            # The name in this file stands for the module itself now: a detour for each use takes 5 µs.
+            # From now on the name stands for the module itself: this detour would cost each use 5 µs.
             globals().update({name: module for name, value in globals().items() if value is self})
             return getattr(module, attribute)
 
@@ -450,7 +450,7 @@ def read_ahead(read: Callable[[Any], Any], files: Iterable[Any], workers: int, a
 # ---- Descriptor ------------------------------------------------------------------------------------------------------
 
 OFFLINE_SIDE = 96  # pixels; 128 gains nothing, 64 costs 1 point of recall
-OFFLINE_BATCH = 16  # images at once: 0.3 ms each, against 0.8 ms alone; with more, the steps leave the cache
+OFFLINE_BATCH = 16  # images at once: 0.3 ms each, against 0.8 ms alone; more do not fit into the cache
 EDGE_CELLS, COLOUR_CELLS = 8, 4  # cells along a side; fewer EDGE_CELLS lose small crops, more lose turns by 10°
 DIRECTIONS = 16  # in which edges are counted; dark to light is another direction than light to dark
 SHARPNESS = 5  # times that the cosine between edge and direction is squared: only the nearest one or two count
@@ -550,7 +550,7 @@ def describe_squares(pixels: torch.Tensor, tops: Sequence[int] = (0,), lefts: Se
     counts = cell_means(edge_strengths(planes[:, :1]), *edge_grid)
     edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier()[2]), edge_grid[2])
     colours = whiten(cell_means(planes, *colour_grid), colour_grid[2])
-    mean = planes.mean((2, 3)).expand(len(edges), 3) / 255  # nearly nothing, but all that a blank picture has
+    mean = planes.mean((2, 3)).expand(len(edges), 3) / 255  # of all pixels; all that a blank picture has
     weighted = (1.0, edges), (BRIGHTNESS_WEIGHT, colours[:, :1]), (HUE_WEIGHT, colours[:, 1:])
     parts = [weight * torch.nn.functional.normalize(part.flatten(1), eps=FAINT) for weight, part in weighted]
     return torch.cat([*parts, MEAN_WEIGHT * mean, torch.full_like(mean[:, :1], MEAN_WEIGHT)], 1)
@@ -581,17 +581,18 @@ MIN_COSINE = 0.999  # least similarity of a fast form's features to those of pla
 AHEAD_BATCHES, AHEAD_MOST = 4, 1024  # how far decoding runs ahead of the model: 4 batches, but at most 1024 files
 Recipe = tuple[int, Sequence[float], Sequence[float], str]  # side, mean and deviation of each channel, resampling
 
-torch_threads = cache(lambda: torch.get_num_threads())  # torch's own number: `load_model` asks before it is changed
+torch_threads = cache(lambda: torch.get_num_threads())  # torch's own number: `one_torch_thread` asks, then changes it
 
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
     """Have torch compute small operations with one thread: more take up to five times as long on a busy machine."""
+    threads = torch_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(torch_threads())
+        torch.set_num_threads(threads)
 
 
 def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> None:
@@ -826,7 +827,6 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
 
     Raises DeepVisionError for an unknown name or device, and for weights that are missing, corrupt or do not fit.
     """
-    torch_threads()  # asked now and kept in its cache, before `one_torch_thread` changes it
     device = choose_device(device)
     if name == OFFLINE and weights:
         raise DeepVisionError(f"--weights {weights}: --model offline takes no weights, leave one out")
@@ -1056,7 +1056,7 @@ class LocalFeatures(NamedTuple):
 def smooth(light: torch.Tensor, step: int = 1) -> torch.Tensor:
     """16 times the average of light (h, w) with weights 1, 2, 1 along both axes, over pixels `step` apart.
 
-    The result is smaller than light by `step` on each side.
+    The result is smaller than light by `step` on each side. Repeated, it is nearly a Gaussian blur.
     """
     rows = (light[: -2 * step] + light[2 * step :]).add_(light[step:-step], alpha=2)
     return (rows[:, : -2 * step] + rows[:, 2 * step :]).add_(rows[:, step:-step], alpha=2)
@@ -1074,7 +1074,7 @@ def blobs_in(light: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return D.flatten(), torch.nn.functional.pad(is_extreme, (WINDOW,) * 4).flatten()
 
 
-def layout(levels: Sequence[torch.Tensor], level: torch.Tensor) -> torch.Tensor:
+def shapes_and_starts(levels: Sequence[torch.Tensor], level: torch.Tensor) -> torch.Tensor:
     """Height, width and start, int64 (3, n), of each point's level, if all levels lie flat one after the other."""
     shapes = torch.tensor([light.shape for light in levels])
     areas = shapes.prod(1)
@@ -1082,7 +1082,7 @@ def layout(levels: Sequence[torch.Tensor], level: torch.Tensor) -> torch.Tensor:
 
 
 def place_in_group(group: torch.Tensor) -> torch.Tensor:
-    """How many elements of group, int64 (n,), stand before each one and equal it."""
+    """For each element of group, int64 (n,): how many equal ones stand before it."""
     order = group.argsort(stable=True)
     place = torch.arange(len(group)) - torch.searchsorted(group[order], group[order])
     return torch.empty_like(group).scatter_(0, order, place)
@@ -1094,20 +1094,20 @@ def blob_points(levels: Sequence[torch.Tensor], counts: torch.Tensor) -> tuple[t
     A blob is an extreme of a difference of Gaussians, but not on an edge, where it would slide (Lowe, IJCV 2004). Each
     level has at most as many as `counts` says: the strongest one in each cell, then the second ones, and so on.
 
-    All levels are handled by the same calls of torch. Two threads make small calls no faster than one thread does.
+    All levels share each call of torch. With many small calls, two threads would be no faster than one.
     """
     D, is_extreme = map(torch.cat, zip(*map(blobs_in, levels)))
     place = is_extreme.nonzero()[:, 0]
     place = place[D[place].abs().argsort(descending=True, stable=True)]
     ends = torch.tensor([light.numel() for light in levels]).cumsum(0)
     level = torch.searchsorted(ends, place, right=True)
-    h, w, start = layout(levels, level)
+    h, w, start = shapes_and_starts(levels, level)
     xx = D[place + 1] + D[place - 1] - 2 * D[place]
     yy = D[place + w] + D[place - w] - 2 * D[place]
     xy = (D[place + w + 1] + D[place - w - 1] - D[place - w + 1] - D[place + w - 1]) / 4
     is_blob = (xx + yy) ** 2 * 10 < 11**2 * (xx * yy - xy**2)  # one curvature is at most 10 times the other
     x, y = (place - start) % w, (place - start) // w
-    cell = level * SPREAD**2 + SPREAD * y // h * SPREAD + SPREAD * x // w
+    cell = level * SPREAD**2 + (SPREAD * y // h) * SPREAD + SPREAD * x // w
     blobs = torch.stack([level, x, y, cell])[:, is_blob]
     blobs = blobs[:, place_in_group(blobs[3]).argsort(stable=True)]
     level, x, y, _ = blobs[:, place_in_group(blobs[0]) < counts[blobs[0]]]
@@ -1117,7 +1117,7 @@ def blob_points(levels: Sequence[torch.Tensor], counts: torch.Tensor) -> tuple[t
 def describe_points(
     levels: Sequence[torch.Tensor], level: torch.Tensor, xy: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Directions, e^(i angle) (n,), and descriptors (n, 128) of points: their numbers of `levels`, and xy (n, 2) there.
+    """Directions, e^(i angle) (n,), and descriptors (n, 128) of the points xy (n, 2). level (n,): which of `levels`.
 
     As in SIFT: gradients in 4 × 4 cells and 8 directions, relative to the direction of the mean gradient. Of these sums
     the square root is taken (Arandjelović & Zisserman, CVPR 2012).
@@ -1127,7 +1127,7 @@ def describe_points(
     window = torch.complex(*torch.meshgrid(steps, steps, indexing="xy")).flatten()
     weight = torch.exp(-(window.abs() ** 2) / (2 * WINDOW**2))
     gradient = torch.cat([torch.complex(dx, dy).flatten() for dy, dx in map(torch.gradient, levels)])
-    h, w, start = layout(levels, level)[..., None]
+    h, w, start = shapes_and_starts(levels, level)[..., None]
 
     def gradients(offsets: torch.Tensor) -> torch.Tensor:  # (n, samples), weighted, at these offsets from each point
         x, y = (xy[:, :1] + offsets.real).round().long(), (xy[:, 1:] + offsets.imag).round().long()
@@ -1144,7 +1144,7 @@ def describe_points(
 
 
 def local_features(image: Image.Image, area: int = AREA, count: int = POINTS, side: int = 0) -> LocalFeatures:
-    """At most `count` local features, from `area` pixels. The image stays large enough for a model of this `side`."""
+    """At most `count` local features, from `area` pixels. It is decoded large enough for a model of this `side`."""
     short, long = sorted(image.size)
     scale = min(1.0, (area / (short * long)) ** 0.5)
     picture = to_rgb(image, max(side, math.ceil(scale * long / DRAFT_SCALE)))
@@ -1154,7 +1154,7 @@ def local_features(image: Image.Image, area: int = AREA, count: int = POINTS, si
     light = torch.from_numpy(np.array(grey))
     factors = [2 ** (-level / 2) for level in range(LEVELS)]
     sizes = [(round(height * factor), round(width * factor)) for factor in factors]
-    sizes = [it for it in sizes if min(it) > 2 * WINDOW + 1]
+    sizes = [it for it in sizes if min(it) > 2 * WINDOW + 1]  # smaller ones have no room for a point
     if not sizes:
         nothing = np.zeros(0, np.complex64)
         return LocalFeatures(size, light, nothing, nothing, np.zeros((0, 128), np.float32))
@@ -1273,7 +1273,7 @@ PAGE_BYTES = 32_768  # 7 vectors of 2048 × fp16 a page: 4.7 KB an image in all,
 CACHE_KB = 16_384  # memory for pages of the database: the inner pages of ten million rows fit
 BLOCK = 4096  # rows handled at once: 16 MB at 2048 dimensions
 CHECKED_BYTES = 1 << 27  # a database up to this size is checked whole on opening, in 0.3 s
-WAIT_SECONDS = 60  # seconds that SQLite waits while another run commits
+WAIT_SECONDS = 600  # seconds that SQLite waits: for a commit of another run, or for its exact search of ten million
 OLD_FILES = ("features.bin", "catalogue.sqlite", "catalogue.crc")  # of formats 1 and 2
 SCHEMA = [
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
@@ -1497,7 +1497,8 @@ class Store:
         with self.db:
             self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", ((path,) for path in changes.gone))
             self.db.executemany("UPDATE files SET there = 1 WHERE path = ?", ((path,) for path in changes.back))
-            notes = ("decoders", image_formats()[2]), ("images", remain := self.count(USABLE))
+            remain = self.count(USABLE)
+            notes = ("decoders", image_formats()[2]), ("images", remain)
             self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", notes)
             if not remain:
                 self.db.rollback()
@@ -1642,7 +1643,8 @@ def rotated_components(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch
     """A matrix A, (width, dim), and b, (width,): A @ v + b are a vector's first principal components over x (n, dim),
     rotated so that their variances are alike. `faiss.PCAMatrix` takes 14 s for 30,000 × 2048 values, this 1.5 s."""
     mean = x.mean(0)
-    _, axes = torch.linalg.eigh((x - mean).T @ (x - mean))  # columns, the last ones with most variance
+    x = x - mean
+    _, axes = torch.linalg.eigh(x.T @ x)  # columns, the last ones with most variance
     rotation, _ = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)))
     A = rotation @ axes[:, -width:].T
     return A, -A @ mean
@@ -1678,8 +1680,9 @@ def coded_index(store: Store, last: int) -> Index:
             yield rows, block.numpy()
 
     _, I = nearest(xq, min(TOP + 1, len(own)), added())
-    index = faiss.IndexPreTransform(transform, by_row)
-    true, shortlist = [set(row) - {this} for row, this in zip(I.tolist(), own.tolist())], SHORTLIST
+    index = faiss.IndexPreTransform(transform, by_row)  # only now: it copies the number of vectors
+    true = [set(row) - {this} for row, this in zip(I.tolist(), own.tolist())]
+    shortlist = SHORTLIST
     while True:
         found = index.search(xq, min(shortlist, index.ntotal))[1].tolist()
         recall = sum(len(t & set(f)) for t, f in zip(true, found)) / sum(map(len, true))
@@ -2152,7 +2155,8 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
     Saves come every few seconds, and also when an error or an interrupt ends the run. If a decoder crashes the process,
     faulthandler writes that into the lock file, for `skip_crashing_file`.
     """
-    transform, known = get_transform(model.side, model.resample), (lambda _: False) if work.rebuild else store.is_known
+    transform = get_transform(model.side, model.resample)
+    known = (lambda _: False) if work.rebuild else store.is_known
     read = partial(read_picture, root=os.fsencode(images), transform=transform, known=known)
     size, workers = work.batch_size or model.batch, work.workers or usable_cores()
     files = [file for file in unread if zlib.crc32(file.path) % work.ranks == work.rank]
@@ -2179,6 +2183,8 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
             faulthandler.disable()
             if unsaved:
                 into.save(unsaved)
+    if into is not store:
+        into.db.close()
     return replace(summary, seconds=time.perf_counter() - start)
 
 
@@ -2279,7 +2285,7 @@ def prepare(store: Store, images: Path, model: Model, work: Work) -> Engine:
         store.check(whole=work.update)
         if work.update:
             summary = update(store, images, model, work)
-        else:  # `save` deletes the note; counting a million files on a cold disk takes 0.4 s
+        else:  # counted if there is no note: a million take 0.4 s on a cold disk
             summary = Summary(store.get_meta("images") or store.count(USABLE))
         return Engine(images, model, store, open_index(store, work), work.exact, summary)
 
