@@ -2216,12 +2216,16 @@ def wait_for_ranks(work: Work) -> None:
     """Wait until all ranks of torchrun have come here."""
     if work.ranks == 1:
         return
+    # Nothing is unsaved here. Python would handle a signal only after the wait, and torchrun kills after 30 s.
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=RANKS_WAIT))
         torch.distributed.barrier()
     except RuntimeError as error:
         raise DeepVisionError("another rank of torchrun has stopped: run it again, what was done is saved") from error
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:

@@ -39,6 +39,18 @@ def small(weights: Any) -> main.Model:
     return main.load_model(SMALL, weights(SMALL))
 
 
+@pytest.fixture(autouse=True)
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forms of a network take the same time here, or what a test says."""
+    monkeypatch.setattr(main, "seconds_of", lambda network, sample: 0)
+
+
+@pytest.fixture
+def only_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other form is tried."""
+    monkeypatch.setattr(main, "fastest_form", lambda plain, sample, note: (plain, plain(sample).shape[1]))
+
+
 @pytest.fixture(scope="module")
 def offline() -> main.Model:
     return main.load_model("offline")
@@ -199,7 +211,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize(("name", "dim"), FAMILIES.items())
-def test_only_the_classifier_is_removed(name, dim):
+def test_only_the_classifier_is_removed(name, dim, only_plain):
     """Of the families that the next test leaves out: so many numbers enter the classifier."""
     torch.save(of_one_number(name), "weights.pth")
     assert main.load_model(name, "weights.pth").dim == dim
@@ -250,7 +262,7 @@ def test_features_are_what_enters_the_classifier_of_torchvision(name, classifier
     assert (fast.identity, exact.precision, exact.dim) == (exact.identity, "fp32", dim)
 
 
-def test_weights_for_another_side_are_used_at_that_side(tmp_path, monkeypatch):
+def test_weights_for_another_side_are_used_at_that_side(tmp_path, only_plain, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     torch.save(of_one_number("vit_b_16", image_size=384), cached("vit_b_16", "IMAGENET1K_SWAG_E2E_V1"))
     model = main.load_model("vit_b_16", "IMAGENET1K_SWAG_E2E_V1")
