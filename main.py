@@ -1109,7 +1109,7 @@ def blob_points(levels: Sequence[torch.Tensor], counts: torch.Tensor) -> tuple[t
     x, y = (place - start) % w, (place - start) // w
     cell = level * SPREAD**2 + (SPREAD * y // h) * SPREAD + SPREAD * x // w
     blobs = torch.stack([level, x, y, cell])[:, is_blob]
-    blobs = blobs[:, place_in_group(blobs[3]).argsort(stable=True)]
+    blobs = blobs[:, (blobs[0] * blobs.shape[1] + place_in_group(blobs[3])).argsort(stable=True)]  # level by level
     level, x, y, _ = blobs[:, place_in_group(blobs[0]) < counts[blobs[0]]]
     return level, torch.stack([x, y], 1)
 
