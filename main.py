@@ -21,7 +21,7 @@ images on disk → pixels → features → store → index → matches → termi
 Written: results.html, the page to look at, and in image_index/<model>/
     index.sqlite    the store: the files of the collection and their features, one SQLite database
     index.faiss     the FAISS index over the features; made again from the store whenever it does not fit
-    lock            held by the one run that writes
+    lock, crash     held by the one run that writes; there only while files are read, or after a crash
 """
 
 from __future__ import annotations
@@ -378,6 +378,8 @@ def read_picture(file: File, root: bytes, transform: Callable[..., Any], known: 
         file = File.of(file.path, os.stat(path))
         if not os.path.isfile(path):  # opening a FIFO would wait for a writer forever
             return Picture(file, reason="not a regular file", vanished=not os.path.exists(path))
+        if os.stat(path)[1:3] in open_databases:  # closing it would drop SQLite's locks, as POSIX has it
+            return Picture(file)
         with open(path, "rb") as stream:
             if (image := open_image(stream, os.fsdecode(path))) is None:
                 return Picture(file)
@@ -396,6 +398,28 @@ def read_picture(file: File, root: bytes, transform: Callable[..., Any], known: 
 def read_path(path: str | bytes | Path, transform: Callable[[Image.Image], Any]) -> Picture:
     """Read a file by its whole path, as `read_picture` does."""
     return read_picture(File(os.fsencode(path), 0, 0), b"", transform)
+
+
+def read_query(query: Any, transform: Callable[[Image.Image], Any]) -> Picture:
+    """Read a query as `read_picture` does: a path, a Pillow image, a file-like object, or an array, uint8 (h, w, 3)."""
+    if isinstance(query, (str, os.PathLike)):
+        return read_path(os.fspath(query), transform)
+    name = str(getattr(query, "filename", "") or getattr(query, "name", "") or type(query).__name__)
+    file, digest, image = File(os.fsencode(name), 0, 0), None, query
+    try:
+        if isinstance(query, np.ndarray):
+            if query.dtype != np.uint8 or query.ndim != 3 or query.shape[2] != 3:
+                raise ValueError(f"an array must be uint8 (height, width, 3), not {query.dtype} {query.shape}")
+            image = Image.fromarray(query)
+        elif hasattr(query, "read"):
+            image, digest = open_image(stream := io.BytesIO(query.read()), name), content_hash(stream)
+        elif isinstance(query, Image.Image):
+            image = query.copy()  # the transform may turn it
+        else:
+            raise ValueError("not a query: give a path as str, or the bytes of an image as io.BytesIO(...)")
+        return Picture(file, digest, transform(image)) if image else Picture(file)
+    except Exception as error:  # see `read_picture`
+        return Picture(file, reason=escape_controls(first_line(error)))
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
@@ -577,11 +601,24 @@ SIDE = 224  # pixels; the side of ResNet50's input
 REDUCING_GAP = 32.0  # Image.resize(reducing_gap=): huge images are box-averaged first, which bounds memory
 GPU_BATCH = {"cuda": 256, "mps": 64}  # images at once
 CPU_BATCH_PER_CORE, CPU_BATCH_MOST = 4, 32  # images at once; with 4 for each core, a layer's output stays in its cache
+NOT_FINITE = "the model gives no finite features for it"  # reason of such a file
 MIN_COSINE = 0.999  # least similarity of a fast form's features to those of plain fp32; below it, another form is used
 AHEAD_BATCHES, AHEAD_MOST = 4, 1024  # how far decoding runs ahead of the model: 4 batches, but at most 1024 files
 Recipe = tuple[int, Sequence[float], Sequence[float], str]  # side, mean and deviation of each channel, resampling
 
 torch_threads = cache(lambda: torch.get_num_threads())  # torch's own number: `one_torch_thread` asks, then changes it
+
+
+first_process = cache(os.getpid)  # the process that computed first, or its parent did before the fork
+
+
+def refuse_fork() -> None:
+    """Raise DeepVisionError in a process that was forked from one that has computed: torch would hang there."""
+    if first_process() != os.getpid():
+        advice = "start processes with multiprocessing.get_context('spawn'), or before the first search"
+        raise DeepVisionError(
+            f"this process was forked from one that had searched, where torch and SQLite fail: {advice}"
+        )
 
 
 @contextmanager
@@ -714,6 +751,7 @@ def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor, note: Path)
 
 def assemble_model(name: str, network: torch.nn.Module, recipe: Recipe, device: str) -> Model:
     """A Model around the network. It computes in the fastest form that gives the features of the network in fp32."""
+    refuse_fork()
     side, mean, std, resample = recipe
     sha = hashlib.sha256(repr((side, *mean, *std, resample)).encode())
     for key, value in sorted(network.state_dict().items()):
@@ -866,6 +904,7 @@ def launch(pixels: torch.Tensor, model: Model, size: int) -> tuple[torch.Tensor,
 
     The GPU may still be computing when this returns.
     """
+    refuse_fork()
     pixels = pixels.pin_memory() if model.device == "cuda" else pixels
     while True:
         try:
@@ -905,6 +944,13 @@ def to_float32(block: np.ndarray) -> np.ndarray:
     return torch.from_numpy(np.ascontiguousarray(block)).float().numpy()
 
 
+def given_vector(picture: Picture, vector: np.ndarray) -> Picture:
+    """The picture with its features in place of its pixels; one that cannot be used, if they are no numbers."""
+    if not np.isfinite(vector).all():  # they would rank anywhere
+        return Picture(picture.file, reason=NOT_FINITE, vanished=picture.vanished)
+    return picture._replace(made=None, vector=vector)
+
+
 def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Iterator[list[Picture]]:
     """The pictures in order, in lists of `size`; those with pixels in `made` have features in place of the pixels.
 
@@ -919,7 +965,7 @@ def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Itera
         if not batch or len(under_way) > (model.device != "cpu"):
             done, found = under_way.popleft()
             vectors = iter(found.cpu().numpy().astype(np.float16))
-            yield [p if p.made is None else p._replace(made=None, vector=next(vectors)) for p in done]
+            yield [p if p.made is None else given_vector(p, next(vectors)) for p in done]
 
 
 # ---- Query views -----------------------------------------------------------------------------------------------------
@@ -1273,7 +1319,7 @@ PAGE_BYTES = 32_768  # 7 vectors of 2048 × fp16 a page: 4.7 KB an image in all,
 CACHE_KB = 16_384  # memory for pages of the database: the inner pages of ten million rows fit
 BLOCK = 4096  # rows handled at once: 16 MB at 2048 dimensions
 CHECKED_BYTES = 1 << 27  # a database up to this size is checked whole on opening, in 0.3 s
-WAIT_SECONDS = 600  # seconds that SQLite waits: for a commit of another run, or for its exact search of ten million
+WAIT_STEP, WAIT_STEPS = 1, 600  # seconds; steps: a commit waits for another run's exact search of ten million
 OLD_FILES = ("features.bin", "catalogue.sqlite", "catalogue.crc")  # of formats 1 and 2
 SCHEMA = [
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
@@ -1296,6 +1342,7 @@ CRASHES = "its decoder crashes"  # reason of a file that crashed the whole proce
 ROWS_AND_PATHS = "SELECT row, path FROM files JOIN features USING (digest) WHERE there"
 LAST_PATH = b"\xff" * 5000  # sorts after every path
 
+open_databases = list[tuple[int, ...]]()  # `Database.identity` of each; `read_picture` must not open these files
 Blocks = Iterator[tuple["np.ndarray", "np.ndarray"]]  # rows, int64 (n,), and features, fp16 or float32 (n, dim)
 
 
@@ -1321,6 +1368,61 @@ def whole_file(path: Path, mark: object = "") -> Iterator[BinaryIO]:
         os.close(folder)
 
 
+def checksum(salt: int, length: int, digest: Any, vector: Any) -> int:
+    """CRC-32 of model identity (`salt`), digest and vector; -1 if damage has changed a type or the vector's length."""
+    if not (isinstance(digest, bytes) and isinstance(vector, bytes) and len(vector) == length):
+        return -1
+    return zlib.crc32(vector, zlib.crc32(digest, salt))
+
+
+class Database(sqlite3.Connection):
+    """A connection that threads may share: a transaction belongs to one thread, and the others wait for its end.
+
+    It waits in Python for other runs, in short steps: while SQLite waits, nothing is said, and Ctrl-C is not heard.
+    """
+
+    identity: tuple[int, ...] = ()  # inode and device of the file; empty if it is closed
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.turn, self.identity = path, threading.RLock(), os.stat(path)[1:3]
+        open_databases.append(self.identity)
+        super().__init__(path, timeout=WAIT_STEP, check_same_thread=False)
+
+    def close(self) -> None:
+        if self.identity:
+            open_databases.remove(self.identity)
+            self.identity = ()
+            super().close()
+
+    __del__ = close
+
+    def patiently(self, act: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of act(*arguments), which is tried again while another run has locked the database."""
+        for step in range(WAIT_STEPS + 1):
+            try:
+                with self.turn:
+                    return act(*arguments)
+            except sqlite3.OperationalError as error:
+                if str(error) != "database is locked" or step == WAIT_STEPS:
+                    raise
+            if step == 1:
+                log.warning("another run reads or writes %s: waiting for it", self.path)
+
+    def execute(self, *arguments: Any) -> sqlite3.Cursor:
+        return self.patiently(super().execute, *arguments)
+
+    @contextmanager
+    def transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
+        """IMMEDIATE: a transaction that writes. DEFERRED: one that reads, and sees one state of the database."""
+        with self.turn:
+            self.execute(f"BEGIN {kind}")
+            try:
+                yield
+                self.patiently(self.commit)
+            finally:
+                self.rollback()  # does nothing after a commit
+
+
 class Changes(NamedTuple):
     """How a collection differs from the store."""
 
@@ -1338,10 +1440,10 @@ class Store:
 
     def __init__(self, folder: Path, identity: str, dim: int, name: str = "index.sqlite") -> None:
         self.folder, self.identity, self.dim = folder, identity, dim
-        self.path, self.index = folder / name, folder / "index.faiss"
-        self.salt = zlib.crc32(identity.encode())  # so that checksums of another model's vectors never match
-        self.lock_file, self.db_lock = filelock.FileLock(folder / "lock"), threading.Lock()
-        self.last_words = b""  # faulthandler's report of a crash, from the lock file: taking the lock empties that file
+        self.path, self.index, self.report = folder / name, folder / "index.faiss", folder / "crash"
+        # The salt: checksums of another model's vectors never match. No method of the store: SQLite would keep it alive
+        self.crc = partial(checksum, zlib.crc32(identity.encode()), 2 * dim)
+        self.lock_file = filelock.FileLock(folder / "lock")
         with self.errors():
             folder.mkdir(parents=True, exist_ok=True)
             self.connect()
@@ -1350,8 +1452,8 @@ class Store:
         """Open the database. A new one is an empty file: `check` refuses it, and `repair` fills it."""
         if not self.path.exists():
             self.path.touch()
-        self.inode = self.path.stat().st_ino  # another one: another run has replaced the database, see `locked`
-        self.db = sqlite3.connect(self.path, timeout=WAIT_SECONDS, check_same_thread=False)
+        self.db = Database(self.path)
+        self.db.execute("PRAGMA fullfsync = ON")  # macOS: else a commit may be lost with the power
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
         self.db.create_function("crc", 2, self.crc)
         self.scanned = 0  # `version` at the last scan
@@ -1359,6 +1461,7 @@ class Store:
     @contextmanager
     def errors(self) -> Iterator[None]:
         """Turn errors of disk and SQLite into a DeepVisionError. Damage sets the format to 0, which `check` refuses."""
+        refuse_fork()
         try:
             yield
         except (OSError, NotImplementedError, sqlite3.OperationalError) as error:  # NotImplementedError: no file locks
@@ -1367,23 +1470,23 @@ class Store:
             hint = "Check the free space and the permissions, or choose another folder with --index-dir"
             raise DeepVisionError(f"the index in {self.folder} cannot be used: {first_line(error)}. {hint}") from error
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # UnicodeDecodeError: from a damaged schema
-            with suppress(sqlite3.Error):
+            if type(error) not in (sqlite3.DatabaseError, UnicodeDecodeError):
+                raise  # a subclass: a mistake of the program. What SQLite calls corrupt or no database has none
+            with suppress(sqlite3.Error), self.db.turn:
                 self.db.rollback()
                 self.db.execute("PRAGMA user_version = 0")
             raise DamageError(self.path, first_line(error)) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock of the one run that writes. Before: read a crash report. Then: reopen a replaced database."""
-        with suppress(OSError):  # there is none yet
-            self.last_words = Path(self.lock_file.lock_file).read_bytes() or self.last_words
+        """Hold the lock of the one run that writes. Then reopen the database if another run has replaced it."""
         try:
             held = self.lock_file.acquire(timeout=0)
         except filelock.Timeout:
             log.warning("another run is writing %s: waiting for it", self.folder)
             held = self.lock_file.acquire()
         with held:
-            if not self.path.exists() or self.path.stat().st_ino != self.inode:  # another run has repaired it
+            if not self.path.exists() or os.stat(self.path)[1:3] != self.db.identity:  # another run has repaired it
                 self.db.close()
                 self.connect()
             yield
@@ -1406,12 +1509,6 @@ class Store:
         """The highest row number in use; 0: there are no features."""
         return self.value("SELECT max(row) FROM features") or 0
 
-    def crc(self, digest: Any, vector: Any) -> int:
-        """CRC-32 of model identity, digest and vector; -1 if damage has changed a type or a length."""
-        if not (isinstance(digest, bytes) and isinstance(vector, bytes) and len(vector) == 2 * self.dim):
-            return -1
-        return zlib.crc32(vector, zlib.crc32(digest, self.salt))
-
     def features(self, condition: str, *arguments: Any) -> tuple[np.ndarray, list[bytes], np.ndarray]:
         """Rows, int64 (n,), content hashes, and features, fp16 (n, dim), for which the SQL condition holds.
 
@@ -1419,6 +1516,7 @@ class Store:
         """
         found = self.db.execute(f"SELECT {FEATURE_COLUMNS} FROM features WHERE {condition}", arguments).fetchall()
         if not all(self.crc(digest, vector) == checksum for _, digest, vector, checksum in found):
+            self.db.rollback()  # the reading transaction of a search
             self.discard_damaged()
             raise DamageError(self.path, "features do not match their checksums")
         vectors = np.frombuffer(bytearray().join(row[2] for row in found), np.float16).reshape(-1, self.dim)
@@ -1441,7 +1539,7 @@ class Store:
 
     def is_known(self, digest: bytes) -> bool:
         """Whether there are features of this content. Reading threads call it."""
-        with self.db_lock:  # Python 3.13 fails now and then where threads share a connection
+        with self.db.turn:  # Python 3.13 fails now and then where threads share a connection
             return bool(self.value("SELECT 1 FROM features WHERE digest = ?", digest))
 
     def save(self, pictures: Sequence[Picture]) -> None:
@@ -1450,7 +1548,7 @@ class Store:
         features = {picture.digest: picture.vector.tobytes() for picture in kept if picture.vector is not None}
         files = ((*picture.file, picture.digest, picture.reason) for picture in kept)
         vanished = ((picture.file.path,) for picture in pictures if picture.vanished)
-        with self.db_lock, self.db:
+        with self.db.transaction():
             self.db.executemany("INSERT OR REPLACE INTO features VALUES (NULL, ?1, ?2, crc(?1, ?2))", features.items())
             self.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", files)
             self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", vanished)
@@ -1494,7 +1592,7 @@ class Store:
     def mark_presence(self, changes: Changes) -> bool:
         """Mark files as gone or back; note the decoders and the number of usable images. If none would remain, change
         nothing: False."""
-        with self.db:
+        with self.db.transaction():
             self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", ((path,) for path in changes.gone))
             self.db.executemany("UPDATE files SET there = 1 WHERE path = ?", ((path,) for path in changes.back))
             remain = self.count(USABLE)
@@ -1506,7 +1604,7 @@ class Store:
 
     def prune(self) -> None:
         """Forget the files that are gone, and the features that belong to no file."""
-        with self.db:
+        with self.db.transaction():
             self.db.execute("DELETE FROM files WHERE NOT there")
             unused = "NOT EXISTS (SELECT 1 FROM files WHERE files.digest = features.digest AND there)"
             self.db.execute(f"DELETE FROM features WHERE {unused}")
@@ -1540,7 +1638,7 @@ class Store:
     def discard_damaged(self) -> None:
         """Delete damaged features. The next update reads the files again that have none."""
         if self.count(DAMAGED) or self.count(ORPHANED):
-            with self.db:
+            with self.db.transaction():
                 self.db.execute(f"DELETE FROM {DAMAGED}")
                 marked = self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
             files = counted(marked.rowcount, "file")
@@ -1565,7 +1663,7 @@ class Store:
             new = Store(self.folder, self.identity, self.dim, os.path.basename(stream.name))
             schema = [f"PRAGMA page_size = {PAGE_BYTES}", "BEGIN", *SCHEMA, f"PRAGMA user_version = {FORMAT}", "COMMIT"]
             new.db.executescript(";".join(schema))
-            with new.db:
+            with new.db.transaction():
                 meta = ("identity", self.identity), ("decoders", image_formats()[2])
                 new.db.executemany("INSERT INTO meta VALUES (?, ?)", meta)
                 features, files = self.readable(FEATURE_COLUMNS, "features"), self.readable(FILE_COLUMNS, "files")
@@ -1691,25 +1789,36 @@ def coded_index(store: Store, last: int) -> Index:
         shortlist *= 2
 
 
+def checksum_of_index(data: Any, notes: Sequence[Any]) -> int:
+    """The CRC-32 of an index file and of the fields of its Index that the store notes."""
+    return zlib.crc32(json.dumps(notes).encode(), zlib.crc32(data))
+
+
 def read_index(store: Store) -> Index | None:
     """The stored index; None if there is none, or if it does not match the checksum that the store noted."""
-    size, checksum, *notes = json.loads(store.get_meta("index") or "[0, 0]")
-    if not (notes and store.index.is_file()):
+    try:
+        size, checksum, *notes = json.loads(store.get_meta("index"))
+    except (TypeError, ValueError):  # there is no note, or damage has made it something else
+        return None
+    if not store.index.is_file():
         return None
     data: Any = np.memmap(store.index, np.uint8, "r") if store.index.stat().st_size == size else b""
-    if zlib.crc32(data) != checksum:
-        log.warning("%s is damaged or out of date: it is made again", store.index)
+    if checksum_of_index(data, notes) != checksum:
+        log.warning("%s is damaged or out of date: it is made again by an update", store.index)
         return None
     return Index(faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size)), *notes)._replace(file=data)
 
 
 def open_index(store: Store, work: Work = Work()) -> Index:
-    """The FAISS index of the store, added to or made anew if need be. Without `work.update` a stored one is kept."""
+    """The FAISS index of the store, added to or made anew if need be.
+
+    Without `work.update`, nobody is waited for: it is the stored one, or an empty one if that cannot be used.
+    """
     last, index = store.last_row(), read_index(store)
     if not last:
         raise DeepVisionError(f"{store.folder} holds no features yet: run without --no-update")
-    if index and not work.update:
-        return index
+    if not work.update:
+        return index or Index(build_index(np.zeros((0, store.dim), np.float32)), 0)
     coded = store.count("features") * store.dim * 2 > work.exact_bytes
     if index and bool(index.shortlist) != coded:  # there are too many vectors for that kind, or too few
         index = None
@@ -1729,8 +1838,8 @@ def open_index(store: Store, work: Work = Work()) -> Index:
         data = faiss.serialize_index(index.faiss)
         with whole_file(store.index) as stream:
             stream.write(data)
-        notes = json.dumps([len(data), zlib.crc32(data), *index[1:-1]])
-        with store.db:
+        notes = json.dumps([len(data), checksum_of_index(data, index[1:-1]), *index[1:-1]])
+        with store.db.transaction():
             store.db.execute("INSERT OR REPLACE INTO meta VALUES ('index', ?)", (notes,))
     return index
 
@@ -1777,6 +1886,16 @@ class Engine:
     index: Index
     exact: bool  # compare with every vector, whatever the index is
     summary: Summary
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the database. That is also done at the end of `with engine:`, and when the engine is dropped."""
+        self.store.db.close()
 
     def path_of(self, path: bytes) -> str:
         """The path of a file of the collection, from its path below `images`."""
@@ -1839,12 +1958,15 @@ def candidate_rows(engine: Engine, queries: Sequence[np.ndarray], count: int) ->
 
 def exact_scores(store: Store, xq: np.ndarray, rows: Iterable[int]) -> list[Found]:
     """The contents of these rows, compared with a query's views, (views, dim), best first."""
-    _, digests, vectors = store.features_of(rows)
-    xb = to_float32(vectors)
-    S = xb @ xq.T  # (rows, views)
-    views = (S.max(1, keepdims=True) - ROUNDING <= S).argmax(1)  # of equal views the first: the query as it is
-    D = np.einsum("nd,nd->n", xb, xq[views]).clip(-1, 1)  # computed row by row, so that it is the same in any company
-    return sorted(map(Found, D.tolist(), digests, views.tolist()), key=lambda it: (-it.score, it.digest))
+    found, left = list[Found](), iter(rows)
+    while block := list(itertools.islice(left, BLOCK)):  # all rows of a million at once would take 16 GB
+        _, digests, vectors = store.features_of(block)
+        xb = to_float32(vectors)
+        S = xb @ xq.T  # (rows, views)
+        views = (S.max(1, keepdims=True) - ROUNDING <= S).argmax(1)  # of equal views the first: the query as it is
+        D = np.einsum("nd,nd->n", xb, xq[views]).clip(-1, 1)  # computed row by row: the same in any company
+        found += map(Found, D.tolist(), digests, views.tolist())
+    return sorted(found, key=lambda it: (-it.score, it.digest))
 
 
 def ranked(engine: Engine, xq: np.ndarray, rows: Sequence[int]) -> Iterator[Found]:
@@ -1914,7 +2036,7 @@ def verified(query: Picture, found: Sequence[Found]) -> list[Found]:
 
 
 def compared(
-    queries: Iterable[str | Path], engine: Engine, k: int, views: str, crop: Sequence[float] | None = None
+    queries: Iterable[Any], engine: Engine, k: int, views: str, crop: Sequence[float] | None = None
 ) -> Iterator[tuple[Picture, list[Found]]]:
     """Each query with what `nearest_files` and `verified` give for it. `views`, `crop`: see `search`."""
 
@@ -1923,13 +2045,15 @@ def compared(
         with one_torch_thread():
             local = local_features(image, QUERY_AREA, QUERY_POINTS, engine.model.side)
             seen = query_views(image, engine.model, views)
-        return Seen(*features_of_views(seen, engine.model), local, corner)
+        names, features = features_of_views(seen, engine.model)
+        if not np.isfinite(features).all():
+            raise ValueError(NOT_FINITE)
+        return Seen(names, features, local, corner)
 
-    pictures = read_ahead(partial(read_path, transform=look_at), queries, QUERY_THREADS, TOGETHER)
+    pictures = read_ahead(partial(read_query, transform=look_at), queries, QUERY_THREADS, TOGETHER)
     while group := list(itertools.islice(pictures, TOGETHER)):
         usable = [query for query in group if query.made]
-        with engine.store.db:  # all that is read comes from one state: --rebuild, say, replaces rows meanwhile
-            engine.store.db.execute("BEGIN")
+        with engine.store.db.transaction("DEFERRED"):  # one state: --rebuild, say, replaces rows meanwhile
             features = [query.made.features for query in usable]
             lists = candidate_rows(engine, features, engine.first_list) if usable else []
             found = iter([nearest_files(engine, query, rows, k) for query, rows in zip(usable, lists)])
@@ -1956,11 +2080,12 @@ def as_match(query: Picture, found: Found) -> Match:
 
 
 def search(
-    queries: str | Path | Iterable[str | Path], engine: Engine | None = None, *, k: int = TOP,
+    queries: Any, engine: Engine | None = None, *, k: int = TOP,
     threshold: float | str = -1.0, views: str = "auto", crop: Sequence[float] | None = None,
 ) -> Iterator[Answer]:  # fmt: skip
-    """What looks like each of the image files `queries`: an Answer for each, in their order.
+    """What looks like each of the queries: an Answer for each, in their order.
 
+    queries    paths, Pillow images, file-like objects, arrays uint8 (height, width, 3); one, or an iterable of them
     k          matches at most; a picture that is there under several names gives several
     threshold  cosine similarity, -1 to 1, that a match has at least, or label: copy, identical
     views      none, auto or all: the edits that a query is searched with, see `query_views`
@@ -1973,7 +2098,8 @@ def search(
     if k < 1 or views not in VIEWS or (isinstance(threshold, str) and threshold not in LABELS):
         raise ValueError(f"k={k}, threshold={threshold!r}, views={views!r}: see the documentation of search")
     engine = engine or initialize_reverse_image_search()
-    names = [queries] if isinstance(queries, (str, os.PathLike)) else queries
+    is_one = isinstance(queries, (str, bytes, os.PathLike, Image.Image)) or hasattr(queries, "read")
+    names = [queries] if is_one or getattr(queries, "ndim", 4) < 4 else queries
     labels = LABELS[LABELS.index(threshold) :] if isinstance(threshold, str) else ("", *LABELS)
     least = -1.0 if isinstance(threshold, str) else threshold
     with engine.store.errors():
@@ -1990,8 +2116,7 @@ def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]
 
     Each has its size, an estimate if the collection is larger than the sample, and the images nearest to its centre.
     """
-    with engine.store.errors(), engine.store.db:
-        engine.store.db.execute("BEGIN")  # rows and features come from one state
+    with engine.store.errors(), engine.store.db.transaction("DEFERRED"):  # rows and features come from one state
         # A digest is a hash: the first ones are a random sample.
         sample = engine.store.db.execute(f"{ROWS_AND_PATHS} ORDER BY digest, path LIMIT {SAMPLED}").fetchall()
         if not sample:
@@ -2139,21 +2264,24 @@ for path in sys.stdin.buffer.read().split(b"\\0"):
 
 def skip_crashing_file(store: Store, unread: list[File], images: Path, work: Work) -> None:
     """If a decoder crashed the last run, find the file in another process, note it, and remove it from `unread`."""
-    if CRASH not in store.last_words:
+    if not store.report.exists() or CRASH not in store.report.read_bytes():
         return
+    log.warning("the last run crashed: looking for the file that did it, which takes as long as to read them all")
     at_risk = unread[: None if work.rebuild else 2 * BLOCK * work.ranks]  # a run saves before it has read so many
     paths = b"\0".join(os.path.join(os.path.abspath(os.fsencode(images)), file.path) for file in at_risk)
     here = os.path.dirname(os.path.abspath(__file__))  # `main` is imported from there
-    done = subprocess.run([sys.executable, "-c", READ_EACH], cwd=here, input=paths, capture_output=True)
-    if done.stdout and done.returncode not in (0, 1):
+    command = [sys.executable, "-X", "faulthandler", "-c", READ_EACH]
+    done = subprocess.run(command, cwd=here, input=paths, capture_output=True)
+    if done.stdout and CRASH in done.stderr:  # it was not killed, or out of memory
         store.save([Picture(unread.pop(len(done.stdout) - 1), reason=CRASHES)])
+    store.report.unlink(missing_ok=True)
 
 
 def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, work: Work) -> Summary:
     """A Summary of the files that were read and saved: in `store`, or a rank's share of them in a store of its own.
 
     Saves come every few seconds, and also when an error or an interrupt ends the run. If a decoder crashes the process,
-    faulthandler writes that into the lock file, for `skip_crashing_file`.
+    faulthandler writes that into `store.report`, for `skip_crashing_file`.
     """
     transform = get_transform(model.side, model.resample)
     known = (lambda _: False) if work.rebuild else store.is_known
@@ -2168,8 +2296,8 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
         into.repair()  # it is new
     start = saved = time.perf_counter()
     bar = progress_bar(total=len(files), desc=f"{model.name} on {model.device}, {model.precision}", unit="img")
-    with open(store.lock_file.lock_file, "ab") as last_words, bar:
-        faulthandler.enable(last_words)
+    with open(store.report, "ab") as report, bar:  # all ranks write to its end
+        faulthandler.enable(report)
         try:
             for batch in batches:
                 unsaved += batch
@@ -2196,7 +2324,7 @@ def merge_ranks(store: Store) -> Summary:
         with suppress(DamageError), share.errors():  # what is damaged is read again
             share.check(whole=False)
             store.db.execute("ATTACH ? AS share", (os.fsencode(path),))
-            with store.db:
+            with store.db.transaction():
                 new = "SELECT NULL, digest, vector, checksum FROM share.features ORDER BY row"  # NULL: the next row
                 store.db.execute(f"INSERT OR REPLACE INTO main.features {new}")
                 store.db.execute("INSERT OR REPLACE INTO main.files SELECT * FROM share.files")
@@ -2246,8 +2374,11 @@ def store_changes(store: Store, changes: Changes, images: Path, model: Model, wo
         wait_for_ranks(work)  # from here on, they read
         summary = read_new(store, changes.unread, images, model, work)
         wait_for_ranks(work)
+        store.report.unlink(missing_ok=True)
         if work.ranks > 1:
             summary = merge_ranks(store)
+        if summary.opened and not any(find_images(images, lambda _: None, [store.folder.parent], work.exclude)):
+            raise DeepVisionError(f"{images} went away while it was read: what was read is saved, run it again")
         if not store.mark_presence(changes):
             return summary
         summary.images, summary.gone = store.count(USABLE), store.count(GONE)
@@ -2291,7 +2422,8 @@ def prepare(store: Store, images: Path, model: Model, work: Work) -> Engine:
             summary = update(store, images, model, work)
         else:  # counted if there is no note: a million take 0.4 s on a cold disk
             summary = Summary(store.get_meta("images") or store.count(USABLE))
-        return Engine(images, model, store, open_index(store, work), work.exact, summary)
+        index = open_index(store, work)
+        return Engine(images, model, store, index, work.exact or not index.faiss.ntotal, summary)
 
 
 def initialize_reverse_image_search(
@@ -2813,7 +2945,7 @@ def save_query(name: str, path: str) -> str | None:
         return escape_controls(words) or type(error).__name__  # they may be a server's
 
 
-def find_queries(names: Iterable[str], folder: str) -> Iterator[Answer]:
+def find_queries(names: Iterable[str], folder: str, index_dir: str) -> Iterator[Answer]:
     """An Answer without matches for each query, file of a folder, and unlisted folder. Fetched ones go to `folder`."""
     unlisted = list[OSError]()
     for number, name in enumerate(names):
@@ -2821,8 +2953,9 @@ def find_queries(names: Iterable[str], folder: str) -> Iterator[Answer]:
             path = os.path.join(folder, str(number))
             yield Answer(name, [], save_query(name, path), path)
         elif os.path.isdir(name):
-            paths = (os.path.join(name, os.fsdecode(file.path)) for file in find_images(name, unlisted.append))
-            yield from (Answer(path, [], file=path) for path in paths)
+            for file in find_images(name, unlisted.append, [index_dir]):
+                path = os.path.join(name, os.fsdecode(file.path))
+                yield Answer(path, [], file=path)
         else:
             yield Answer(name, [], file=name)
     for failure in unlisted:
@@ -2833,7 +2966,7 @@ def find_queries(names: Iterable[str], folder: str) -> Iterator[Answer]:
 def answers(options: argparse.Namespace, engine: Engine, folder: str) -> Iterator[Answer]:
     """An Answer for each query, and for each folder that cannot be listed. Files that are no images are passed over."""
     names = options.queries or filter(os.path.isdir, [QUERIES])
-    queries, again = itertools.tee(find_queries(names, folder))
+    queries, again = itertools.tee(find_queries(names, folder, options.index_dir))
     choices = {"k": options.top, "threshold": options.threshold, "views": options.views, "crop": options.crop}
     for query, answer in zip(again, search((query.file for query in queries), engine, **choices)):
         error = query.error or answer.error

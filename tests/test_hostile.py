@@ -266,6 +266,9 @@ def test_a_decoder_that_crashes_costs_one_file(names, with_faults, collection):
     assert runs[0].status == -signal.SIGSEGV and runs[-1].status == 0, runs
     assert runs[-1].stderr.count("deadly.png: its decoder crashes") == len(names)
     assert counts(with_faults(*ask)) == {"found": 30 + len(names), "unchanged": 30, "skipped": len(names)}
+    draw(50).save(images / "new.png")
+    later = with_faults(*ask)
+    assert "the last run crashed" in runs[-1].stderr and "the last run crashed" not in later.stderr, later
     assert sorted(contents(cache_folder())) == ["index.faiss", "index.sqlite", "lock"]
 
 

@@ -106,6 +106,7 @@ def many(tiny: main.Model, opened: Opened) -> Opened:
             Path("images", f"{i:05}.bmp").touch()
         store = main.Store(Path("index", tiny.identity), tiny.identity, DIM)
         bench_million.fill(store, Path("images"), [x / np.linalg.norm(x, axis=1, keepdims=True)])
+        main.open_index(store, main.Work(exact_bytes=0))
         return opened(update=False)
 
     return make
@@ -340,6 +341,33 @@ def test_without_an_update_nobody_is_waited_for(run, collection, monkeypatch):
         outcome = run("bulk_images/0.png", *ASK)
     assert set(paths(outcome)) == {f"bulk_images/{name}.png" for name in (1, 2, 3, "new")}
     assert "waiting" not in outcome.stderr
+
+
+def test_without_an_update_and_an_index_file_the_store_is_scanned_and_nobody_waited_for(run, collection):
+    """As during a first build, which holds the lock."""
+    collection(4)
+    run(*OFFLINE, "--index-only")
+    expected = paths(run("bulk_images/0.png", *ASK))
+    (cache_folder() / "index.faiss").unlink()
+    with filelock.FileLock(cache_folder() / "lock"):
+        outcome = run("bulk_images/0.png", *ASK)
+    assert paths(outcome) == expected and "waiting" not in outcome.stderr
+    assert not (cache_folder() / "index.faiss").exists()
+
+
+def test_with_all_files_gone_a_search_reads_the_features_block_by_block(run, collection, monkeypatch):
+    images, sizes, real = collection(40), list[int](), main.Store.features_of
+    run(*OFFLINE, "--index-only")
+    draw(0).save("query.png")
+    shutil.rmtree(images)
+
+    def features_of(store: main.Store, rows: Any) -> Any:
+        sizes.append(len(rows := list(rows)))
+        return real(store, rows)
+
+    monkeypatch.setattr(main, "BLOCK", 8)
+    monkeypatch.setattr(main.Store, "features_of", features_of)
+    assert paths(run("query.png", *ASK)) == [] and sum(sizes) >= 40 and max(sizes) == 8
 
 
 def test_without_an_update_the_images_are_counted_also_those_of_a_stopped_run(run, collection, monkeypatch):

@@ -23,6 +23,7 @@ import torch
 import torchvision
 from conftest import Outcome, answers_of, break_a_checksum, cache_folder, counts, draw, edit, one_line, ruin_page
 from faults import contents
+from PIL import Image
 
 import main
 
@@ -281,6 +282,56 @@ def test_an_unreadable_file_is_tried_again(index, run, monkeypatch):
     assert index() == {"found": N, "new": 1, "unchanged": N - 1, "opened": 1}
 
 
+def test_a_search_for_a_crashing_file_that_was_killed_blames_no_file_and_is_not_made_again(index, monkeypatch):
+    index()
+    (cache_folder() / "crash").write_bytes(b"Fatal Python error: Aborted")
+    draw_as("new.png")
+    killed = Mock(return_value=Mock(stdout=b".", stderr=b"", returncode=-9))
+    monkeypatch.setattr("subprocess.run", killed)
+    assert index() == {"found": N + 1, "new": 1, "unchanged": N, "opened": 1}
+    draw_as("newer.png")
+    assert index()["new"] == killed.call_count == 1
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["empty", "missing"])
+def test_a_collection_that_goes_away_while_it_is_read_is_one_line_and_costs_nothing(left, index, run, monkeypatch):
+    """As when a drive is unplugged, which may leave the empty folder that it was mounted on."""
+    index()
+    for seed in range(50, 55):
+        draw(seed).save(IMAGES / f"{seed}.png")
+
+    def unplug() -> None:
+        IMAGES.rename("away")
+        if left:
+            IMAGES.mkdir()
+
+    with monkeypatch.context() as patch:
+        at_extraction(2, unplug, patch)
+        one_line(run(*OFFLINE, *ONE_BY_ONE, "--index-only"), "bulk_images went away", "run it again")
+    shutil.rmtree(IMAGES, ignore_errors=True)
+    Path("away").rename(IMAGES)
+    after = index()
+    assert after["found"] == N + 5 and after["unchanged"] >= N + 1 and "gone" not in after
+
+
+def test_features_that_are_no_numbers_are_refused_with_the_name_of_the_file(collection, caplog):
+    """A network whose weights overflow gives them."""
+
+    def network(pixels: torch.Tensor) -> torch.Tensor:
+        features = pixels.float().flatten(1)[:, ::7]
+        return torch.where(features.mean(1, keepdim=True) > 254, torch.nan, features)
+
+    images = collection(3)
+    Image.new("RGB", (8, 8), "white").save(images / "white.png")
+    model = main.Model("m", "m-1", 8, 28, "cpu", network)
+    for new in (3, 0):
+        engine = main.initialize_reverse_image_search(images, model=model)
+        assert (engine.summary.new, engine.summary.images, engine.summary.skipped) == (new, 3, 1)
+    assert engine.store.skipped() == [(b"white.png", main.NOT_FINITE)]
+    white, other = main.search([images / "white.png", images / "0.png"], engine)
+    assert white.error == main.NOT_FINITE and len(other.matches) == 2
+
+
 def at_extraction(number: int, act: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let something happen just before features are extracted for the `number`-th time."""
     extract, remaining = main.launch, iter(range(number, 0, -1))
@@ -356,6 +407,11 @@ def test_a_garbled_schema_is_made_again(old, new, index, run, answers):
         "UPDATE meta SET value = 'another model' WHERE key = 'identity'",
         "DELETE FROM meta WHERE key = 'identity'",
         "DELETE FROM meta WHERE key = 'index'",
+        *(
+            f"UPDATE meta SET value = {value} WHERE key = 'index'"
+            for value in ("'[1, 2'", "5", "'{}'", "x'ff'", "'[]'")
+        ),
+        "UPDATE meta SET value = replace(value, ', 6, ', ', 9, ') WHERE key = 'index'",  # the last row in the index
         "DELETE FROM features WHERE row = 3",
         "UPDATE features SET row = 100 - row",
         "UPDATE features SET row = row + 100 WHERE row = 3",
@@ -372,13 +428,15 @@ def test_a_garbled_schema_is_made_again(old, new, index, run, answers):
         "PRAGMA user_version = 0",
     ],
 )
-def test_a_store_that_contradicts_itself_is_never_answered_from(statement, index, answers):
+def test_a_store_that_contradicts_itself_is_never_answered_from(statement, index, answers, fresh):
     (IMAGES / "notes.txt").write_text("not an image")
     (IMAGES / "bad.png").write_bytes(b"\x89PNG")
     index()
     before = answers()
     edit(cache_folder() / "index.sqlite", statement)
     assert answers() == before
+    draw_as("new.png")
+    assert answers() == fresh()
 
 
 @pytest.mark.parametrize(
@@ -392,6 +450,24 @@ def test_damage_costs_only_what_it_hit(damage, said, most, index, run, collectio
     outcome = run(*OFFLINE, "--index-only")
     assert said in outcome.stderr and 1 <= counts(outcome)["new"] <= most, outcome
     assert index() == {"found": 90, "unchanged": 90}
+
+
+@pytest.mark.parametrize("error", [sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.IntegrityError])
+def test_a_mistake_of_the_program_is_no_damage(error, index):
+    index()
+    (store,) = (main.Store(cache_folder(), cache_folder().name, main.offline_model().dim) for _ in range(1))
+    with pytest.raises(error), store.errors():
+        raise error("a mistake")
+    store.check(whole=True)
+    with pytest.raises(main.DamageError), store.errors():
+        raise sqlite3.DatabaseError("database disk image is malformed")
+    assert store.value("PRAGMA user_version") == 0
+
+
+def test_a_commit_survives_a_power_cut_on_macos_too(index):
+    """There, a sync without this does not reach the disk."""
+    index()
+    assert main.Store(cache_folder(), cache_folder().name, main.offline_model().dim).value("PRAGMA fullfsync") == 1
 
 
 def test_the_cache_of_a_newer_version_is_refused_and_left_as_it_is(index, run):
