@@ -1394,8 +1394,6 @@ class Database(sqlite3.Connection):
             self.identity = ()
             super().close()
 
-    __del__ = close
-
     def patiently(self, act: Callable[..., Any], *arguments: Any) -> Any:
         """The result of act(*arguments), which is tried again while another run has locked the database."""
         for step in range(WAIT_STEPS + 1):
@@ -1447,6 +1445,10 @@ class Store:
         with self.errors():
             folder.mkdir(parents=True, exist_ok=True)
             self.connect()
+
+    def __del__(self) -> None:  # a connection and its cache of statements refer to each other: it would stay open
+        with suppress(AttributeError):  # it could not be opened
+            self.db.close()
 
     def connect(self) -> None:
         """Open the database. A new one is an empty file: `check` refuses it, and `repair` fills it."""
