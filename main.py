@@ -290,16 +290,25 @@ NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS starts Ghos
 one_large_image = threading.Lock()  # held while an image of more than LARGE_PIXELS is decoded
 
 
+def relative_pattern(pattern: str, folder: str | Path) -> str:
+    """A pattern of paths below `folder`, as a person may mean it: "cache/", "./cache", "/cache" or "FOLDER/cache"."""
+    pattern = os.path.normpath(pattern)
+    for root in (os.path.abspath(folder), os.path.normpath(folder)):
+        pattern = pattern.removeprefix(os.path.join(root, ""))
+    return pattern.lstrip(os.sep)
+
+
 def find_images(
     folder: str | Path, onerror: Callable[..., None], without: Sequence[str | Path] = (), exclude: Sequence[str] = ()
 ) -> Iterator[File]:
     """Every file below `folder` that may be an image, in the order of paths. No folder is listed twice.
 
     onerror is called with the OSError of what cannot be listed. Folders in `without`, and relative paths that fit one
-    of the shell patterns in `exclude`, are left out. Links are followed.
+    of the shell patterns in `exclude`, are left out. Links are followed. A pattern that nothing fits is said.
     """
     root, separator = os.fsencode(folder), os.fsencode(os.sep)
     visited = {os.stat(path)[1:3] for path in without}  # inode and device
+    patterns, used = {pattern: relative_pattern(pattern, folder) for pattern in exclude}, set[str]()
     waiting = [File(separator, 0, 0)]  # a stack of files and folders; a folder's path ends with a separator
     while waiting:
         file = waiting.pop()
@@ -317,8 +326,9 @@ def find_images(
         visited.add(identity)
         for entry in entries:
             path, name = above + entry.name, entry.name.lower()
-            excluded = exclude and any(fnmatch.fnmatch(os.fsdecode(path), pattern) for pattern in exclude)
-            if name.startswith(b".") or name in SYSTEM_NAMES or excluded:
+            fitting = {it for it, pattern in patterns.items() if fnmatch.fnmatch(os.fsdecode(path), pattern)}
+            used |= fitting
+            if name.startswith(b".") or name in SYSTEM_NAMES or fitting:
                 continue
             try:
                 found.append(File.of(path + separator if entry.is_dir() else path, entry.stat()))
@@ -326,6 +336,8 @@ def find_images(
                 if error.errno not in (errno.ENOENT, errno.ELOOP):  # a broken link, or a file that is gone by now
                     onerror(error)
         waiting += sorted(found, reverse=True)
+    for pattern in patterns.keys() - used:
+        log.warning("--exclude %s leaves out nothing in %s", pattern, os.fsdecode(folder))
 
 
 @cache
@@ -708,6 +720,24 @@ def fused(plain: partial[torch.Tensor], dtype: torch.dtype, kernels: bool) -> pa
     return partial(plain, network=network, dtype=dtype)
 
 
+def tried_privates() -> tuple[bool, bool]:
+    """Whether this processor has bf16, and whether `one_kernel` works: all that is private to torch is tried here.
+
+    Where torch has changed, a warning says so, and neither is used.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False, False
+    try:
+        native = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        layer, x = torch.nn.Conv2d(8, 8, 1), torch.zeros(1, 8, 4, 4)
+        one_kernel(layer, "relu")(x, one_kernel(layer, "none")(x))
+        importlib.import_module("torch.fx.experimental.optimization").fuse  # noqa: B018
+        return native, True
+    except Exception as error:  # it is gone, or takes other arguments
+        log.warning("torch %s has changed (%s): networks run in a slower form", torch.__version__, first_line(error))
+        return False, False
+
+
 def seconds_of(network: Callable[..., torch.Tensor], sample: torch.Tensor) -> float:
     """The least time of three passes."""
     times = [time.perf_counter()]
@@ -724,18 +754,17 @@ def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor, note: Path)
     the time of fp32 without on an AMD Zen 5, and three times as long on an Intel Xeon. The file `note` remembers it.
     """
     device, dtypes = sample.device.type, {"fp16": torch.float16, "fp32": torch.float32}
+    native, kernels_work = tried_privates() if device == "cpu" else (False, False)
     if device == "cpu":  # emulated bf16 takes four times as long as fp32
-        native = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         dtypes = {**({"bf16": torch.bfloat16} if native else {}), "fp32": torch.float32}
     processor = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
-    machine = [torch.__version__, device, processor, *dtypes]
+    machine = [torch.__version__, device, processor, kernels_work, *dtypes]
     with suppress(Exception):  # there is no note, or a damaged one
         *tried_on, name, kernels, dim = json.loads(note.read_text())
         if tried_on == machine:
             return fused(plain, dtypes[name], kernels), dim
     expected, found = plain(sample), list[tuple[float, str, bool, partial[torch.Tensor]]]()
-    with_kernels = (True, False) if device == "cpu" and torch.backends.mkldnn.is_available() else (False,)
-    for name, kernels in itertools.product(dtypes, with_kernels):
+    for name, kernels in itertools.product(dtypes, (True, False) if kernels_work else (False,)):
         with suppress(Exception):  # a network that looks at its pixels cannot be fused, and raises anything at all
             fast = fused(plain, dtypes[name], kernels)
             if torch.cosine_similarity(fast(sample), expected).min() >= MIN_COSINE:
@@ -791,7 +820,7 @@ def downloaded(url: str, name: str) -> Path:
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if path.exists():
         return path
-    timeout, expected = socket.getdefaulttimeout(), torch.hub.HASH_REGEX.search(path.name)
+    timeout, expected = socket.getdefaulttimeout(), re.search(r"-([0-9a-f]+)\.", path.name)
     try:
         socket.setdefaulttimeout(CONNECT_SECONDS)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -865,9 +894,11 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
 
     Raises DeepVisionError for an unknown name or device, and for weights that are missing, corrupt or do not fit.
     """
-    device = choose_device(device)
     if name == OFFLINE and weights:
         raise DeepVisionError(f"--weights {weights}: --model offline takes no weights, leave one out")
+    if name == OFFLINE and device in ("auto", "cpu"):
+        return offline_model()  # a look for a GPU would take 0.4 GB of its memory
+    device = choose_device(device)
     if name == OFFLINE:
         return offline_model()
     try:
@@ -996,6 +1027,8 @@ def cut_out(image: Image.Image, part: Sequence[float]) -> tuple[Image.Image, int
 
     part  left, top, right, bottom in pixels, or as shares of the picture's sides if none is over 1
     """
+    if max(part) > 1 and (min(part[2:]) <= 1 or any(0 < side < 1 for side in part)):
+        raise ValueError(f"--crop {','.join(map('{:g}'.format, part))} mixes pixels and shares, which are at most 1")
     picture = to_rgb(image, max(image.size))
     scale = (*picture.size, *picture.size) if max(part) <= 1 else (1, 1, 1, 1)
     left, top, right, bottom = box = [round(value * full) for value, full in zip(part, scale)]
@@ -2510,14 +2543,20 @@ def as_json(found: Answer | Group, engine: Engine) -> str:
 
 def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
     """Print on stdout, at once. `form`: text, json, or null: the paths byte for byte, each with a NUL at its end."""
-    if form == "json":
-        print(as_json(found, engine), flush=True)
-    elif form == "null":
-        sys.stdout.buffer.write(b"".join(os.fsencode(match.path) + b"\0" for match in found.matches))
-        sys.stdout.buffer.flush()
-    elif not found.error:
-        terminal = sys.stdout.isatty() and os.name == "posix" and os.environ.get("TERM") != "dumb"
-        print(as_text(found, engine, colour=terminal and not os.environ.get("NO_COLOR")), flush=True)
+    try:
+        if form == "json":
+            print(as_json(found, engine), flush=True)
+        elif form == "null":
+            sys.stdout.buffer.write(b"".join(os.fsencode(match.path) + b"\0" for match in found.matches))
+            sys.stdout.buffer.flush()
+        elif not found.error:
+            terminal = sys.stdout.isatty() and os.name == "posix" and os.environ.get("TERM") != "dumb"
+            print(as_text(found, engine, colour=terminal and not os.environ.get("NO_COLOR")), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries again at its end, and would fail
+        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            raise
+        raise DeepVisionError(f"the results cannot be written to stdout: {error.strerror}") from error
 
 
 # ---- Page ------------------------------------------------------------------------------------------------------------
@@ -2839,8 +2878,11 @@ def serve(engine: Engine, port: int, top: int) -> None:
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
-FETCH_SECONDS = 600  # for one address: QUERY_BYTES at 0.5 MB/s
-NO_MEMORY = re.compile("alloc|memory|start new thread|map segment")  # as torch, FAISS, Python or ld.so say it
+FETCH_STEP, FETCH_LEAST = 60, 60_000  # an address is given up if in so many seconds fewer bytes come
+FETCH_STEPS = 10  # for one address, at most: QUERY_BYTES at 0.5 MB/s
+NO_MEMORY = re.compile(  # as torch, FAISS, Python and ld.so say it; other words on memory are of other errors
+    "out of memory|not enough memory|[Cc]an(no|')t allocate memory|bad_alloc|start new thread|failed to map segment"
+)
 EXCLUDED = {  # by option: those that cannot be combined with it
     "no_update": ("index_only", "rebuild", "prune", "exclude"),
     "index_only": ("queries", "crop"),
@@ -2858,6 +2900,14 @@ def score_or_label(text: str) -> float | str:
         if -1 <= float(text) <= 1:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a number from -1 to 1, and not one of: {', '.join(LABELS)}")
+
+
+def local_path(query: str) -> str:
+    """The path that a file:// address stands for; any other query as it is."""
+    if not query.lower().startswith("file://"):
+        return query
+    path = urllib.parse.unquote(query[7:], errors="surrogateescape").removeprefix("localhost")
+    return path.lstrip("/") if os.name == "nt" else path
 
 
 def check_options(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -2910,8 +2960,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_level("-q", "--quiet", const=logging.WARNING, default=logging.INFO, help="warnings and errors alone")
     add_level("-v", "--verbose", const=logging.DEBUG, help="name the files that were skipped")
     # -0 is replaced here: if argparse knew it as an option, it would take the -0.5 of `--threshold -0.5` for one too.
-    given = sys.argv[1:] if argv is None else argv
-    options = parser.parse_intermixed_args(["--null" if arg == "-0" else arg for arg in given])
+    given = list(sys.argv[1:] if argv is None else argv)
+    end = given.index("--") if "--" in given else len(given)  # behind it, `parse_intermixed_args` still sees options
+    options = parser.parse_intermixed_args(["--null" if arg == "-0" else arg for arg in given[:end]])
+    options.queries = [local_path(query) for query in (*options.queries, *given[end + 1 :])]
     check_options(options, parser)
     return options
 
@@ -2926,25 +2978,53 @@ class Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, body, code, reason, headers, address)
 
 
-def save_query(name: str, path: str) -> str | None:
-    """Save the query `name`, an address or - for stdin, as the file `path`. Returns None, or why that failed."""
-    end = time.monotonic() + FETCH_SECONDS
+def http_address(address: str) -> str:
+    """An address as HTTP takes it, of one as a browser shows it: with blanks, and letters of any script."""
+    parts = urllib.parse.urlsplit(address)
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    return urllib.parse.quote(parts._replace(netloc=host).geturl(), safe="!#$%&'()*+,/:;=?@[]~")
+
+
+def fetch(name: str, path: str) -> str | None:
+    """Save what is on stdin, -, or at an address as the file `path`. Returns None, or why that failed."""
     try:
-        stdin = getattr(sys.stdin, "buffer", io.BytesIO())  # Python has none if it was closed
         opener = urllib.request.build_opener(Redirects)
-        source: Any = nullcontext(stdin) if name == "-" else opener.open(name, timeout=CONNECT_SECONDS)
+        opener.addheaders = [("User-Agent", "DeepVision")]  # some servers refuse Python
+        stdin = getattr(sys.stdin, "buffer", io.BytesIO())  # Python has none if it was closed
+        source: Any = nullcontext(stdin) if name == "-" else opener.open(http_address(name), timeout=CONNECT_SECONDS)
         with source as stream, open(path, "wb") as target:
+            is_packed = name != "-" and stream.headers["Content-Encoding"] == "gzip"
+            unpack = zlib.decompressobj(31).decompress if is_packed else bytes  # 31: the format of gzip
             # `read` would wait until it has all bytes that it is asked for, however slowly a server sends them.
             while data := stream.read1(1 << 16):
-                target.write(data)
+                target.write(unpack(data))
                 if target.tell() > QUERY_BYTES:
                     return f"more than {QUERY_BYTES:,} bytes"
-                if name != "-" and time.monotonic() > end:
-                    return f"not there after {FETCH_SECONDS} seconds"
             return None if target.tell() else "it is empty"
-    except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:
+    except (OSError, ValueError, OverflowError, http.client.HTTPException, zlib.error) as error:
         words = first_line(error).removeprefix("<urlopen error ").removesuffix(">")
         return escape_controls(words) or type(error).__name__  # they may be a server's
+
+
+def save_query(name: str, path: str) -> str | None:
+    """Save the query `name`, an address or - for stdin, as the file `path`. Returns None, or why that failed.
+
+    An address is given up if few bytes of it come, in its header or later.
+    """
+    if name == "-":
+        return fetch(name, path)
+    size, said = 0, list[str | None]()
+    Path(path).touch()
+    fetching = threading.Thread(target=lambda: said.append(fetch(name, path)), daemon=True)
+    fetching.start()
+    for _ in range(FETCH_STEPS):
+        fetching.join(FETCH_STEP)
+        if said:
+            return said[0]
+        before, size = size, os.path.getsize(path)
+        if size - before < FETCH_LEAST:
+            return f"only {size - before:,} bytes came in {FETCH_STEP} seconds"
+    return f"not there after {FETCH_STEPS * FETCH_STEP} seconds"
 
 
 def find_queries(names: Iterable[str], folder: str, index_dir: str) -> Iterator[Answer]:
@@ -3018,6 +3098,8 @@ def report_update(engine: Engine, options: argparse.Namespace) -> None:
 
 def print_answers(options: argparse.Namespace, engine: Engine) -> int:
     """Print the answers to the queries, or the duplicates, write the page, and return the exit status."""
+    if sys.stdout is None:
+        raise DeepVisionError("the results cannot be written: stdout is closed")
     start = time.perf_counter()
     found = list[Answer | Group]()
     is_search = options.duplicates is None
@@ -3098,8 +3180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         log.error("interrupted: what was done is saved, the next run goes on from there")
         return 130
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # see `print_found`
         return 0
 
 

@@ -196,6 +196,27 @@ def test_a_reader_that_has_seen_enough_ends_the_run_quietly(lines, search, progr
     assert process.returncode in (0, 141)  # 141: as the shell reports a death by SIGPIPE
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("form", [(), ("--json",), ("-0",), ("--duplicates",)], ids=" ".join)
+def test_results_that_cannot_be_written_are_one_line(form, search, program):
+    shutil.copy(IMAGES / "0.png", IMAGES / "copy.png")
+    ask = ("--model", "offline", "-q", *form)
+    with open("/dev/full", "wb") as full:
+        for options in ({"stdout": full}, {"preexec_fn": lambda: os.close(1)}):
+            process = program(*ask, **options)
+            error = process.communicate(timeout=60)[1]
+            assert process.returncode == 1 and re.fullmatch("error: the results cannot be written.*\n", error), error
+
+
+def test_two_dashes_end_the_options(search):
+    for name in ("-rf.jpg", "--top", "--"):
+        draw(3).resize((48, 32)).save(name, "PNG")
+    outcome = search("--json", "-k", 1, "alone.png", "--", "-rf.jpg", "--top", "--")
+    assert [it["query"] for it in objects(outcome)] == ["alone.png", "-rf.jpg", "--top", "--"]
+    assert [it["matches"][0]["path"] for it in objects(outcome)[1:]] == ["bulk_images/3.png"] * 3
+    assert search("--index-only", "--", "photo.jpg").status == 2
+
+
 def test_top_and_threshold(search):
     every = objects(search("--json", "-k", 999))[0]["matches"]
     assert len(every) == 12 and objects(search("--json", "--top", 3))[0]["matches"] == every[:3]
@@ -353,6 +374,35 @@ def test_an_interruption_is_one_line_and_status_130(moment, search, monkeypatch)
         outcome = search("-q")
     assert (outcome.status, outcome.stdout, outcome.stderr.count("\n")) == (130, "", 1)
     assert "interrupted" in outcome.stderr and search().status == 0
+
+
+OUT_OF_MEMORY = [  # as it is said by
+    "CUDA out of memory. Tried to allocate 20.00 MiB",
+    "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+    "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes",
+    "std::bad_alloc",
+    "can't start new thread",
+    "libtorch_cpu.so: failed to map segment from shared object",
+    "libgomp.so.1: cannot allocate memory in static TLS block",
+]
+OTHER_ERRORS = [
+    "CUDA error: an illegal memory access was encountered",
+    "CUDA error: misaligned address. Device-side allocations may be wrong",
+    "could not create a memory object",
+]
+
+
+@pytest.mark.parametrize("words", [*OUT_OF_MEMORY, *OTHER_ERRORS], ids=lambda words: words[:20])
+def test_a_lack_of_memory_is_one_line_and_no_other_error_is_taken_for_it(words, search, monkeypatch):
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(main, "launch", fail)
+    if words in OUT_OF_MEMORY:
+        one_line(search("-q"), f"out of memory ({words}", "--workers 1")
+    else:
+        with pytest.raises(RuntimeError, match=words[:10]):
+            search("-q")
 
 
 SAMPLES = {"captioned.jpg": "teapot.jpg", "cropped.jpg": "lighthouse.jpg", "mirrored.jpg": "sailing-boat.jpg"}

@@ -328,6 +328,21 @@ def test_bf16_is_not_taken_where_it_would_be_emulated(weights):
     assert afresh(f"main.load_model({SMALL!r}, {str(weights(SMALL))!r}).precision", **emulated) == "fp32\n"
 
 
+def gone(*_: Any) -> None:
+    raise AttributeError("module 'torch' has no attribute of this name")
+
+
+@pytest.mark.parametrize("name", ["cpu._is_avx512_bf16_supported", "ops.mkldnn._reorder_convolution_weight"])
+def test_where_torch_has_lost_a_private_part_a_slower_form_is_used_and_that_is_said(name, weights, monkeypatch, caplog):
+    monkeypatch.setattr(f"torch.{name}", gone)
+    monkeypatch.delattr(torch.hub, "HASH_REGEX")
+    with pytest.raises(ConnectionError):
+        main.downloaded("http://127.0.0.1:9/network-0123abcd.pth", "network")
+    model = main.load_model(SMALL, weights(SMALL), "cpu")
+    assert model.precision == "fp32" and not has_kernels(model.network)
+    assert caplog.text.count("has no attribute of this name): networks run in a slower form") == 1
+
+
 class Branching(torch.nn.Module):
     """It looks at its pixels, and so cannot be traced."""
 
@@ -393,13 +408,19 @@ def test_memory_too_short_for_one_image_is_an_error(offline):
         main.extract_features_batch([draw(1)], dataclasses.replace(offline, network=none))
 
 
+def test_the_offline_descriptor_does_not_look_for_a_gpu(monkeypatch):
+    """That would take some of its memory."""
+    monkeypatch.setattr(main, "choose_device", None)
+    assert main.load_model("offline").device == main.load_model("offline", device="cpu").device == "cpu"
+
+
 def test_gpu_that_cannot_be_used_is_said_with_the_reason_and_none_is_not(tmp_path, monkeypatch, caplog):
     if torch.cuda.is_available() or os.path.exists("/dev/nvidia0"):
         pytest.skip("there is a GPU")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert main.load_model("offline").device == "cpu" and not caplog.text
+    assert main.choose_device("auto") == "cpu" and not caplog.text
     (tmp_path / "nvidia-smi").touch(0o755)
-    assert main.load_model("offline").device == "cpu"
+    assert main.choose_device("auto") == "cpu"
     assert re.search(r"there is a GPU, but torch \S+ cannot use it \(\w+", caplog.text)
 
 

@@ -1,7 +1,9 @@
 """The command line, queries: from stdin, from an address, a part of a picture; and paths that are passed over."""
 
+import gzip
 import io
 import json
+import os
 import shutil
 import socket
 import socketserver
@@ -69,6 +71,15 @@ def test_a_part_lies_in_the_upright_picture(ask, collage):
     assert told(ask("turned.png", "--crop", "200,100,296,164")) == {"turned.png": "2.png"}
 
 
+@pytest.mark.parametrize("part", ["0,0,1,200", "0.1,0,300,300", "0,0,0.5,200", "0,0,300,1"])
+def test_pixels_and_shares_are_not_mixed(part, ask, collage):
+    outcome = ask(collage, "--crop", part)
+    assert (
+        outcome.status == 1
+        and outcome.stderr == f"collage.png: --crop {part} mixes pixels and shares, which are at most 1\n"
+    )
+
+
 @pytest.mark.parametrize("part", ["0,0,961,320", "0,0,960,321", "0,500,600,600", "0,0,0.0005,1"])
 def test_a_rectangle_outside_of_the_picture_is_one_line_for_that_query(part, ask, collage):
     draw(2, (1600, 800)).save("large.png")
@@ -117,15 +128,17 @@ def test_stdin_of_a_process_is_read_once(ask, program):
     assert process.returncode == 1
 
 
-def servers() -> Iterator[Callable[[Reply], str]]:
-    """site(reply): the address of a server on this machine that gives this reply to each request."""
+def servers() -> Iterator[Callable[..., str]]:
+    """site(reply, asked=[]): the address of a server on this machine that gives this reply to each request."""
     with ExitStack() as servers:
 
-        def start(reply: Reply) -> str:
+        def start(reply: Reply, asked: list[bytes] | None = None) -> str:
+            requests = [] if asked is None else asked
+
             class Handler(socketserver.BaseRequestHandler):
                 def handle(self) -> None:
                     with suppress(OSError):  # the other side has heard enough
-                        self.request.recv(65536)
+                        requests.append(self.request.recv(65536))
                         self.request.sendall(reply) if isinstance(reply, bytes) else reply(self.request)
 
             server = servers.enter_context(socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler))
@@ -202,7 +215,16 @@ def test_each_failure_is_one_line_and_the_other_queries_are_answered(kind, ask, 
     assert outcome.stderr == f"{address}: {main.escape_controls(answers[address])}\n"
 
 
-@pytest.mark.parametrize("scheme", ["ftp", "file", "data", "gopher", "httpx"])
+@pytest.mark.parametrize("host", ["", "localhost"])
+def test_the_address_of_a_file_is_its_path(host, ask):
+    name = os.fsdecode("\u00e9 %20#?".encode() + b"\xe9.png")
+    shutil.copy("query.png", name)
+    address = Path(name).absolute().as_uri().replace("file://", f"File://{host}")
+    assert told(ask(address)) == {str(Path(name).absolute()): "3.png"}
+    assert ask(Path("nowhere").absolute().as_uri()).status == 1
+
+
+@pytest.mark.parametrize("scheme", ["ftp", "data", "gopher", "httpx"])
 def test_other_schemes_are_names_of_files(scheme, ask):
     name = Path("query.png").absolute().as_uri().replace("file:", f"{scheme}:")
     assert told(ask(name)) == {name: "No such file or directory"}
@@ -245,18 +267,53 @@ def test_no_more_is_read_than_the_limit(kind, ask, site, monkeypatch):
     assert len(sent) < 16  # most of it in the buffers of the two sockets
 
 
-def test_a_server_that_goes_on_byte_by_byte_is_given_up(ask, site, monkeypatch):
+@pytest.mark.parametrize("start", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 "], ids=["its picture", "its header"])
+def test_a_server_that_goes_on_byte_by_byte_is_given_up(start, ask, site, monkeypatch):
     def trickle(connection: socket.socket) -> None:
-        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        connection.sendall(start)
         for _ in range(80):
             connection.sendall(b"H")
             time.sleep(0.05)
 
-    monkeypatch.setattr(main, "FETCH_SECONDS", 0.5)
-    start = time.perf_counter()
+    monkeypatch.setattr(main, "FETCH_STEP", 0.5)
+    begun = time.perf_counter()
     outcome = ask(address := site(trickle), "query.png")
-    assert time.perf_counter() - start < 3 and outcome.status == 1
-    assert told(outcome) == {address: "not there after 0.5 seconds", "query.png": "3.png"}
+    assert time.perf_counter() - begun < 3 and outcome.status == 1
+    answers = told(outcome)
+    assert answers[address].endswith("bytes came in 0.5 seconds") and answers["query.png"] == "3.png"
+
+
+def test_a_picture_that_comes_steadily_is_waited_for(ask, site, monkeypatch):
+    def steadily(connection: socket.socket) -> None:
+        connection.sendall(reply(PICTURE)[:-50])
+        time.sleep(0.8)
+        connection.sendall(PICTURE[-50:])
+
+    monkeypatch.setattr(main, "FETCH_STEP", 0.5)
+    monkeypatch.setattr(main, "FETCH_LEAST", 0)
+    assert told(ask(address := site(steadily))) == {address: "3.png"}
+    monkeypatch.setattr(main, "FETCH_STEPS", 1)
+    assert told(ask(address)) == {address: "not there after 0.5 seconds"}
+
+
+def test_an_address_is_taken_as_it_is_pasted_and_the_program_says_its_name(ask, site):
+    asked = list[bytes]()
+
+    address = site(reply(PICTURE), asked) + "/a b/\u00e9t\u00e9 (1).png?x=\u00e4&y=1%20"
+    assert told(ask(address)) == {address: "3.png"}
+    line, *headers = asked[0].split(b"\r\n")
+    assert line == b"GET /picture/a%20b/%C3%A9t%C3%A9%20(1).png?x=%C3%A4&y=1%20 HTTP/1.1"
+    assert b"User-Agent: DeepVision" in headers
+    assert main.http_address("https://b\u00fccher.example/\u00fc") == "https://xn--bcher-kva.example/%C3%BC"
+
+
+@pytest.mark.parametrize("content", [PICTURE, bytes(60_000)], ids=["a picture", "a bomb"])
+def test_a_picture_that_was_packed_on_the_way_is_unpacked(content, ask, site, monkeypatch):
+    monkeypatch.setattr(main, "QUERY_BYTES", 50_000)
+    address = site(reply(gzip.compress(content), **{"Content-Encoding": "gzip"}))
+    assert told(ask(address)) == {address: "3.png" if content is PICTURE else "more than 50,000 bytes"}
+    broken = site(reply(b"no gzip at all", **{"Content-Encoding": "gzip"}))
+    assert "decompress" in told(ask(broken))[broken]
 
 
 @pytest.fixture
@@ -270,15 +327,23 @@ def index(run, collection: Callable[..., Path]) -> Callable[..., Outcome]:
 
 
 EXCLUDED = {
-    "cache": 2, "cache/*": 2, "cache/deep": 1, "[0-2].png": 3, "0.PNG": 0, "deep": 0, "./0.png": 0,
+    "cache": 2, "cache/*": 2, "cache/deep": 1, "[0-2].png": 3, "0.PNG": 0, "deep": 0,
     "*/1.png": 1,  # a star stands for a / as well
-    "bulk_images/*": 0,  # relative to the collection
+    "cache/": 2, "./0.png": 1, "./cache/*": 2, "/cache/": 2, "cache//deep/": 1, "x/../cache": 2,
+    "bulk_images/cache/": 2, "./bulk_images/cache/*": 2, "images/*": 0,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("pattern", "fewer"), EXCLUDED.items(), ids=EXCLUDED)
 def test_exclude(pattern, fewer, index):
-    assert counts(index("--exclude", pattern)) == {"found": 7 - fewer, "new": 7 - fewer, "opened": 1}
+    outcome = index("--exclude", pattern)
+    assert counts(outcome) == {"found": 7 - fewer, "new": 7 - fewer, "opened": 1}
+    unused = f"--exclude {pattern} leaves out nothing in bulk_images\n"
+    assert (unused in outcome.stderr) == (fewer == 0) and outcome.stderr.count("--exclude") == (fewer == 0)
+
+
+def test_exclude_by_an_absolute_pattern(index):
+    assert counts(index("--exclude", (IMAGES / "cache").absolute())) == {"found": 5, "new": 5, "opened": 1}
 
 
 def test_all_excluded_is_one_line(index):
