@@ -474,7 +474,7 @@ def holdings_of(image: Any) -> Holdings:
         size = image.size[:: 1 if tags else turn]  # Pillow itself turns that of a TIFF
         for offset in tags.get(330, ()):  # SubIFDs: the first picture of a RAW file is a thumbnail
             image.fp.seek(offset)
-            (below := ifd(tags.prefix + b"*\0\0\0\0\0", tags.prefix)).load(image.fp)
+            (below := ifd(image.tag_v2.prefix + b"*\0\0\0\0\0")).load(image.fp)
             size = max(size, (below[256], below[257])[::turn], key=math.prod)
     xmp = image.info.get("xmp", b"")
     more |= {word for mark, word in XMP_MARKS.items() if mark in xmp}
