@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     import torch
     import torchvision
     import tqdm
-    from PIL import Image, ImageDraw, ImageOps
+    from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin
 else:
 
     class Lazy:
@@ -96,7 +96,9 @@ else:
             return getattr(module, attribute)
 
     faiss, np, torch, torchvision, tqdm = map(Lazy, ("faiss", "numpy", "torch", "torchvision", "tqdm"))
-    Image, ImageDraw, ImageOps = map(Lazy, ("PIL.Image", "PIL.ImageDraw", "PIL.ImageOps"))
+    Image, ImageDraw, ImageOps, TiffImagePlugin = (
+        Lazy(f"PIL.{name}") for name in ("Image", "ImageDraw", "ImageOps", "TiffImagePlugin")
+    )
     filelock, jinja2 = map(Lazy, ("filelock", "jinja2"))  # torch requires them, so they are there
 
 # What the options take, and their defaults
@@ -286,6 +288,13 @@ DIGEST_BYTES = 16  # bytes of the SHA-256 that identifies a content
 PREPROCESSING = 2  # version, part of a model's identity; raise it when the same file would get other pixels
 SYSTEM_NAMES = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
 NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS starts Ghostscript; Pillow cannot read the others
+RAW_SUFFIXES = {".dng", ".nef", ".cr2", ".cr3", ".arw", ".pef", ".srw", ".orf", ".rw2", ".raf"}
+RAW_TAGS = {330, 33422, 50706}  # of TIFF: SubIFDs, CFAPattern and DNGVersion
+# What stands in XMP, and in Pillow's `info` of a HEIF image, if the file holds more than a picture
+XMP_MARKS = {b"MotionPhoto": "a video", b"MicroVideo": "a video", b"GDepth": "depth", b"hdrgm": "a gain map"}
+HEIF_MARKS = {"depth_images": "depth", "aux": "a gain map"}
+COLOUR_SIDE = 128  # pixels, of the square in which colours are looked for: a stamp of 1 % of a page's width is seen
+TONE, GREY_NOISE, TINT_NOISE = 8, 6, 24  # of 255: brightness that is one tone; differences of channels in grey, a tint
 
 one_large_image = threading.Lock()  # held while an image of more than LARGE_PIXELS is decoded
 
@@ -359,7 +368,9 @@ def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
     formats, suffixes, _ = image_formats()
     suffix = os.path.splitext(path)[1].lower()
     try:
-        return Image.open(stream, formats=formats)
+        image = Image.open(stream, formats=formats)
+        image.info |= {"raw": True} if suffix in RAW_SUFFIXES else {}
+        return image
     except Image.DecompressionBombError:
         raise ValueError(f"too large: over {2 * MAX_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
@@ -462,6 +473,72 @@ def to_rgb(image: Image.Image, side: int) -> Image.Image:
             image = image if image.mode == "RGBA" else image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image if image.mode == "RGB" else image.convert("RGB")
+
+
+class Holdings(NamedTuple):
+    """What a file holds beside the pixels of its first frame."""
+
+    size: tuple[int, int]  # width and height of the upright picture; of a RAW file, of its RAW data
+    frames: str  # "3 pages", "5 frames", "2 layers"; empty if there is one
+    bits: int  # of a channel in the file
+    colours: int  # 0: grey, 1: one tint, as of a sepia print, 2: colours
+    raw: bool
+    truncated: bool
+    more: frozenset[str]  # words for the rest: transparency, camera metadata, a place, depth, a gain map, a video
+
+
+def colours_of(picture: Image.Image) -> int:
+    """0 for a grey picture, 1 for one in a single tint, 2 for one in colours, and be it a stamp on a grey page."""
+    small = picture.resize([max(1, min(COLOUR_SIDE, side // 2)) for side in picture.size], Image.Resampling.BOX)
+    rgb = np.asarray(small).reshape(-1, 3).astype(np.float32)
+    chroma, tone = rgb[:, ::2] - rgb[:, 1:2], rgb.mean(1).astype(int) // TONE
+    tint = [(np.bincount(tone, plane) / np.bincount(tone).clip(1))[tone] for plane in chroma.T]  # mean of a tone
+    return int(np.abs(chroma).max() > GREY_NOISE) + int(np.abs(chroma - np.stack(tint, 1)).max() > TINT_NOISE)
+
+
+def holdings_of(image: Any) -> Holdings:
+    """The Holdings of an image as `open_image` returns it."""
+    tags, size, count, more = getattr(image, "tag_v2", {}), image.size, 1, set[str]()
+    deep = 16 if re.search(r";16|65535", f"{image.mode} {image.tile}") else 8  # how the decoder unpacks them
+    bits = max({"1": 1, "I": 32, "F": 32}.get(image.mode, deep), image.info.get("bit_depth", 0), *tags.get(258, (0,)))
+    with suppress(Exception):  # malformed metadata raises anything at all
+        count = getattr(image, "n_frames", 1)
+        exif, ifd = image.getexif(), TiffImagePlugin.ImageFileDirectory_v2
+        more |= {"camera metadata"} if {271, 272} & {*exif} or 36867 in exif.get_ifd(0x8769) else set()
+        more |= {"a place"} if 2 in exif.get_ifd(0x8825) else set()  # GPS latitude
+        turn = -1 if exif.get(274, 1) > 4 else 1  # by 90°
+        size = image.size[:: 1 if tags else turn]  # Pillow itself turns that of a TIFF
+        for offset in tags.get(330, ()):  # SubIFDs: the first picture of a RAW file is a thumbnail
+            image.fp.seek(offset)
+            (below := ifd(image.tag_v2.prefix + b"*\0\0\0\0\0")).load(image.fp)
+            size = max(size, (below[256], below[257])[::turn], key=math.prod)
+    xmp = image.info.get("xmp", b"")
+    more |= {word for mark, word in XMP_MARKS.items() if mark in xmp}
+    more |= {word for key, word in HEIF_MARKS.items() if image.info.get(key)}
+    colours = colours_of(to_rgb(image, COLOUR_SIDE))
+    if image.has_transparency_data and (image.mode[0] == "I" or image.convert("RGBA").getextrema()[3][0] < 255):
+        more.add("transparency")
+    frames = counted(count, {"TIFF": "page", "PSD": "layer"}.get(image.format or "", "frame")) if count > 1 else ""
+    raw = bool("raw" in image.info or RAW_TAGS & {*tags})
+    return Holdings(size, frames, bits, colours, raw, "truncated" in image.info, frozenset(more))
+
+
+def holdings(path: str | bytes | Path) -> Holdings | None:
+    """What a file holds beside its first frame. None: it cannot be read now."""
+    return read_path(path, holdings_of).made
+
+
+def lost_beside(file: Holdings, keep: Holdings) -> list[str]:
+    """Words for what is lost if `file` goes and only `keep` stays, which shows the same, but has other bytes."""
+    lost = {
+        file.frames: bool(file.frames),  # also if `keep` has as many: only the first frames were compared
+        "RAW data": file.raw,
+        "the developed picture": keep.raw > file.raw,
+        f"{file.bits} bits": file.bits > keep.bits,
+        "colour": file.colours > keep.colours,
+        "what is cut off there": keep.truncated > file.truncated,
+    }
+    return [word for word, is_lost in lost.items() if is_lost] + sorted(file.more - keep.more)
 
 
 def usable_cores() -> int:
