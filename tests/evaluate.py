@@ -21,19 +21,21 @@ import random
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from bench_million import seconds
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import main
 
+COPY = ("identical", "copy")  # labels that say: the same picture
 SEED = int(os.environ.get("SEED", 7))  # of the shuffle that chooses the photographs to edit
 
 Edit = Callable[[Image.Image], Image.Image]
@@ -180,6 +182,23 @@ def vintage(image: Image.Image) -> Image.Image:
     return of_light(255 * (pixels * (1 - 0.35 * (x[None, :] ** 2 + y[:, None] ** 2) / 2)[..., None]))
 
 
+def watermark(image: Image.Image, colour: str, strength: float) -> Image.Image:
+    """Lines of text that rise over the whole picture, so strong: 0 to 1."""
+    side, size = 2 * max(image.size), 0.07 * min(image.size)
+    draw, font = ImageDraw.Draw(mask := Image.new("L", (side, side))), ImageFont.load_default(size=size)
+    for row in range(round(side / (3 * size))):
+        draw.text((-row * size, 3 * row * size), "SAMPLE  -  do not copy  -  " * 9, round(255 * strength), font)
+    mask = ImageOps.fit(mask.rotate(30).crop((side // 4, side // 4, 3 * side // 4, 3 * side // 4)), image.size)
+    return Image.composite(Image.new("RGB", image.size, colour), image, mask)
+
+
+def recoloured(image: Image.Image) -> Image.Image:
+    """The hue turned by 25°, then white made cream and black dark blue."""
+    hue, saturation, value = image.convert("HSV").split()
+    turned = Image.merge("HSV", (hue.point([(h + 18) % 256 for h in range(256)]), saturation, value)).convert("RGB")
+    return of_light(np.asarray(turned, np.float32) * (0.92, 0.84, 0.6) + (18, 24, 48))
+
+
 def tiny(image: Image.Image) -> Image.Image:
     """64 pixels wide or high, enlarged again."""
     small = image.copy()
@@ -233,6 +252,19 @@ COPIES: dict[str, Edit] = {
     "mirrored": ImageOps.mirror,
 }
 
+# What is done to pages, charts, codes and drawings: the pictures of `--kinds`
+OF_KINDS: dict[str, Edit] = {
+    "resaved": partial(resaved, quality=40),
+    "half": EDITS["half size"],
+    "crop 60 %": partial(crop, area=0.6),
+    "screenshot": app,
+    "moved 2 %": lambda image: ImageChops.offset(image, round(0.02 * image.width), round(0.02 * image.height)),
+    "watermark": partial(watermark, colour="grey", strength=0.3),
+    "mirrored": ImageOps.mirror,
+    "recoloured": recoloured,
+}
+LEAST_WIDTH = 128  # pixels of the pictures of `--kinds` that are edited
+
 
 def by_class(features: np.ndarray, classes: np.ndarray) -> tuple[float, float]:
     """Precision@1 and mean average precision, each photograph among all the others."""
@@ -245,8 +277,7 @@ def by_class(features: np.ndarray, classes: np.ndarray) -> tuple[float, float]:
 
 def read(folder: Path) -> tuple[list[Path], np.ndarray]:
     """The photographs, shuffled, and the class of each, by its folder."""
-    paths = [folder / os.fsdecode(file.path) for file in main.find_images(folder, lambda error: None)]
-    paths = [path for path in paths if path.suffix.lower() in main.image_formats()[1]]
+    paths = images_in(folder)
     random.Random(SEED).shuffle(paths)
     names = sorted({path.parent for path in paths})
     return paths, np.array([names.index(path.parent) for path in paths])
@@ -256,11 +287,11 @@ def opened(path: Path) -> Image.Image:
     return main.to_rgb(Image.open(path), 10**6)
 
 
-def saved(images: Iterable[Image.Image], folder: str | Path) -> list[str]:
+def saved(images: Iterable[Image.Image], folder: str | Path, prefix: str = "") -> list[str]:
     """The images as files, and their paths."""
     paths = []
     for number, image in enumerate(images):
-        image.save(path := f"{folder}/{number:05}.png")
+        image.save(path := f"{folder}/{prefix}{number:05}.png", compress_level=1)
         paths.append(path)
     return paths
 
@@ -281,6 +312,67 @@ def by_edit(photos: list[Image.Image], paths: list[Path], engine: main.Engine) -
     print(f"{'mean':11}" + "".join(f"{value:18.3f}" for value in np.mean(rows, 0)), flush=True)
 
 
+def images_in(folder: Path) -> list[Path]:
+    paths = [folder / os.fsdecode(file.path) for file in main.find_images(folder, lambda error: None)]
+    return [path for path in paths if path.suffix.lower() in main.image_formats()[1]]
+
+
+def of_kind(folder: Path, options: argparse.Namespace, model: main.Model) -> tuple[list[int], np.ndarray]:
+    """Print the line of one set. Returns its counts, and for each edit how many are labelled, `copy`, and edited."""
+    paths, edited, wrong, wrong_edits = images_in(folder), Counter[str](), Counter[str](), Counter[str]()
+    labelled, copies = Counter[str](), Counter[str]()
+    with tempfile.TemporaryDirectory() as name:
+        engine = main.initialize_reverse_image_search(folder, Path(name, "index"), model=model)
+        asked: dict[str, tuple[str, str]] = {str(path): (str(path), "") for path in paths}  # source and edit
+        wide = [path for path in paths if opened(path).width >= LEAST_WIDTH][: options.queries]
+        for edit in OF_KINDS:
+            queries = saved((OF_KINDS[edit](opened(path)) for path in wide), name, f"{list(OF_KINDS).index(edit)}-")
+            asked |= {query: (str(path), edit) for query, path in zip(queries, wide)}
+            edited[edit] = len(wide)
+        answers = main.search(list(asked), engine, k=len(paths))
+        for answer in tqdm(answers, total=len(asked), desc=folder.name, leave=False, disable=None):
+            source, edit = asked[answer.query]
+            first = answer.matches[0] if answer.matches and answer.matches[0].path == source else None
+            labelled[edit] += bool(first and first.label)
+            copies[edit] += bool(first and first.label in COPY)
+            others = [match.path for match in answer.matches if match.label == "copy" and match.path != source]
+            (wrong_edits if edit else wrong)[source] += len(others)
+            for other in others if options.names else ():
+                print(f"  wrong: {source}{edit and f', {edit},'} is called a copy of {other}")
+        matches = (match for group in main.find_duplicates(engine) for match in group.matches)
+        listed = [match.path for match in matches if getattr(match, "lost", None) is None]
+    for path in listed if options.names else ():
+        print(f"  listed: {path}")
+    counts = [len(paths), wrong.total(), sum(map(bool, wrong.values())), wrong_edits.total(), len(listed)]
+    return counts, np.array([[labelled[edit], copies[edit], edited[edit]] for edit in OF_KINDS])
+
+
+def by_kind(options: argparse.Namespace, model: main.Model) -> None:
+    """Print a line for each set of distinct pictures, each a sub-folder."""
+    print(
+        f"{options.folder}: sets of distinct pictures; {model.name}. `copy` for another picture: in how many searches"
+    )
+    print(
+        "for the pictures as they are, and for edits of them; files that `--duplicates -0` lists; and for each edit how"
+    )
+    print("often the source is first and labelled, and first and `copy`.\n")
+    heading = f"{'set':13}{'pictures':>8}{'wrong':>8}{'in':>4}{'edits':>6}{'listed':>7}"
+    print(heading + "".join(f"{edit:>11}" for edit in OF_KINDS))
+    lines = {}
+    for folder in sorted(path for path in options.folder.iterdir() if path.is_dir()):
+        lines[folder.name] = of_kind(folder, options, model)
+        print_kind(folder.name, *lines[folder.name])
+    if not lines:
+        raise SystemExit(f"error: there are no sets of pictures in {options.folder}")
+    print_kind("all", *(sum(column) for column in zip(*((np.array(counts), hits) for counts, hits in lines.values()))))
+
+
+def print_kind(name: str, counts: Iterable[int], hits: np.ndarray) -> None:
+    pictures, wrong, searches, wrong_edits, listed = counts
+    shares = [f"{a / max(n, 1):6.2f} {b / max(n, 1):.2f}" if n else f"{'-':>11}" for a, b, n in hits.tolist()]
+    print(f"{name:13}{pictures:8}{wrong:8}{searches:4}{wrong_edits:6}{listed:7}" + "".join(shares), flush=True)
+
+
 def without_source(paths: list[Path], model: main.Model) -> None:
     """Print how many queries get a copy, and of how many. No query has a source in the collection.
 
@@ -296,7 +388,7 @@ def without_source(paths: list[Path], model: main.Model) -> None:
             saved((kinds[i % 2](opened(path)) for i, path in enumerate(known)), here / "collection")
             queries = saved((edit(opened(path)) for path in strangers for edit in kinds), here / "queries")
             engine = main.initialize_reverse_image_search(here / "collection", here / "index", model=model)
-            for answer in tqdm(main.search(queries, engine, k=1), total=len(queries), desc="without a source"):
+            for answer in tqdm(main.search(queries, engine, k=1), total=len(queries), desc="without a source", disable=None):
                 for match in (match for match in answer.matches if match.label == "copy"):
                     query, other = int(Path(answer.query).stem) // len(kinds), int(Path(match.path).stem)
                     print(f"  {strangers[query]} is called a copy of {known[other]}, {match.region}")
@@ -383,10 +475,13 @@ if __name__ == "__main__":
     parser.add_argument("--queries", type=int, default=150, metavar="N", help="to edit (default: %(default)s)")
     parser.add_argument("--strangers", action="store_true", help="also search for pictures without a source")
     parser.add_argument("--duplicates", type=int, default=0, metavar="N", help="also find the edits of N photographs")
+    parser.add_argument("--kinds", action="store_true", help="FOLDER has sets of distinct pictures: see above")
+    parser.add_argument("--names", action="store_true", help="with --kinds: print the wrong pairs and files")
     parser.add_argument("--times", action="store_true", help="also measure a query and local features")
     options = parser.parse_args()
     try:
         for name in options.model or [main.OFFLINE]:
-            evaluate(options, main.load_model(name, None if name == main.OFFLINE else options.weights))
+            measure = by_kind if options.kinds else evaluate
+            measure(options, main.load_model(name, None if name == main.OFFLINE else options.weights))
     except main.DeepVisionError as error:
         raise SystemExit(f"error: {error}") from error
