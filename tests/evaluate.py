@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 from bench_million import seconds
-from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -136,13 +136,13 @@ def noisy(image: Image.Image, spread: float) -> Image.Image:
     return of_light(image + np.random.default_rng(number_of(image)).normal(0, spread, (*image.size[::-1], 3)))
 
 
-def inset(image: Image.Image, share: float) -> Image.Image:
+def inset(image: Image.Image, share: float, opacity: float = 1.0) -> Image.Image:
     """Set into another photograph, at `share` of its width."""
     canvas, place = backdrop(image).resize((600, 450), Image.Resampling.BICUBIC), random.Random(number_of(image))
     scale = min(share * canvas.width / image.width, 0.96 * canvas.height / image.height)
     small = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BICUBIC)
     left, top = (place.randint(0, a - b) for a, b in zip(canvas.size, small.size))
-    canvas.paste(small, (left, top))
+    canvas.paste(small, (left, top), Image.new("L", small.size, round(255 * opacity)))
     return canvas
 
 
@@ -192,6 +192,12 @@ def watermark(image: Image.Image, colour: str, strength: float) -> Image.Image:
     return Image.composite(Image.new("RGB", image.size, colour), image, mask)
 
 
+def moved(image: Image.Image, share: float) -> Image.Image:
+    """To the right and down, by this share of each side, over white."""
+    to = (1, 0, -round(share * image.width), 0, 1, -round(share * image.height))
+    return image.transform(image.size, Image.Transform.AFFINE, to, fillcolor="white")
+
+
 def recoloured(image: Image.Image) -> Image.Image:
     """The hue turned by 25°, then white made cream and black dark blue."""
     hue, saturation, value = image.convert("HSV").split()
@@ -204,6 +210,113 @@ def tiny(image: Image.Image) -> Image.Image:
     small = image.copy()
     small.thumbnail((64, 64))
     return small.resize(image.size, Image.Resampling.BICUBIC)
+
+
+def stretched(image: Image.Image, ratio: float) -> Image.Image:
+    """As many pixels, with this ratio of width to height."""
+    height = (image.width * image.height / ratio) ** 0.5
+    return image.resize((round(ratio * height), round(height)), Image.Resampling.BICUBIC)
+
+
+def perspective(image: Image.Image, share: float) -> Image.Image:
+    """Each corner is moved by this share of both sides, inwards or outwards as it is drawn, over black."""
+    place, (w, h) = random.Random(number_of(image)), image.size
+    equations, source = [], []
+    for x, y in ((0, 0), (w, 0), (w, h), (0, h)):
+        u, v = x + place.choice((-share, share)) * w, y + place.choice((-share, share)) * h
+        equations += [(u, v, 1, 0, 0, 0, -u * x, -v * x), (0, 0, 0, u, v, 1, -u * y, -v * y)]
+        source += [x, y]
+    to = np.linalg.solve(np.array(equations), source).tolist()
+    return image.transform(image.size, Image.Transform.PERSPECTIVE, to, Image.Resampling.BICUBIC)
+
+
+def web_page(image: Image.Image) -> Image.Image:
+    """A screenshot of a page of news, the picture at 30 % of its width among text."""
+    canvas = Image.new("RGB", (1280, 800), "white")
+    draw, pale, width = ImageDraw.Draw(canvas), (215, 218, 224), 384
+    draw.rectangle((0, 0, 1280, 54), (32, 48, 84))
+    draw.text((40, 14), "THE DAILY     World   Business   Sport   Travel", "white", ImageFont.load_default(size=22))
+    draw.text((40, 84), "What nobody had expected of this picture", "black", ImageFont.load_default(size=38))
+    for row in range(24):
+        draw.rectangle((450, 160 + 26 * row, 860 - 67 * (row % 5 == 4), 170 + 26 * row), pale)
+    for row in range(4):
+        draw.rectangle((920, 160 + 160 * row, 1240, 290 + 160 * row), [(90, 160, 150), (230, 180, 80)][row % 2])
+    picture = image.resize((width, max(1, round(width * image.height / image.width))), Image.Resampling.BICUBIC)
+    canvas.paste(picture.crop((0, 0, width, min(picture.height, 600))), (40, 160))
+    return canvas
+
+
+def stripes(image: Image.Image) -> Image.Image:
+    """Slanting white stripes hide 30 % of the picture."""
+    y, x = np.ogrid[: image.height, : image.width]
+    hidden = (x + 2 * y) / max(image.size) % 0.2 < 0.06
+    return of_light(np.where(hidden[..., None], 255, np.asarray(image)))
+
+
+def emoji(image: Image.Image) -> Image.Image:
+    """A large smiling face, at a place that is drawn."""
+    place, image = random.Random(number_of(image)), image.copy()
+    r = 0.2 * min(image.size)
+    x, y, draw = place.uniform(r, image.width - r), place.uniform(r, image.height - r), ImageDraw.Draw(image)
+    draw.ellipse((x - r, y - r, x + r, y + r), "gold", "darkorange", max(1, round(r / 12)))
+    for eye in (x - 0.4 * r, x + 0.4 * r):
+        draw.ellipse((eye - 0.12 * r, y - 0.45 * r, eye + 0.12 * r, y - 0.1 * r), "black")
+    draw.arc((x - 0.6 * r, y - 0.5 * r, x + 0.6 * r, y + 0.65 * r), 20, 160, "black", max(1, round(r / 10)))
+    return image
+
+
+def text_over(image: Image.Image) -> Image.Image:
+    """Three lines of large red text, from a place that is drawn."""
+    place, image = random.Random(number_of(image)), image.copy()
+    at = place.uniform(0, 0.4) * image.width, place.uniform(0, 0.6) * image.height
+    text, font = "Good morning!\nHave a lovely day\n@mia 2019", ImageFont.load_default(size=0.09 * min(image.size))
+    ImageDraw.Draw(image).text(at, text, (220, 20, 40), font)
+    return image
+
+
+def covered(image: Image.Image) -> Image.Image:
+    """Another photograph hides a corner: half of the width, half of the height."""
+    image, size = image.copy(), ((image.width + 1) // 2, (image.height + 1) // 2)
+    image.paste(ImageOps.fit(backdrop(image), size), (image.width // 2, image.height // 2))
+    return image
+
+
+def bar_above(image: Image.Image) -> Image.Image:
+    """A white bar with a line of text, joined to the picture's top."""
+    bar = max(8, round(0.2 * image.height))
+    image = ImageOps.expand(image, (0, bar, 0, 0), "white")
+    font = ImageFont.load_default(size=0.4 * bar)
+    ImageDraw.Draw(image).text((image.width / 2, bar / 2), "me on a monday", "black", font, anchor="mm")
+    return image
+
+
+def turned(image: Image.Image, angle: float) -> Image.Image:
+    """Turned, and cut so that no corner is empty."""
+    whole, (w, h) = image.rotate(angle, Image.Resampling.BICUBIC, expand=True), image.size
+    a, b = abs(np.cos(np.radians(angle))), abs(np.sin(np.radians(angle)))
+    share = min(w / (w * a + h * b), h / (w * b + h * a))
+    left, top = (whole.width - share * w) / 2, (whole.height - share * h) / 2
+    return whole.crop((round(left), round(top), round(left + share * w), round(top + share * h)))
+
+
+def shuffled(image: Image.Image, share: float) -> Image.Image:
+    """This share of the pixels change places among one another."""
+    pixels, own = np.array(image).reshape(-1, 3), np.random.default_rng(number_of(image))
+    places = own.choice(len(pixels), round(share * len(pixels)), replace=False)
+    pixels[places] = pixels[own.permutation(places)]
+    return Image.fromarray(pixels.reshape(image.height, image.width, 3))
+
+
+def pixelated(image: Image.Image, share: float) -> Image.Image:
+    small = image.resize([max(1, round(share * side)) for side in image.size], Image.Resampling.BOX)
+    return small.resize(image.size, Image.Resampling.NEAREST)
+
+
+def chain(image: Image.Image, number: int) -> Image.Image:
+    """Three of OTHERS in a row, as they are drawn."""
+    for name in random.Random(number_of(image) + number).sample(list(OTHERS), 3):
+        image = OTHERS[name](image)
+    return image
 
 
 EDITS: dict[str, Edit] = {
@@ -240,6 +353,36 @@ EDITS: dict[str, Edit] = {
     "dark": lambda image: ImageEnhance.Brightness(image).enhance(0.4),
 }
 
+# What other programs and libraries of edits do
+OTHERS: dict[str, Edit] = {
+    "stretched": partial(stretched, ratio=2.2),
+    "perspective": partial(perspective, share=0.1),
+    "web page": web_page,
+    "background": partial(inset, share=0.5, opacity=0.7),
+    "blended": lambda image: Image.blend(image, ImageOps.fit(backdrop(image), image.size), 0.35),
+    "stripes": stripes,
+    "watermark": partial(watermark, colour="white", strength=0.5),
+    "emoji": emoji,
+    "text": text_over,
+    "covered": covered,
+    "bar above": bar_above,
+    "faded": lambda image: Image.blend(image, Image.new("RGB", image.size, "white"), 0.5),
+    "pixelated": partial(pixelated, share=0.3),
+    "shuffled": partial(shuffled, share=0.1),
+    "noise": partial(noisy, spread=25),
+    "sharpened": lambda image: ImageEnhance.Sharpness(image).enhance(8),
+    "saturated": lambda image: ImageEnhance.Color(image).enhance(3),
+    "contrast": lambda image: ImageEnhance.Contrast(image).enhance(2),
+    "bright": lambda image: ImageEnhance.Brightness(image).enhance(1.7),
+    "blur 2 px": lambda image: image.filter(ImageFilter.GaussianBlur(2)),
+    "square": lambda image: ImageOps.pad(image, (max(image.size), max(image.size))),
+    "turned 15°": partial(turned, angle=15),
+    "upside down": ImageOps.flip,
+    "sheared": lambda image: image.transform(image.size, Image.Transform.AFFINE, (1, 0.25, 0, 0, 1, 0)),
+    "quarter": lambda image: image.reduce(4),
+}
+CHAINS: dict[str, Edit] = {f"chain {number}": partial(chain, number=number) for number in range(1, 6)}
+
 # What is found as a duplicate, whatever the collection
 COPIES: dict[str, Edit] = {
     "resaved": partial(resaved, quality=85),
@@ -258,7 +401,7 @@ OF_KINDS: dict[str, Edit] = {
     "half": EDITS["half size"],
     "crop 60 %": partial(crop, area=0.6),
     "screenshot": app,
-    "moved 2 %": lambda image: ImageChops.offset(image, round(0.02 * image.width), round(0.02 * image.height)),
+    "moved 2 %": partial(moved, share=0.02),
     "watermark": partial(watermark, colour="grey", strength=0.3),
     "mirrored": ImageOps.mirror,
     "recoloured": recoloured,
@@ -388,7 +531,9 @@ def without_source(paths: list[Path], model: main.Model) -> None:
             saved((kinds[i % 2](opened(path)) for i, path in enumerate(known)), here / "collection")
             queries = saved((edit(opened(path)) for path in strangers for edit in kinds), here / "queries")
             engine = main.initialize_reverse_image_search(here / "collection", here / "index", model=model)
-            for answer in tqdm(main.search(queries, engine, k=1), total=len(queries), desc="without a source", disable=None):
+            for answer in tqdm(
+                main.search(queries, engine, k=1), total=len(queries), desc="without a source", disable=None
+            ):
                 for match in (match for match in answer.matches if match.label == "copy"):
                     query, other = int(Path(answer.query).stem) // len(kinds), int(Path(match.path).stem)
                     print(f"  {strangers[query]} is called a copy of {known[other]}, {match.region}")
