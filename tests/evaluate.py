@@ -22,9 +22,10 @@ import sys
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from bench_million import seconds
@@ -37,6 +38,8 @@ import main
 
 COPY = ("identical", "copy")  # labels that say: the same picture
 SEED = int(os.environ.get("SEED", 7))  # of the shuffle that chooses the photographs to edit
+
+QUERIES = 150  # photographs to edit; so many are kept for it, even if fewer are asked about
 
 Edit = Callable[[Image.Image], Image.Image]
 
@@ -406,16 +409,29 @@ OF_KINDS: dict[str, Edit] = {
     "mirrored": ImageOps.mirror,
     "recoloured": recoloured,
 }
+# What is asked about photographs that are not in the collection
+STRANGERS: dict[str, Edit] = {
+    "as it is": lambda image: image,
+    "screenshot": app,
+    "crop 50 %": EDITS["crop 50 %"],
+    "crop+mirror": EDITS["crop+mirror"],
+}
 LEAST_WIDTH = 128  # pixels of the pictures of `--kinds` that are edited
 
 
-def by_class(features: np.ndarray, classes: np.ndarray) -> tuple[float, float]:
-    """Precision@1 and mean average precision, each photograph among all the others."""
+def by_class(features: np.ndarray, classes: np.ndarray) -> tuple[float, float, float]:
+    """Precision@1 and @10, and mean average precision, each photograph among all the others."""
     scores = features @ features.T
     np.fill_diagonal(scores, -np.inf)
     hits = classes[np.argsort(-scores, axis=1, kind="stable")[:, :-1]] == classes[:, None]
     precision = hits.cumsum(1) / np.arange(1, hits.shape[1] + 1)
-    return float(hits[:, 0].mean()), float(((precision * hits).sum(1) / np.maximum(hits.sum(1), 1)).mean())
+    average = (precision * hits).sum(1) / np.maximum(hits.sum(1), 1)
+    return float(hits[:, 0].mean()), float(hits[:, :10].mean()), float(average.mean())
+
+
+def images_in(folder: Path) -> list[Path]:
+    paths = [folder / os.fsdecode(file.path) for file in main.find_images(folder, lambda error: None)]
+    return [path for path in paths if path.suffix.lower() in main.image_formats()[1]]
 
 
 def read(folder: Path) -> tuple[list[Path], np.ndarray]:
@@ -439,25 +455,129 @@ def saved(images: Iterable[Image.Image], folder: str | Path, prefix: str = "") -
     return paths
 
 
-def by_edit(photos: list[Image.Image], paths: list[Path], engine: main.Engine) -> None:
-    """Print for each edit how often the original comes first, among the first ten, and first as a copy."""
-    print(f"{'recall':11}{'@1':>18}{'@10':>18}{'first and copy':>18}")
+class Plan(NamedTuple):
+    """What each photograph is for. No photograph is for two of these."""
+
+    sources: list[Path]  # in the collection; edits of them are searched for
+    others: list[Path]  # with distractors, these are crops of them
+    strangers: list[Path]  # searched for, and not in the collection
+    backdrops: list[Path]
+
+
+def planned(paths: list[Path], options: argparse.Namespace) -> Plan:
+    """The same photographs for the same purpose, however many queries are asked, so that a cache can be used again."""
+    spare = min(10, len(paths) // 5)
+    count = min(max(options.queries, QUERIES), len(paths) - len(paths) // 5)
+    others = [path.resolve() for path in paths[count : len(paths) - spare]]
+    strangers = []
+    if options.distractors:
+        used = {path.resolve() for path in paths}
+        more = [path.resolve() for folder in options.more for path in images_in(folder)]
+        others = [*others, *sorted(set(more) - used)]
+        random.Random(SEED).shuffle(others)
+        strangers, others = others[: len(others) // 2], others[len(others) // 2 :]
+    return Plan(paths[:count], others, strangers, paths[len(paths) - spare :])
+
+
+def make_distractors(others: list[Path], folder: Path, count: int) -> None:
+    """So many crops of the photographs, half of them mirrored, those that are there left as they are."""
+    folder.mkdir(exist_ok=True)
+    for first, path in enumerate(tqdm(others, desc="distractors", disable=None)):
+        files = {number: folder / f"{number:06}.jpg" for number in range(first, count, len(others))}
+        missing = [number for number, file in files.items() if not file.exists()]
+        whole = opened(path) if missing else None
+        for number in missing if whole else ():
+            place = random.Random(f"{SEED} {number}")
+            w, h = (max(1, round(place.uniform(0.4, 0.8) * side)) for side in whole.size)
+            left, top = place.randint(0, whole.width - w), place.randint(0, whole.height - h)
+            image = whole.crop((left, top, left + w, top + h))
+            image = ImageOps.mirror(image) if place.random() < 0.5 else image
+            image.thumbnail((300, 300))
+            image.save(part := folder / "part", "JPEG", quality=85)
+            part.replace(files[number])
+
+
+def make_collection(plan: Plan, known: list[Path], folder: Path, distractors: int) -> tuple[Path, list[Path]]:
+    """A folder with the photographs as links, and with distractors; and the links of the sources.
+
+    The folder's name tells what is in it, so that another run finds it again.
+    """
+    content = repr((SEED, distractors, [str(path.resolve()) for path in (*known, *plan.others)]))
+    (root := folder / f"{zlib.crc32(content.encode()):08x}").mkdir(parents=True, exist_ok=True)
+    links = [root / f"{number:05}{path.suffix}" for number, path in enumerate(known)]
+    for link, path in zip(links, known):
+        if not link.is_symlink():
+            link.symlink_to(path.resolve())
+    if distractors:
+        if not plan.others:
+            raise SystemExit("error: there are no other photographs to make distractors of: name some with --from")
+        make_distractors(plan.others, root / "distractors", distractors)
+    return root, links[: len(plan.sources)]
+
+
+def by_edit(photos: list[Image.Image], paths: list[Path], engine: main.Engine, edits: Mapping[str, Edit]) -> float:
+    """Print how often the original comes first, among the first ten, first and labelled, first and as a copy.
+
+    Returns the mean of the first column, recall@1.
+    """
+    print("\n" + " " * 13 + "".join(f"{what:>20}" for what in ("@1", "@10", "first and labelled", "first and copy")))
     rows = []
-    for name, edit in EDITS.items():
+    for name, edit in edits.items():
         with tempfile.TemporaryDirectory() as folder:
             queries, hits = saved(map(edit, photos), folder), []
             for answer, path in zip(main.search(queries, engine, k=10), map(str, paths)):
                 found = [match.path for match in answer.matches]
-                first = found[:1] == [path]
-                hits.append((first, path in found, first and answer.matches[0].label == "copy"))
+                label = answer.matches[0].label if found[:1] == [path] else None
+                hits.append((label is not None, path in found, bool(label), label in COPY))
         rows.append(np.mean(hits, 0))
-        print(f"{name:11}" + "".join(f"{value:18.3f}" for value in rows[-1]), flush=True)
-    print(f"{'mean':11}" + "".join(f"{value:18.3f}" for value in np.mean(rows, 0)), flush=True)
+        print(f"{name:13}" + "".join(f"{value:20.3f}" for value in rows[-1]), flush=True)
+    mean = np.mean(rows, 0)
+    print(f"{'mean':13}" + "".join(f"{value:20.3f}" for value in mean), flush=True)
+    return float(mean[0])
 
 
-def images_in(folder: Path) -> list[Path]:
-    paths = [folder / os.fsdecode(file.path) for file in main.find_images(folder, lambda error: None)]
-    return [path for path in paths if path.suffix.lower() in main.image_formats()[1]]
+def ask_strangers(
+    strangers: list[Path], engine: main.Engine, name_of: Callable[[str], object] = os.path.realpath
+) -> Counter[str]:
+    """How many queries of photographs that are not in the collection get which label. Those that get one are printed.
+
+    name_of  gives the name to print for the path of a match
+    """
+    labels = Counter[str]()
+    for i0 in tqdm(range(0, len(strangers), 16), desc="without a source", disable=None):
+        asked = [(path, edit) for path in strangers[i0 : i0 + 16] for edit in STRANGERS]
+        with tempfile.TemporaryDirectory() as folder:
+            queries = saved((STRANGERS[edit](opened(path)) for path, edit in asked), folder)
+            for (path, edit), answer in zip(asked, main.search(queries, engine, k=1)):
+                for match in answer.matches:
+                    labels[match.label] += 1
+                    if match.label:
+                        print(f"  {path}, {edit}: {match.label} of {name_of(match.path)}, {match.region}")
+    return labels
+
+
+def among_one_another(paths: list[Path], model: main.Model, limit: int) -> Counter[str]:
+    """The labels that queries without a source get: at most `limit` queries.
+
+    One half of the photographs is the collection, every second one in the frame of the same app. The other half asks.
+    Then the halves change places.
+    """
+    labels, half = Counter[str](), len(paths) // 2
+    for known, strangers in ((paths[:half], paths[half:]), (paths[half:], paths[:half])):
+        with tempfile.TemporaryDirectory() as name:
+            (here := Path(name, "collection")).mkdir()
+            saved((app(opened(path)) if i % 2 else opened(path) for i, path in enumerate(known)), here)
+            engine = main.initialize_reverse_image_search(here, Path(name, "index"), model=model)
+            asked = strangers[: -(-limit // (2 * len(STRANGERS)))]
+            labels += ask_strangers(asked, engine, lambda path, known=known: known[int(Path(path).stem)])
+    return labels
+
+
+def print_labels(labels: Counter[str]) -> None:
+    asked = labels.total()
+    print(f"\nof {asked:,} queries with no source in the collection, ", end="")
+    print(", ".join(f"{labels[label]} get a `{label}`" for label in ("copy", "variant")), end="")
+    print(f": {(labels['copy'] + labels['variant']) / max(asked, 1):.2%}")
 
 
 def of_kind(folder: Path, options: argparse.Namespace, model: main.Model) -> tuple[list[int], np.ndarray]:
@@ -516,32 +636,6 @@ def print_kind(name: str, counts: Iterable[int], hits: np.ndarray) -> None:
     print(f"{name:13}{pictures:8}{wrong:8}{searches:4}{wrong_edits:6}{listed:7}" + "".join(shares), flush=True)
 
 
-def without_source(paths: list[Path], model: main.Model) -> None:
-    """Print how many queries get a copy, and of how many. No query has a source in the collection.
-
-    One half of the photographs is the collection, every second one in the frame of the same app. The other half asks,
-    as it is, in that frame and cropped. Then the halves change places.
-    """
-    copies, asked, half = 0, 0, len(paths) // 2
-    kinds: tuple[Edit, ...] = (lambda image: image, app, EDITS["crop 50 %"])
-    for known, strangers in ((paths[:half], paths[half:]), (paths[half:], paths[:half])):
-        with tempfile.TemporaryDirectory() as name:
-            here = Path(name)
-            (here / "collection").mkdir(), (here / "queries").mkdir()
-            saved((kinds[i % 2](opened(path)) for i, path in enumerate(known)), here / "collection")
-            queries = saved((edit(opened(path)) for path in strangers for edit in kinds), here / "queries")
-            engine = main.initialize_reverse_image_search(here / "collection", here / "index", model=model)
-            for answer in tqdm(
-                main.search(queries, engine, k=1), total=len(queries), desc="without a source", disable=None
-            ):
-                for match in (match for match in answer.matches if match.label == "copy"):
-                    query, other = int(Path(answer.query).stem) // len(kinds), int(Path(match.path).stem)
-                    print(f"  {strangers[query]} is called a copy of {known[other]}, {match.region}")
-                    copies += 1
-        asked += len(queries)
-    print(f"\nof {asked:,} queries with no source in the collection, {copies} get a `copy`, {copies / asked:.2%}")
-
-
 def duplicates(paths: list[Path], model: main.Model, count: int) -> None:
     """Print how many pairs are found and wrong, and how many of each edit of `count` photographs are found."""
     with tempfile.TemporaryDirectory() as name:
@@ -588,26 +682,36 @@ def evaluate(options: argparse.Namespace, model: main.Model) -> None:
     paths, classes = read(options.folder)
     if len(paths) < 2:
         raise SystemExit(f"error: there are no photographs in {options.folder}")
-    count = min(options.queries, len(paths) - len(paths) // 5)
-    print(f"{options.folder}: {len(paths):,} photographs, {count} of them edited in {len(EDITS)} ways; {model.name}\n")
-    spare = min(10, len(paths) // 5)  # not in the collection, or they would be found, and rightly so
-    BACKDROPS[:] = [opened(path) for path in paths[-spare:]]
+    plan = planned(paths, options)
+    count = min(options.queries, len(plan.sources))
+    BACKDROPS[:] = map(opened, plan.backdrops)  # not in the collection, or they would be found, and rightly so
+    here = {path.resolve() for path in paths}
+    known = [*plan.sources, *(path for path in plan.others if path in here)]
+    print(
+        f"{options.folder}: {len(known):,} photographs and {options.distractors:,} crops of others are searched, ",
+        end="",
+    )
+    print(f"{count} of them edited; {model.name}", flush=True)
     with tempfile.TemporaryDirectory() as name:
-        (root := Path(name, "collection")).mkdir()
-        links = [root / f"{number:05}{path.suffix}" for number, path in enumerate(paths[: len(paths) - spare])]
-        for link, path in zip(links, paths):
-            link.symlink_to(path.resolve())
-        engine = main.initialize_reverse_image_search(root, Path(name, "index"), model=model)
-        if count:
-            by_edit([opened(path) for path in paths[:count]], links[:count], engine)
+        place = options.cache or Path(name)
+        root, links = make_collection(plan, known, place, options.distractors)
+        engine = main.initialize_reverse_image_search(root, place / f"index of {root.name}", model=model)
+        photos = [opened(path) for path in plan.sources[:count]]
+        for edits in (EDITS, OTHERS, CHAINS) if options.others else (EDITS,):
+            if count:
+                by_edit(photos, links, engine, edits)
         if options.times:
             times(paths, engine)
+        if options.strangers and options.distractors:
+            asked = -(-options.strangers // len(STRANGERS))
+            print_labels(ask_strangers(plan.strangers[:asked], engine))
     if len(set(classes.tolist())) > 1:
         blocks = (paths[i : i + 64] for i in range(0, len(paths), 64))
         features = np.concatenate([main.extract_features_batch(block, model) for block in blocks])
-        print("\nby class: precision@1 {:.3f}, mAP {:.3f}".format(*by_class(features, classes)))
-    if options.strangers:
-        without_source(paths, model)
+        first, ten, average = by_class(features, classes)
+        print(f"\nby class: precision@1 {first:.3f}, precision@10 {ten:.3f}, mAP {average:.3f}")
+    if options.strangers and not options.distractors:
+        print_labels(among_one_another(paths, model, options.strangers))
     if options.duplicates:
         duplicates(paths, model, min(options.duplicates, len(paths) // 2))
 
@@ -617,8 +721,14 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", action="append", metavar="NAME", help="may be given again (default: offline)")
     parser.add_argument("--weights", metavar="FILE", help="for all but offline")
-    parser.add_argument("--queries", type=int, default=150, metavar="N", help="to edit (default: %(default)s)")
-    parser.add_argument("--strangers", action="store_true", help="also search for pictures without a source")
+    parser.add_argument("--queries", type=int, default=QUERIES, metavar="N", help="to edit (default: %(default)s)")
+    parser.add_argument("--others", action="store_true", help="also edits of other programs, and chains of three")
+    parser.add_argument("--strangers", type=int, nargs="?", const=10**9, default=0, metavar="N",
+                        help="also search for pictures without a source, with at most N queries")  # fmt: skip
+    parser.add_argument("--distractors", type=int, default=0, metavar="N", help="so many crops are in the collection")
+    parser.add_argument("--from", type=Path, action="append", dest="more", default=[], metavar="FOLDER",
+                        help="further photographs to crop; may be given again")  # fmt: skip
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep collection and index there, for another run")
     parser.add_argument("--duplicates", type=int, default=0, metavar="N", help="also find the edits of N photographs")
     parser.add_argument("--kinds", action="store_true", help="FOLDER has sets of distinct pictures: see above")
     parser.add_argument("--names", action="store_true", help="with --kinds: print the wrong pairs and files")
