@@ -2,16 +2,22 @@
 
     python tests/evaluate.py ~/Pictures
     python tests/evaluate.py ~/Pictures --model offline --model resnet50 --weights resnet50-0676ba61.pth
+    python tests/evaluate.py ~/Pictures --distractors 50000 --from ~/Downloads --cache /tmp/kept --strangers 2000
+    python tests/evaluate.py --kinds ~/sets --names
     SEED=8 python tests/evaluate.py ~/Pictures      another draw of the photographs to edit
 
 A number of the photographs are edited in many ways. Each edited copy is then searched for among all of them, by the
-program itself. Printed is how often the original comes first (@1), among the first ten (@10), and first as a verified
-copy. Where the folder has one sub-folder a class, also how often a photograph's nearest neighbour is of its own class
-(precision@1), and mAP.
+program itself. Printed is how often the original comes first (@1), among the first ten (@10), first with a label (copy
+or variant), and first as a copy. Where the folder has one sub-folder a class, also how many of a photograph's nearest
+neighbours are of its own class (precision@1 and @10), and mAP.
 
-    --strangers   how many queries without a source get a copy all the same, screenshots of one app among them
-    --duplicates  how many of the pairs that `--duplicates` finds are wrong, and how many of the edited files it finds
-    --times       seconds of one query, alone and among a hundred, and of the local features of one picture
+    --others       also the edits that other programs make, and chains of three of them
+    --strangers    how many queries without a source get a label all the same, screenshots of one app among them
+    --duplicates   how many of the pairs that `--duplicates` finds are wrong, and how many of the edited files it finds
+    --times        seconds of one query, alone and among a hundred, and of the local features of one picture
+    --distractors  so many further pictures are in the collection: crops of photographs that nothing else is done with
+    --kinds        the folder holds sets (sub-folders) of distinct pictures. For each set: how many `copy` labels are
+                   wrong, what `--duplicates -0` lists, and how often the source of an edit is found and labelled
 """
 
 import argparse
