@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import copy
 import difflib
 import errno
 import faulthandler
@@ -55,6 +54,7 @@ import sys
 import tempfile
 import threading
 import time
+import timeit
 import unicodedata
 import urllib.parse
 import urllib.request
@@ -64,6 +64,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache, cached_property, lru_cache, partial
@@ -611,10 +612,10 @@ def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> Non
             name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name)  # DenseNet's old names
             if not name.startswith(unused):
                 state[name] = value
-        own, names = network.state_dict(), list(state)
-        kinds = ([(name.rpartition(".")[2], it[name].shape) for name in it] for it in (own, state))
-        rest = {name.rpartition(".")[0] for name in names[len(own) :]}  # one more layer at the end: the classifier
-        if not own.keys() & state.keys() and len(rest) < 2 and operator.eq(*(it[: len(own)] for it in kinds)):
+        own = network.state_dict()
+        fits = [[(k.rpartition(".")[2], getattr(v, "shape", 0)) for k, v in it.items()] for it in (own, state)]
+        rest = {name.rpartition(".")[0] for name in list(state)[len(own) :]}  # one more layer, the last: the classifier
+        if not own.keys() & state.keys() and len(rest) < 2 and fits[0] == fits[1][: len(own)]:
             log.info("%s: no name of a tensor fits, but all shapes do: the tensors are taken in their order", path)
             state = dict(zip(own, state.values()))
         network.load_state_dict(state, assign=True)
@@ -641,16 +642,15 @@ def one_kernel(layer: Any, then: str = "none", *limits: float) -> Callable[..., 
 
 
 def layers_of_torch(network: torch.nn.Module) -> torch.nn.Module:
-    """A copy with layers of torch in place of timm's, which cannot be traced or folded. Where the side of a layer's input
-    is no multiple of its stride, it gives other features, which `fastest_form` refuses."""
-    network = copy.deepcopy(network)
+    """A copy with layers of torch in place of timm's, which cannot be traced or folded. The padding is that of inputs
+    whose side is a multiple of the stride; where one is not, `fastest_form` sees other features and refuses."""
+    network = deepcopy(network)
     for name, layer in list(network.named_modules()):
-        kind = type(layer).__name__
-        if kind == "Conv2dSame":
-            x, y = (size - step for size, step in zip(reversed(layer.kernel_size), reversed(layer.stride)))
-            layer.__class__, pad = torch.nn.Conv2d, torch.nn.ZeroPad2d((x // 2, x - x // 2, y // 2, y - y // 2))
+        if type(layer).__name__ == "Conv2dSame":
+            spare = layer.kernel_size[0] - layer.stride[0]
+            pad, layer.__class__ = torch.nn.ZeroPad2d((spare // 2, spare - spare // 2) * 2), torch.nn.Conv2d
             network.set_submodule(name, torch.nn.Sequential(pad, layer))
-        elif kind == "BatchNormAct2d":
+        elif type(layer).__name__ == "BatchNormAct2d":
             layer.__class__ = torch.nn.BatchNorm2d
             network.set_submodule(name, torch.nn.Sequential(layer, layer.act))
     return network
@@ -662,17 +662,13 @@ def fuse_convolutions(network: torch.fx.GraphModule) -> None:
     torch.compile does the same. It is 5 % faster still, but takes 17 s to start.
     """
     graph, add, nn = network.graph, (operator.add, operator.iadd, torch.add), torch.nn
-    relu = dict.fromkeys((nn.ReLU, nn.functional.relu, torch.relu), ("relu",))
-    known = {**relu, nn.ReLU6: ("hardtanh", 0.0, 6.0), nn.SiLU: ("swish",), nn.Hardswish: ("hardswish",)}
+    known: dict[Any, Any] = dict.fromkeys((nn.ReLU, nn.functional.relu, torch.relu), ("relu",))
+    known |= {nn.ReLU6: ("hardtanh", 0.0, 6.0), nn.SiLU: ("swish",), nn.Hardswish: ("hardswish",)}
     layers = {node: network.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
-    for node in [node for node, layer in layers.items() if isinstance(layer, (nn.Identity, nn.Dropout))]:
-        node.replace_all_uses_with(node.args[0])
-        graph.erase_node(node)
     convolutions = [node for node, layer in layers.items() if isinstance(layer, nn.Conv2d)]
     for last in list(reversed(graph.nodes)):
         convolution, addends = last, list[Any]()  # `last`: a convolution, its activation, or its sum's ReLU
-        then = known.get(type(layers[last]) if last in layers else last.target, ())
-        if then:
+        if then := known.get(type(layers[last]) if last in layers else last.target, ()):
             convolution = last.args[0]
             if then == ("relu",) and convolution.target in add and len(convolution.users) == 1:
                 *addends, convolution = sorted(convolution.args, key=convolutions.__contains__)
@@ -695,8 +691,8 @@ def fused(plain: partial[torch.Tensor], dtype: torch.dtype, kernels: bool) -> pa
     """A copy of `plain`, a partial of `forward`, in precision `dtype`. kernels: see `fuse_convolutions`."""
     fold_batch_norms = importlib.import_module("torch.fx.experimental.optimization").fuse
     with one_torch_thread():
-        network = fold_batch_norms(layers_of_torch(plain.keywords["network"]), inplace=True).to(dtype)
-        network = network.to(memory_format=torch.channels_last)
+        network = fold_batch_norms(layers_of_torch(plain.keywords["network"]), inplace=True)
+        network = network.to(dtype=dtype, memory_format=torch.channels_last)
     if kernels:
         fuse_convolutions(network)
     return partial(plain, network=network, dtype=dtype)
@@ -704,11 +700,7 @@ def fused(plain: partial[torch.Tensor], dtype: torch.dtype, kernels: bool) -> pa
 
 def seconds_of(network: Callable[..., torch.Tensor], sample: torch.Tensor) -> float:
     """The least time of three passes."""
-    times = [time.perf_counter()]
-    for _ in range(3):
-        network(sample)
-        times.append(time.perf_counter())
-    return min(map(operator.sub, times[1:], times))
+    return min(timeit.repeat(lambda: network(sample), number=1, repeat=3))
 
 
 def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor, note: Path) -> tuple[partial[torch.Tensor], int]:
