@@ -614,8 +614,8 @@ def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> Non
                 state[name] = value
         own = network.state_dict()
         fits = [[(k.rpartition(".")[2], getattr(v, "shape", 0)) for k, v in it.items()] for it in (own, state)]
-        rest = {name.rpartition(".")[0] for name in list(state)[len(own) :]}  # one more layer, the last: the classifier
-        if not own.keys() & state.keys() and len(rest) < 2 and fits[0] == fits[1][: len(own)]:
+        fits[1][len(own) : len(own) + 2] = []  # the weight and bias of a classifier by another name
+        if not own.keys() & state.keys() and fits[0] == fits[1]:
             log.info("%s: no name of a tensor fits, but all shapes do: the tensors are taken in their order", path)
             state = dict(zip(own, state.values()))
         network.load_state_dict(state, assign=True)
