@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import itertools
 import os
 import random
 import shutil
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +336,65 @@ def test_odd_sizes(size, kind):
     assert difference(pixels("odd"), np.array((250, 120, 10))) < 4
 
 
+# ---- Damaged, and shown as far as they go ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["a tenth", 21, 2])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, {}) for kind in sorted(COMMON & set(WRITABLE) - {"AVIF", "JPEG2000"})),
+        pytest.param("JPEG", {"progressive": True}, id="progressive"),
+    ],
+)
+def test_truncated_file_is_decoded_as_far_as_it_goes(picture, kind, options, missing):
+    content = encoded(picture(1, (400, 300)), kind, **options)
+    touch("whole", content)
+    touch("cut", content[: int(len(content) * 0.9) if missing == "a tenth" else -missing])
+    cut, whole = read("cut"), read("whole")
+    assert whole.reason is None and cut.digest and cut.digest != whole.digest
+    right = np.abs(cut.made.numpy().astype(int) - whole.made.numpy()).mean((0, 2)) < 10  # of its rows
+    assert right.mean() > (0.6 if missing == "a tenth" else 0.9)
+    assert cut.reason == main.TRUNCATED or (missing != "a tenth" and right.all())  # what is missing is no pixel
+
+
+@pytest.mark.parametrize("strips", [1, 8])
+def test_compressed_tiff_shows_the_strips_before_the_damage(picture, strips):
+    content = bytearray(encoded(picture(1, (400, 304)), "TIFF", compression="tiff_lzw", tiffinfo={278: 304 // strips}))
+    with Image.open(io.BytesIO(content)) as image:
+        last = image.tag_v2[273][-1]
+    content[last : last + 40] = b"\xff" * 40
+    touch("damaged.tif", bytes(content))
+    if strips == 1:
+        refused("damaged.tif")
+    else:
+        assert read("damaged.tif").reason == main.TRUNCATED
+
+
+SHOWS_NOTHING = {"JPEG": 10, "PNG": 60, "GIF": 10, "WEBP": 15, "BMP": 40, "HEIF": 100}  # bytes that are left
+
+
+@pytest.mark.parametrize("kind", sorted(SHOWS_NOTHING.keys() & set(WRITABLE)))
+def test_a_start_that_shows_nothing_is_refused(picture, kind):
+    touch("cut.jpg", encoded(picture(1, (400, 300)), kind)[: SHOWS_NOTHING[kind]])
+    refused("cut.jpg")
+
+
+def test_jpeg_of_which_no_pixel_is_left_is_refused(picture):
+    content = encoded(picture(1, (400, 300)), "JPEG")
+    touch("cut.jpg", content[: content.index(b"\xff\xda") + 14])
+    refused("cut.jpg")
+
+
+def test_a_thread_that_reads_a_damaged_file_does_not_make_others_tolerant(picture):
+    content = encoded(picture(1, (400, 300)), "JPEG")
+    touch("cut.jpg", content[:-300])
+    with ThreadPoolExecutor(8) as threads:
+        assert {found.reason for found in threads.map(read, ["cut.jpg"] * 200)} == {main.TRUNCATED}
+    with pytest.raises(OSError, match="truncated"):
+        Image.open("cut.jpg").load()
+
+
 # ---- Refused, with a reason ------------------------------------------------------------------------------------------
 
 
@@ -343,14 +404,6 @@ def refused(path: str | Path) -> str:
     assert picture.digest is None and picture.made is None and not picture.vanished
     assert picture.reason and "\n" not in picture.reason
     return picture.reason
-
-
-@pytest.mark.parametrize("part", [0.5, 0.9], ids="{:.0%} of it".format)
-@pytest.mark.parametrize("kind", sorted(COMMON & set(WRITABLE)))
-def test_truncated(picture, kind, part):
-    content = encoded(picture(1, (400, 300)), kind)
-    touch("cut.jpg", content[: int(len(content) * part)])
-    refused("cut.jpg")
 
 
 NO_IMAGES = {
