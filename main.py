@@ -36,6 +36,7 @@ import hashlib
 import http.client
 import http.server
 import importlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -294,6 +295,13 @@ PREPROCESSING = 2  # version, part of a model's identity; raise it when the same
 SYSTEM_NAMES = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
 NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS starts Ghostscript; Pillow cannot read the others
 RAW_SUFFIXES = {".dng", ".nef", ".cr2", ".cr3", ".arw", ".pef", ".srw", ".orf", ".rw2", ".raf"}
+DECODERS = {  # what reads further formats, if it is installed
+    "pillow-heif": {".heic", ".heif", ".hif"},
+    "pillow-jxl-plugin": {".jxl"},
+    "rawpy": RAW_SUFFIXES,
+}
+UNREADABLE = "cannot be read here: pip install"  # between a suffix and a package
+LEAST_PREVIEW = 1000  # pixels, of the longer side of a RAW file's preview that is taken for the picture
 RAW_TAGS = {330, 33422, 50706}  # of TIFF: SubIFDs, CFAPattern and DNGVersion
 # What stands in XMP, and in Pillow's `info` of a HEIF image, if the file holds more than a picture
 XMP_MARKS = {b"MotionPhoto": "a video", b"MicroVideo": "a video", b"GDepth": "depth", b"hdrgm": "a gain map"}
@@ -363,27 +371,54 @@ def image_formats() -> tuple[list[str], set[str], str]:
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow refuses headers of more than twice this
     importlib.import_module("PIL.ImageFile").LOAD_TRUNCATED_IMAGES = tolerance  # type: ignore[attr-defined]
     version = f"Pillow {Image.__version__}"
-    with suppress(ImportError):
-        heif = importlib.import_module("pillow_heif")
-        heif.register_heif_opener()
-        version += f", pillow_heif {heif.__version__}"
+    raw = set[str]()
+    for package in DECODERS:
+        with suppress(ImportError):
+            module = importlib.import_module(package.removesuffix("-plugin").replace("-", "_"))
+            getattr(module, "register_heif_opener", str)()  # the one of JPEG XL registers itself
+            raw |= RAW_SUFFIXES if package == "rawpy" else set()
+            version += f", {package} {importlib.metadata.version(package)}"
     formats = [name for name in Image.ID if name not in NOT_DECODED]
-    return formats, {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
+    return formats, raw | {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
+
+
+def developed(stream: BinaryIO) -> Any:
+    """The picture of a RAW file, its true size in info["raw"]: the preview in it if large, else developed at half size.
+
+    Raises what rawpy raises for a file that it cannot read.
+    """
+    rawpy, image = importlib.import_module("rawpy"), None  # type: Any, Any
+    stream.seek(0)
+    with rawpy.imread(stream) as raw:
+        size, flip = (raw.sizes.width, raw.sizes.height), raw.sizes.flip
+        if math.prod(size) > 2 * MAX_PIXELS:
+            raise ValueError(f"too large: over {2 * MAX_PIXELS:,} pixels")
+        with suppress(Exception):  # there is no preview, or it is broken
+            image = Image.open(io.BytesIO(raw.extract_thumb().data), formats=["JPEG"])
+            image.getexif()[274] = {3: 3, 5: 8, 6: 6}.get(flip, 1)  # LibRaw's turn as an EXIF orientation
+        if image is None or max(image.size) < LEAST_PREVIEW:
+            image = Image.fromarray(raw.postprocess(half_size=True, use_camera_wb=True))  # upright
+    image.info["raw"] = size[:: -1 if flip > 4 else 1]
+    return image
 
 
 def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
     """The image in `stream`, only its header read. None: no image, nor named like one. ValueError: a broken one."""
     formats, suffixes, _ = image_formats()
     suffix = os.path.splitext(path)[1].lower()
+    if suffix in RAW_SUFFIXES & suffixes:
+        with suppress(Exception):
+            return developed(stream)
+        stream.seek(0)
     try:
         image = Image.open(stream, formats=formats)
-        image.info |= {"raw": True} if suffix in RAW_SUFFIXES else {}
+        image.info |= {"raw": image.size} if suffix in RAW_SUFFIXES else {}
         return image
     except Image.DecompressionBombError:
         raise ValueError(f"too large: over {2 * MAX_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
-        if suffix in {".heic", ".heif", ".hif"} - suffixes:
-            raise ValueError("a HEIF image: run `pip install pillow-heif`") from None
+        if package := next((name for name, known in DECODERS.items() if suffix in known - suffixes), ""):
+            raise ValueError(f"{suffix} {UNREADABLE} {package}") from None
         if suffix in suffixes:
             raise ValueError("broken, or no image at all" if stream.seek(0, 2) else "an empty file") from None
         return None
@@ -524,7 +559,9 @@ def holdings_of(image: Any) -> Holdings:
     """The Holdings of an image as `open_image` returns it."""
     tags, size, count, more = getattr(image, "tag_v2", {}), image.size, 1, set[str]()
     damaged = image.format in ("JPEG", "MPO") and has_hole(image)
-    deep = 16 if re.search(r";16|65535", f"{image.mode} {image.tile}") else 8  # how the decoder unpacks them
+    deep = (
+        16 if re.search(r";16|65535", f"{image.mode} {getattr(image, 'tile', '')}") else 8
+    )  # how the decoder unpacks them
     bits = max({"1": 1, "I": 32, "F": 32}.get(image.mode, deep), image.info.get("bit_depth", 0), *tags.get(258, (0,)))
     with suppress(Exception):  # malformed metadata raises anything at all
         count = getattr(image, "n_frames", 1)
@@ -540,6 +577,7 @@ def holdings_of(image: Any) -> Holdings:
     xmp = image.info.get("xmp", b"")
     more |= {word for mark, word in XMP_MARKS.items() if mark in xmp}
     more |= {word for key, word in HEIF_MARKS.items() if image.info.get(key)}
+    size = max(size, image.info.get("raw", size), key=math.prod)
     colours = colours_of(to_rgb(image, COLOUR_SIDE))
     if image.has_transparency_data and (image.mode[0] == "I" or image.convert("RGBA").getextrema()[3][0] < 255):
         more.add("transparency")
@@ -3019,6 +3057,12 @@ def report_update(engine: Engine, options: argparse.Namespace) -> None:
         first = engine.store.db.execute(f"SELECT path FROM {USABLE} LIMIT 1000")
         if not any(os.path.exists(engine.path_of(path)) for (path,) in first):
             log.warning("none of the first images in the index is in %s: is --images the right folder?", engine.images)
+    where = f"{SKIPPED} AND reason LIKE '.% {UNREADABLE} %' GROUP BY reason ORDER BY reason"
+    if found := engine.store.db.execute(f"SELECT count(*), reason FROM {where}").fetchall():
+        words = [(f"{reason.split()[0]} {number}", reason.split()[-1]) for number, reason in found]
+        suffixes, packages = ", ".join(suffix for suffix, _ in words), " ".join(sorted({name for _, name in words}))
+        files = counted(sum(number for number, _ in found), "file")
+        log.info("%s in formats that cannot be read here (%s): pip install %s", files, suffixes, packages)
     if log.isEnabledFor(logging.DEBUG):
         for path, reason in engine.store.skipped():
             log.debug("skipped %s: %s", engine.path_of(path), reason)

@@ -473,3 +473,53 @@ def test_reads_ahead_no_further_than_told(workers):
     used = list(itertools.islice(results, 20))
     assert used == list(range(20)) and len(list(tasks)) >= 1000 - 20 - 5
     assert list(main.read_ahead(abs, [], workers, 4)) == []
+
+
+# ---- Formats that need a package -------------------------------------------------------------------------------------
+
+
+def drawn_dng(orientation: int) -> bytes:
+    """A RAW file of 1200 × 800 without a preview: a mosaic of grey squares, and the least tags that LibRaw asks for."""
+    width, height = 1200, 800
+    squares = np.random.default_rng(0).integers(0, 65535, (height // 50, width // 50))
+    data, text = squares.repeat(50, 0).repeat(50, 1).astype("<u2").tobytes(), (2, 4, b"Abc\0")
+    tags: dict[int, tuple[int, int, Any]] = {254: (4, 1, 0), 256: (4, 1, width), 257: (4, 1, height), 258: (3, 1, 16)}
+    tags |= {259: (3, 1, 1), 262: (3, 1, 32803), 271: text, 272: text, 273: (4, 1, None), 274: (3, 1, orientation)}
+    tags |= {277: (3, 1, 1), 278: (4, 1, height), 279: (4, 1, len(data)), 33421: (3, 2, struct.pack("<HH", 2, 2))}
+    tags |= {33422: (1, 4, b"\0\1\1\2"), 50706: (1, 4, b"\1\4\0\0"), 50708: text}
+    start, made = 14 + 12 * len(tags), b"II*\0" + struct.pack("<IH", 8, len(tags))
+    for tag, (kind, count, value) in tags.items():
+        value = start if value is None else value
+        made += struct.pack("<HHI", tag, kind, count) + (struct.pack("<I", value) if isinstance(value, int) else value)
+    return made + bytes(4) + data
+
+
+@pytest.mark.parametrize(("orientation", "turned"), [(1, False), (6, True), (8, True)])
+def test_raw_file_is_developed_and_has_its_true_size(orientation, turned):
+    pytest.importorskip("rawpy")
+    touch("a.dng", drawn_dng(orientation))
+    assert pixels("a.dng").std() > 30
+    held = main.holdings("a.dng")
+    assert held and held.raw and held.size == ((800, 1200) if turned else (1200, 800))
+
+
+def test_jpeg_xl_is_read(picture):
+    pytest.importorskip("pillow_jxl")
+    touch("a.jxl", encoded(picture(1), "JXL"))
+    assert difference(pixels("a.jxl"), squeezed(picture(1))) < 5
+
+
+def test_files_in_formats_that_cannot_be_read_are_counted_by_suffix(collection, run, monkeypatch):
+    formats, suffixes, version = main.image_formats()
+    without = suffixes - {".jxl"} - main.RAW_SUFFIXES
+    monkeypatch.setattr(main, "image_formats", lambda: (formats, without, version))
+    folder = collection(2)
+    for name in ("1.cr3", "2.CR3", "3.orf", "4.jxl"):
+        touch(folder / name, random.Random(name).randbytes(500))
+    touch(folder / "notes.txt", b"buy milk")
+    words = "4 files in formats that cannot be read here (.cr3 2, .jxl 1, .orf 1): pip install pillow-jxl-plugin rawpy"
+    for _ in range(2):
+        assert words in run("--model", "offline", "--index-only").stderr
+    assert "4 skipped" in run("--model", "offline", "--index-only").stderr
+    outcome = run("--model", "offline", "-q", folder / "1.cr3")
+    assert outcome.status == 1 and "pip install rawpy" in outcome.stderr
