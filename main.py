@@ -36,6 +36,7 @@ import hashlib
 import http.client
 import http.server
 import importlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -98,9 +99,8 @@ else:
             return getattr(module, attribute)
 
     faiss, np, torch, torchvision, tqdm = map(Lazy, ("faiss", "numpy", "torch", "torchvision", "tqdm"))
-    Image, ImageDraw, ImageOps, TiffImagePlugin = (
-        Lazy(f"PIL.{name}") for name in ("Image", "ImageDraw", "ImageOps", "TiffImagePlugin")
-    )
+    Image, ImageDraw, ImageOps = map(Lazy, ("PIL.Image", "PIL.ImageDraw", "PIL.ImageOps"))
+    TiffImagePlugin = Lazy("PIL.TiffImagePlugin")
     filelock, jinja2 = map(Lazy, ("filelock", "jinja2"))  # torch requires them, so they are there
 
 # What the options take, and their defaults
@@ -167,7 +167,8 @@ class Picture(NamedTuple):
     digest: bytes | None = None  # hash of the content; None: not a usable image
     made: Any = None  # what `transform` returned: pixels, Seen, LocalFeatures or a thumbnail; None: not computed
     vector: np.ndarray | None = None  # features, fp16 (dim,)
-    reason: str | None = None  # why the image cannot be used; None also for a file that was never meant as an image
+    # Why the image cannot be used, or TRUNCATED; None also for a file that was never meant as an image
+    reason: str | None = None
     vanished: bool = False  # the file went away or changed while it was read
 
 
@@ -255,6 +256,7 @@ class Summary:
 
     images: int = 0  # usable ones in the collection
     skipped: int = 0
+    truncated: int = 0  # of the usable ones
     gone: int = 0
     forgotten: int = 0  # by --prune
     opened: int = 0  # files, in this run
@@ -271,30 +273,43 @@ class Summary:
 
     def __str__(self) -> str:
         known = f" ({self.recognised:,} recognised by content)" if self.recognised else ""
+        damaged = f", {self.truncated:,} truncated" if self.truncated else ""
         pruned = f", {self.forgotten:,} forgotten" if self.forgotten else ""
         rate = f"{self.opened / self.seconds:,.1f} images/s" if self.seconds else "read by all ranks"
+        rate = rate if self.opened else "no image was opened"
         return (
             f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged, "
-            f"{self.skipped:,} skipped, {self.gone:,} gone{pruned}; {rate if self.opened else 'no image was opened'}"
+            f"{self.skipped:,} skipped{damaged}, {self.gone:,} gone{pruned}; {rate}"
         )
 
 
 # ---- Images ----------------------------------------------------------------------------------------------------------
 
 NOT_AN_IMAGE = "not an image"  # the reason given for a query that was never meant as one
+TRUNCATED = "truncated"  # the reason noted for a damaged image that is used all the same, as far as it can be decoded
 MAX_PIXELS = 100_000_000  # pixels to decode, after JPEG scaling: 0.4 GB in memory; phones reach 200 million in JPEG
 COSTLY_FORMATS = {"WEBP", "JPEG2000"}  # decoding takes the memory of four images: the limit is half of MAX_PIXELS
 LARGE_PIXELS = 24_000_000  # pixels; larger images are decoded one at a time, which bounds memory
 DRAFT_SCALE = 3  # a JPEG is decoded at no less than 3 times the model's side; with 2, thin stripes change
+MAX_PADDED = 1 << 25  # bytes of a damaged HEIF, AVIF or WebP image that are looked at, and of zeros put after them
 DIGEST_BYTES = 16  # bytes of the SHA-256 that identifies a content
 PREPROCESSING = 2  # version, part of a model's identity; raise it when the same file would get other pixels
 SYSTEM_NAMES = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
 NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS starts Ghostscript; Pillow cannot read the others
 RAW_SUFFIXES = {".dng", ".nef", ".cr2", ".cr3", ".arw", ".pef", ".srw", ".orf", ".rw2", ".raf"}
+DECODERS = {  # what reads further formats, if it is installed
+    "pillow-heif": {".heic", ".heif", ".hif"},
+    "pillow-jxl-plugin": {".jxl"},
+    "rawpy": RAW_SUFFIXES,
+}
+UNREADABLE = "cannot be read here: pip install"  # between a suffix and a package
+LEAST_PREVIEW = 1000  # pixels, of the longer side of a RAW file's preview that is taken for the picture
 RAW_TAGS = {330, 33422, 50706}  # of TIFF: SubIFDs, CFAPattern and DNGVersion
 # What stands in XMP, and in Pillow's `info` of a HEIF image, if the file holds more than a picture
 XMP_MARKS = {b"MotionPhoto": "a video", b"MicroVideo": "a video", b"GDepth": "depth", b"hdrgm": "a gain map"}
 HEIF_MARKS = {"depth_images": "depth", "aux": "a gain map"}
+# The Huffman code that most JPEGs have. 32 zero bytes stand for nothing sensible in it, but for white in other codes
+STANDARD_CODE, HOLE = bytes.fromhex("100002010303020403050504040000017d"), 32
 COLOUR_SIDE = 128  # pixels, of the square in which colours are looked for: a stamp of 1 % of a page's width is seen
 TONE, GREY_NOISE, TINT_NOISE = 8, 6, 24  # of 255: brightness that is one tone; differences of channels in grey, a tint
 
@@ -307,6 +322,18 @@ def relative_pattern(pattern: str, folder: str | Path) -> str:
     for root in (os.path.abspath(folder), os.path.normpath(folder)):
         pattern = pattern.removeprefix(os.path.join(root, ""))
     return pattern.lstrip(os.sep)
+
+
+class Tolerance(threading.local):
+    """Pillow's LOAD_TRUNCATED_IMAGES, one for each thread: true while a thread decodes a damaged image."""
+
+    is_on = False
+
+    def __bool__(self) -> bool:
+        return self.is_on
+
+
+tolerance = Tolerance()
 
 
 def find_images(
@@ -356,28 +383,56 @@ def image_formats() -> tuple[list[str], set[str], str]:
     """The formats that can be decoded here, the suffixes of their file names, and the version of the decoders."""
     Image.init()
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow refuses headers of more than twice this
-    version = Image.__version__
-    with suppress(ImportError):
-        heif = importlib.import_module("pillow_heif")
-        heif.register_heif_opener()
-        version += f", pillow_heif {heif.__version__}"
+    importlib.import_module("PIL.ImageFile").LOAD_TRUNCATED_IMAGES = tolerance  # type: ignore[attr-defined]
+    version = f"Pillow {Image.__version__}"
+    raw = set[str]()
+    for package in DECODERS:
+        with suppress(ImportError):
+            module = importlib.import_module(package.removesuffix("-plugin").replace("-", "_"))
+            getattr(module, "register_heif_opener", str)()  # the one of JPEG XL registers itself
+            raw |= RAW_SUFFIXES if package == "rawpy" else set()
+            version += f", {package} {importlib.metadata.version(package)}"
     formats = [name for name in Image.ID if name not in NOT_DECODED]
-    return formats, {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
+    return formats, raw | {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
+
+
+def developed(stream: BinaryIO) -> Any:
+    """The picture of a RAW file, its true size in info["raw"]: the preview in it if large, else developed at half size.
+
+    Raises what rawpy raises for a file that it cannot read.
+    """
+    rawpy, image = importlib.import_module("rawpy"), None  # type: Any, Any
+    stream.seek(0)
+    with rawpy.imread(stream) as raw:
+        size, flip = (raw.sizes.width, raw.sizes.height), raw.sizes.flip
+        if math.prod(size) > 2 * MAX_PIXELS:
+            raise ValueError(f"too large: over {2 * MAX_PIXELS:,} pixels")
+        with suppress(Exception):  # there is no preview, or it is broken
+            image = Image.open(io.BytesIO(raw.extract_thumb().data), formats=["JPEG"])
+            image.getexif()[274] = {3: 3, 5: 8, 6: 6}.get(flip, 1)  # LibRaw's turn as an EXIF orientation
+        if image is None or max(image.size) < LEAST_PREVIEW:
+            image = Image.fromarray(raw.postprocess(half_size=True, use_camera_wb=True))  # upright
+    image.info["raw"] = size[:: -1 if flip > 4 else 1]
+    return image
 
 
 def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
     """The image in `stream`, only its header read. None: no image, nor named like one. ValueError: a broken one."""
     formats, suffixes, _ = image_formats()
     suffix = os.path.splitext(path)[1].lower()
+    if suffix in RAW_SUFFIXES & suffixes:
+        with suppress(Exception):
+            return developed(stream)
+        stream.seek(0)
     try:
         image = Image.open(stream, formats=formats)
-        image.info |= {"raw": True} if suffix in RAW_SUFFIXES else {}
+        image.info |= {"raw": image.size} if suffix in RAW_SUFFIXES else {}
         return image
     except Image.DecompressionBombError:
         raise ValueError(f"too large: over {2 * MAX_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
-        if suffix in {".heic", ".heif", ".hif"} - suffixes:
-            raise ValueError("a HEIF image: run `pip install pillow-heif`") from None
+        if package := next((name for name, known in DECODERS.items() if suffix in known - suffixes), ""):
+            raise ValueError(f"{suffix} {UNREADABLE} {package}") from None
         if suffix in suffixes:
             raise ValueError("broken, or no image at all" if stream.seek(0, 2) else "an empty file") from None
         return None
@@ -393,6 +448,27 @@ def content_hash(stream: BinaryIO) -> bytes:
     return sha.digest()[:DIGEST_BYTES]
 
 
+def decode_damaged(stream: BinaryIO, path: str, transform: Callable[..., Any]) -> Any:
+    """transform(image) of a damaged image, decoded as far as it goes. None: nothing of it is seen."""
+    stream.seek(0)
+    head = stream.read(12)
+    if head[8:] == b"WEBP" or head[4:8] == b"ftyp":  # WebP, HEIF and AVIF are only decoded at their full length
+        stream = io.BytesIO(head + stream.read(MAX_PADDED) + bytes(MAX_PADDED))
+    stream.seek(0)
+    tolerance.is_on = True
+    try:
+        if (image := open_image(stream, path)) is None:
+            return None
+        image.info[TRUNCATED] = True
+        made, top = transform(image), min(16, image.height - 1)  # rows that may be one broken block of a JPEG
+        extremes = np.array(image.crop((0, top, *image.size)).getextrema())
+        return made if (extremes[..., 0] < extremes[..., 1]).any() else None
+    except Exception:
+        return None
+    finally:
+        tolerance.is_on = False
+
+
 def read_picture(file: File, root: bytes, transform: Callable[..., Any], known: Any = lambda _: False) -> Picture:
     """Read a file of the folder `root`: a Picture with its hash and, unless known(hash), with transform(image).
 
@@ -406,11 +482,18 @@ def read_picture(file: File, root: bytes, transform: Callable[..., Any], known: 
         if os.stat(path)[1:3] in open_databases:  # closing it would drop SQLite's locks, as POSIX has it
             return Picture(file)
         with open(path, "rb") as stream:
-            if (image := open_image(stream, os.fsdecode(path))) is None:
-                return Picture(file)
-            digest = content_hash(stream)
-            pixels = None if known(digest) else transform(image)
-        return Picture(file, digest, pixels, vanished=file != File.of(file.path, os.stat(path)))
+            try:
+                if (image := open_image(stream, os.fsdecode(path))) is None:
+                    return Picture(file)
+                digest, reason = content_hash(stream), None
+                made = None if known(digest) else transform(image)
+            except Exception as error:
+                if isinstance(error, (sqlite3.Error, MemoryError)) or getattr(error, "errno", None):
+                    raise
+                if (made := decode_damaged(stream, os.fsdecode(path), transform)) is None:
+                    raise
+                digest, reason = content_hash(stream), TRUNCATED
+        return Picture(file, digest, made, reason=reason, vanished=file != File.of(file.path, os.stat(path)))
     except sqlite3.Error:
         raise  # from `known`: the database failed, not the file
     except Exception as error:  # decoders raise anything at all on a malformed file
@@ -466,7 +549,12 @@ def to_rgb(image: Image.Image, side: int) -> Image.Image:
     if (count := image.width * image.height) > limit:
         raise ValueError(f"too large: {count:,} pixels, over {limit:,}")
     with one_large_image if count > LARGE_PIXELS else nullcontext():
-        image.load()
+        try:
+            image.load()
+        except Exception:
+            if not tolerance:
+                raise
+            image.tile = []  # type: ignore[attr-defined]  # what was decoded before the damage is there
         with suppress(Exception):  # malformed EXIF raises anything at all; the image then stays as it is
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":
@@ -485,7 +573,7 @@ class Holdings(NamedTuple):
     bits: int  # of a channel in the file
     colours: int  # 0: grey, 1: one tint, as of a sepia print, 2: colours
     raw: bool
-    truncated: bool
+    truncated: bool  # or seen to be damaged
     more: frozenset[str]  # words for the rest: transparency, camera metadata, a place, depth, a gain map, a video
 
 
@@ -498,10 +586,20 @@ def colours_of(picture: Image.Image) -> int:
     return int(np.abs(chroma).max() > GREY_NOISE) + int(np.abs(chroma - np.stack(tint, 1)).max() > TINT_NOISE)
 
 
+def has_hole(image: Any) -> bool:
+    """Whether zeros stand in the pixels of a JPEG, as after a disk error. Pillow shows garbage and says nothing."""
+    start, _ = image.fp.tell(), image.fp.seek(0)
+    header, data = image.fp.read(start), image.fp.read().partition(b"\xff\xd9")[0]
+    return STANDARD_CODE in header and bytes(HOLE) in data
+
+
 def holdings_of(image: Any) -> Holdings:
     """The Holdings of an image as `open_image` returns it."""
     tags, size, count, more = getattr(image, "tag_v2", {}), image.size, 1, set[str]()
-    deep = 16 if re.search(r";16|65535", f"{image.mode} {image.tile}") else 8  # how the decoder unpacks them
+    damaged = image.format in ("JPEG", "MPO") and has_hole(image)
+    deep = (
+        16 if re.search(r";16|65535", f"{image.mode} {getattr(image, 'tile', '')}") else 8
+    )  # how the decoder unpacks them
     bits = max({"1": 1, "I": 32, "F": 32}.get(image.mode, deep), image.info.get("bit_depth", 0), *tags.get(258, (0,)))
     with suppress(Exception):  # malformed metadata raises anything at all
         count = getattr(image, "n_frames", 1)
@@ -517,12 +615,13 @@ def holdings_of(image: Any) -> Holdings:
     xmp = image.info.get("xmp", b"")
     more |= {word for mark, word in XMP_MARKS.items() if mark in xmp}
     more |= {word for key, word in HEIF_MARKS.items() if image.info.get(key)}
+    size = max(size, image.info.get("raw", size), key=math.prod)
     colours = colours_of(to_rgb(image, COLOUR_SIDE))
     if image.has_transparency_data and (image.mode[0] == "I" or image.convert("RGBA").getextrema()[3][0] < 255):
         more.add("transparency")
     frames = counted(count, {"TIFF": "page", "PSD": "layer"}.get(image.format or "", "frame")) if count > 1 else ""
     raw = bool("raw" in image.info or RAW_TAGS & {*tags})
-    return Holdings(size, frames, bits, colours, raw, "truncated" in image.info, frozenset(more))
+    return Holdings(size, frames, bits, colours, raw, damaged or TRUNCATED in image.info, frozenset(more))
 
 
 def holdings(path: str | bytes | Path) -> Holdings | None:
@@ -538,7 +637,7 @@ def lost_beside(file: Holdings, keep: Holdings) -> list[str]:
         "the developed picture": keep.raw > file.raw,
         f"{file.bits} bits": file.bits > keep.bits,
         "colour": file.colours > keep.colours,
-        "what is cut off there": keep.truncated > file.truncated,
+        "what is damaged there": keep.truncated > file.truncated,
     }
     return [word for word, is_lost in lost.items() if is_lost] + sorted(file.more - keep.more)
 
@@ -1458,14 +1557,16 @@ SCHEMA = [
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
     # AUTOINCREMENT: no row number is used twice, so that a stale FAISS index can miss a row but never mistake one.
     "CREATE TABLE features (row INTEGER PRIMARY KEY AUTOINCREMENT, digest BLOB UNIQUE, vector BLOB, checksum INTEGER)",
-    # All files ever read. there: 0 if gone. A skipped file has a reason, no digest; a file that is no image, neither.
+    # All files ever read. there: 0 if gone. A skipped file has a reason, no digest; a truncated one that is used, both;
+    # a file that is no image, neither.
     "CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, digest BLOB, reason TEXT, there INTEGER)"
     " WITHOUT ROWID",
     "CREATE INDEX files_by_digest ON files (digest, there, reason)",  # enough to count a million files in 50 ms
 ]
 FEATURE_COLUMNS, FILE_COLUMNS = "row, digest, vector, checksum", "path, size, mtime, digest, reason, there"
-USABLE = "files WHERE there AND digest IS NOT NULL"  # this and the next four: what follows FROM, see `count`
-SKIPPED = "files WHERE there AND reason IS NOT NULL"
+USABLE = "files WHERE there AND digest IS NOT NULL"  # this and the next five: what follows FROM, see `count`
+SKIPPED = "files WHERE there AND digest IS NULL AND reason IS NOT NULL"
+DAMAGED_FILES = "files WHERE there AND digest IS NOT NULL AND reason IS NOT NULL"  # used as far as they are decoded
 GONE = """files AS old WHERE NOT there AND digest IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM files WHERE digest = old.digest AND there)"""  # a renamed file is not gone
 DAMAGED = "features WHERE checksum IS NOT crc(digest, vector)"
@@ -1673,9 +1774,10 @@ class Store:
             first = int(rows[-1]) + 1
 
     def is_known(self, digest: bytes) -> bool:
-        """Whether there are features of this content. Reading threads call it."""
+        """Whether there are features of this content, and it was not found to be damaged. Reading threads call it."""
         with self.db.turn:  # Python 3.13 fails now and then where threads share a connection
-            return bool(self.value("SELECT 1 FROM features WHERE digest = ?", digest))
+            damaged = "EXISTS (SELECT 1 FROM files WHERE files.digest = features.digest AND reason IS NOT NULL)"
+            return bool(self.value(f"SELECT 1 FROM features WHERE digest = ? AND NOT {damaged}", digest))
 
     def save(self, pictures: Sequence[Picture]) -> None:
         """Store files and features in one transaction, in place of what is stored. Mark vanished files as gone."""
@@ -1751,9 +1853,9 @@ class Store:
         query = "SELECT path, size, mtime FROM files WHERE there AND digest = ? ORDER BY path"
         return [File(*found) for found in self.db.execute(query, (digest,))]
 
-    def skipped(self, limit: int = -1) -> list[tuple[bytes, str]]:
-        """The path of each skipped file, with its reason."""
-        return self.db.execute(f"SELECT path, reason FROM {SKIPPED} ORDER BY path LIMIT ?", (limit,)).fetchall()
+    def skipped(self, limit: int = -1, files: str = SKIPPED) -> list[tuple[bytes, str]]:
+        """The path of each skipped file, or of each of other `files`, with its reason."""
+        return self.db.execute(f"SELECT path, reason FROM {files} ORDER BY path LIMIT ?", (limit,)).fetchall()
 
     def check(self, whole: bool) -> None:
         """Raise DamageError unless the database is sound, of this format and model. `whole`: read all if small."""
@@ -2525,7 +2627,7 @@ def store_changes(store: Store, changes: Changes, images: Path, model: Model, wo
         if work.prune:
             store.prune()
             summary.forgotten, summary.gone = summary.gone, 0
-        summary.skipped = store.count(SKIPPED)
+        summary.skipped, summary.truncated = store.count(SKIPPED), store.count(DAMAGED_FILES)
     return summary
 
 
@@ -2538,7 +2640,7 @@ def update(store: Store, images: Path, model: Model, work: Work) -> Summary:
     if any(changes) or work.prune or work.ranks > 1:
         summary = store_changes(store, changes, images, model, work)
     else:
-        summary = Summary(store.count(USABLE), store.count(SKIPPED), store.count(GONE))
+        summary = Summary(*map(store.count, (USABLE, SKIPPED, DAMAGED_FILES, GONE)))
     if summary.images:
         return summary
     advice = ": put images to search in there, or name another folder with --images"
@@ -3100,6 +3202,8 @@ def fetch(name: str, path: str) -> str | None:
                 target.write(unpack(data))
                 if target.tell() > QUERY_BYTES:
                     return f"more than {QUERY_BYTES:,} bytes"
+            if getattr(stream, "length", 0):  # bytes that the server promised and did not send
+                return "the answer is truncated"
             return None if target.tell() else "it is empty"
     except (OSError, ValueError, OverflowError, http.client.HTTPException, zlib.error) as error:
         words = first_line(error).removeprefix("<urlopen error ").removesuffix(">")
@@ -3191,9 +3295,17 @@ def report_update(engine: Engine, options: argparse.Namespace) -> None:
         first = engine.store.db.execute(f"SELECT path FROM {USABLE} LIMIT 1000")
         if not any(os.path.exists(engine.path_of(path)) for (path,) in first):
             log.warning("none of the first images in the index is in %s: is --images the right folder?", engine.images)
+    where = f"{SKIPPED} AND reason LIKE '.% {UNREADABLE} %' GROUP BY reason ORDER BY reason"
+    if found := engine.store.db.execute(f"SELECT count(*), reason FROM {where}").fetchall():
+        words = [(f"{reason.split()[0]} {number}", reason.split()[-1]) for number, reason in found]
+        suffixes, packages = ", ".join(suffix for suffix, _ in words), " ".join(sorted({name for _, name in words}))
+        files = counted(sum(number for number, _ in found), "file")
+        log.info("%s in formats that cannot be read here (%s): pip install %s", files, suffixes, packages)
     if log.isEnabledFor(logging.DEBUG):
         for path, reason in engine.store.skipped():
             log.debug("skipped %s: %s", engine.path_of(path), reason)
+        for path, reason in engine.store.skipped(files=DAMAGED_FILES):
+            log.debug("%s: %s, decoded as far as it goes", engine.path_of(path), reason)
 
 
 def print_answers(options: argparse.Namespace, engine: Engine) -> int:

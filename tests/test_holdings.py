@@ -202,6 +202,30 @@ def test_heif_of_ten_bits_and_with_a_gain_map():
     assert main.holdings_of(image).more == {"depth", "a gain map"}
 
 
+def with_hole(content: bytes, length: int = 60) -> bytes:
+    """The middle of a JPEG's pixels overwritten with zeros."""
+    at = (content.index(b"\xff\xda") + len(content)) // 2
+    return content[:at] + bytes(length) + content[at + length :]
+
+
+WHITE = encoded(Image.new("RGB", (600, 600), "white"), "JPEG", optimize=True)  # its pixels are zeros, and no hole
+CUT = {  # what is left of a file
+    "two bytes": lambda: KEEP[:-2],
+    "21 bytes": lambda: KEEP[:-21],
+    "half of it": lambda: encoded(PLAIN, "PNG")[:-400],
+    "a hole": lambda: with_hole(KEEP),
+    "a hole, MPO": lambda: with_hole(encoded(PLAIN, "MPO", quality=90)),
+}
+
+
+@pytest.mark.parametrize("damage", CUT)
+def test_a_damaged_file_does_not_stand_for_a_whole_one(damage):
+    damaged = CUT[damage]()
+    assert held(damaged).truncated and not held(KEEP).truncated and not held(WHITE).truncated
+    assert lost(KEEP, damaged) == ["what is damaged there"]
+    assert lost(damaged, KEEP) == lost(damaged, damaged) == []
+
+
 def test_what_cannot_be_read_holds_nothing():
     with open("broken.png", "wb") as stream:
         stream.write(encoded(PLAIN)[:20])
