@@ -292,6 +292,7 @@ COSTLY_FORMATS = {"WEBP", "JPEG2000"}  # decoding takes the memory of four image
 LARGE_PIXELS = 24_000_000  # pixels; larger images are decoded one at a time, which bounds memory
 DRAFT_SCALE = 3  # a JPEG is decoded at no less than 3 times the model's side; with 2, thin stripes change
 MAX_PADDED = 1 << 25  # bytes of a damaged HEIF, AVIF or WebP image that are looked at, and of zeros put after them
+FRAMES, SHOWS = 10, 16  # frames of an animation in which a picture is looked for: one whose levels differ by 16 of 255
 DIGEST_BYTES = 16  # bytes of the SHA-256 that identifies a content
 PREPROCESSING = 2  # version, part of a model's identity; raise it when the same file would get other pixels
 SYSTEM_NAMES = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
@@ -541,9 +542,25 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(levels.masked_fill_(is_clear, 255).numpy())
 
 
+def skip_blank_frames(image: Image.Image) -> None:
+    """Go to the first of FRAMES frames that shows something, if there is one: an animation may fade in."""
+    size = image.size
+    if not getattr(image, "is_animated", False) or size[0] * size[1] > LARGE_PIXELS:
+        return
+    with suppress(Exception):  # it has no more frames, or one of them is damaged
+        for frame in range(image.tell(), FRAMES):
+            image.seek(frame)
+            seen = Image.alpha_composite(Image.new("RGBA", size, "white"), image.convert("RGBA"))
+            if np.ptp(seen.getextrema(), axis=1).max() >= SHOWS:
+                return
+    with suppress(Exception):
+        image.seek(0)
+
+
 def to_rgb(image: Image.Image, side: int) -> Image.Image:
-    """The first frame, upright, in 8-bit RGB, transparency over white. A JPEG may come smaller, but never smaller than
-    a model of this `side` needs."""
+    """The first frame that shows something, upright, in 8-bit RGB, transparency over white. A JPEG may come smaller,
+    but never smaller than a model of this `side` needs."""
+    skip_blank_frames(image)
     image.draft(None, (DRAFT_SCALE * side, DRAFT_SCALE * side))
     limit = MAX_PIXELS // 2 if image.format in COSTLY_FORMATS else MAX_PIXELS
     if (count := image.width * image.height) > limit:

@@ -83,6 +83,7 @@ def test_a_usage_error_needs_no_package(complaint, line):
 
 
 def test_a_missing_package_is_one_line_that_tells_what_to_do():
+    IMAGES.mkdir()
     outcome = bare("--model", "offline")
     assert (outcome.returncode, outcome.stdout, outcome.stderr.count("\n")) == (1, "", 1)
     assert "No module named" in outcome.stderr and "pip install -r requirements.txt" in outcome.stderr

@@ -31,7 +31,7 @@ WHERE = ("--images", IMAGES, "--index-dir", INDEX)
 ASK = ("--model", "offline", *WHERE, "--json", "--no-report", "--views", "none", "-k", 2 * N)
 OFTEN = {"SAVE_SECONDS": 0}  # each image is saved on its own
 CODES = {"exact_bytes": 0}  # as in a large collection
-OTHER = {"PREPROCESSING": 3, "EDGE_POWER": 0.6}  # another model, of the same dimension
+OTHER = {"PREPROCESSING": 4, "EDGE_POWER": 0.6}  # another model, of the same dimension
 COMMITS_BEFORE = 3  # of a run before it saves the first image: schema, identity, and one to spare
 SEED = int(os.environ.get("SEED", 20))  # of all that is random here; another one: SEED=7 python -m pytest ...
 JOURNAL = ("u", "index.sqlite-journal")  # SQLite commits by deleting its journal

@@ -329,6 +329,22 @@ def test_first_frame_counts(kind):
     assert difference(pixels("frames"), np.array(RED)) < 5
 
 
+@pytest.mark.parametrize("blank", ["white", "black", "#1230"], ids=["white", "black", "transparent"])
+@pytest.mark.parametrize("kind", [kind for kind in ("GIF", "PNG", "WEBP", "AVIF") if kind in WRITABLE])
+def test_an_animation_that_fades_in_is_its_first_frame_that_shows_something(kind, blank, picture):
+    if (kind, blank) == ("GIF", "#1230"):
+        pytest.skip("a pixel of a GIF is transparent or not")
+    shown, start = picture(3).convert("RGBA"), Image.new("RGBA", (96, 64), blank)
+    others = [start.copy(), Image.blend(start, shown, 0.4), shown]
+    touch("fading", encoded(start, kind, save_all=True, append_images=others, disposal=2 if kind == "GIF" else 1))
+    assert Image.open("fading").n_frames > 1
+    first = encoded(Image.alpha_composite(Image.new("RGBA", (96, 64), "white"), others[1]).convert("RGB"))
+    touch("expected", first)
+    assert difference(pixels("fading"), pixels("expected")) < 8
+    with Image.open("fading") as image:
+        assert main.to_rgb(image, 96).tobytes() == main.to_rgb(image, 96).tobytes()
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (2, 3), (1, 2), (5_000, 7)], ids=str)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP"])
 def test_odd_sizes(size, kind):
