@@ -113,9 +113,7 @@ TOP = 10  # --top; matches a query
 MODEL = "resnet50"  # --model
 WEIGHTS = "IMAGENET1K_V1"  # --weights; V2 is worse for retrieval: https://github.com/pytorch/vision/issues/8382
 OFFLINE = "offline"  # --model offline: the built-in descriptor, which needs no weights
-VIEWS = ("none", "auto", "all")  # --views; what each of them means: see `query_views`
-COPIES = "copies"  # a further kind of views, for --duplicates
-LABELS = ("copy", "identical")  # of matches, the weaker one first; for --threshold and --duplicates
+LABELS = ("variant", "copy", "identical")  # of matches, the weakest first; for --threshold and --duplicates
 
 log = logging.getLogger("deepvision")
 
@@ -130,6 +128,10 @@ class DeepVisionError(Exception):
 class DamageError(DeepVisionError):  # `initialize_reverse_image_search` repairs the store and tries again
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path} is damaged ({reason}). Run the command again to repair it")
+
+
+class OlderError(DamageError):
+    """The store is of the format before this one: it is extended, and loses nothing."""
 
 
 def counted(number: int, one: str, many: str = "") -> str:
@@ -165,21 +167,12 @@ class Picture(NamedTuple):
 
     file: File
     digest: bytes | None = None  # hash of the content; None: not a usable image
-    made: Any = None  # what `transform` returned: pixels, Seen, LocalFeatures or a thumbnail; None: not computed
+    made: Any = None  # what `transform` returned: Made, Seen, Shown or a thumbnail; None: not computed
     vector: np.ndarray | None = None  # features, fp16 (dim,)
+    points: bytes | None = None  # as `pack_points` gives them
     # Why the image cannot be used, or TRUNCATED; None also for a file that was never meant as an image
     reason: str | None = None
     vanished: bool = False  # the file went away or changed while it was read
-
-
-class View(NamedTuple):
-    """The query as it may have looked before an edit, placed in the model's square at each pair of a top and a left."""
-
-    name: str  # the edit that is undone; empty: the query as it is
-    pixels: torch.Tensor  # uint8 (3, h, w); of the model's side if all tops and lefts are 0
-    # Where the pixels start in the model's square. Above 0, they fill a part of it; below 0, it shows a part of them
-    tops: Sequence[int] = (0,)  # a tuple, so that `cell_grid` can be cached
-    lefts: Sequence[int] = (0,)
 
 
 class Region(NamedTuple):
@@ -187,9 +180,11 @@ class Region(NamedTuple):
 
     corners: list[tuple[float, float]]  # of the query, in pixels of the upright match
     outline: list[tuple[float, float]]  # the corners of the match, in pixels of the upright query
-    points: int  # local features that agree
+    points: int  # details that agree: windows of both pictures
     covers: float  # share of the match's area that is seen in the query, 0 to 1
     inverted: bool = False  # one picture is a negative of the other
+    differing: float = 0.0  # share of what both show in which they differ; 0 for a copy
+    differs: Sequence[Sequence[float]] = ()  # boxes around that: left, top, right, bottom in pixels of the match
 
 
 class Match(NamedTuple):
@@ -197,9 +192,11 @@ class Match(NamedTuple):
     path: str
     score: float  # cosine similarity, -1 to 1, of the best view of the query
     identical: bool  # the same bytes as the query
-    label: str = ""  # identical, copy or empty
-    view: str = ""  # name of the query's best view; of --duplicates: the `relation` of this file to the one to keep
-    region: Region | None = None  # of a copy
+    label: str = ""  # one of LABELS, or empty
+    view: str = ""  # the edit between query and match, see `edit_words`; of --duplicates, from the file to keep
+    region: Region | None = None  # of a copy or a variant
+    lost: str | None = None  # of --duplicates: what would be lost with this file; None: nothing
+    truncated: bool = False  # the file is damaged, and was decoded as far as it goes
 
 
 class Answer(NamedTuple):
@@ -470,8 +467,8 @@ def decode_damaged(stream: BinaryIO, path: str, transform: Callable[..., Any]) -
         tolerance.is_on = False
 
 
-def read_picture(file: File, root: bytes, transform: Callable[..., Any], known: Any = lambda _: False) -> Picture:
-    """Read a file of the folder `root`: a Picture with its hash and, unless known(hash), with transform(image).
+def read_picture(file: File, root: bytes, wanted: Callable[[bytes], Callable[..., Any] | None]) -> Picture:
+    """Read a file of the folder `root`: a Picture with its hash and with what the function wanted(hash) makes of it.
 
     The Picture of a file that cannot be used has a reason instead. No error in a file reaches the caller.
     """
@@ -487,16 +484,17 @@ def read_picture(file: File, root: bytes, transform: Callable[..., Any], known: 
                 if (image := open_image(stream, os.fsdecode(path))) is None:
                     return Picture(file)
                 digest, reason = content_hash(stream), None
-                made = None if known(digest) else transform(image)
+                made = transform(image) if (transform := wanted(digest)) else None
             except Exception as error:
                 if isinstance(error, (sqlite3.Error, MemoryError)) or getattr(error, "errno", None):
                     raise
-                if (made := decode_damaged(stream, os.fsdecode(path), transform)) is None:
-                    raise
                 digest, reason = content_hash(stream), TRUNCATED
+                transform = wanted(digest)
+                if not transform or (made := decode_damaged(stream, os.fsdecode(path), transform)) is None:
+                    raise
         return Picture(file, digest, made, reason=reason, vanished=file != File.of(file.path, os.stat(path)))
     except sqlite3.Error:
-        raise  # from `known`: the database failed, not the file
+        raise  # from `wanted`: the database failed, not the file
     except Exception as error:  # decoders raise anything at all on a malformed file
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
             file = file._replace(mtime=-1)  # perhaps the machine failed and not the file: try again next time
@@ -506,7 +504,7 @@ def read_picture(file: File, root: bytes, transform: Callable[..., Any], known: 
 
 def read_path(path: str | bytes | Path, transform: Callable[[Image.Image], Any]) -> Picture:
     """Read a file by its whole path, as `read_picture` does."""
-    return read_picture(File(os.fsencode(path), 0, 0), b"", transform)
+    return read_picture(File(os.fsencode(path), 0, 0), b"", lambda _: transform)
 
 
 def read_query(query: Any, transform: Callable[[Image.Image], Any]) -> Picture:
@@ -694,22 +692,12 @@ FAINT = 100.0  # a part of a vector is divided by its norm, but at least by this
 OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # RGB to brightness, red-green, yellow-blue
 
 
-@lru_cache(maxsize=64)
-def cell_grid(cells: int, tops: Sequence[int], lefts: Sequence[int], height: int, width: int) -> list[torch.Tensor]:
-    """How much each row and column of pixels (height, width) counts in each cell, if they start at each top and left.
-
-    Returns the weights of the rows, (tops * cells, height), those of the columns, (width, lefts * cells), and the share
-    of each cell that the pixels cover, (tops * lefts, 1, cells, cells).
-    """
+@cache
+def cell_weights(cells: int) -> torch.Tensor:
+    """How much each row, or column, of a picture counts in each cell along it, (cells, OFFLINE_SIDE)."""
     distance = (torch.arange(OFFLINE_SIDE) + 0.5) * cells / OFFLINE_SIDE - (torch.arange(cells)[:, None] + 0.5)
     weights = torch.exp(-2 * distance**2)  # of a pixel by its distance, in cells, from the cell's centre; sigma: 0.5
-    weights = torch.where(weights > TINY, weights / weights.sum(1, keepdim=True), 0)
-    rows, columns = (  # negative padding cuts off what lies outside
-        torch.cat([torch.nn.functional.pad(weights, (-start, start + length - OFFLINE_SIDE)) for start in starts])
-        for starts, length in ((tops, height), (lefts, width))
-    )
-    inside = torch.einsum("ti,lj->tlij", *(side.sum(1).view(-1, cells) for side in (rows, columns)))
-    return [rows, columns.T.contiguous(), inside.reshape(-1, 1, cells, cells)]
+    return torch.where(weights > TINY, weights / weights.sum(1, keepdim=True), 0)
 
 
 @cache
@@ -734,14 +722,10 @@ def cosine_transform(cells: int) -> tuple[torch.Tensor, torch.Tensor]:
     return cosines, 1 + torch.hypot(k[:, None], k)
 
 
-def cell_means(planes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """The mean of planes (B, c, h, w) in each cell, (B * tops * lefts, c, cells, cells), where there are pixels.
-
-    rows, columns and inside are what `cell_grid` returns. With several tops or lefts, B must be 1.
-    """
-    cells = inside.shape[3]
-    sums = (rows @ planes @ columns).unflatten(3, (-1, cells)).unflatten(2, (-1, cells))
-    return sums.permute(0, 2, 4, 1, 3, 5).flatten(0, 2) / (inside + 1e-9)
+def cell_means(planes: torch.Tensor, cells: int) -> torch.Tensor:
+    """The mean of planes (B, c, side, side) in each cell, (B, c, cells, cells)."""
+    weights = cell_weights(cells)
+    return weights @ planes @ weights.T
 
 
 def edge_strengths(light: torch.Tensor) -> torch.Tensor:
@@ -759,29 +743,25 @@ def edge_strengths(light: torch.Tensor) -> torch.Tensor:
     return strength
 
 
-def whiten(maps: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Weighted cosine coefficients, (B, c, cells² - 1), of maps (B, c, cells, cells) less their mean over `inside`."""
-    maps = (maps - (maps * inside).sum((2, 3), keepdim=True) / inside.sum((2, 3), keepdim=True)) * inside
-    cosines, weight = cosine_transform(inside.shape[3])
+def whiten(maps: torch.Tensor) -> torch.Tensor:
+    """Weighted cosine coefficients, (B, c, cells² - 1), of maps (B, c, cells, cells) less their mean."""
+    maps = maps - maps.mean((2, 3), keepdim=True)
+    cosines, weight = cosine_transform(maps.shape[3])
     return (cosines @ (maps @ cosines.T) * weight).flatten(2)[:, :, 1:]
 
 
-def describe_squares(pixels: torch.Tensor, tops: Sequence[int] = (0,), lefts: Sequence[int] = (0,)) -> torch.Tensor:
+def describe_squares(pixels: torch.Tensor) -> torch.Tensor:
     """A vector that needs no weights and no training, from uint8 (B, 3, side, side) to float32 (B, dim).
 
     Directions of brightness edges, counted in soft cells as in HOG (Dalal & Triggs, CVPR 2005) and compressed by a
     power, and a layout of the colours. Both are whitened by a fixed rule, so that unrelated pictures score near 0: the
     mean is removed, cells and directions are transformed, and what is strong in every picture gets a low weight.
-
-    With tops and lefts, the pixels are (1, 3, h, w). Each pair of a top and a left gives the vector of the square in
-    which the pixels start there, see `View`. What of the square lies outside the pixels does not count.
     """
     planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT), pixels.float())
-    edge_grid, colour_grid = (cell_grid(cells, tops, lefts, *pixels.shape[2:]) for cells in (EDGE_CELLS, COLOUR_CELLS))
-    counts = cell_means(edge_strengths(planes[:, :1]), *edge_grid)
-    edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier()[2]), edge_grid[2])
-    colours = whiten(cell_means(planes, *colour_grid), colour_grid[2])
-    mean = planes.mean((2, 3)).expand(len(edges), 3) / 255  # of all pixels; all that a blank picture has
+    counts = cell_means(edge_strengths(planes[:, :1]), EDGE_CELLS)
+    edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier()[2]))
+    colours = whiten(cell_means(planes, COLOUR_CELLS))
+    mean = planes.mean((2, 3)) / 255  # all that a blank picture has
     weighted = (1.0, edges), (BRIGHTNESS_WEIGHT, colours[:, :1]), (HUE_WEIGHT, colours[:, 1:])
     parts = [weight * torch.nn.functional.normalize(part.flatten(1), eps=FAINT) for weight, part in weighted]
     return torch.cat([*parts, MEAN_WEIGHT * mean, torch.full_like(mean[:, :1], MEAN_WEIGHT)], 1)
@@ -1191,11 +1171,18 @@ def to_float32(block: np.ndarray) -> np.ndarray:
     return torch.from_numpy(np.ascontiguousarray(block)).float().numpy()
 
 
-def given_vector(picture: Picture, vector: np.ndarray) -> Picture:
-    """The picture with its features in place of its pixels; one that cannot be used, if they are no numbers."""
-    if not np.isfinite(vector).all():  # they would rank anywhere
+class Made(NamedTuple):
+    """What is computed from the pixels of a new picture."""
+
+    pixels: torch.Tensor | None  # as the model takes them; None: its features are known
+    points: bytes | None  # as they are stored; None: they are known
+
+
+def completed(picture: Picture, vector: np.ndarray | None) -> Picture:
+    """The picture with features and points in `vector` and `points`; one that cannot be used, if they are no numbers."""
+    if vector is not None and not np.isfinite(vector).all():  # they would rank anywhere
         return Picture(picture.file, reason=NOT_FINITE, vanished=picture.vanished)
-    return picture._replace(made=None, vector=vector)
+    return picture._replace(made=None, vector=vector, points=picture.made.points) if picture.made else picture
 
 
 def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Iterator[list[Picture]]:
@@ -1206,27 +1193,16 @@ def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Itera
     under_way: deque[tuple[list[Picture], torch.Tensor]] = deque()
     while (batch := list(itertools.islice(pictures, size))) or under_way:
         if batch:
-            pixels = [picture.made for picture in batch if picture.made is not None]
+            pixels = [it.made.pixels for it in batch if it.made and it.made.pixels is not None]
             found, size = launch(torch.stack(pixels), model, size) if pixels else (torch.empty(0), size)
             under_way.append((batch, found))
         if not batch or len(under_way) > (model.device != "cpu"):
             done, found = under_way.popleft()
             vectors = iter(found.cpu().numpy().astype(np.float16))
-            yield [p if p.made is None else given_vector(p, next(vectors)) for p in done]
+            yield [completed(it, next(vectors) if it.made and it.made.pixels is not None else None) for it in done]
 
 
 # ---- Query views -----------------------------------------------------------------------------------------------------
-
-# Parts of a query that may be pictures of their own: width by height, and size as a share of the largest that fits
-SHAPES, SIZES = (0.75, 1.33, 1.78), (1.0, 0.8, 0.63, 0.5)  # without 0.8, a fifth of the bordered products are missed
-SMALLEST_PART = 0.08  # least share of the query's area in a part; a long query has too many smaller ones
-# Steps in which a part moves by its own width (or height). 3 steps miss a quarter of the pictures that fill 40 % of
-# the query, 5 miss a tenth. A network takes fewer steps, because it computes each part by itself
-PLACES, NETWORK_PLACES = 5, 3
-LARGER = ((0.80, 2), (0.67, 3), (0.52, 5))  # share of the larger picture's side that the query has; places per axis
-TURNS = (-30, -20, -10, 10, 20, 30)  # degrees
-SMALLEST = 128  # pixels; a query with a shorter side than this is not searched by its parts
-VIEW_SIDE = 3  # parts and turns are computed from a picture whose shorter side is at most 3 times the model's
 
 
 def crop_box(text: str) -> tuple[float, ...]:
@@ -1253,99 +1229,57 @@ def cut_out(image: Image.Image, part: Sequence[float]) -> tuple[Image.Image, int
     return picture.crop((left, top, right, bottom)), left, top
 
 
-def parts_of(picture: Image.Image, model: Model, sizes: Sequence[float]) -> Iterator[View]:
-    """Views of parts of the query, one View for each of SHAPES and `sizes`: for each, the query is resized once."""
-    side, (width, height) = model.side, picture.size
-    places = PLACES if model.name == OFFLINE else NETWORK_PLACES
-    for shape, size in itertools.product(SHAPES, sizes):
-        across, down = size * min(1.0, shape * height / width), size * min(1.0, width / shape / height)  # shares
-        if across * down >= SMALLEST_PART:
-            whole = squeeze(picture, round(side / across), round(side / down), model.resample)
-            tops, lefts = (
-                tuple(np.linspace(0, -room, 1 + math.ceil(places * room / side)).round().astype(int).tolist())
-                for room in (whole.shape[1] - side, whole.shape[2] - side)
-            )
-            yield View("part of the query", whole, tops, lefts)
+def query_views(picture: Image.Image, model: Model) -> torch.Tensor:
+    """The query as the model takes it, uint8 (views, 3, side, side): as it is, and as it would be before an edit.
 
-
-def query_views(image: Image.Image, model: Model, views: str) -> list[View]:
-    """The views of a query: as it is, and as it would be before an edit. `views` is one of these kinds:
-
-    none    the query as it is
-    all     also mirrored, turned, as a negative, its parts; with the offline descriptor also as a part of a larger one
-    auto    all with the offline descriptor; with a network, 9 to 25 views: mirrored and its largest parts
-    copies  for --duplicates: auto without parts and small turns
+    It is also mirrored. For the offline descriptor, which is no network, it is also turned by quarters, and a negative.
     """
-    offline, whole, side = model.name == OFFLINE, to_rgb(image, model.side), model.side
-    found = [View("", squeeze(whole, side, side, model.resample))]
-    if views == "none":
-        return found
-    everything = views == "all" or (offline and views == "auto")
-    picture, scale = whole.copy(), min(1.0, VIEW_SIDE * side / min(whole.size))
-    picture.thumbnail((math.ceil(scale * whole.width), math.ceil(scale * whole.height)), reducing_gap=2.0)
-    found.append(View("mirrored", found[0].pixels.flip(2)))
-    if everything or offline:
-        for quarters, view in itertools.product((1, 2, 3), found[:2]):
-            name = f"{view.name}, turned {90 * quarters}°".lstrip(", ")
-            found.append(View(name, view.pixels.rot90(quarters, (1, 2))))
-        found.append(View("inverted", 255 - found[0].pixels))
-    if everything:
-        for angle in TURNS:
-            turned = picture.rotate(angle, Image.Resampling.BILINEAR)
-            found.append(View(f"turned {angle % 360}°", squeeze(turned, side, side, model.resample)))
-    if views != COPIES and min(whole.size) >= SMALLEST:
-        found += parts_of(picture, model, SIZES if everything else SIZES[:1])
-    for share, places in LARGER if offline else ():  # the query may have been cut out of a larger picture
-        small = round(share * side)
-        starts = tuple(round((2 * i + 1) / (2 * places) * (side - small)) for i in range(places))
-        found.append(View("part", squeeze(picture, small, small, model.resample), starts, starts))
-    return found
+    whole = squeeze(picture, model.side, model.side, model.resample)
+    views = [whole, whole.flip(2)]
+    if model.name == OFFLINE:
+        views += [view.rot90(quarters, (1, 2)) for quarters in (1, 2, 3) for view in views[:2]]
+        views.append(255 - whole)
+    return torch.stack(views)
 
 
-def features_of_views(views: Sequence[View], model: Model) -> tuple[list[str], np.ndarray]:
-    """Names and features of a query's views, float32 (views, dim), rounded to fp16 as they are in the store."""
-    squares = [(view, top, left) for view in views for top, left in itertools.product(view.tops, view.lefts)]
-    if model.network is describe:
-        with torch.inference_mode(), one_torch_thread():
-            found = torch.cat([describe_squares(view.pixels[None], view.tops, view.lefts) for view in views])
-            found = torch.nn.functional.normalize(found)
-    else:
-        parts = [view.pixels[:, -top : model.side - top, -left : model.side - left] for view, top, left in squares]
-        found, _ = launch(torch.stack(parts), model, model.batch)
-    return [view.name for view, *_ in squares], to_float32(found.cpu().numpy().astype(np.float16))
+# ---- Points ----------------------------------------------------------------------------------------------------------
 
-
-# ---- Verification ----------------------------------------------------------------------------------------------------
-
-AREA, POINTS = 90_000, 300  # pixels to which a picture is reduced for its local features; how many it gets at most
-QUERY_AREA, QUERY_POINTS = 250_000, 700  # the same for a query, of which a small part may be the match
+AREA = 90_000  # pixels to which each picture is scaled for its points: copies of any resolution then get the same ones
+POINTS = 150  # of a square picture, at most: more make the index larger, fewer lose small parts
+FINER = 4  # levels by which a query, and a picture to compare, is described finer if it has the pixels
+FINER_POINTS = 700  # their points, at most
 LEVELS = 8  # sizes in which points are looked for; each is smaller than the one before by the square root of 2
+SHORT_SIDE = 150  # pixels of a long picture's short side, at least: a strip of comics has panels to be found
+MOST_LONGER = 12  # a long picture has at most 12 times the area and the points
 CONTRAST = 1.5  # least difference, of 255, of a blob from its surroundings: fainter ones are noise
-SPREAD = 4  # points are taken from 4 × 4 cells of the picture in turn, so that a caption does not have them all
+SPREAD = 4  # points are taken from 4 × 4 cells of a square picture in turn, so that a caption does not have them all
 WINDOW, SAMPLES = 8, 12  # a descriptor sees 8 pixels on each side of its point, in 12 × 12 samples
-RATIO = 0.75  # a match counts if its squared distance is less than this share of its best rival's
-NEAR = 8.0  # pixels within which two points are the same spot, and no rivals
-TOLERANCE, DRIFT = 5.0, 0.04  # pixels that an agreeing point may be off; more for each pixel from the proposing point
-SCALES = (0.15, 6.0)  # least and most that the query is enlarged to fit the match; beyond, all points fall on one spot
-PROPOSALS = 5  # of the proposed transforms, so many are fitted: those that most points agree on
-CELL = 4.0  # pixels: points that are nearer to each other count as one
-FEWEST, AGREEING = 6, 14  # least points for a fit; least points for a copy (unrelated photographs reach 3, drawings 10)
-GRID, GRID_CELL = 48, 4  # the match is compared in 48 × 48 samples; a cell, 4 × 4 of them, agrees or does not
-TEXTURE, CORRELATION = 2.5, 0.8  # least deviation, of 255, of a cell that counts; least correlation of one that agrees
-# Least share of the common cells that agree in a copy; where MANY points agree, the second one. Large letters on a
-# product, stickers or a curved screen leave 0.6 to 0.7, with 35 points and more. T-shirts on one cloth reach 0.65, with
-# at most 28 points. Two products before one backdrop reach 0.57, two screenshots of one app 0.3
-AGREEMENT, MANY = (0.7, 0.6), 32
+POINT_DIM = 64  # values of a descriptor
+CODE_STEP = 0.98  # of the deviation: limit between the two levels of a sign, best for a normal distribution (Max, 1960)
+CODE_VALUES = (-1.51, -0.453, 0.453, 1.51)  # what the four levels stand for
+ANGLES = 128  # steps in which the direction of a stored point is kept
+PLACE_BITS, LEVEL_BITS, ANGLE_BITS = 12, 4, 7  # of a stored place along each axis, of its level, of its direction
+WHERE_BITS = 2 * PLACE_BITS + LEVEL_BITS + ANGLE_BITS + 1  # the last one tells whether it is dark
+WHERE_BYTES, CODE_BYTES = 5, POINT_DIM // 4
+
+# Orders of the cosine transform down and across, and of the Fourier transform over the directions, of each value
+ORDERS_OF_CELLS = [
+    order for order in itertools.product(range(4), range(4), range(5)) if sum(order[:2]) <= 4 and order != (0, 0, 0)
+]
 
 
-class LocalFeatures(NamedTuple):
+class Points(NamedTuple):
     """Distinctive points of a picture, and what it looks like around them. A place is a complex number."""
 
-    size: tuple[int, int]  # width and height of the upright picture, pixels
-    grey: torch.Tensor  # the picture made smaller; uint8 (h, w)
-    places: np.ndarray  # of the points, x + iy in pixels of `grey`; complex64 (n,)
+    places: np.ndarray  # x + iy in pixels of the picture scaled by `point_scale`; complex64 (n,)
     frames: np.ndarray  # size × e^(i angle) of each point; complex64 (n,)
-    descriptors: np.ndarray  # float32 (n, 128), each of length 1
+    dark: np.ndarray  # whether it is darker than its surroundings; bool (n,). A negative swaps dark and light
+    descriptors: np.ndarray  # float32 (n, POINT_DIM), each of length 1; the same in a picture and in its negative
+
+    def mirrored(self) -> Points:
+        """The points of the picture mirrored at its left side."""
+        signs = np.array([(-1.0) ** (down + (wave in (2, 4))) for down, _, wave in ORDERS_OF_CELLS], np.float32)
+        return Points(-self.places.conj(), -self.frames.conj(), self.dark, self.descriptors * signs)
 
 
 def smooth(light: torch.Tensor, step: int = 1) -> torch.Tensor:
@@ -1357,23 +1291,28 @@ def smooth(light: torch.Tensor, step: int = 1) -> torch.Tensor:
     return (rows[:, : -2 * step] + rows[:, 2 * step :]).add_(rows[:, step:-step], alpha=2)
 
 
-def blobs_in(light: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A difference of Gaussians of light (h, w), and where it has a strong extreme: both flat, (h * w,)."""
-    fine = smooth(smooth(smooth(light)))  # 16³ times as bright, and smaller by 3 on each side
-    D = smooth(fine, 2).sub_(fine[2:-2, 2:-2], alpha=16)
-    D = torch.nn.functional.pad(D, (5, 5, 5, 5))
-    strength = D.abs()[WINDOW - 1 : 1 - WINDOW, WINDOW - 1 : 1 - WINDOW]
-    rows = torch.maximum(torch.maximum(strength[:-2], strength[1:-1]), strength[2:])  # max_pool2d takes 5 times as long
-    around = torch.maximum(torch.maximum(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
-    is_extreme = (strength[1:-1, 1:-1] == around) & (around > CONTRAST * 16**4)
-    return D.flatten(), torch.nn.functional.pad(is_extreme, (WINDOW,) * 4).flatten()
+def pyramid(grey: Image.Image, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One canvas, float32 (H, W), with the picture in all its sizes, and where each is on it, float32 (levels, 6).
 
-
-def shapes_and_starts(levels: Sequence[torch.Tensor], level: torch.Tensor) -> torch.Tensor:
-    """Height, width and start, int64 (3, n), of each point's level, if all levels lie flat one after the other."""
-    shapes = torch.tensor([light.shape for light in levels])
-    areas = shapes.prod(1)
-    return torch.cat([shapes, (areas.cumsum(0) - areas)[:, None]], 1)[level].T
+    That is left, top, width and height of each level, and how many pixels of `grey` one of its own is along both axes.
+    On one canvas, each step of the search for points is one call for all levels.
+    """
+    width, height = grey.size
+    second = grey.resize([max(1, round(side / 2**0.5)) for side in grey.size], Image.Resampling.BOX)
+    pictures = [torch.from_numpy(np.array(it, np.float32)) for it in (grey, second)]
+    while len(pictures) < levels and min(pictures[-2].shape) > 4 * WINDOW + 3:  # smaller ones have no room for points
+        pictures.append(torch.nn.functional.avg_pool2d(pictures[-2][None], 2)[0])
+    canvas, boxes = torch.zeros(height + height // 2 + 2, width + second.width + 2), []
+    left = top = 0
+    for level, picture in enumerate(pictures):
+        if level == 2:  # the first two lie side by side, the others below them
+            left, top = 0, height
+        h, w = picture.shape
+        canvas[top : top + h, left : left + w] = picture
+        (base_h, base_w), factor = pictures[level % 2].shape, 2 ** (level // 2)
+        boxes.append((left, top, w, h, factor * width / base_w, factor * height / base_h))
+        left += w
+    return canvas, torch.tensor(boxes)
 
 
 def place_in_group(group: torch.Tensor) -> torch.Tensor:
@@ -1383,187 +1322,673 @@ def place_in_group(group: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(group).scatter_(0, order, place)
 
 
-def blob_points(levels: Sequence[torch.Tensor], counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blobs of `levels`, each (h, w): the number of the level, int64 (n,), and x and y there, int64 (n, 2).
+def find_blobs(canvas: torch.Tensor, boxes: torch.Tensor, counts: torch.Tensor, cells: Sequence[int]) -> torch.Tensor:
+    """Blobs of all levels, int64 (4, n): the level, x and y on the canvas, and 1 for a dark one, else 0.
 
     A blob is an extreme of a difference of Gaussians, but not on an edge, where it would slide (Lowe, IJCV 2004). Each
     level has at most as many as `counts` says: the strongest one in each cell, then the second ones, and so on.
-
-    All levels share each call of torch. With many small calls, two threads would be no faster than one.
+    `cells` says how many cells there are across and down.
     """
-    D, is_extreme = map(torch.cat, zip(*map(blobs_in, levels)))
-    place = is_extreme.nonzero()[:, 0]
+    fine = smooth(smooth(smooth(canvas)))  # 16³ times as bright, and smaller by 3 on each side
+    D = torch.nn.functional.pad(smooth(fine, 2).sub_(fine[2:-2, 2:-2], alpha=16), (5, 5, 5, 5))
+    strength = D.abs()
+    rows = torch.maximum(torch.maximum(strength[:-2], strength[1:-1]), strength[2:])  # max_pool2d takes 5 times as long
+    around = torch.maximum(torch.maximum(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
+    y, x = ((strength[1:-1, 1:-1] == around) & (around > CONTRAST * 16**4)).nonzero().T + 1
+    levels = torch.zeros(canvas.shape, dtype=torch.uint8)  # the number of the level + 1 where a window fits, else 0
+    for number, (left, top, w, h, *_) in enumerate(boxes.long().tolist(), start=1):
+        levels[top + WINDOW : top + h - WINDOW, left + WINDOW : left + w - WINDOW] = number
+    level, D, width = levels[y, x].long() - 1, D.flatten(), canvas.shape[1]
+    place = y * width + x
+    xx, yy = D[place + 1] + D[place - 1] - 2 * D[place], D[place + width] + D[place - width] - 2 * D[place]
+    xy = (D[place + width + 1] + D[place - width - 1] - D[place - width + 1] - D[place + width - 1]) / 4
+    # One curvature is at most 10 times the other
+    place = place[(level >= 0) & ((xx + yy) ** 2 * 10 < 11**2 * (xx * yy - xy**2))]
     place = place[D[place].abs().argsort(descending=True, stable=True)]
-    ends = torch.tensor([light.numel() for light in levels]).cumsum(0)
-    level = torch.searchsorted(ends, place, right=True)
-    h, w, start = shapes_and_starts(levels, level)
-    xx = D[place + 1] + D[place - 1] - 2 * D[place]
-    yy = D[place + w] + D[place - w] - 2 * D[place]
-    xy = (D[place + w + 1] + D[place - w - 1] - D[place - w + 1] - D[place + w - 1]) / 4
-    is_blob = (xx + yy) ** 2 * 10 < 11**2 * (xx * yy - xy**2)  # one curvature is at most 10 times the other
-    x, y = (place - start) % w, (place - start) // w
-    cell = level * SPREAD**2 + (SPREAD * y // h) * SPREAD + SPREAD * x // w
-    blobs = torch.stack([level, x, y, cell])[:, is_blob]
-    blobs = blobs[:, (blobs[0] * blobs.shape[1] + place_in_group(blobs[3])).argsort(stable=True)]  # level by level
-    level, x, y, _ = blobs[:, place_in_group(blobs[0]) < counts[blobs[0]]]
-    return level, torch.stack([x, y], 1)
+    y, x = place // width, place % width
+    level = levels[y, x].long() - 1
+    left, top, w, h, *_ = boxes.long()[level].T
+    across, down = cells
+    cell = (level * down + down * (y - top) // h) * across + across * (x - left) // w
+    order = (level * len(level) + place_in_group(cell)).argsort(stable=True)
+    order = order[place_in_group(level[order]) < counts[level[order]]]
+    return torch.stack([level, x, y, (D[place] > 0).long()])[:, order]
+
+
+@cache
+def descriptor_basis() -> torch.Tensor:
+    """A matrix (128, POINT_DIM) from 4 × 4 cells × 8 directions to their lowest frequencies, without the mean.
+
+    A cosine transform over the cells and a Fourier transform over the directions. These 64 of 128 values hold 96 % of
+    the variance, and a mirrored picture changes nothing but signs.
+    """
+    k, phase = torch.arange(4.0), math.pi / 4 * torch.arange(8.0)
+    cosines = torch.cos(math.pi / 4 * k[:, None] * (k + 0.5)) * 0.5**0.5
+    cosines[0] /= 2**0.5
+    waves = torch.stack([torch.ones(8) / 2**0.5, phase.cos(), phase.sin(), (2 * phase).cos(), (2 * phase).sin()]) / 2
+    full = torch.einsum("iv,ju,kd->ijkvud", cosines, cosines, waves).flatten(3)
+    return torch.stack([full[order] for order in ORDERS_OF_CELLS], 1)
 
 
 def describe_points(
-    levels: Sequence[torch.Tensor], level: torch.Tensor, xy: torch.Tensor
+    canvas: torch.Tensor, boxes: torch.Tensor, blobs: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Directions, e^(i angle) (n,), and descriptors (n, 128) of the points xy (n, 2). level (n,): which of `levels`.
+    """Directions, e^(i angle) (n,), and descriptors (n, POINT_DIM) of the `blobs` (4, n) in `boxes`, see `pyramid`.
 
     As in SIFT: gradients in 4 × 4 cells and 8 directions, relative to the direction of the mean gradient. Of these sums
-    the square root is taken (Arandjelović & Zisserman, CVPR 2012).
+    the square root is taken (Arandjelović & Zisserman, CVPR 2012). A dark point is described as in the negative.
     """
-    normalize = torch.nn.functional.normalize
+    level, x, y, dark = blobs[..., None]
     steps = (torch.arange(SAMPLES) + 0.5) * (2 * WINDOW / SAMPLES) - WINDOW
     window = torch.complex(*torch.meshgrid(steps, steps, indexing="xy")).flatten()
-    weight = torch.exp(-(window.abs() ** 2) / (2 * WINDOW**2))
-    gradient = torch.cat([torch.complex(dx, dy).flatten() for dy, dx in map(torch.gradient, levels)])
-    h, w, start = shapes_and_starts(levels, level)[..., None]
+    weight = torch.exp(-(window.abs() ** 2) / (2 * WINDOW**2)) * (1 - 2 * dark)
+    dy, dx = torch.gradient(canvas)
+    gradient = torch.complex(dx, dy).flatten()
+    left, top, w, h, *_ = boxes.long()[level[:, 0]].T[..., None]
 
     def gradients(offsets: torch.Tensor) -> torch.Tensor:  # (n, samples), weighted, at these offsets from each point
-        x, y = (xy[:, :1] + offsets.real).round().long(), (xy[:, 1:] + offsets.imag).round().long()
-        return gradient[start + w * torch.minimum(y.clamp(0), h - 1) + torch.minimum(x.clamp(0), w - 1)] * weight
+        # Not the outermost pixels of a level: their gradient would see the next level
+        column = torch.minimum(torch.maximum((x + offsets.real).round().long(), left + 1), left + w - 2)
+        row = torch.minimum(torch.maximum((y + offsets.imag).round().long(), top + 1), top + h - 2)
+        return gradient[row * canvas.shape[1] + column] * weight
 
     mean = gradients(window[None]).sum(1, keepdim=True)
     direction = torch.polar(torch.ones_like(mean.real), mean.angle())
-    turned = gradients(window * direction)[..., None] * direction.conj()[..., None]
-    rise = (turned * torch.polar(torch.ones(8), torch.arange(8) * (-math.pi / 4))).real.clamp(min=0)  # (n, samples, 8)
-    rise = rise**3 / (turned.abs() ** 2 + 1e-6)  # the cosine cubed: mostly the two nearest directions
-    share = (1 - (steps[:, None] - torch.tensor([-6.0, -2.0, 2.0, 6.0])).abs() / 4).clamp(min=0)  # (samples, cells)
-    cells = torch.einsum("nvuk,vi,uj->nijk", rise.view(-1, SAMPLES, SAMPLES, 8), share, share).flatten(1)
-    return direction[:, 0], normalize(normalize(cells, p=1).sqrt())
+    turned = gradients(window * direction) * direction.conj()
+    # Its length to the power 1/3: cubed below, that is the length times the cubed cosine of each of 8 directions
+    root = torch.view_as_real(turned * (turned.abs() + 1e-6) ** (-2 / 3))
+    angles = torch.arange(8) * (math.pi / 4)
+    rise = (root @ torch.stack([angles.cos(), angles.sin()])).clamp_(min=0)  # (n, samples, 8)
+    share = (1 - (steps - torch.tensor([-6.0, -2.0, 2.0, 6.0])[:, None]).abs() / 4).clamp(min=0)  # (cells, samples)
+    cells = (torch.kron(share, share) @ (rise * rise * rise)).flatten(1)
+    normalize = torch.nn.functional.normalize
+    return direction[:, 0], normalize(normalize(cells, p=1).sqrt() @ descriptor_basis())
 
 
-def local_features(image: Image.Image, area: int = AREA, count: int = POINTS, side: int = 0) -> LocalFeatures:
-    """At most `count` local features, from `area` pixels. It is decoded large enough for a model of this `side`."""
-    short, long = sorted(image.size)
-    scale = min(1.0, (area / (short * long)) ** 0.5)
-    picture = to_rgb(image, max(side, math.ceil(scale * long / DRAFT_SCALE)))
-    size = (long, short) if picture.width > picture.height else (short, long)  # EXIF may have turned it
-    width, height = (max(1, round(scale * length)) for length in size)
-    grey = picture.convert("L").resize((width, height), Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
-    light = torch.from_numpy(np.array(grey))
-    factors = [2 ** (-level / 2) for level in range(LEVELS)]
-    sizes = [(round(height * factor), round(width * factor)) for factor in factors]
-    sizes = [it for it in sizes if min(it) > 2 * WINDOW + 1]  # smaller ones have no room for a point
-    if not sizes:
-        nothing = np.zeros(0, np.complex64)
-        return LocalFeatures(size, light, nothing, nothing, np.zeros((0, 128), np.float32))
-    resized = partial(torch.nn.functional.interpolate, light[None, None].float(), mode="bilinear", antialias=True)
-    levels = [resized(it)[0, 0] for it in sizes]
-    level, xy = blob_points(levels, torch.tensor([round(count * factor / sum(factors)) for factor in factors]))
-    directions, descriptors = describe_points(levels, level, xy)
-    places = (xy + 0.5) * torch.tensor([(width / w, height / h) for h, w in sizes])[level]
-    frames = directions / torch.tensor(factors)[level]
-    return LocalFeatures(size, light, torch.view_as_complex(places).numpy(), frames.numpy(), descriptors.numpy())
+def point_scale(size: Sequence[float]) -> float:
+    """By how much a picture of this width and height is scaled for its points."""
+    short, long = sorted(size)
+    scale = (AREA / (short * long)) ** 0.5
+    return max(scale, min(SHORT_SIDE / short, scale * MOST_LONGER**0.5))
 
 
-def seen_through(query: LocalFeatures, mirrored: bool, negative: bool) -> LocalFeatures:
-    """The local features of the mirrored query, of its negative, or of both. They are derived, not computed again."""
-    size, grey, places, frames, descriptors = query
-    cells = descriptors.reshape(-1, 4, 4, 8)
-    if mirrored:  # x changes its sign: of each place, of each direction, and of each point's own window
-        grey, places, frames = grey.flip(1), grey.shape[1] - places.conj(), -frames.conj()
-        cells = cells[:, ::-1][..., [0, 7, 6, 5, 4, 3, 2, 1]]
-    if negative:  # dark and light change places: each direction, and its window, turns by 180°
-        frames, cells = -frames, cells[:, ::-1, ::-1]
-    return LocalFeatures(size, grey, places, frames, cells.reshape(-1, 128))
+def find_points(image: Image.Image, finer: int = 0) -> Points:
+    """The points of an upright picture; in up to `finer` further levels if it has the pixels."""
+    scale = point_scale(image.size)
+    finer = max(0, min(finer, math.floor(0.1 - 2 * math.log2(scale))))
+    size = [max(2, round(scale * 2 ** (finer / 2) * side)) for side in image.size]
+    grey = image.convert("L").resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
+    canvas, boxes = pyramid(grey, LEVELS + finer)
+    longer = scale**2 * image.width * image.height / AREA
+    share = 2 ** (-torch.arange(len(boxes)) / 2)
+    counts = (longer * (FINER_POINTS if finer else POINTS) * share / share.sum()).round().long()
+    long = SPREAD * max(1, round(max(size) / min(size) / 2))
+    blobs = find_blobs(canvas, boxes, counts, (long, SPREAD) if size[0] > size[1] else (SPREAD, long))
+    direction, descriptors = describe_points(canvas, boxes, blobs)
+    level, x, y, dark = blobs
+    left, top, _, _, across, down = boxes[level].T
+    places = torch.complex((x - left + 0.5) * across, (y - top + 0.5) * down) / 2 ** (finer / 2)
+    frames = direction * 2 ** ((level - finer) / 2)
+    return Points(places.numpy(), frames.numpy(), dark.bool().numpy(), descriptors.numpy())
 
 
-def fitted(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.ndarray]:
-    """How many of the pairs of places q and m, complex (n,), agree on an affine transform; and the transform, (3, 3).
+@cache
+def code_rotation() -> np.ndarray:
+    """A Hadamard matrix of length 1, (POINT_DIM, POINT_DIM): it spreads a descriptor evenly over all values."""
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < POINT_DIM:
+        matrix = np.kron(matrix, np.array([[1, 1], [1, -1]], np.float32)) / np.float32(2**0.5)
+    return matrix
 
-    It is fitted to the pairs in `agrees`, then to all that agree. 0: too few agree, or the picture is distorted.
+
+def pack_points(points: Points) -> bytes:
+    """The points as they are stored: for each its place, level and direction in 5 bytes, and its descriptor in 16.
+
+    Each value of the turned descriptor has one of four levels, by the descriptor's own deviation. That needs no
+    training, so that all ranks and machines agree.
+    """
+    place = points.places.astype(np.complex128)
+    x, y = (axis.astype(np.int64).clip(0, (1 << PLACE_BITS) - 1) for axis in (place.real, place.imag))
+    level = (2 * np.log2(np.abs(points.frames))).round().astype(np.int64).clip(0, (1 << LEVEL_BITS) - 1)
+    angle = (np.angle(points.frames) * (ANGLES / (2 * math.pi))).round().astype(np.int64) % ANGLES
+    where = (((x << PLACE_BITS | y) << LEVEL_BITS | level) << ANGLE_BITS | angle) << 1 | points.dark
+    turned = points.descriptors @ code_rotation()
+    turned /= turned.std(1, keepdims=True) * CODE_STEP
+    values = (np.floor(turned) + 2).clip(0, 3).astype(np.uint8).reshape(len(place), CODE_BYTES, 4)
+    codes = (values << np.array([0, 2, 4, 6], np.uint8)).sum(2, dtype=np.uint8)
+    return np.hstack([where.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :WHERE_BYTES], codes]).tobytes()
+
+
+def unpack_codes(stored: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Where the stored points are, int64 (n,), see `unpack_where`, and their descriptors, float32 (n, POINT_DIM)."""
+    rows = np.frombuffer(stored, np.uint8).reshape(-1, WHERE_BYTES + CODE_BYTES)
+    where = np.zeros((len(rows), 8), np.uint8)
+    where[:, :WHERE_BYTES] = rows[:, :WHERE_BYTES]
+    values = rows[:, WHERE_BYTES:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3
+    xb = np.array(CODE_VALUES, np.float32)[values].reshape(-1, POINT_DIM) @ code_rotation()  # it is its own inverse
+    return where.view("<i8")[:, 0].astype(np.int64), xb / np.linalg.norm(xb, axis=1, keepdims=True)
+
+
+def unpack_where(where: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Places, frames and whether they are dark, as in `Points`, from the lowest WHERE_BITS of `where`, int64 (n,)."""
+    dark, angle = where & 1, where >> 1 & (1 << ANGLE_BITS) - 1
+    level = where >> 1 + ANGLE_BITS & (1 << LEVEL_BITS) - 1
+    y = where >> 1 + ANGLE_BITS + LEVEL_BITS & (1 << PLACE_BITS) - 1
+    x = where >> 1 + ANGLE_BITS + LEVEL_BITS + PLACE_BITS & (1 << PLACE_BITS) - 1
+    frames = 2 ** (level / 2) * np.exp(2j * math.pi / ANGLES * angle)
+    return (x + 0.5) + 1j * (y + 0.5), frames, dark.astype(bool)
+
+
+# ---- Verdicts --------------------------------------------------------------------------------------------------------
+#
+# query ─ points ─ index of points ─ votes ─ hints (which picture, by which transform)          section "Search"
+#   └ pixels ─ hints, the whole on the whole, matched points ─ transforms ─ the best by pixels, fitted to the pixel
+#       └ laid over one another ─ windows that agree, that differ ─ bands along an edge cut off ─ copy, variant or none
+
+KEPT_SIDE = 1536  # pixels of the longer side of a picture that is kept to be compared, at most
+RATIO = 0.8  # a match counts if its distance is less than this share of its best rival's
+NEAR = 8.0  # pixels within which two points are the same spot, and no rivals
+TOLERANCE, DRIFT = 5.0, 0.06  # pixels that an agreeing point may be off; more for each pixel from the proposing point
+SCALES = (0.1, 10.0)  # least and most that a picture is enlarged to fit the other; beyond, all points fall on one spot
+STRETCHED = 3.0  # most that a picture is stretched along one axis against the other
+PROPOSALS = 5  # of the proposed transforms, so many are fitted: those that most points agree on
+SPOT = 6.0  # pixels: points that are nearer to each other count as one
+FEWEST = 5  # points that agree, at least, in a transform (of unrelated photographs, 2 to 3 do)
+TRIED = 3  # transforms that are compared closely, at most
+THUMB, ROUGH, SIDE = 32, 96, 384  # pixels of the longer side: to compare roughly, less roughly, and closely
+ALIKE_THUMBS, ALIKE_ROUGHLY = 0.6, 0.35  # least correlation for a transform to be looked at more closely
+WINDOW_SIDE, STEP = 10, 5  # pixels of a window, and from one to the next
+FLAT = 6.0  # of 255: windows with a smaller deviation show nothing that could be compared
+ALIKE, FAINT = 0.5, 0.25  # least correlation of windows that agree; least share of contrast of the fainter one
+LIGHT_OFF, COLOUR_OFF = 60.0, 36.0  # of 255: most that brightness and colour of a window may be off
+TINT, TINT_INVERTED = 40.0, 12.0  # of 255: most that all colours may have moved in one direction; of a negative
+LARGEST = 7  # windows in one connected block that may differ in a copy: compression and fits that are a pixel off
+TELLING = 20  # windows that agree, at least
+SHARED, SHARED_UNPROVEN = 0.5, 0.6  # least share of windows that agree; the second if no points do
+
+
+class Hint(NamedTuple):
+    """A transform by which one picture may lie in another."""
+
+    points: int  # that agree on it
+    H: np.ndarray  # (3, 3), from pixels of the first upright picture to pixels of the second
+    inverted: bool = False  # one is a negative of the other
+
+
+class Verdict(NamedTuple):
+    """What the comparison of two pictures has found."""
+
+    label: str  # copy or variant
+    hint: Hint  # exact to a pixel
+    covers: tuple[float, float]  # share of the area of the first, and of the second picture, that both show
+    differs: float  # share of what both show in which they differ
+    details: int  # windows that agree
+    boxes: tuple[
+        list[Any], list[Any]
+    ]  # around these parts: left, top, right, bottom in pixels of the first, the second
+
+    def reversed(self) -> Verdict:
+        """The same, with the pictures in the other order."""
+        hint = self.hint._replace(H=np.linalg.inv(self.hint.H))
+        return self._replace(hint=hint, covers=self.covers[::-1], boxes=self.boxes[::-1])
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An upright picture to be compared."""
+
+    size: tuple[int, int]  # width and height of the whole picture
+    image: Image.Image  # RGB, perhaps smaller
+
+    @staticmethod
+    def of(image: Image.Image, side: int = 0, most: int = KEPT_SIDE) -> Shown:
+        """A picture just opened, decoded large enough for a model of this `side`, but at most `most` pixels long."""
+        short, long = sorted(image.size)
+        rgb = to_rgb(image, max(side, min(most, long) // DRAFT_SCALE))
+        size = (long, short) if rgb.width > rgb.height else (short, long)  # EXIF may have turned it
+        if long > most:
+            rgb = rgb.copy()
+            rgb.thumbnail((most, most), reducing_gap=2.0)
+        return Shown(size, rgb)
+
+    @cached_property
+    def points(self) -> Points:
+        return find_points(self.image, FINER)
+
+    @cached_property
+    def thumb(self) -> np.ndarray:
+        """Brightness squeezed into (THUMB, THUMB), less its mean, of length 1."""
+        small = np.asarray(self.image.convert("L").resize((THUMB, THUMB), Image.Resampling.BOX), np.float32)
+        return (small - small.mean()) / max(1.0, float(np.linalg.norm(small - small.mean())))
+
+
+def moved(H: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The places, (n, 2), moved by the transform H."""
+    found = places @ H[:, :2].T + H[:, 2]
+    return found[:, :2] / found[:, 2:]
+
+
+def corners_of(size: Sequence[float]) -> np.ndarray:
+    """The corners of a picture, (4, 2), from its top left clockwise."""
+    return np.array([(0, 0), (size[0], 0), size, (0, size[1])], float)
+
+
+def fit(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.ndarray]:
+    """How many spots of the pairs of places q and m, complex (n,), agree on a transform; and the transform, (3, 3).
+
+    It is fitted to the pairs in `agrees`, then to all that agree: a similarity to few, an affine transform to many.
+    0: too few agree, or the picture would be distorted.
     """
     H = np.eye(3)
-    Q, M = (np.stack([z.real, z.imag, np.ones(len(z))]) for z in (q, m))
+    Q, M = (np.stack([z.real, z.imag], 1) for z in (q, m))
     for _ in range(3):
-        if agrees.sum() < FEWEST:
+        if (count := agrees.sum()) < FEWEST:
             return 0, H
-        H = np.linalg.lstsq(Q[:, agrees].T, M[:, agrees].T, rcond=None)[0].T
+        if count < 2 * FEWEST:
+            (turn, move), *_ = np.linalg.lstsq(np.stack([q, np.ones(len(q))], 1)[agrees], m[agrees], rcond=None)
+            H = np.array([(turn.real, -turn.imag, move.real), (turn.imag, turn.real, move.imag), (0, 0, 1)])
+        else:
+            H[:2] = np.linalg.lstsq(np.insert(Q, 2, 1, 1)[agrees], M[agrees], rcond=None)[0].T
         longer, shorter = np.linalg.svd(H[:2, :2])[1]  # by how much it stretches along its axes
-        if not (SCALES[0] < shorter and longer < min(SCALES[1], 2 * shorter)):
+        if not (SCALES[0] < shorter and longer < min(SCALES[1], STRETCHED * shorter)):
             return 0, H
-        agrees = np.hypot(*(H @ Q - M)[:2]) < TOLERANCE * max(1.0, (longer * shorter) ** 0.5)
-    # Points in one cell count once, in either picture: else many points on one spot would agree.
-    points = min(len(np.unique(z[agrees].real // CELL + 4096 * (z[agrees].imag // CELL))) for z in (q, m))
-    return points if points >= AGREEING else 0, H
+        agrees = np.linalg.norm(moved(H, Q) - M, axis=1) < TOLERANCE * max(1.0, (longer * shorter) ** 0.5)
+    # Points on one spot count once, in either picture
+    return min(len(np.unique(z[agrees].real // SPOT + 4096 * (z[agrees].imag // SPOT))) for z in (q, m)), H
 
 
-def best_transform(query: LocalFeatures, match: LocalFeatures) -> tuple[int, np.ndarray]:
-    """How many points agree on the best transform from query to match, and that transform: see `fitted`.
+def fits(q: np.ndarray, m: np.ndarray, ratio: np.ndarray, count: int = PROPOSALS) -> list[tuple[int, np.ndarray]]:
+    """The best `count` transforms from places q to m, complex (n,), each with its number of agreeing spots: see `fit`.
 
-    A point is matched to the one it resembles most, if it resembles no other place nearly as much. Each matched pair
-    proposes a move, turn and scale by its places, sizes and angles. All of them are tried: nothing is random.
+    Each matched pair proposes a move, and with `ratio`, complex (n,), a turn and a scale. Nothing is random.
     """
-    S = torch.from_numpy(query.descriptors) @ torch.from_numpy(match.descriptors).T
-    scores, best = (found.numpy() for found in S.max(1))
-    is_near = torch.from_numpy(np.abs(match.places[:, None] - match.places) <= NEAR)
-    rivals = S.masked_fill(is_near[best], -1).amax(1).numpy()
-    good = 1 - scores < RATIO * (1 - rivals)
-    q, m = query.places[good], match.places[best[good]]
-    ratio = match.frames[best[good]] / query.frames[good]
-    moved, scale = ratio[:, None] * (q - q[:, None]), np.abs(ratio)  # (proposals, matches)
-    agree = np.abs(m[:, None] + moved - m) < TOLERANCE + DRIFT * np.abs(moved)
+    shift, scale = ratio[:, None] * (q - q[:, None]), np.abs(ratio)  # (proposals, pairs)
+    agree = np.abs(m[:, None] + shift - m) < TOLERANCE + DRIFT * np.abs(shift)
     agree &= np.abs(np.log2(scale / scale[:, None])) < 1
     agree[(scale < SCALES[0]) | (scale > SCALES[1])] = False
-    likely = np.argsort(-agree.sum(1), kind="stable")[:PROPOSALS]
-    return max((fitted(q, m, agree[one]) for one in likely), key=lambda fit: fit[0], default=(0, np.eye(3)))
+    likely = np.argsort(-agree.sum(1), kind="stable")[:count]
+    return [found for one in likely if (found := fit(q, m, agree[one]))[0] >= FEWEST]
 
 
-def common_share(query: LocalFeatures, match: LocalFeatures, H: np.ndarray) -> tuple[float, float]:
-    """The share of the common cells that agree; and the share of the match's area that lies in the query and agrees.
+def to_pixels(H: np.ndarray, a: Sequence[int], b: Sequence[int], mirrored: bool) -> np.ndarray:
+    """The transform between two upright pictures of sizes a and b, from H between the places of their points.
 
-    The query is warped by H to the match. The two are compared cell by cell; featureless cells do not count.
+    mirrored: H starts from `Points.mirrored`.
     """
-    F = torch.nn.functional
-    to_q, to_m = (np.array([[w, 0, w], [0, h, h], [0, 0, 2]]) / 2 for h, w in (query.grey.shape, match.grey.shape))
-    theta = torch.from_numpy(np.linalg.inv(H @ to_q) @ to_m)[None, :2].float()  # match to query, sides at -1 and 1
-    grid = F.affine_grid(theta, [1, 1, 4 * GRID, 4 * GRID], align_corners=False)
-    inside = (grid.abs().amax(3) <= 1).float()[None]
-    warped = F.grid_sample(query.grey[None, None].float(), grid, padding_mode="border", align_corners=False)
-    seen = F.avg_pool2d(torch.cat([warped, inside], 1), 4)  # of four samples a side: no aliasing, less noise
-    shown = F.adaptive_avg_pool2d(match.grey[None, None].float(), GRID)
-    a, known, b = F.unfold(torch.cat([seen, shown], 1)[0, :, None], GRID_CELL, stride=GRID_CELL)  # (samples, cells)
-    a, b = a - a.mean(0), b - b.mean(0)
-    spread = torch.stack([a, b]).std(1, correction=0)
-    tells = (known.amin(0) > 0.8) & (spread.amax(0) > TEXTURE)
-    agrees = (a * b).mean(0).abs() > CORRELATION * (spread.prod(0) + 1e-6)
-    agreement = float(agrees[tells].float().mean()) if tells.any() else 0.0
-    return agreement, agreement * float(known.mean())
+    k, scale = point_scale(a), point_scale(b)
+    return np.diag([1, 1, scale]) @ H @ np.diag([-k if mirrored else k, k, 1]) / scale
 
 
-def corners_in(one: LocalFeatures, other: LocalFeatures, H: np.ndarray) -> list[tuple[float, float]]:
-    """The corners of `one` in pixels of `other`. H: the transform from the grey picture of `one` to that of `other`."""
-    height, width = one.grey.shape
-    there = H @ [(0, width, width, 0), (0, 0, height, height), (1, 1, 1, 1)]
-    return [(x, y) for x, y in (there[:2].T * other.size / other.grey.shape[::-1]).round(1).tolist()]
+def hints_by_points(a: Shown, b: Shown) -> Iterator[Hint]:
+    """Transforms from a to b on which their points agree.
+
+    A point is matched to the one it resembles most, if it resembles no other place nearly as much.
+    """
+    other = b.points
+    if min(len(a.points.places), len(other.places)) < FEWEST:
+        return
+    near = torch.from_numpy(np.abs(other.places[:, None] - other.places) <= NEAR)
+    for mirrored, inverted in itertools.product((False, True), repeat=2):
+        points = a.points.mirrored() if mirrored else a.points
+        S = torch.from_numpy(points.descriptors) @ torch.from_numpy(other.descriptors).T
+        S.masked_fill_(torch.from_numpy((points.dark[:, None] != other.dark) != inverted), -1)
+        scores, best = S.max(1)
+        rivals = S.masked_fill(near[best], -1).amax(1)
+        good = (1 - scores < RATIO * (1 - rivals)).numpy()
+        if good.sum() >= FEWEST:
+            match = best.numpy()[good]
+            q, m, ratio = points.places[good], other.places[match], other.frames[match] / points.frames[good]
+            for count, H in fits(q, m, ratio):
+                yield Hint(count, to_pixels(H, a.size, b.size, mirrored), inverted)
 
 
-def align(query: LocalFeatures, match: LocalFeatures) -> Region | None:
-    """Where the query, as it is, mirrored or as a negative, lies in the match; None if it is not the same picture."""
-    if not (len(query.places) and len(match.places)):
+def hints_by_thumbs(a: Shown, b: Shown) -> Iterator[Hint]:
+    """Transforms by which the whole of a may be the whole of b: as it is, mirrored, turned by quarters, or a negative."""
+    unit = np.eye(3)
+    for flips, quarters in itertools.product(range(2), range(4)):
+        alike = float((np.rot90(a.thumb[:, ::-1] if flips else a.thumb, -quarters) * b.thumb).sum())
+        if abs(alike) > ALIKE_THUMBS:
+            H = np.diag([-1.0, 1, 1]) if flips else unit
+            H = np.linalg.matrix_power(np.array([(0, -1, 0), (1, 0, 0), (0, 0, 1)]), quarters) @ H  # clockwise
+            H = np.array([(b.size[0], 0, b.size[0]), (0, b.size[1], b.size[1]), (0, 0, 2)]) / 2 @ H
+            yield Hint(0, H @ [(2 / a.size[0], 0, -1), (0, 2 / a.size[1], -1), (0, 0, 1)], alike < 0)
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """What two pictures both show, laid over one another on a frame of (h, w) pixels."""
+
+    a: torch.Tensor  # RGB of the first, moved, float32 (3, h, w); its negative if the pictures are inverted
+    b: torch.Tensor  # RGB of the second
+    places: torch.Tensor  # where each pixel of the frame is in the first picture, as shares of its sides (2, h, w)
+    to_b: np.ndarray  # from pixels of the frame to those of the second picture
+
+    @property
+    def is_shared(self) -> torch.Tensor:
+        return ((self.places >= 0) & (self.places <= 1)).all(0)
+
+    @cached_property
+    def light(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Brightness of both, (h, w), slightly blurred."""
+        grey = torch.einsum("nchw,c->nhw", torch.stack([self.a, self.b]), torch.tensor(OPPONENT[0]))[:, None]
+        grey = torch.nn.functional.pad(grey, (1, 1, 1, 1), mode="replicate")
+        first, second = torch.nn.functional.avg_pool2d(grey, 3, 1)[:, 0]
+        return first, second
+
+
+def shared_part(H: np.ndarray, a: Sequence[int], b: Sequence[int]) -> np.ndarray:
+    """The corners, (n, 2), of the part of picture b, of size b, that lies in picture a; n is 0 if there is none."""
+    if ((corners_of(a) @ H[2, :2] + H[2, 2]) <= 1e-9).any():
+        return np.zeros((0, 2))
+    part = moved(H, corners_of(a)).tolist()
+    for axis, side, limit in ((0, 1, 0), (0, -1, b[0]), (1, 1, 0), (1, -1, b[1])):  # Sutherland & Hodgman, CACM 1974
+        corners, part = part, []
+        for one, other in zip(corners, corners[1:] + corners[:1]):
+            at, to = side * (one[axis] - limit), side * (other[axis] - limit)
+            part += [one] if at >= 0 else []
+            if at * to < 0:
+                part.append([p + at / (at - to) * (q - p) for p, q in zip(one, other)])
+    return np.array(part).reshape(-1, 2)
+
+
+def area_of(corners: np.ndarray) -> float:
+    x, y = corners.T
+    return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+
+
+def resized(shown: Shown, box: np.ndarray, size: Sequence[int]) -> torch.Tensor:
+    """The part `box` of a picture, left, top, right, bottom in its pixels, resized to `size`: float32 (3, h, w)."""
+    scale = np.array(shown.image.size) / shown.size
+    box = np.clip((box.reshape(2, 2) * scale).ravel(), 0, [*shown.image.size] * 2)
+    finer = size[0] > box[2] - box[0]
+    method = Image.Resampling.BICUBIC if finer else Image.Resampling.BOX
+    picture = shown.image.resize((size[0], size[1]), method, box=tuple(box))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
+
+
+def overlay(hint: Hint, a: Shown, b: Shown, side: int) -> Overlay | None:
+    """Both pictures on a frame of at most `side` pixels around what they share, at the lower resolution of the two."""
+    H, part = hint.H, shared_part(hint.H, a.size, b.size)
+    if len(part) < 3 or (np.ptp(part, 0) < 2).any() or abs(np.linalg.det(H)) < 1e-12:
         return None
-    seen = {way: seen_through(query, *way) for way in itertools.product((False, True), repeat=2)}
-    fits = {way: best_transform(seen[way], match) for way in seen}
-    way = mirrored, inverted = max(fits, key=lambda way: fits[way][0])
-    points, H = fits[way]
-    agreement, covers = common_share(seen[way], match, H) if points else (0.0, 0.0)
-    if agreement < AGREEMENT[points >= MANY]:
+    low, high = part.min(0), part.max(0)
+    back, (x, y) = np.linalg.inv(H), part.mean(0)
+    near = moved(back, np.array([(x, y), (x + 1, y), (x, y + 1)]))
+    zoom = abs(np.linalg.det(near[1:] - near[0])) ** 0.5  # pixels of a for one of b
+    detail = min(zoom * a.image.width / a.size[0], b.image.width / b.size[0])  # pixels that are there for one of b
+    scale = min(side / max(high - low), max(detail, min(2 * detail, SIDE / max(high - low))))
+    w, h = (max(WINDOW_SIDE + 2, round(length * scale)) for length in high - low)
+    to_b = np.array([((high[0] - low[0]) / w, 0, low[0]), (0, (high[1] - low[1]) / h, low[1]), (0, 0, 1)])
+    to_a = back @ to_b
+    if ((corners_of((w, h)) @ to_a[2, :2] + to_a[2, 2]) * to_a[2, 2] <= 0).any():
         return None
-    if mirrored:  # H starts from the mirrored query
-        H = H @ [(-1, 0, query.grey.shape[1]), (0, 1, 0), (0, 0, 1)]
-    corners, outline = corners_in(query, match, H), corners_in(match, query, np.linalg.inv(H))
-    return Region(corners, outline, points, round(covers, 3), inverted)
+    there = moved(to_a, corners_of((w, h)))
+    start, end = np.clip(np.floor(there.min(0)) - 2, 0, a.size), np.clip(np.ceil(there.max(0)) + 2, 0, a.size)
+    if (end - start < 2).any():
+        return None
+    most = a.image.width / a.size[0]
+    size = [max(4, round(length * min(most, scale / zoom))) for length in end - start]
+    source = resized(a, np.concatenate([start, end]), size)
+    ys, xs = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+    found = torch.stack([xs, ys, torch.ones_like(xs)], -1) @ torch.from_numpy(to_a.T).float()
+    place = found[..., :2] / found[..., 2:]
+    grid = (place - torch.from_numpy(start).float()) / torch.from_numpy(end - start).float() * 2 - 1
+    warped = torch.nn.functional.grid_sample(source[None], grid[None], padding_mode="border", align_corners=False)[0]
+    shares = (place / torch.tensor(a.size)).permute(2, 0, 1)
+    box = np.concatenate([low, high])
+    return Overlay(255 - warped if hint.inverted else warped, resized(b, box, (w, h)), shares, to_b)
+
+
+def window_means(planes: torch.Tensor, window: int = WINDOW_SIDE) -> torch.Tensor:
+    """The means of planes (n, h, w) in each window."""
+    return torch.nn.functional.avg_pool2d(planes[:, None], window, window // 2)[:, 0]
+
+
+def correlations(
+    over: Overlay, reach: int, window: int = WINDOW_SIDE
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Correlation of each window of b with that of a moved by up to `reach` pixels, (2 reach + 1, 2 reach + 1, h, w).
+
+    Also the deviations, (h, w), of both windows, that of a not moved.
+    """
+    a, b = over.light
+    (h, w), n = b.shape, 2 * reach + 1
+    framed = torch.nn.functional.pad(a[None, None], (reach,) * 4, mode="replicate")[0, 0]
+    shifted = torch.stack([framed[dy : dy + h, dx : dx + w] for dy, dx in itertools.product(range(n), repeat=2)])
+    means, squares, products = (window_means(it, window) for it in (shifted, shifted**2, shifted * b))
+    mean, square = window_means(torch.stack([b, b * b]), window)
+    of_a, of_b = (squares - means**2).clamp(min=0).sqrt(), (square - mean**2).clamp(min=0).sqrt()
+    rho = (products - means * mean) / (of_a * of_b).clamp(min=1)
+    return rho.unflatten(0, (n, n)), of_a[n * n // 2], of_b
+
+
+def seen_windows(over: Overlay, window: int = WINDOW_SIDE) -> torch.Tensor:
+    """Which windows, bool (h, w), lie in both pictures."""
+    return window_means(over.is_shared[None].float(), window)[0] > 0.99
+
+
+def roughly_alike(hint: Hint, a: Shown, b: Shown) -> float:
+    """The mean correlation of the windows that both pictures show; more points count a little."""
+    over = overlay(hint, a, b, ROUGH)
+    if over is None:
+        return -1.0
+    rho, of_a, of_b = correlations(over, 1, 8)
+    tells = seen_windows(over, 8) & (torch.maximum(of_a, of_b) > FLAT)
+    alike = rho.flatten(0, 1).amax(0)[tells].clamp(min=0)
+    return float(alike.mean()) + 0.002 * min(hint.points, 50) if len(alike) >= 4 else -1.0
+
+
+def offsets(rho: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How far to move each window for its best correlation: that one (n,), the move (n, 2), and its weight (n, 2, 2).
+
+    rho is (side, side, n). Around the best place a parabola is laid. Its curvature is the weight: along a straight edge
+    a move changes nothing, and counts nothing.
+    """
+    side = len(rho)
+    best, at = rho.flatten(0, 1).max(0)
+    y, x = (at // side).clamp(1, side - 2), (at % side).clamp(1, side - 2)
+    window = torch.arange(rho.shape[2])
+    (p, q, r), (s, t, u), (v, w, z) = ([rho[y + dy, x + dx, window] for dx in (-1, 0, 1)] for dy in (-1, 0, 1))
+    xx, yy = (2 * t - s - u).clamp(min=1e-3), (2 * t - q - w).clamp(min=1e-3)
+    xy = (p + z - r - v) / -4
+    xy = xy.sign() * torch.minimum(xy.abs(), 0.95 * (xx * yy).sqrt())
+    weight = torch.stack([torch.stack([xx, xy], 1), torch.stack([xy, yy], 1)], 1).double()
+    slope = torch.stack([u - s, w - q], 1).double() / 2
+    step = torch.linalg.solve(weight, slope).clamp(-1, 1)
+    return best, torch.stack([x, y], 1) - (side // 2) + step, weight
+
+
+def refined(hint: Hint, a: Shown, b: Shown, side: int, reach: int, window: int, rounds: int) -> Hint:
+    """The hint, its transform fitted by moving windows of `window` pixels by up to `reach` pixels to where they agree.
+
+    The fit is a homography, by least squares that leave out windows which move otherwise: parts may differ.
+    """
+    for _ in range(rounds):
+        over = overlay(hint, a, b, side)
+        if over is None or min(over.b.shape[1:]) < window + 2:
+            return hint
+        rho, of_a, of_b = correlations(over, reach, window)
+        best, move, weight = offsets(rho.flatten(2))
+        good = (seen_windows(over, window) & (torch.minimum(of_a, of_b) > FLAT / 2)).flatten() & (best > 0.6)
+        if good.sum() < 6:
+            return hint
+        move, weight = move[good], weight[good]
+        h, w = over.b.shape[1:]
+        rows, columns = rho.shape[2:]
+        ys, xs = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        v, u = ((it.flatten()[good].double() * (window // 2) + window / 2) / n * 2 - 1 for it, n in ((ys, h), (xs, w)))
+        one, none = torch.ones_like(u), torch.zeros_like(u)
+        # The move of a place (u, v) by a small affine change (six columns) and a small change of perspective (two)
+        A = torch.stack([one, u, v, none, none, none, u * u, u * v, none, none, none, one, u, v, u * v, v * v], 1)
+        A = A.view(-1, 2, 8)[..., : 8 if len(A) >= 60 else 6]
+        keep = torch.ones(len(A), dtype=torch.float64)
+        for _ in range(5):
+            weighted = A.transpose(1, 2) @ weight * keep[:, None, None]
+            normal = (weighted @ A).sum(0)
+            normal += 1e-3 * normal.diagonal().mean() * torch.eye(len(normal), dtype=torch.float64)
+            change = torch.linalg.solve(normal, (weighted @ move[..., None]).sum(0))
+            off = move[..., None] - A @ change
+            error = (off.transpose(1, 2) @ weight @ off).flatten() / weight.diagonal(dim1=1, dim2=2).sum(1)
+            keep = (1 + error / error.median().clamp(min=0.1)) ** -2
+        place = corners_of((w, h))
+        (u, v), p = (place / (w, h) * 2 - 1).T, np.append(change.numpy(), (0, 0))[:8]
+        bent = p[6] * u + p[7] * v
+        shift = np.stack([p[0] + p[1] * u + p[2] * v + bent * u, p[3] + p[4] * u + p[5] * v + bent * v], 1)
+        H = over.to_b @ homography(place + shift, place) @ np.linalg.inv(over.to_b) @ hint.H
+        if not np.isfinite(H).all():
+            return hint
+        hint = hint._replace(H=H / H[2, 2])
+        if np.abs(shift).max() < 0.2:
+            break
+    return hint
+
+
+def homography(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The transform (3, 3) that moves four places to four others, (4, 2) each; not finite if there is none."""
+    rows = [row for (x, y), (X, Y) in zip(source, target)
+            for row in ((x, y, 1, 0, 0, 0, -X * x, -X * y), (0, 0, 0, x, y, 1, -Y * x, -Y * y))]  # fmt: skip
+    with suppress(np.linalg.LinAlgError):
+        return np.append(np.linalg.solve(np.array(rows), target.ravel()), 1).reshape(3, 3)
+    return np.full((3, 3), np.nan)
+
+
+def one_change(x: torch.Tensor, y: torch.Tensor, noise: float, most: float) -> torch.Tensor:
+    """By how much y (c, n) is off from x (c, n) after one change for all: y ≈ gain x + shift. Returns (n,).
+
+    The gain is not negative, and the shift at most `most`. What is off by much more than `noise` has no say in them.
+    """
+    keep = torch.ones(x.shape[1])
+    for _ in range(8):
+        mean_x, mean_y = ((keep * it).sum(1, keepdim=True) / keep.sum() for it in (x, y))
+        gain = (keep * (x - mean_x) * (y - mean_y)).sum() / (keep * (x - mean_x) ** 2).sum().clamp(min=len(keep))
+        gain = gain.clamp(0, 4)
+        shift = mean_y - gain * mean_x
+        shift = shift * (most / shift.norm().clamp(min=most))
+        off = (y - gain * x - shift).norm(dim=0)
+        keep = (1 + (off / noise) ** 2).reciprocal()
+    return off
+
+
+def paint_differs(over: Overlay, seen: torch.Tensor, tint: float) -> torch.Tensor:
+    """Which of the windows `seen`, bool (h, w), differ in brightness or colour, but for one change of the whole."""
+    a, b = (window_means(picture)[:, seen] for picture in (over.a, over.b))
+    light, chroma = torch.tensor(OPPONENT[:1]), torch.tensor([(0.701, -0.587, -0.114), (-0.299, -0.587, 0.886)])
+    differs, wrong = torch.zeros_like(seen), torch.zeros(a.shape[1], dtype=torch.bool)
+    for axes, noise, most, limit in ((light, 12.0, 255.0, LIGHT_OFF), (chroma, 8.0, tint, COLOUR_OFF)):
+        x, y = axes @ a, axes @ b
+        # Either picture may be the one that was made flatter, or grey
+        wrong |= torch.minimum(one_change(x, y, noise, most), one_change(y, x, noise, most)) > limit
+    differs[seen] = wrong
+    return differs
+
+
+def without_bands(over: Overlay, seen: torch.Tensor, differs: torch.Tensor) -> torch.Tensor:
+    """The windows `seen`, bool (h, w), without the bands along an edge of either picture in which all differs.
+
+    That is a neighbour in a collage, a frame, or what an app has put over the edge: it is not shown, rather than
+    different. A band is cut off window by window, from the edge on, while each quarter of its length differs.
+    """
+    seen = seen.clone()
+    rows, columns = seen.shape
+    ys, xs = torch.meshgrid(torch.arange(rows).float(), torch.arange(columns).float(), indexing="ij")
+    across, down = window_means(over.places)
+    if min(rows, columns) < 3:
+        return seen
+    # Places in either picture, in steps of a window
+    steps = [it / torch.hypot(*torch.gradient(it)).median().clamp(min=1e-9) for it in (across, down)]
+    for (band, along), sign in itertools.product(((xs, ys), (ys, xs), steps, steps[::-1]), (1, -1)):
+        while seen.any():
+            strip = seen & (sign * band < (sign * band)[seen].min() + 1)
+            length = along[strip]
+            quarter = ((length - length.min()) / (length.max() - length.min() + 1e-3) * 4).long()
+            shares = [float(differs[strip][quarter == it].float().mean()) for it in quarter.unique()]
+            if len(shares) < 4 or min(shares) < 0.25 or np.mean(shares) < 0.6:
+                break
+            seen &= ~strip
+    return seen
+
+
+def blocks_of(windows: torch.Tensor) -> list[np.ndarray]:
+    """The connected blocks of windows, bool (h, w): rows and columns, (n, 2), of each, the largest block first."""
+    left, blocks = set(map(tuple, windows.nonzero().tolist())), []
+    while left:
+        block = [left.pop()]
+        for y, x in block:
+            near = left & {(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)}
+            left -= near
+            block += near
+        blocks.append(np.array(block))
+    return sorted(blocks, key=len, reverse=True)
+
+
+def judged(hint: Hint, a: Shown, b: Shown, side: int = SIDE, largest: int = LARGEST) -> tuple[int, Verdict | None]:
+    """The verdict on two pictures by an exact transform, and how good the transform is: windows that agree or not."""
+    over = overlay(hint, a, b, side)
+    if over is None or min(over.b.shape[1:]) < WINDOW_SIDE + 2 or not (seen := seen_windows(over)).any():
+        return -1, None
+    rho, of_a, of_b = correlations(over, 1)
+    contrasts = [it / (it[seen].mean() + 1e-3) for it in (of_a, of_b)]  # against the picture's own
+    strong, weak = torch.maximum(*contrasts), torch.minimum(*contrasts)
+    tells = seen & (strong > 1) & (torch.maximum(of_a, of_b) > FLAT)
+    differs = tells & ((rho.flatten(0, 1).amax(0) < ALIKE) | (weak < FAINT * strong)) | paint_differs(
+        over, seen, TINT_INVERTED if hint.inverted else TINT
+    )
+    kept = without_bands(over, seen, differs)
+    differs &= kept
+    agree, blocks = int((tells & kept & ~differs).sum()), blocks_of(differs)
+    worst = len(blocks[0]) if blocks else 0
+    share = agree / max(1, int((tells & kept).sum()))
+    if agree < TELLING or share < (SHARED if hint.points else SHARED_UNPROVEN):
+        return agree - worst, None
+    shown = float(kept.sum() / seen.sum()) * area_of(part := shared_part(hint.H, a.size, b.size))
+    back = np.linalg.inv(hint.H)
+    covers = shown / area_of(part) * area_of(moved(back, part)) / math.prod(a.size), shown / math.prod(b.size)
+    step, boxes = WINDOW_SIDE // 2, (list[Any](), list[Any]())
+    for block in blocks if worst > largest else []:
+        low, high = block.min(0)[::-1] * step, block.max(0)[::-1] * step + WINDOW_SIDE
+        corners = moved(over.to_b, np.array([low, (high[0], low[1]), high, (low[0], high[1])], float))
+        for found, places in zip(boxes, (moved(back, corners), corners)):
+            found.append([round(float(it), 1) for it in (*places.min(0), *places.max(0))])
+    label = "variant" if worst > largest else "copy"
+    off = float(differs.sum() / kept.sum()) if label == "variant" else 0.0
+    return agree - worst, Verdict(label, hint, (min(1.0, covers[0]), min(1.0, covers[1])), off, agree, boxes)
+
+
+def exact(hint: Hint, a: Shown, b: Shown) -> Hint:
+    """The hint, its transform exact to a pixel of the frame on which two pictures are compared."""
+    return refined(refined(hint, a, b, SIDE // 3, 3, 16, 3), a, b, SIDE, 1, WINDOW_SIDE, 2)
+
+
+def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
+    """Whether two pictures show the same, and where: None if they do not. It is the same in both directions.
+
+    The transforms that are likely by their points, or by the whole pictures, are compared roughly; the best ones are
+    fitted to the pixel and compared closely. The one with most windows that agree counts.
+    """
+    if (math.prod(a.size), a.image.tobytes()) < (math.prod(b.size), b.image.tobytes()):
+        hints = [hint._replace(H=np.linalg.inv(hint.H)) for hint in hints]
+        found = compare(b, a, hints)
+        return found and found.reversed()
+    best, found, seen = -1, None, list[Hint]()
+    for source in (itertools.chain(hints, hints_by_thumbs(a, b)), hints_by_points(a, b)):
+        rated = sorted(((roughly_alike(hint, a, b), hint) for hint in source), key=lambda it: -it[0])
+        for alike, hint in rated[:TRIED]:
+            there = moved(hint.H, corners_of(a.size))
+            known = any(np.abs(moved(it.H, corners_of(a.size)) - there).max() < 0.01 * max(b.size) for it in seen)
+            if alike < ALIKE_ROUGHLY or known:
+                continue
+            seen.append(hint)
+            good, verdict = judged(exact(hint, a, b), a, b)
+            if verdict and (good > best or (verdict.label == "copy" != (found and found.label))):
+                best, found = good, verdict
+            if found and found.label == "copy":
+                return found
+    return found
 
 
 # ---- Store -----------------------------------------------------------------------------------------------------------
 
-FORMAT = 3  # of the database; a DeepVision of an older format refuses it
+FORMAT = 4  # of the database; a DeepVision of an older format refuses it. 3 had neither points nor verdicts
 PAGE_BYTES = 32_768  # 7 vectors of 2048 × fp16 a page: 4.7 KB an image in all, against 5.5 with pages of 16 KB
 CACHE_KB = 16_384  # memory for pages of the database: the inner pages of ten million rows fit
 BLOCK = 4096  # rows handled at once: 16 MB at 2048 dimensions
@@ -1579,16 +2004,27 @@ SCHEMA = [
     "CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, digest BLOB, reason TEXT, there INTEGER)"
     " WITHOUT ROWID",
     "CREATE INDEX files_by_digest ON files (digest, there, reason)",  # enough to count a million files in 50 ms
+    # Points do not depend on the model. A picture without any has an empty row
+    "CREATE TABLE points (row INTEGER PRIMARY KEY AUTOINCREMENT, digest BLOB UNIQUE, points BLOB, checksum INTEGER)",
+    "CREATE TABLE verdicts (one BLOB, other BLOB, verdict TEXT, checksum INTEGER, PRIMARY KEY (one, other))"
+    " WITHOUT ROWID",
 ]
+SCHEMA_3 = SCHEMA[:4]
 FEATURE_COLUMNS, FILE_COLUMNS = "row, digest, vector, checksum", "path, size, mtime, digest, reason, there"
 USABLE = "files WHERE there AND digest IS NOT NULL"  # this and the next five: what follows FROM, see `count`
 SKIPPED = "files WHERE there AND digest IS NULL AND reason IS NOT NULL"
 DAMAGED_FILES = "files WHERE there AND digest IS NOT NULL AND reason IS NOT NULL"  # used as far as they are decoded
 GONE = """files AS old WHERE NOT there AND digest IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM files WHERE digest = old.digest AND there)"""  # a renamed file is not gone
-DAMAGED = "features WHERE checksum IS NOT crc(digest, vector)"
+DAMAGED = (
+    "features WHERE checksum IS NOT crc(digest, vector)",
+    "points WHERE checksum IS NOT plain_crc(digest, points)",
+    "verdicts WHERE checksum IS NOT verdict_crc(one, other, verdict)",
+)
 ORPHANED = """files WHERE digest IS NOT NULL AND mtime != -1
     AND NOT EXISTS (SELECT 1 FROM features WHERE features.digest = files.digest)"""  # images without features
+POINTLESS = """files WHERE digest IS NOT NULL AND mtime != -1
+    AND NOT EXISTS (SELECT 1 FROM points WHERE points.digest = files.digest)"""  # images without a row of points
 CRASHES = "its decoder crashes"  # reason of a file that crashed the whole process; --rebuild does not try it again
 ROWS_AND_PATHS = "SELECT row, path FROM files JOIN features USING (digest) WHERE there"
 LAST_PATH = b"\xff" * 5000  # sorts after every path
@@ -1619,11 +2055,21 @@ def whole_file(path: Path, mark: object = "") -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-def checksum(salt: int, length: int, digest: Any, vector: Any) -> int:
-    """CRC-32 of model identity (`salt`), digest and vector; -1 if damage has changed a type or the vector's length."""
-    if not (isinstance(digest, bytes) and isinstance(vector, bytes) and len(vector) == length):
+def checksum(salt: int, length: int | None, digest: Any, content: Any) -> int:
+    """CRC-32 of `salt` (of the model's identity; 0 for what no model made), digest and content.
+
+    -1 if damage has changed a type, or the length of the content, where it is known.
+    """
+    if not (isinstance(digest, bytes) and isinstance(content, bytes) and len(content) == (length or len(content))):
         return -1
-    return zlib.crc32(vector, zlib.crc32(digest, salt))
+    return zlib.crc32(content, zlib.crc32(digest, salt))
+
+
+plain_checksum = partial(checksum, 0, None)
+
+
+def verdict_checksum(one: Any, other: Any, verdict: Any) -> int:
+    return plain_checksum(one, other) ^ plain_checksum(other, str(verdict).encode())
 
 
 class Database(sqlite3.Connection):
@@ -1690,6 +2136,7 @@ class Store:
     def __init__(self, folder: Path, identity: str, dim: int, name: str = "index.sqlite") -> None:
         self.folder, self.identity, self.dim = folder, identity, dim
         self.path, self.index, self.report = folder / name, folder / "index.faiss", folder / "crash"
+        self.copies = folder / "copies.faiss"
         # The salt: checksums of another model's vectors never match. No method of the store: SQLite would keep it alive
         self.crc = partial(checksum, zlib.crc32(identity.encode()), 2 * dim)
         self.lock_file = filelock.FileLock(folder / "lock")
@@ -1709,6 +2156,8 @@ class Store:
         self.db.execute("PRAGMA fullfsync = ON")  # macOS: else a commit may be lost with the power
         self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
         self.db.create_function("crc", 2, self.crc)
+        self.db.create_function("plain_crc", 2, plain_checksum)
+        self.db.create_function("verdict_crc", 3, verdict_checksum)
         self.scanned = 0  # `version` at the last scan
 
     @contextmanager
@@ -1790,23 +2239,72 @@ class Store:
             yield rows, vectors
             first = int(rows[-1]) + 1
 
-    def is_known(self, digest: bytes) -> bool:
-        """Whether there are features of this content, and it was not found to be damaged. Reading threads call it."""
+    def is_known(self, digest: bytes) -> tuple[bool, bool]:
+        """Whether there are features, and points, of this content. A damaged file counts as unknown: it is read again.
+
+        Reading threads call it.
+        """
         with self.db.turn:  # Python 3.13 fails now and then where threads share a connection
-            damaged = "EXISTS (SELECT 1 FROM files WHERE files.digest = features.digest AND reason IS NOT NULL)"
-            return bool(self.value(f"SELECT 1 FROM features WHERE digest = ? AND NOT {damaged}", digest))
+            if self.value("SELECT 1 FROM files WHERE digest = ? AND reason IS NOT NULL", digest):
+                return False, False
+            has_features = self.value("SELECT 1 FROM features WHERE digest = ?", digest)
+            return bool(has_features), bool(self.value("SELECT 1 FROM points WHERE digest = ?", digest))
 
     def save(self, pictures: Sequence[Picture]) -> None:
-        """Store files and features in one transaction, in place of what is stored. Mark vanished files as gone."""
+        """Store files, features and points in one transaction, in place of what is stored. Mark vanished files as gone."""
         kept = [picture for picture in pictures if not picture.vanished]
         features = {picture.digest: picture.vector.tobytes() for picture in kept if picture.vector is not None}
+        points = {picture.digest: picture.points for picture in kept if picture.points is not None}
         files = ((*picture.file, picture.digest, picture.reason) for picture in kept)
         vanished = ((picture.file.path,) for picture in pictures if picture.vanished)
         with self.db.transaction():
             self.db.executemany("INSERT OR REPLACE INTO features VALUES (NULL, ?1, ?2, crc(?1, ?2))", features.items())
+            self.db.executemany(
+                "INSERT OR REPLACE INTO points VALUES (NULL, ?1, ?2, plain_crc(?1, ?2))", points.items()
+            )
             self.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", files)
             self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", vanished)
             self.db.execute("DELETE FROM meta WHERE key = 'images'")
+
+    def adopt_points(self) -> None:
+        """Take the points of these contents from the indexes of other models, so that no picture is described twice."""
+        for path in self.folder.parent.glob("*/index.sqlite"):
+            if path != self.path:
+                with suppress(sqlite3.DatabaseError):  # damaged, of an older format, or in use for long
+                    self.db.execute("ATTACH ? AS sibling", (os.fsencode(path),))
+                    with self.db.transaction():
+                        sound = (
+                            "checksum IS plain_crc(digest, points) AND digest NOT IN (SELECT digest FROM main.points)"
+                        )
+                        new = f"SELECT NULL, digest, points, checksum FROM sibling.points WHERE {sound} ORDER BY row"
+                        self.db.execute(f"INSERT OR IGNORE INTO main.points {new}")
+                with suppress(sqlite3.OperationalError):  # it was not attached
+                    self.db.execute("DETACH sibling")
+
+    def points_after(self, row: int, count: int = -1) -> list[tuple[int, bytes]]:
+        """At most `count` rows of points after `row`, in their order, with the points as they are stored.
+
+        Raises DamageError if some are not what was written. The next update then reads their files again.
+        """
+        query = "SELECT row, digest, points, checksum FROM points WHERE row > ? ORDER BY row LIMIT ?"
+        found = self.db.execute(query, (row, count)).fetchall()
+        if not all(plain_checksum(digest, points) == checksum for _, digest, points, checksum in found):
+            self.discard_damaged()
+            raise DamageError(self.path, "points do not match their checksums")
+        return [(row, points) for row, _, points, _ in found]
+
+    def verdict(self, one: bytes, other: bytes) -> Any:
+        """What was stored of two contents by `save_verdict`; an empty string if they were not compared yet."""
+        query = "SELECT verdict, checksum FROM verdicts WHERE one = ? AND other = ?"
+        text, known = self.db.execute(query, (one, other)).fetchone() or ("", None)
+        return json.loads(text) if text and verdict_checksum(one, other, text) == known else ""
+
+    def save_verdicts(self, verdicts: Iterable[tuple[bytes, bytes, Any]]) -> None:
+        """Store what was found of each two contents, anything that JSON holds."""
+        rows = [(one, other, json.dumps(found)) for one, other, found in verdicts]
+        into = "INSERT OR REPLACE INTO verdicts VALUES (?1, ?2, ?3, verdict_crc(?1, ?2, ?3))"
+        with self.db.transaction():
+            self.db.executemany(into, rows)
 
     def scan(self, images: Path, work: Work) -> Changes:
         """How the folder `images` differs from the store.
@@ -1862,6 +2360,9 @@ class Store:
             self.db.execute("DELETE FROM files WHERE NOT there")
             unused = "NOT EXISTS (SELECT 1 FROM files WHERE files.digest = features.digest AND there)"
             self.db.execute(f"DELETE FROM features WHERE {unused}")
+            self.db.execute(f"DELETE FROM points WHERE {unused.replace('features', 'points')}")
+            for column in ("one", "other"):
+                self.db.execute(f"DELETE FROM verdicts WHERE {column} NOT IN (SELECT digest FROM files)")
         if 10 * self.value("PRAGMA freelist_count") > self.value("PRAGMA page_count"):
             self.db.execute("VACUUM")  # or the file never gets smaller
 
@@ -1869,6 +2370,11 @@ class Store:
         """The files of the collection with this content, by path."""
         query = "SELECT path, size, mtime FROM files WHERE there AND digest = ? ORDER BY path"
         return [File(*found) for found in self.db.execute(query, (digest,))]
+
+    def damaged_contents(self, digests: Iterable[bytes]) -> set[bytes]:
+        """Those of the contents that are truncated or damaged."""
+        query = "SELECT 1 FROM files WHERE there AND digest = ? AND reason IS NOT NULL"
+        return {digest for digest in set(digests) if self.value(query, digest)}
 
     def skipped(self, limit: int = -1, files: str = SKIPPED) -> list[tuple[bytes, str]]:
         """The path of each skipped file, or of each of other `files`, with its reason."""
@@ -1881,6 +2387,8 @@ class Store:
             raise DeepVisionError(f"{self.folder} {newer}: update DeepVision, or choose another --index-dir")
         ours = "sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%' ORDER BY rowid"
         schema = [sql for (sql,) in self.db.execute(f"SELECT sql FROM {ours}")]  # a foreign trigger would show here
+        if version == FORMAT - 1 and schema == SCHEMA_3 and self.get_meta("identity") == self.identity:
+            raise OlderError(self.path, "it has no local features yet")
         if version < FORMAT or schema != SCHEMA or self.get_meta("identity") != self.identity:
             raise DamageError(self.path, "it is not a database of this format, or of another model")
         self.db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
@@ -1890,13 +2398,24 @@ class Store:
             self.discard_damaged()
 
     def discard_damaged(self) -> None:
-        """Delete damaged features. The next update reads the files again that have none."""
-        if self.count(DAMAGED) or self.count(ORPHANED):
+        """Delete what is damaged. The next update reads the files again that miss features or points."""
+        if any(map(self.count, DAMAGED)) or self.count(ORPHANED) or self.count(POINTLESS):
             with self.db.transaction():
-                self.db.execute(f"DELETE FROM {DAMAGED}")
-                marked = self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {ORPHANED})")
+                for damaged in DAMAGED:
+                    self.db.execute(f"DELETE FROM {damaged}")
+                again = f"SELECT path FROM {ORPHANED} UNION SELECT path FROM {POINTLESS}"
+                marked = self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN ({again})")
             files = counted(marked.rowcount, "file")
             log.warning("%s: the features of %s are damaged or missing, and are extracted again", self.folder, files)
+
+    def extend(self) -> None:
+        """Bring a database of the format before up to this one: it gets tables for points, which are then extracted."""
+        with self.db.transaction():
+            for sql in SCHEMA[len(SCHEMA_3) :]:
+                self.db.execute(sql)
+            self.db.execute("UPDATE files SET mtime = -1 WHERE digest IS NOT NULL")
+            self.db.execute(f"PRAGMA user_version = {FORMAT}")
+        log.warning("%s is of an older format: local features are added to it, its features are kept", self.path)
 
     def readable(self, columns: str, table: str) -> Iterator[tuple[Any, ...]]:
         """The rows of a damaged table, from its beginning and from its end, each up to the damage."""
@@ -1910,6 +2429,8 @@ class Store:
         try:
             with self.errors():
                 return self.check(whole=True)  # no damage: another run has repaired it meanwhile
+        except OlderError:
+            return self.extend()
         except DamageError:
             is_new = not self.path.stat().st_size  # `connect` has only touched it
         Path(f"{self.path}.part-journal").unlink(missing_ok=True)
@@ -1923,6 +2444,8 @@ class Store:
                 features, files = self.readable(FEATURE_COLUMNS, "features"), self.readable(FILE_COLUMNS, "files")
                 new.db.executemany("INSERT OR IGNORE INTO features VALUES (?, ?, ?, ?)", features)
                 new.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
+                points = self.readable("row, digest, points, checksum", "points")
+                new.db.executemany("INSERT OR IGNORE INTO points VALUES (?, ?, ?, ?)", points)
             new.discard_damaged()
             new.db.close()
             self.db.close()
@@ -1939,6 +2462,11 @@ TRAINED_ON, HELD_OUT = 30_000, 500  # vectors; more improve nothing; with fewer 
 OUTGROWN = 2  # an index is made anew once it holds twice the vectors that it was made of, or that are stored now
 SHORTLIST, LONGEST_SHORTLIST = 160, 32_768  # codes whose exact scores are computed: at first, at most
 RECALL = 0.998  # share of the true ten nearest that the shortlist must hold
+POINT_BLOCK = 512  # pictures whose points are added to their index at once
+FEW_POINTS = 20_000  # fewer points than this are all compared
+LIST_POINTS, TRAINING = 1200, 40  # points in a list of the index; points for each list that it is trained on
+LISTS, NEIGHBOURS = 4, 4  # lists that are looked at for each point of a query; points that are taken from them
+LATER = 128  # pictures that are not in the file yet, at most: they are compared one by one
 GPU_RESERVE = 3 << 30  # bytes left to the model and to FAISS's own work
 
 
@@ -2098,6 +2626,101 @@ def open_index(store: Store, work: Work = Work()) -> Index:
     return index
 
 
+class CopyIndex(NamedTuple):
+    """An index of the points of all pictures: its ids hold the row of the picture and where the point is."""
+
+    faiss: faiss.Index
+    last: int  # the last row of points in it
+    made_of: int  # points, when it was made
+    later: faiss.Index | None = None  # the points of later rows
+
+
+def blocks_of_points(store: Store, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Ids, int64 (n,), and descriptors, float32 (n, POINT_DIM), of the points after row `first`, in blocks."""
+    while found := store.points_after(first, POINT_BLOCK):
+        first = found[-1][0]
+        where, xb = unpack_codes(b"".join(points for _, points in found))
+        counts = [len(points) // (WHERE_BYTES + CODE_BYTES) for _, points in found]
+        rows = np.repeat(np.array([row for row, _ in found], np.int64), counts)
+        yield rows << WHERE_BITS | where, xb
+
+
+def added_points(index: faiss.Index, store: Store, first: int) -> faiss.Index:
+    for ids, xb in progress_bar(blocks_of_points(store, first), desc="index of local features", unit="block"):
+        index.add_with_ids(xb, ids)
+    return index
+
+
+def new_copy_index(store: Store, points: int) -> faiss.Index:
+    """An empty index for about as many points: of few all are compared, of many those in some of its lists."""
+    if points < FEW_POINTS:
+        return faiss.index_factory(POINT_DIM, "IDMap,Flat")
+    lists = 1 << max(4, min(16, round(math.log2(points / LIST_POINTS))))
+    sample, wanted = list[np.ndarray](), TRAINING * lists
+    some = (
+        "SELECT points FROM points WHERE length(points) ORDER BY digest LIMIT ?"  # a digest is a hash: a random sample
+    )
+    for (stored,) in store.db.execute(some, (-(-len_of(points, wanted, store)),)).fetchall():
+        sample.append(unpack_codes(stored)[1])
+    xt = np.concatenate(sample)
+    graph = "_HNSW32" if lists > 1 << 14 else ""
+    index = faiss.index_factory(POINT_DIM, f"IVF{lists}{graph},PQ8")
+    index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # no warning
+    index.cp.niter = 8
+    index.train(xt)
+    return index
+
+
+def len_of(points: int, wanted: int, store: Store) -> int:
+    """How many pictures have about `wanted` of the points."""
+    return math.ceil(wanted / max(1, points) * store.count("points")) + 1
+
+
+def head_checksum(path: Path, notes: Sequence[Any]) -> int:
+    """The CRC-32 of the first CHECKED_BYTES of a file, and of notes about it."""
+    with open(path, "rb") as stream:
+        crc = zlib.crc32(json.dumps(notes).encode())
+        for _ in range(CHECKED_BYTES >> 20):
+            crc = zlib.crc32(stream.read(1 << 20), crc)
+    return crc
+
+
+def read_copy_index(store: Store, flags: int) -> CopyIndex | None:
+    """The stored index of points; None if there is none, or if it does not match what the store noted of it."""
+    with suppress(TypeError, ValueError, OSError):  # there is no note, or no file
+        size, checksum, *notes = json.loads(store.get_meta("copies"))
+        if store.copies.stat().st_size == size and head_checksum(store.copies, notes) == checksum:
+            return CopyIndex(faiss.read_index(str(store.copies), flags), *notes)
+        log.warning("%s is damaged or out of date: it is made again by an update", store.copies)
+    return None
+
+
+def open_copy_index(store: Store, work: Work = Work()) -> CopyIndex:
+    """The index of the points of the store, mapped and not read whole, added to or made anew if need be."""
+    mapped = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
+    index, last = read_copy_index(store, mapped), store.value("SELECT max(row) FROM points") or 0
+    if work.update and not (index and last - index.last <= LATER):
+        with store.locked():
+            last = store.value("SELECT max(row) FROM points") or 0
+            points = (store.value("SELECT sum(length(points)) FROM points") or 0) // (WHERE_BYTES + CODE_BYTES)
+            whole = read_copy_index(store, 0)
+            if whole and whole.made_of * OUTGROWN > points > whole.faiss.ntotal / OUTGROWN:
+                index = whole._replace(faiss=added_points(whole.faiss, store, whole.last), last=last)
+            else:
+                index = CopyIndex(added_points(new_copy_index(store, points), store, 0), last, points)
+            with whole_file(store.copies) as stream:
+                faiss.write_index(index.faiss, stream.name)
+            notes = list(index[1:3])
+            noted = json.dumps([store.copies.stat().st_size, head_checksum(store.copies, notes), *notes])
+            with store.db.transaction():
+                store.db.execute("INSERT OR REPLACE INTO meta VALUES ('copies', ?)", (noted,))
+        index = read_copy_index(store, mapped)
+    index = index or CopyIndex(faiss.index_factory(POINT_DIM, "IDMap,Flat"), last, 0)
+    if index.last < last:
+        index = index._replace(later=added_points(faiss.index_factory(POINT_DIM, "IDMap,Flat"), store, index.last))
+    return index
+
+
 def index_on_gpus(store: Store, last: int) -> faiss.Index | None:
     """The features up to row `last` as fp16, spread over the GPUs; None if there is no GPU, or not enough memory."""
     if not (count := faiss.get_num_gpus()) or not torch.cuda.is_available():
@@ -2119,13 +2742,15 @@ def index_on_gpus(store: Store, last: int) -> faiss.Index | None:
 
 GPU_QUERIES = 32  # views; for fewer, copying all features to a GPU takes longer than it saves
 GPU_RESULTS = 2048  # most results that FAISS gives on a GPU
-QUERY_THREADS = 2  # threads that read queries; few, since each query has many views
+QUERY_THREADS = 2  # threads that read queries
 TOGETHER = 16  # queries in a batch; each takes a third of the time that it takes alone
 SCAN_VIEWS = 20  # with this many views, `nearest` is quicker than a search in the exact index
 FIRST_LIST = 64  # rows that an exact search scores first; `ranked` asks for more
 CLOSELY = 10  # codes rank inexactly: of the rows that they choose, only the best tenth is trusted to be complete
 ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
-CANDIDATES = 10  # contents that are aligned with a query, whatever k is
+CANDIDATES = 10  # contents that are compared with a query at once: while one of the last ten shows the same, ten more
+LOOK_ALIKES, FEW_DETAILS = 2, 80  # nearest contents that are candidates, too; points below which CANDIDATES are
+NEAREST_SCORE = 0.2  # least score of such a candidate
 SAMPLED = 8000  # images that `representatives` looks at: 0.7 s with 2048 dimensions, and sizes within 10 %
 MEMBERS = 100  # images of a group, at most
 
@@ -2138,6 +2763,7 @@ class Engine:
     model: Model
     store: Store
     index: Index
+    copies: CopyIndex
     exact: bool  # compare with every vector, whatever the index is
     summary: Summary
 
@@ -2168,9 +2794,8 @@ class Engine:
 class Seen(NamedTuple):
     """What is computed from the pixels of a query."""
 
-    views: list[str]  # their names
-    features: np.ndarray  # of the views, float32 (views, dim)
-    local: LocalFeatures
+    features: np.ndarray  # of the query's views, float32 (views, dim)
+    shown: Shown
     corner: Sequence[int] = (0, 0)  # left and top of the part that was searched with, in pixels of the whole query
 
 
@@ -2179,9 +2804,9 @@ class Found(NamedTuple):
 
     score: float
     digest: bytes
-    view: int  # number of the query's view that scores best
     path: str = ""  # of a file with this content
-    region: Region | None = None  # of a copy
+    size: tuple[int, int] = (0, 0)  # width and height of the upright picture, if it was compared
+    verdict: Verdict | None = None  # from the query to it
 
 
 def candidate_rows(engine: Engine, queries: Sequence[np.ndarray], count: int) -> list[list[int]]:
@@ -2219,7 +2844,7 @@ def exact_scores(store: Store, xq: np.ndarray, rows: Iterable[int]) -> list[Foun
         S = xb @ xq.T  # (rows, views)
         views = (S.max(1, keepdims=True) - ROUNDING <= S).argmax(1)  # of equal views the first: the query as it is
         D = np.einsum("nd,nd->n", xb, xq[views]).clip(-1, 1)  # computed row by row: the same in any company
-        found += map(Found, D.tolist(), digests, views.tolist())
+        found += map(Found, D.tolist(), digests)
     return sorted(found, key=lambda it: (-it.score, it.digest))
 
 
@@ -2250,59 +2875,147 @@ def location(path: str) -> str:
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
-def nearest_files(engine: Engine, query: Picture, rows: Sequence[int], k: int) -> list[Found]:
-    """The files nearest to the query, sorted by score and path: at least k files of at least CANDIDATES contents.
+def files_of(engine: Engine, query: Picture, digest: bytes) -> Iterator[str]:
+    """The paths of the files with this content, without those that have changed, and without the query's own file."""
+    own = location(os.fsdecode(query.file.path))
+    for file in engine.store.files_with(digest):
+        path = engine.path_of(file.path)
+        with suppress(OSError):  # it is gone
+            if File.of(file.path, os.stat(path)) == file and (digest != query.digest or location(path) != own):
+                yield path
 
-    The query's own file and files that have changed since they were indexed are left out.
-    """
-    found, contents, own = list[Found](), set[bytes](), location(os.fsdecode(query.file.path))
+
+def nearest_files(engine: Engine, query: Picture, rows: Sequence[int], k: int) -> list[Found]:
+    """The files nearest to the query, sorted by score and path: at least k files of at least CANDIDATES contents."""
+    found, contents = list[Found](), set[bytes]()
     for it in ranked(engine, query.made.features, rows):
         if len(found) >= k and len(contents) >= CANDIDATES and it.score < found[-1].score:
             break
-        for file in engine.store.files_with(it.digest):
-            path = engine.path_of(file.path)
-            with suppress(OSError):  # it is gone
-                if File.of(file.path, os.stat(path)) == file and (it.digest != query.digest or location(path) != own):
-                    found.append(it._replace(path=path))
-                    contents |= {it.digest} - {query.digest}
+        found += (files := [it._replace(path=path) for path in files_of(engine, query, it.digest)])
+        contents |= {it.digest} - {query.digest} if files else set()
     return sorted(found, key=lambda it: (-it.score, it.path))
 
 
-@lru_cache(maxsize=1024)  # 200 MB; many queries share candidates
-def read_local(path: str, digest: bytes) -> LocalFeatures | None:
-    """Local features of a file; None if it cannot be read, or if its content has another hash than `digest`."""
-    read = read_path(path, local_features)
+class Vote(NamedTuple):
+    """A picture of the collection in which points of another picture were found again."""
+
+    row: int  # of its points in the store
+    points: int  # that agree
+    H: np.ndarray  # (3, 3), from the places of the other picture's points to those of this one's
+    mirrored: bool
+    inverted: bool
+
+
+def votes(index: CopyIndex, points: Points) -> list[Vote]:
+    """The pictures on which FEWEST points or more agree, those with most points first.
+
+    Each point, and each point of the mirrored picture, votes for the pictures of its nearest neighbours in the index.
+    The votes for a picture count if one transform explains them.
+    """
+    found = dict[int, Vote]()
+    for mirrored in (False, True):
+        seen = points.mirrored() if mirrored else points
+        lists = [it for it in (index.faiss, index.later) if it is not None and it.ntotal]
+        if not (len(seen.places) and lists):
+            continue
+        for searched in lists:
+            if hasattr(searched, "nprobe"):
+                searched.nprobe = LISTS
+        ids = np.concatenate([it.search(seen.descriptors, NEIGHBOURS)[1] for it in lists], 1)
+        voter, ids = np.repeat(np.arange(len(ids)), ids.shape[1]), ids.ravel()
+        voter, ids = voter[ids >= 0], ids[ids >= 0]
+        group = (ids >> WHERE_BITS) * 2 + (seen.dark[voter] != (ids & 1))  # a picture, and whether it is a negative
+        _, inverse, counts = np.unique(group, return_inverse=True, return_counts=True)
+        order = np.argsort(inverse, kind="stable")
+        order = order[counts[inverse[order]] >= FEWEST]
+        for pairs in np.split(order, np.flatnonzero(np.diff(group[order])) + 1) if len(order) else []:
+            places, frames, _ = unpack_where(ids[pairs])
+            q = voter[pairs]
+            for count, H in fits(seen.places[q], places, frames / seen.frames[q], 2):
+                row, inverted = divmod(int(group[pairs[0]]), 2)
+                if row not in found or count > found[row].points:
+                    found[row] = Vote(row, count, H, mirrored, bool(inverted))
+    return sorted(found.values(), key=lambda vote: (-vote.points, vote.row))
+
+
+@lru_cache(maxsize=64)  # many queries share candidates
+def read_shown(path: str, digest: bytes) -> Shown | None:
+    """A file, to be compared; None if it cannot be read, or if its content has another hash than `digest`."""
+    read = read_path(path, Shown.of)
     return read.made if read.digest == digest and not read.vanished else None
 
 
-def verified(query: Picture, found: Sequence[Found]) -> list[Found]:
-    """`found`, with the region of each copy of the query. Only the best CANDIDATES contents are aligned with it."""
-    paths = {it.digest: it.path for it in reversed(found)}
-    best = [digest for digest in dict.fromkeys(it.digest for it in found) if digest != query.digest][:CANDIDATES]
+def voted(engine: Engine, query: Picture) -> dict[bytes, Vote]:
+    """The contents in which points of the query were found again, those with most points first."""
+    shown = query.made.shown
+    found = votes(engine.copies, shown.points)
+    rows = json.dumps([vote.row for vote in found])
+    known = dict(engine.store.db.execute(
+        "SELECT row, digest FROM points WHERE row IN (SELECT value FROM json_each(?))", (rows,)
+    ).fetchall())  # fmt: skip
+    return {known[vote.row]: vote for vote in found if vote.row in known and known[vote.row] != query.digest}
 
-    def aligned(digest: bytes) -> Region | None:
-        candidate = read_local(paths[digest], digest)
-        return align(query.made.local, candidate) if candidate else None
+
+def verified(engine: Engine, query: Picture, near: list[Found], by_vote: dict[bytes, Vote]) -> list[Found]:
+    """`near`, and the files of further contents that show the same as the query, each with its verdict.
+
+    Candidates are the contents that got votes and the nearest ones, in tens: while one of the last ten shows the same,
+    the next ten are compared.
+    """
+    shown = query.made.shown
+    few = len(shown.points.places) < FEW_DETAILS
+    nearest = dict.fromkeys(it.digest for it in near if it.digest != query.digest and it.score >= NEAREST_SCORE)
+    candidates = list(dict.fromkeys([*by_vote, *list(nearest)[: CANDIDATES if few else LOOK_ALIKES]]))
+    paths = {it.digest: it.path for it in reversed(near)}
+    verdicts = dict[bytes, tuple[Shown, Verdict]]()
+
+    def look(digest: bytes) -> None:
+        path = paths.get(digest) or next(files_of(engine, query, digest), "")
+        if not path or (other := read_shown(path, digest)) is None:
+            return
+        vote = by_vote.get(digest)
+        hints = (
+            [Hint(vote.points, to_pixels(vote.H, shown.size, other.size, vote.mirrored), vote.inverted)] if vote else []
+        )
+        if verdict := compare(shown, other, hints):
+            verdicts[digest] = other, verdict
 
     with ThreadPoolExecutor(usable_cores(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        regions = dict(zip(best, threads.map(aligned, best)))
-    return [it._replace(region=regions.get(it.digest)) for it in found]
+        for start in range(0, len(candidates), CANDIDATES):
+            ten = candidates[start : start + CANDIDATES]
+            list(threads.map(look, ten))
+            if not verdicts.keys() & set(ten):
+                break
+    missing = [digest for digest in verdicts if digest not in paths]
+    rows = [
+        row for digest in missing if (row := engine.store.value("SELECT row FROM features WHERE digest = ?", digest))
+    ]
+    further = [
+        it._replace(path=path)
+        for it in exact_scores(engine.store, query.made.features, rows)
+        for path in files_of(engine, query, it.digest)
+    ]
+    return [
+        it._replace(size=verdicts[it.digest][0].size, verdict=verdicts[it.digest][1]) if it.digest in verdicts else it
+        for it in [*near, *further]
+    ]
 
 
 def compared(
-    queries: Iterable[Any], engine: Engine, k: int, views: str, crop: Sequence[float] | None = None
+    queries: Iterable[Any], engine: Engine, k: int, crop: Sequence[float] | None = None
 ) -> Iterator[tuple[Picture, list[Found]]]:
-    """Each query with what `nearest_files` and `verified` give for it. `views`, `crop`: see `search`."""
+    """Each query with what `nearest_files` and `verified` give for it. `crop`: see `search`."""
 
     def look_at(image: Image.Image) -> Seen:
         image, *corner = cut_out(image, crop) if crop else (image, 0, 0)
         with one_torch_thread():
-            local = local_features(image, QUERY_AREA, QUERY_POINTS, engine.model.side)
-            seen = query_views(image, engine.model, views)
-        names, features = features_of_views(seen, engine.model)
+            shown = Shown.of(image, engine.model.side)
+            views = query_views(shown.image, engine.model)
+            _ = shown.points  # computed here, in a thread that reads
+        features = to_float32(launch(views, engine.model, engine.model.batch)[0].cpu().numpy().astype(np.float16))
         if not np.isfinite(features).all():
             raise ValueError(NOT_FINITE)
-        return Seen(names, features, local, corner)
+        return Seen(features, shown, corner)
 
     pictures = read_ahead(partial(read_query, transform=look_at), queries, QUERY_THREADS, TOGETHER)
     while group := list(itertools.islice(pictures, TOGETHER)):
@@ -2310,10 +3023,12 @@ def compared(
         with engine.store.db.transaction("DEFERRED"):  # one state: --rebuild, say, replaces rows meanwhile
             features = [query.made.features for query in usable]
             lists = candidate_rows(engine, features, engine.first_list) if usable else []
-            found = iter([nearest_files(engine, query, rows, k) for query, rows in zip(usable, lists)])
+            found = iter([
+                (nearest_files(engine, query, rows, k), voted(engine, query)) for query, rows in zip(usable, lists)
+            ])  # fmt: skip
         for query in group:
             query = query._replace(digest=None) if crop else query  # a part is not identical to the file
-            yield query, verified(query, next(found)) if query.made else []
+            yield query, verified(engine, query, *next(found)) if query.made else []
 
 
 def is_mirrored(corners: Sequence[tuple[float, float]]) -> bool:
@@ -2321,45 +3036,68 @@ def is_mirrored(corners: Sequence[tuple[float, float]]) -> bool:
     return bool(np.linalg.det(np.array(corners)[[1, 3]] - corners[0]) < 0)
 
 
-def as_match(query: Picture, found: Found) -> Match:
+def edit_words(H: np.ndarray, size: Sequence[float], inverted: bool) -> list[str]:
+    """Words for how a picture of this size differs from the one that H moves it to: mirrored, inverted, turned 12°."""
+    (x0, y0), (x1, y1), *_ = corners = moved(H, corners_of(size))
+    mirrored = is_mirrored(corners.tolist())
+    angle = round(-math.degrees(math.atan2(y1 - y0, x1 - x0)) + 180 * mirrored) % 360  # clockwise
+    turned = [f"turned {angle}°"] if min(angle, 360 - angle) >= 3 else []
+    return ["mirrored"] * mirrored + ["inverted"] * inverted + turned
+
+
+def region_of(verdict: Verdict, a: Sequence[int], b: Sequence[int]) -> Region:
+    """The Region of a verdict on two upright pictures of these sizes, a query and a match."""
+    H = verdict.hint.H
+    corners, outline = (
+        [(round(x, 1), round(y, 1)) for x, y in moved(it, corners_of(size)).tolist()]
+        for it, size in ((H, a), (np.linalg.inv(H), b))
+    )
+    covers = round(verdict.covers[1], 3)
+    return Region(
+        corners, outline, verdict.details, covers, verdict.hint.inverted, round(verdict.differs, 3), verdict.boxes[1]
+    )
+
+
+def as_match(query: Picture, found: Found, damaged: bool) -> Match:
     """The Match, still without a rank, that a Found of the query is shown as."""
-    view, region = query.made.views[found.view], found.region
-    label = "identical" if found.digest == query.digest else "copy" if region else ""
-    if region:  # the alignment knows whether the copy is mirrored or a negative; the view only scored best
-        words = ["mirrored"] * is_mirrored(region.corners) + ["inverted"] * region.inverted
-        view = ", ".join(words + [word for word in view.split(", ") if word not in ("", "mirrored", "inverted")])
-        left, top = query.made.corner
-        region = region._replace(outline=[(x + left, y + top) for x, y in region.outline])
-    return Match(0, found.path, found.score, label == "identical", label, view, region)
+    is_same, verdict, shown = found.digest == query.digest, found.verdict, query.made.shown
+    if is_same or not verdict:
+        label = LABELS[-1] if is_same else ""
+        return Match(0, found.path, found.score, is_same, label, truncated=damaged)
+    words = edit_words(verdict.hint.H, shown.size, verdict.hint.inverted)
+    words += ["part of the query"] if verdict.covers[0] < WHOLE else []
+    region, (left, top) = region_of(verdict, shown.size, found.size), query.made.corner
+    region = region._replace(outline=[(x + left, y + top) for x, y in region.outline])
+    return Match(0, found.path, found.score, False, verdict.label, ", ".join(words), region, truncated=damaged)
 
 
 def search(
     queries: Any, engine: Engine | None = None, *, k: int = TOP,
-    threshold: float | str = -1.0, views: str = "auto", crop: Sequence[float] | None = None,
+    threshold: float | str = -1.0, crop: Sequence[float] | None = None,
 ) -> Iterator[Answer]:  # fmt: skip
     """What looks like each of the queries: an Answer for each, in their order.
 
     queries    paths, Pillow images, file-like objects, arrays uint8 (height, width, 3); one, or an iterable of them
     k          matches at most; a picture that is there under several names gives several
-    threshold  cosine similarity, -1 to 1, that a match has at least, or label: copy, identical
-    views      none, auto or all: the edits that a query is searched with, see `query_views`
+    threshold  cosine similarity, -1 to 1, that a match has at least, or label: variant, copy, identical
     crop       the part of each query to search with: left, top, right, bottom, see `cut_out`
 
-    Identical files and copies come first, then the others by score, equal scores by path. The query's own file and
+    Identical files come first, then copies, then variants, then the others by score, equal scores by path. The query's own file and
     files that have changed are left out. Scores are exact; in a large collection a match may be missed, see
     `coded_index`. A query that cannot be used gets an `error`. Raises DeepVisionError if features are damaged.
     """
-    if k < 1 or views not in VIEWS or (isinstance(threshold, str) and threshold not in LABELS):
-        raise ValueError(f"k={k}, threshold={threshold!r}, views={views!r}: see the documentation of search")
+    if k < 1 or (isinstance(threshold, str) and threshold not in LABELS):
+        raise ValueError(f"k={k}, threshold={threshold!r}: see the documentation of search")
     engine = engine or initialize_reverse_image_search()
     is_one = isinstance(queries, (str, bytes, os.PathLike, Image.Image)) or hasattr(queries, "read")
     names = [queries] if is_one or getattr(queries, "ndim", 4) < 4 else queries
     labels = LABELS[LABELS.index(threshold) :] if isinstance(threshold, str) else ("", *LABELS)
     least = -1.0 if isinstance(threshold, str) else threshold
     with engine.store.errors():
-        for query, found in compared(names, engine, k, views, crop):
-            matches = [as_match(query, it) for it in found]
-            matches.sort(key=lambda match: (("identical", "copy", "").index(match.label), -match.score, match.path))
+        for query, found in compared(names, engine, k, crop):
+            damaged = engine.store.damaged_contents(it.digest for it in found)
+            matches = [as_match(query, it, it.digest in damaged) for it in found]
+            matches.sort(key=lambda match: (-("", *LABELS).index(match.label), -match.score, match.path))
             kept = [match for match in matches if match.label in labels and round(match.score, 3) >= least][:k]
             kept = [match._replace(rank=rank) for rank, match in enumerate(kept, start=1)]
             yield Answer(os.fsdecode(query.file.path), kept, None if query.made else query.reason or NOT_AN_IMAGE)
@@ -2392,8 +3130,10 @@ def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]
 
 # ---- Duplicates ------------------------------------------------------------------------------------------------------
 
-NEIGHBOURS = 100  # contents that `pairs_by_score` compares with each content, at most
+PAIRED = 100  # contents that `pairs_by_score` compares with each content, at most
 WHOLE = 0.95  # share of a picture's area from which on it counts as all of it
+ALL_SHOWN, AS_LARGE = 0.98, 0.95  # least share that the file to keep shows, and of its resolution, if nothing is lost
+LARGEST_LOST, FULL_SIDE = 2, 6000  # as LARGEST and SIDE, where a file may be deleted
 
 Pairs = Iterator[tuple[bytes, bytes, Match]]  # keep, other, and the Match of the other, still without a path
 
@@ -2414,75 +3154,214 @@ def pairs_by_score(engine: Engine, threshold: float) -> Pairs:
     """Each two contents whose score, rounded to 3 decimals as printed, is at least `threshold`, in either order."""
     digests = dict(engine.store.db.execute("SELECT row, digest FROM features"))
     for rows, xb in progress_bar(engine.store.blocks(), desc="comparing", unit="block"):
-        D, I = nearest(to_float32(xb), min(NEIGHBOURS + 1, len(digests)), engine.store.blocks())
+        D, I = nearest(to_float32(xb), min(PAIRED + 1, len(digests)), engine.store.blocks())
         for place in zip(*np.nonzero(threshold - 0.0005 <= D)):
             keep, other = digests.get(rows[place[0]]), digests.get(I[place])
             if keep and other and keep != other:
-                yield keep, other, Match(0, "", min(1.0, float(D[place])), False)
+                yield keep, other, Match(0, "", min(1.0, float(D[place])), False, lost="not compared")
 
 
-def relation(corners: Sequence[tuple[float, float]], shown: float, inside: float, inverted: bool) -> str:
-    """What a picture is to the one to keep: "same picture", "mirrored", "crop, 60 %"...
+def relation(verdict: Verdict, size: Sequence[int]) -> str:
+    """What a picture of this size is to the one to keep, to which the verdict leads: "same picture", "mirrored"..."""
+    words = edit_words(verdict.hint.H, size, verdict.hint.inverted)
+    if verdict.covers[1] < WHOLE:
+        words.append(f"crop, {100 * verdict.covers[1]:.0f} %")
+    elif verdict.covers[0] < WHOLE:
+        words.append(f"within a larger picture, {100 * verdict.covers[0]:.0f} % of it")
+    return ", ".join(words) or ("same picture" if verdict.label == "copy" else "same layout")
 
-    corners   its own corners in pixels of the picture to keep
-    shown     share of the picture to keep that this picture shows
-    inside    share of this picture that lies in the picture to keep
-    inverted  whether it is a negative of the picture to keep
+
+def lost_with(verdict: Verdict, a: Shown, b: Shown) -> list[str]:
+    """Words for what the first picture shows and the second does not; empty if nothing would be lost with it."""
+    H, lost = verdict.hint.H, edit_words(verdict.hint.H, a.size, verdict.hint.inverted)
+    if verdict.label != "copy":
+        lost.append(f"what differs ({100 * verdict.differs:.0f} %)")
+    if verdict.covers[0] < ALL_SHOWN:
+        lost.append(f"all but a crop of {100 * verdict.covers[0]:.0f} %")
+    sides = np.linalg.norm(np.diff(moved(H, corners_of(a.size))[:3], axis=0), axis=1) / a.size
+    if sides.min() < AS_LARGE:
+        lost.append("resolution")
+    return lost
+
+
+def differ_in_full(verdict: Verdict, a: Shown, b: Shown) -> bool:
+    """Whether small parts of two copies differ at the full resolution of the smaller one, as in two frames of a film."""
+    hint = verdict.hint
+    smaller, larger, hint = (a, b, hint) if math.prod(a.size) < math.prod(b.size) else (b, a, verdict.reversed().hint)
+    side = min(max(smaller.size), FULL_SIDE)
+    if side > SIDE:
+        hint = refined(hint, smaller, larger, side, 2, 2 * WINDOW_SIDE, 2)
+    _, found = judged(hint, smaller, larger, side, LARGEST_LOST)
+    return not found or found.label != "copy"
+
+
+class Pair(NamedTuple):
+    """Two contents that show the same, as the store keeps it."""
+
+    label: str
+    relations: list[str]  # what the first is to the second, and the second to the first
+    regions: list[Any]  # of the first in the second, and the second in the first
+    lost: list[list[str]]  # what is lost with the first if the second stays, and with the second
+
+
+def examined(one: str, other: str, digests: Sequence[bytes], vote: Vote | None) -> Pair | None:
+    """The comparison of two files; None: they do not show the same, or one of them cannot be read."""
+    a, b = read_shown(one, digests[0]), read_shown(other, digests[1])
+    if not (a and b):
+        return None
+    hints = [Hint(vote.points, to_pixels(vote.H, a.size, b.size, vote.mirrored), vote.inverted)] if vote else []
+    if (verdict := compare(a, b, hints)) is None:
+        return None
+    back = verdict.reversed()
+    lost = [lost_with(verdict, a, b), lost_with(back, b, a)]
+    if not all(lost):  # one of the files may be deleted: look closely
+        whole = [
+            read_path(path, lambda image: (holdings_of(image), Shown.of(image, most=FULL_SIDE)))
+            for path in (one, other)
+        ]
+        if not all(it.made for it in whole):
+            return None
+        (of_a, full_a), (of_b, full_b) = (it.made for it in whole)
+        differ = ["small parts that differ"] if differ_in_full(verdict, full_a, full_b) else []
+        larger = [["resolution"] * (math.prod(x.size) * AS_LARGE > math.prod(y.size) * 1.1 and (x.raw or y.raw))
+                  for x, y in ((of_a, of_b), (of_b, of_a))]  # fmt: skip
+        lost = [
+            lost[0] + differ + larger[0] + lost_beside(of_a, of_b),
+            lost[1] + differ + larger[1] + lost_beside(of_b, of_a),
+        ]
+    regions = [region_of(verdict, a.size, b.size), region_of(back, b.size, a.size)]
+    return Pair(verdict.label, [relation(verdict, a.size), relation(back, b.size)], regions, lost)
+
+
+def candidate_pairs(engine: Engine) -> Iterator[tuple[bytes, bytes, Vote | None]]:
+    """Each two contents of the collection that may show the same: of the first, points were found in the second.
+
+    Where a picture has few points, its nearest ones by features are candidates as well.
     """
-    (x0, y0), (x1, y1), *_ = corners
-    mirrored = is_mirrored(corners)
-    angle = round(-math.degrees(math.atan2(y1 - y0, x1 - x0)) + 180 * mirrored) % 360  # clockwise
-    words = ["mirrored"] * mirrored + ["inverted"] * inverted
-    if min(angle, 360 - angle) >= 3:
-        words.append(f"turned {angle}°")
-    if shown < WHOLE:
-        words.append(f"crop, {100 * shown:.0f} %")
-    elif inside < WHOLE:
-        words.append(f"within a larger picture, {100 * inside:.0f} % of it")
-    return ", ".join(words) or "same picture"
+    store, few = engine.store, list[bytes]()
+    digests = dict(store.db.execute(f"SELECT row, digest FROM points WHERE digest IN (SELECT digest FROM {USABLE})"))
+    bar = progress_bar(total=len(digests), desc="looking up", unit="img")
+    first = 0
+    while found := store.points_after(first, POINT_BLOCK):
+        first = found[-1][0]
+        for row, stored in found:
+            if row not in digests:
+                continue
+            where, xb = unpack_codes(stored)
+            places, frames, dark = unpack_where(where)
+            points = Points(places.astype(np.complex64), frames.astype(np.complex64), dark, xb)
+            if len(where) < FEW_DETAILS:
+                few.append(digests[row])
+            for vote in votes(engine.copies, points):
+                if vote.row in digests and vote.row != row:
+                    yield digests[row], digests[vote.row], vote
+            bar.update()
+    bar.close()
+    if few:
+        rows = [store.value("SELECT row FROM features WHERE digest = ?", digest) for digest in few]
+        known, names, vectors = store.features_of(row for row in rows if row)
+        D, I = nearest(to_float32(vectors), CANDIDATES, store.blocks())
+        by_row = dict(store.db.execute("SELECT row, digest FROM features"))
+        for name, scores, near in zip(names, D.tolist(), I.tolist()):
+            for score, row in zip(scores, near):
+                if score >= NEAREST_SCORE and by_row.get(row, name) != name:
+                    yield name, by_row[row], None
 
 
-def pairs_by_alignment(engine: Engine) -> Pairs:
-    """Each two contents of the collection that are copies, twice: either one may be the one to keep."""
-    first = engine.store.db.execute(f"SELECT min(path) FROM {USABLE} GROUP BY digest ORDER BY 1").fetchall()
-    queries = [engine.path_of(path) for (path,) in first]
-    results = compared(queries, engine, 1, COPIES)
-    for query, found in progress_bar(results, total=len(queries), desc="comparing", unit="img"):
-        for copy in {it.digest: it for it in found if it.region}.values():
-            mask = Image.new("1", (100, 100))
-            part = 100 * np.array(copy.region.outline) / query.made.local.size  # the query measures 100 × 100
-            ImageDraw.Draw(mask).polygon(part.ravel().tolist(), fill=1)
-            common = float(np.asarray(mask).mean())  # share of the query that the match covers
-            inside = common * 100**2 / abs(np.linalg.det(part[[1, 3]] - part[0]))  # share of the match in it
-            (corners, outline, *_), inverted = copy.region, copy.region.inverted
-            match = Match(0, "", copy.score, False, "copy", relation(outline, common, inside, inverted))
-            yield query.digest, copy.digest, match
-            yield copy.digest, query.digest, match._replace(view=relation(corners, inside, common, inverted))
+def pairs_by_comparison(engine: Engine, labels: Sequence[str]) -> Pairs:
+    """Each two contents of the collection with one of these labels, twice: either one may be the one to keep.
+
+    What was found of two contents is stored, so that a second run compares only what is new.
+    """
+    store = engine.store
+    found = dict[tuple[bytes, bytes], Any]()
+    for one, other, vote in candidate_pairs(engine):
+        key, swapped = ((one, other), False) if one < other else ((other, one), True)
+        best = found.get(key)
+        if key not in found or (vote and (best is None or vote.points > best[0].points)):
+            found[key] = (vote, swapped) if vote else None
+    files = {
+        digest: paths[0] for digest in {it for key in found for it in key} if (paths := different_files(engine, digest))
+    }
+    waiting = sorted(key for key in found if all(digest in files for digest in key))
+    known = {key: store.verdict(*key) for key in waiting}
+    unknown = [key for key in waiting if known[key] == ""]
+
+    def look(key: tuple[bytes, bytes]) -> tuple[tuple[bytes, bytes], Pair | None]:
+        vote, swapped = found[key] or (None, False)
+        one, other = (files[digest] for digest in key)
+        if not swapped:
+            return key, examined(one, other, key, vote)
+        pair = examined(other, one, key[::-1], vote)
+        return key, pair and Pair(pair.label, pair.relations[::-1], pair.regions[::-1], pair.lost[::-1])
+
+    with ThreadPoolExecutor(usable_cores(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        done, unsaved, saved = threads.map(look, unknown), list[Any](), time.perf_counter()
+        for key, pair in progress_bar(done, total=len(unknown), desc="comparing", unit="pair"):
+            known[key] = pair and list(pair)
+            unsaved.append((*key, known[key]))
+            if time.perf_counter() - saved > 10:
+                store.save_verdicts(unsaved)
+                unsaved, saved = [], time.perf_counter()
+        store.save_verdicts(unsaved)
+    for (one, other), stored in known.items():
+        if stored and stored[0] in labels:
+            label, relations, regions, lost = stored
+            for n, (keep, gone) in enumerate(((other, one), (one, other))):
+                region = Region(*regions[n])
+                words = ", ".join(lost[n]) or None
+                yield keep, gone, Match(0, "", 0.0, False, label, relations[n], region, words)
 
 
-def largest_first(path: str) -> tuple[int, int, str]:
-    """A key that sorts image files by their pixels, as the header tells, then by their bytes, then by path."""
-    with suppress(Exception), Image.open(path, formats=image_formats()[0]) as image:  # it may be gone meanwhile
-        return -image.width * image.height, -os.path.getsize(path), path
-    return 0, 0, path
+def keeping_order(engine: Engine, digest: bytes, path: str, lets_go: int) -> tuple[Any, ...]:
+    """A key that sorts contents: first what is best to keep. lets_go: how many files may go if it stays."""
+    held = holdings(path)
+    if held is None:
+        return True, -lets_go, False, 0, 0, 0, path
+    info = os.stat(path)
+    camera = "camera metadata" in held.more
+    return held.truncated, -lets_go, not camera, -math.prod(held.size), -info.st_size, info.st_mtime_ns, path
+
+
+def scored(engine: Engine, keep: bytes, others: Iterable[bytes]) -> dict[bytes, float]:
+    """The cosine similarity of the features of a content to those of others."""
+    rows = [engine.store.value("SELECT row FROM features WHERE digest = ?", it) for it in (keep, *others)]
+    _, digests, vectors = engine.store.features_of(row for row in rows if row)
+    xb = to_float32(vectors)
+    return dict(zip(digests, (xb @ xb[digests.index(keep)]).clip(-1, 1).tolist())) if keep in digests else {}
 
 
 def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Match]]) -> Iterator[Group]:
-    """Groups of files that hold the same picture, the largest keeper first. `pairs`: by keeper, then by other.
+    """Groups of files that hold the same picture. `pairs`: by keeper, then by other.
 
-    Every file of a group was compared with the one to keep: a copy of a copy need not be a copy of that one.
+    The file to keep is the one that lets most others go. Every file of a group was compared with it: a copy of a copy
+    need not be a copy of that one.
     """
     repeated = engine.store.db.execute(f"SELECT digest FROM {USABLE} GROUP BY digest HAVING count(*) > 1")
     contents = {*pairs, *(digest for (digest,) in repeated)}
     left = {digest: files for digest in contents if (files := different_files(engine, digest))}
-    for _, keep in sorted((largest_first(files[0]), digest) for digest, files in left.items()):
+    order = dict[bytes, tuple[Any, ...]]()
+    for digest, files in left.items():
+        lets_go = sum(match.lost is None and other in left for other, match in pairs.get(digest, {}).items())
+        order[digest] = keeping_order(engine, digest, files[0], lets_go)
+    for keep in sorted(left, key=order.__getitem__):
         if keep not in left:
             continue
+        others = [other for other in pairs.get(keep, {}) if other in left]
+        if not others and len(left[keep]) < 2:
+            continue
         first, *same = left.pop(keep)
-        found = [Match(0, path, 1.0, True, "identical") for path in same]
-        others = [(match, other) for other, match in pairs.get(keep, {}).items() if other in left]
-        for match, other in sorted(others, key=lambda pair: (-pair[0].score, left[pair[1]])):
-            found += [match._replace(path=path) for path in left.pop(other)]
+        scores = scored(engine, keep, others)
+        # Hashed again: a file may have changed and kept its size and time
+        found = [
+            Match(0, path, 1.0, True, "identical") for path in same if read_path(path, lambda _: True).digest == keep
+        ]
+        matches = [(pairs[keep][other], other) for other in others]
+        for match, other in sorted(
+            matches, key=lambda it: (-LABELS.index(it[0].label or "copy"), -scores.get(it[1], 0), left[it[1]])
+        ):
+            score = match.score if not match.label else scores.get(other, 0.0)
+            found += [match._replace(path=path, score=score) for path in left.pop(other)]
         if found:
             yield Group(first, [match._replace(rank=rank) for rank, match in enumerate(found, start=1)])
 
@@ -2490,15 +3369,17 @@ def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Match]]) -> Iterator[
 def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator[Group]:
     """Groups of files in the collection that hold the same picture. No file is touched.
 
-    threshold  copy: pictures that align, also mirrored, turned or cropped; identical: the same bytes; or a cosine
-               similarity, -1 to 1, that two pictures have at least, whether they align or not
+    threshold  copy: pictures of which no part differs, also mirrored, turned or cropped; variant: also those of which
+               parts differ; identical: the same bytes; or a cosine similarity, -1 to 1, whatever they show
 
     Raises DeepVisionError if features turn out to be damaged.
     """
     pairs: dict[bytes, dict[bytes, Match]] = {}
     with engine.store.errors():
         if threshold != "identical":
-            found = pairs_by_alignment(engine) if threshold == "copy" else pairs_by_score(engine, float(threshold))
+            is_label = isinstance(threshold, str)
+            labels = LABELS[LABELS.index(threshold) :] if is_label else ()
+            found = pairs_by_comparison(engine, labels) if is_label else pairs_by_score(engine, float(threshold))
             for keep, other, match in sorted(found, key=lambda pair: pair[2].score):  # the best one of two stays
                 pairs.setdefault(keep, {})[other] = match
         yield from grouped(engine, pairs)
@@ -2506,6 +3387,7 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator
 
 # ---- Assembly --------------------------------------------------------------------------------------------------------
 
+POINT_SIDE = 128  # a JPEG is decoded at no less than 3 times this side for its points
 SAVE_SECONDS = 10  # seconds between saves; a killed process loses at most that much work
 RANKS_WAIT = 30  # days that a rank of torchrun waits for the slowest one
 CRASH = b"Fatal Python error"  # how faulthandler's report begins when a decoder crashes the process
@@ -2531,15 +3413,25 @@ def skip_crashing_file(store: Store, unread: list[File], images: Path, work: Wor
     store.report.unlink(missing_ok=True)
 
 
+def look_at_new(image: Image.Image, model: Model, known: tuple[bool, bool]) -> Made:
+    """What is computed from the pixels of a new picture. known: whether there are its features, and its points."""
+    picture = to_rgb(image, max(model.side, POINT_SIDE))
+    pixels = None if known[0] else squeeze(picture, model.side, model.side, model.resample)
+    return Made(pixels, None if known[1] else pack_points(find_points(picture)))
+
+
 def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, work: Work) -> Summary:
     """A Summary of the files that were read and saved: in `store`, or a rank's share of them in a store of its own.
 
     Saves come every few seconds, and also when an error or an interrupt ends the run. If a decoder crashes the process,
     faulthandler writes that into `store.report`, for `skip_crashing_file`.
     """
-    transform = get_transform(model.side, model.resample)
-    known = (lambda _: False) if work.rebuild else store.is_known
-    read = partial(read_picture, root=os.fsencode(images), transform=transform, known=known)
+
+    def wanted(digest: bytes) -> Callable[[Image.Image], Made] | None:
+        known = (False, False) if work.rebuild else store.is_known(digest)
+        return None if all(known) else partial(look_at_new, model=model, known=known)
+
+    read = partial(read_picture, root=os.fsencode(images), wanted=wanted)
     size, workers = work.batch_size or model.batch, work.workers or usable_cores()
     files = [file for file in unread if zlib.crc32(file.path) % work.ranks == work.rank]
     ahead = min(AHEAD_BATCHES * size + workers, AHEAD_MOST)
@@ -2581,6 +3473,8 @@ def merge_ranks(store: Store) -> Summary:
             with store.db.transaction():
                 new = "SELECT NULL, digest, vector, checksum FROM share.features ORDER BY row"  # NULL: the next row
                 store.db.execute(f"INSERT OR REPLACE INTO main.features {new}")
+                of_points = new.replace("features", "points").replace("vector", "points")
+                store.db.execute(f"INSERT OR REPLACE INTO main.points {of_points}")
                 store.db.execute("INSERT OR REPLACE INTO main.files SELECT * FROM share.files")
                 store.db.execute("DELETE FROM main.meta WHERE key = 'images'")
             summary.opened += share.count("files")
@@ -2625,6 +3519,8 @@ def store_changes(store: Store, changes: Changes, images: Path, model: Model, wo
         if merge_ranks(store).opened or store.scanned != store.version():  # a stopped or another run has added files
             changes = store.scan(images, work)
         skip_crashing_file(store, changes.unread, images, work)
+        if changes.unread and not work.rebuild:
+            store.adopt_points()
         wait_for_ranks(work)  # from here on, they read
         summary = read_new(store, changes.unread, images, model, work)
         wait_for_ranks(work)
@@ -2677,7 +3573,8 @@ def prepare(store: Store, images: Path, model: Model, work: Work) -> Engine:
         else:  # counted if there is no note: a million take 0.4 s on a cold disk
             summary = Summary(store.get_meta("images") or store.count(USABLE))
         index = open_index(store, work)
-        return Engine(images, model, store, index, work.exact or not index.faiss.ntotal, summary)
+        copies = open_copy_index(store, work)
+        return Engine(images, model, store, index, copies, work.exact or not index.faiss.ntotal, summary)
 
 
 def initialize_reverse_image_search(
@@ -2727,13 +3624,21 @@ def verdict(found: Answer | Group) -> str:
         return f"keep: the best of {len(found.matches) + 1}"
     if not found.matches:
         return "no match"
-    return "" if found.matches[0].label else "no copy found"
+    if found.matches[0].label in LABELS[1:]:
+        return ""
+    variants = sum(match.label == LABELS[0] for match in found.matches)
+    return "no copy found" + (f", {counted(variants, 'variant')}" if variants else "")
 
 
 def remark_on(match: Match) -> str:
     """What is said of a match: its label, how much of it the query shows, and the edit that was undone."""
     covers = f"covers {100 * match.region.covers:.0f} %" if match.region else ""
-    return ", ".join(filter(None, (match.label, covers, match.view)))
+    differs = (
+        f"differs {max(1, round(100 * match.region.differing))} %" if match.label == LABELS[0] and match.region else ""
+    )
+    lost = f"lost with it: {match.lost}" if match.lost else ""
+    damaged = "truncated" if match.truncated else ""
+    return ", ".join(filter(None, (match.label, differs, covers, match.view, damaged, lost)))
 
 
 def as_text(found: Answer | Group, engine: Engine, colour: bool) -> str:
@@ -2766,7 +3671,8 @@ def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
         if form == "json":
             print(as_json(found, engine), flush=True)
         elif form == "null":
-            sys.stdout.buffer.write(b"".join(os.fsencode(match.path) + b"\0" for match in found.matches))
+            listed = [match for match in found.matches if not match.lost]  # of duplicates: nothing is lost with them
+            sys.stdout.buffer.write(b"".join(os.fsencode(match.path) + b"\0" for match in listed))
             sys.stdout.buffer.flush()
         elif not found.error:
             terminal = sys.stdout.isatty() and os.name == "posix" and os.environ.get("TERM") != "dumb"
@@ -3106,8 +4012,8 @@ EXCLUDED = {  # by option: those that cannot be combined with it
     "no_update": ("index_only", "rebuild", "prune", "exclude"),
     "index_only": ("queries", "crop"),
     "export": ("queries", "crop"),
-    "ui": ("queries", "crop", "threshold", "views", "form"),
-    "duplicates": ("queries", "crop", "threshold", "views", "top"),
+    "ui": ("queries", "crop", "threshold", "form"),
+    "duplicates": ("queries", "crop", "threshold", "top"),
 }
 
 
@@ -3151,8 +4057,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--exclude", action="append", default=[], metavar="PATTERN", help="leave out paths that match; may be repeated")
     add("--index-dir", default=INDEX_DIR, metavar="DIR", help="the cache (default: %(default)s/)")
     add("-k", "--top", type=int, default=TOP, metavar="N", help="matches per query (default: %(default)s)")
-    add("--threshold", type=score_or_label, default=-1.0, metavar="S", help="least cosine, or label: copy, identical")
-    add("--views", choices=VIEWS, default="auto", help="edits of the query to undo (default: auto, the useful ones)")
+    add(
+        "--threshold",
+        type=score_or_label,
+        default=-1.0,
+        metavar="S",
+        help="least cosine, or label: variant, copy, identical",
+    )
     add("--crop", type=crop_box, metavar="L,T,R,B", help="a part of the query: its sides, in pixels or as shares")
     add("--model", metavar="NAME", help=f"{MODEL} (default), any torchvision classification model, timm:NAME, offline")
     add("--weights", metavar="NAME|FILE", help=f"torchvision weights (default: {WEIGHTS}) or a local file")
@@ -3161,7 +4072,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--workers", type=int, metavar="N", help="threads that read and decode (default: one a core)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--index-only", action="store_true", help="update the index, search nothing")
-    alike = "groups of the same picture; S: copy (default), identical, or the least cosine"
+    alike = "groups of the same picture; S: copy (default), identical, variant, or the least cosine"
     mode.add_argument("--duplicates", type=score_or_label, nargs="?", const="copy", metavar="S", help=alike)
     mode.add_argument("--ui", action="store_true", help="search in the browser")
     mode.add_argument("--export", metavar="DIR", help="features.npy and paths.txt, for any other vector database")
@@ -3270,7 +4181,7 @@ def answers(options: argparse.Namespace, engine: Engine, folder: str) -> Iterato
     """An Answer for each query, and for each folder that cannot be listed. Files that are no images are passed over."""
     names = options.queries or filter(os.path.isdir, [QUERIES])
     queries, again = itertools.tee(find_queries(names, folder, options.index_dir))
-    choices = {"k": options.top, "threshold": options.threshold, "views": options.views, "crop": options.crop}
+    choices = {"k": options.top, "threshold": options.threshold, "crop": options.crop}
     for query, answer in zip(again, search((query.file for query in queries), engine, **choices)):
         error = query.error or answer.error
         if error != NOT_AN_IMAGE or query.query in options.queries:
