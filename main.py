@@ -1364,6 +1364,19 @@ def align(query: LocalFeatures, match: LocalFeatures) -> Region | None:
 
 # ---- Store -----------------------------------------------------------------------------------------------------------
 
+# A row of `files`, by what the last update found (there, digest, reason):
+#
+#   not known ── read ──> usable (1, digest, –) <── back, unchanged ── gone (0, as before) ── --prune ──> not known
+#       └─── cannot be used ──> skipped (1, –, why) ── file or decoders changed ──> read again
+#            mtime -1: its features are missing or damaged, or the machine failed ──> read again
+#
+# A database, by PRAGMA user_version:
+#
+#   new: an empty file (0) ── repair ──> sound (FORMAT) <── repair: what can be read is copied ── damaged (0)
+#                                          └── SQLite calls it corrupt, or a checksum or the schema fails ──^
+#   replaced: a repair renames the new file to the old name; a run that has the old one open sees another inode
+#   in `locked`, and opens the new one. A database of a newer format is refused and left as it is.
+
 FORMAT = 3  # of the database; a DeepVision of an older format refuses it
 PAGE_BYTES = 32_768  # 7 vectors of 2048 × fp16 a page: 4.7 KB an image in all, against 5.5 with pages of 16 KB
 CACHE_KB = 16_384  # memory for pages of the database: the inner pages of ten million rows fit
@@ -1375,7 +1388,7 @@ SCHEMA = [
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
     # AUTOINCREMENT: no row number is used twice, so that a stale FAISS index can miss a row but never mistake one.
     "CREATE TABLE features (row INTEGER PRIMARY KEY AUTOINCREMENT, digest BLOB UNIQUE, vector BLOB, checksum INTEGER)",
-    # All files ever read. there: 0 if gone. A skipped file has a reason, no digest; a file that is no image, neither.
+    # All files ever read. A file that is no image has no digest and no reason
     "CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, digest BLOB, reason TEXT, there INTEGER)"
     " WITHOUT ROWID",
     "CREATE INDEX files_by_digest ON files (digest, there, reason)",  # enough to count a million files in 50 ms
@@ -1501,7 +1514,7 @@ class Store:
             self.db.close()
 
     def connect(self) -> None:
-        """Open the database. A new one is an empty file: `check` refuses it, and `repair` fills it."""
+        """Open the database."""
         if not self.path.exists():
             self.path.touch()
         self.db = Database(self.path)
@@ -1512,7 +1525,7 @@ class Store:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Turn errors of disk and SQLite into a DeepVisionError. Damage sets the format to 0, which `check` refuses."""
+        """Turn errors of disk and SQLite into a DeepVisionError."""
         refuse_fork()
         try:
             yield
@@ -1531,7 +1544,7 @@ class Store:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock of the one run that writes. Then reopen the database if another run has replaced it."""
+        """Hold the lock of the one run that writes."""
         try:
             held = self.lock_file.acquire(timeout=0)
         except filelock.Timeout:
