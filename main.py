@@ -62,7 +62,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache, cached_property, lru_cache, partial
@@ -644,10 +644,8 @@ first_process = cache(os.getpid)  # the process that computed first, or its pare
 def refuse_fork() -> None:
     """Raise DeepVisionError in a process that was forked from one that has computed: torch would hang there."""
     if first_process() != os.getpid():
-        advice = "start processes with multiprocessing.get_context('spawn'), or before the first search"
-        raise DeepVisionError(
-            f"this process was forked from one that had searched, where torch and SQLite fail: {advice}"
-        )
+        advice = "start it with multiprocessing.get_context('spawn'), or before the first search"
+        raise DeepVisionError(f"this process was forked after a search, where torch and SQLite fail: {advice}")
 
 
 @contextmanager
@@ -738,10 +736,7 @@ def fused(plain: partial[torch.Tensor], dtype: torch.dtype, kernels: bool) -> pa
 
 
 def tried_privates() -> tuple[bool, bool]:
-    """Whether this processor has bf16, and whether `one_kernel` works: all that is private to torch is tried here.
-
-    Where torch has changed, a warning says so, and neither is used.
-    """
+    """Whether this processor has bf16, and whether `one_kernel` works: all that is private to torch is tried here."""
     if not torch.backends.mkldnn.is_available():
         return False, False
     try:
@@ -1854,31 +1849,22 @@ def coded_index(store: Store, last: int) -> Index:
         shortlist *= 2
 
 
-def checksum_of_index(data: Any, notes: Sequence[Any]) -> int:
-    """The CRC-32 of an index file and of the fields of its Index that the store notes."""
-    return zlib.crc32(json.dumps(notes).encode(), zlib.crc32(data))
-
-
 def read_index(store: Store) -> Index | None:
     """The stored index; None if there is none, or if it does not match the checksum that the store noted."""
     try:
-        size, checksum, *notes = json.loads(store.get_meta("index"))
+        size, checksum, *notes = json.loads(store.get_meta("index") if store.index.is_file() else "")
     except (TypeError, ValueError):  # there is no note, or damage has made it something else
         return None
-    if not store.index.is_file():
-        return None
     data: Any = np.memmap(store.index, np.uint8, "r") if store.index.stat().st_size == size else b""
-    if checksum_of_index(data, notes) != checksum:
+    if zlib.crc32(json.dumps(notes).encode(), zlib.crc32(data)) != checksum:
         log.warning("%s is damaged or out of date: it is made again by an update", store.index)
         return None
     return Index(faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size)), *notes)._replace(file=data)
 
 
 def open_index(store: Store, work: Work = Work()) -> Index:
-    """The FAISS index of the store, added to or made anew if need be.
-
-    Without `work.update`, nobody is waited for: it is the stored one, or an empty one if that cannot be used.
-    """
+    """The FAISS index of the store, added to or made anew if need be. Without `work.update`, it is the stored one, or
+    an empty one if there is none: nobody is waited for."""
     last, index = store.last_row(), read_index(store)
     if not last:
         raise DeepVisionError(f"{store.folder} holds no features yet: run without --no-update")
@@ -1903,7 +1889,8 @@ def open_index(store: Store, work: Work = Work()) -> Index:
         data = faiss.serialize_index(index.faiss)
         with whole_file(store.index) as stream:
             stream.write(data)
-        notes = json.dumps([len(data), checksum_of_index(data, index[1:-1]), *index[1:-1]])
+        checksum = zlib.crc32(json.dumps(index[1:-1]).encode(), zlib.crc32(data))
+        notes = json.dumps([len(data), checksum, *index[1:-1]])
         with store.db.transaction():
             store.db.execute("INSERT OR REPLACE INTO meta VALUES ('index', ?)", (notes,))
     return index
@@ -1942,8 +1929,8 @@ MEMBERS = 100  # images of a group, at most
 
 
 @dataclass(frozen=True)
-class Engine:
-    """What a search needs; `initialize_reverse_image_search` makes it."""
+class Engine(AbstractContextManager["Engine"]):
+    """What a search needs; `initialize_reverse_image_search` makes it. `with engine:` closes it at the end."""
 
     images: Path
     model: Model
@@ -1952,15 +1939,11 @@ class Engine:
     exact: bool  # compare with every vector, whatever the index is
     summary: Summary
 
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the database. That is also done at the end of `with engine:`, and when the engine is dropped."""
+    def close(self, *_: Any) -> None:
+        """Close the database. That is also done when the engine is dropped."""
         self.store.db.close()
+
+    __exit__ = close
 
     def path_of(self, path: bytes) -> str:
         """The path of a file of the collection, from its path below `images`."""
@@ -2934,10 +2917,9 @@ def score_or_label(text: str) -> float | str:
 
 def local_path(query: str) -> str:
     """The path that a file:// address stands for; any other query as it is."""
-    if not query.lower().startswith("file://"):
-        return query
     path = urllib.parse.unquote(query[7:], errors="surrogateescape").removeprefix("localhost")
-    return path.lstrip("/") if os.name == "nt" else path
+    path = path.lstrip("/") if os.name == "nt" else path
+    return path if query.lower().startswith("file://") else query
 
 
 def check_options(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
