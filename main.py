@@ -281,8 +281,8 @@ NOT_AN_IMAGE = "not an image"  # the reason given for a query that was never mea
 MAX_PIXELS = 100_000_000  # pixels to decode, after JPEG scaling: 0.4 GB in memory; phones reach 200 million in JPEG
 COSTLY_FORMATS = {"WEBP", "JPEG2000"}  # decoding takes the memory of four images: the limit is half of MAX_PIXELS
 LARGE_PIXELS = 24_000_000  # pixels; larger images are decoded one at a time, which bounds memory
-DRAFT_SCALE = 3  # a JPEG is decoded at no less than 3 times the model's side; with 2, thin stripes change
 FRAMES, SHOWS = 10, 16  # frames of an animation in which a picture is looked for: one whose levels differ by 16 of 255
+DRAFT_SCALE = 3  # a JPEG is decoded at no less than 3 times the model's side; with 2, thin stripes change
 DIGEST_BYTES = 16  # bytes of the SHA-256 that identifies a content
 PREPROCESSING = 3  # version, part of a model's identity; raise it when the same file would get other pixels
 SYSTEM_NAMES = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
@@ -1383,7 +1383,7 @@ SCHEMA = [
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
     # AUTOINCREMENT: no row number is used twice, so that a stale FAISS index can miss a row but never mistake one.
     "CREATE TABLE features (row INTEGER PRIMARY KEY AUTOINCREMENT, digest BLOB UNIQUE, vector BLOB, checksum INTEGER)",
-    # All files ever read. A file that is no image has no digest and no reason
+    # All files ever read. there: 0 if gone. A skipped file has a reason, no digest; a file that is no image, neither.
     "CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, digest BLOB, reason TEXT, there INTEGER)"
     " WITHOUT ROWID",
     "CREATE INDEX files_by_digest ON files (digest, there, reason)",  # enough to count a million files in 50 ms
