@@ -36,6 +36,7 @@ import hashlib
 import http.client
 import http.server
 import importlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -54,6 +55,7 @@ import sys
 import tempfile
 import threading
 import time
+import timeit
 import unicodedata
 import urllib.parse
 import urllib.request
@@ -63,6 +65,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache, cached_property, lru_cache, partial
@@ -77,7 +80,7 @@ if TYPE_CHECKING:
     import torch
     import torchvision
     import tqdm
-    from PIL import Image, ImageDraw, ImageOps
+    from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin
 else:
 
     class Lazy:
@@ -97,6 +100,7 @@ else:
 
     faiss, np, torch, torchvision, tqdm = map(Lazy, ("faiss", "numpy", "torch", "torchvision", "tqdm"))
     Image, ImageDraw, ImageOps = map(Lazy, ("PIL.Image", "PIL.ImageDraw", "PIL.ImageOps"))
+    TiffImagePlugin = Lazy("PIL.TiffImagePlugin")
     filelock, jinja2 = map(Lazy, ("filelock", "jinja2"))  # torch requires them, so they are there
 
 # What the options take, and their defaults
@@ -163,7 +167,8 @@ class Picture(NamedTuple):
     digest: bytes | None = None  # hash of the content; None: not a usable image
     made: Any = None  # what `transform` returned: pixels, Seen, LocalFeatures or a thumbnail; None: not computed
     vector: np.ndarray | None = None  # features, fp16 (dim,)
-    reason: str | None = None  # why the image cannot be used; None also for a file that was never meant as an image
+    # Why the image cannot be used, or TRUNCATED; None also for a file that was never meant as an image
+    reason: str | None = None
     vanished: bool = False  # the file went away or changed while it was read
 
 
@@ -251,6 +256,7 @@ class Summary:
 
     images: int = 0  # usable ones in the collection
     skipped: int = 0
+    truncated: int = 0  # of the usable ones
     gone: int = 0
     forgotten: int = 0  # by --prune
     opened: int = 0  # files, in this run
@@ -267,26 +273,46 @@ class Summary:
 
     def __str__(self) -> str:
         known = f" ({self.recognised:,} recognised by content)" if self.recognised else ""
+        damaged = f", {self.truncated:,} truncated" if self.truncated else ""
         pruned = f", {self.forgotten:,} forgotten" if self.forgotten else ""
         rate = f"{self.opened / self.seconds:,.1f} images/s" if self.seconds else "read by all ranks"
+        rate = rate if self.opened else "no image was opened"
         return (
             f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged, "
-            f"{self.skipped:,} skipped, {self.gone:,} gone{pruned}; {rate if self.opened else 'no image was opened'}"
+            f"{self.skipped:,} skipped{damaged}, {self.gone:,} gone{pruned}; {rate}"
         )
 
 
 # ---- Images ----------------------------------------------------------------------------------------------------------
 
 NOT_AN_IMAGE = "not an image"  # the reason given for a query that was never meant as one
+TRUNCATED = "truncated"  # the reason noted for a damaged image that is used all the same, as far as it can be decoded
 MAX_PIXELS = 100_000_000  # pixels to decode, after JPEG scaling: 0.4 GB in memory; phones reach 200 million in JPEG
 COSTLY_FORMATS = {"WEBP", "JPEG2000"}  # decoding takes the memory of four images: the limit is half of MAX_PIXELS
 LARGE_PIXELS = 24_000_000  # pixels; larger images are decoded one at a time, which bounds memory
+MAX_PADDED = 1 << 25  # bytes of a damaged HEIF, AVIF or WebP image that are looked at, and of zeros put after them
 FRAMES, SHOWS = 10, 16  # frames of an animation in which a picture is looked for: one whose levels differ by 16 of 255
 DRAFT_SCALE = 3  # a JPEG is decoded at no less than 3 times the model's side; with 2, thin stripes change
 DIGEST_BYTES = 16  # bytes of the SHA-256 that identifies a content
 PREPROCESSING = 3  # version, part of a model's identity; raise it when the same file would get other pixels
 SYSTEM_NAMES = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
 NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS starts Ghostscript; Pillow cannot read the others
+RAW_SUFFIXES = {".dng", ".nef", ".cr2", ".cr3", ".arw", ".pef", ".srw", ".orf", ".rw2", ".raf"}
+DECODERS = {  # what reads further formats, if it is installed
+    "pillow-heif": {".heic", ".heif", ".hif"},
+    "pillow-jxl-plugin": {".jxl"},
+    "rawpy": RAW_SUFFIXES,
+}
+UNREADABLE = "cannot be read here: pip install"  # between a suffix and a package
+LEAST_PREVIEW = 1000  # pixels, of the longer side of a RAW file's preview that is taken for the picture
+RAW_TAGS = {330, 33422, 50706}  # of TIFF: SubIFDs, CFAPattern and DNGVersion
+# What stands in XMP, and in Pillow's `info` of a HEIF image, if the file holds more than a picture
+XMP_MARKS = {b"MotionPhoto": "a video", b"MicroVideo": "a video", b"GDepth": "depth", b"hdrgm": "a gain map"}
+HEIF_MARKS = {"depth_images": "depth", "aux": "a gain map"}
+# The Huffman code that most JPEGs have. 32 zero bytes stand for nothing sensible in it, but for white in other codes
+STANDARD_CODE, HOLE = bytes.fromhex("100002010303020403050504040000017d"), 32
+COLOUR_SIDE = 128  # pixels, of the square in which colours are looked for: a stamp of 1 % of a page's width is seen
+TONE, GREY_NOISE, TINT_NOISE = 8, 6, 24  # of 255: brightness that is one tone; differences of channels in grey, a tint
 
 one_large_image = threading.Lock()  # held while an image of more than LARGE_PIXELS is decoded
 
@@ -297,6 +323,18 @@ def relative_pattern(pattern: str, folder: str | Path) -> str:
     for root in (os.path.abspath(folder), os.path.normpath(folder)):
         pattern = pattern.removeprefix(os.path.join(root, ""))
     return pattern.lstrip(os.sep)
+
+
+class Tolerance(threading.local):
+    """Pillow's LOAD_TRUNCATED_IMAGES, one for each thread: true while a thread decodes a damaged image."""
+
+    is_on = False
+
+    def __bool__(self) -> bool:
+        return self.is_on
+
+
+tolerance = Tolerance()
 
 
 def find_images(
@@ -346,26 +384,56 @@ def image_formats() -> tuple[list[str], set[str], str]:
     """The formats that can be decoded here, the suffixes of their file names, and the version of the decoders."""
     Image.init()
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow refuses headers of more than twice this
-    version = Image.__version__
-    with suppress(ImportError):
-        heif = importlib.import_module("pillow_heif")
-        heif.register_heif_opener()
-        version += f", pillow_heif {heif.__version__}"
+    importlib.import_module("PIL.ImageFile").LOAD_TRUNCATED_IMAGES = tolerance  # type: ignore[attr-defined]
+    version = f"Pillow {Image.__version__}"
+    raw = set[str]()
+    for package in DECODERS:
+        with suppress(ImportError):
+            module = importlib.import_module(package.removesuffix("-plugin").replace("-", "_"))
+            getattr(module, "register_heif_opener", str)()  # the one of JPEG XL registers itself
+            raw |= RAW_SUFFIXES if package == "rawpy" else set()
+            version += f", {package} {importlib.metadata.version(package)}"
     formats = [name for name in Image.ID if name not in NOT_DECODED]
-    return formats, {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
+    return formats, raw | {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
+
+
+def developed(stream: BinaryIO) -> Any:
+    """The picture of a RAW file, its true size in info["raw"]: the preview in it if large, else developed at half size.
+
+    Raises what rawpy raises for a file that it cannot read.
+    """
+    rawpy, image = importlib.import_module("rawpy"), None  # type: Any, Any
+    stream.seek(0)
+    with rawpy.imread(stream) as raw:
+        size, flip = (raw.sizes.width, raw.sizes.height), raw.sizes.flip
+        if math.prod(size) > 2 * MAX_PIXELS:
+            raise ValueError(f"too large: over {2 * MAX_PIXELS:,} pixels")
+        with suppress(Exception):  # there is no preview, or it is broken
+            image = Image.open(io.BytesIO(raw.extract_thumb().data), formats=["JPEG"])
+            image.getexif()[274] = {3: 3, 5: 8, 6: 6}.get(flip, 1)  # LibRaw's turn as an EXIF orientation
+        if image is None or max(image.size) < LEAST_PREVIEW:
+            image = Image.fromarray(raw.postprocess(half_size=True, use_camera_wb=True))  # upright
+    image.info["raw"] = size[:: -1 if flip > 4 else 1]
+    return image
 
 
 def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
     """The image in `stream`, only its header read. None: no image, nor named like one. ValueError: a broken one."""
     formats, suffixes, _ = image_formats()
     suffix = os.path.splitext(path)[1].lower()
+    if suffix in RAW_SUFFIXES & suffixes:
+        with suppress(Exception):
+            return developed(stream)
+        stream.seek(0)
     try:
-        return Image.open(stream, formats=formats)
+        image = Image.open(stream, formats=formats)
+        image.info |= {"raw": image.size} if suffix in RAW_SUFFIXES else {}
+        return image
     except Image.DecompressionBombError:
         raise ValueError(f"too large: over {2 * MAX_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
-        if suffix in {".heic", ".heif", ".hif"} - suffixes:
-            raise ValueError("a HEIF image: run `pip install pillow-heif`") from None
+        if package := next((name for name, known in DECODERS.items() if suffix in known - suffixes), ""):
+            raise ValueError(f"{suffix} {UNREADABLE} {package}") from None
         if suffix in suffixes:
             raise ValueError("broken, or no image at all" if stream.seek(0, 2) else "an empty file") from None
         return None
@@ -381,6 +449,27 @@ def content_hash(stream: BinaryIO) -> bytes:
     return sha.digest()[:DIGEST_BYTES]
 
 
+def decode_damaged(stream: BinaryIO, path: str, transform: Callable[..., Any]) -> Any:
+    """transform(image) of a damaged image, decoded as far as it goes. None: nothing of it is seen."""
+    stream.seek(0)
+    head = stream.read(12)
+    if head[8:] == b"WEBP" or head[4:8] == b"ftyp":  # WebP, HEIF and AVIF are only decoded at their full length
+        stream = io.BytesIO(head + stream.read(MAX_PADDED) + bytes(MAX_PADDED))
+    stream.seek(0)
+    tolerance.is_on = True
+    try:
+        if (image := open_image(stream, path)) is None:
+            return None
+        image.info[TRUNCATED] = True
+        made, top = transform(image), min(16, image.height - 1)  # rows that may be one broken block of a JPEG
+        extremes = np.array(image.crop((0, top, *image.size)).getextrema())
+        return made if (extremes[..., 0] < extremes[..., 1]).any() else None
+    except Exception:
+        return None
+    finally:
+        tolerance.is_on = False
+
+
 def read_picture(file: File, root: bytes, transform: Callable[..., Any], known: Any = lambda _: False) -> Picture:
     """Read a file of the folder `root`: a Picture with its hash and, unless known(hash), with transform(image).
 
@@ -394,11 +483,18 @@ def read_picture(file: File, root: bytes, transform: Callable[..., Any], known: 
         if os.stat(path)[1:3] in open_databases:  # closing it would drop SQLite's locks, as POSIX has it
             return Picture(file)
         with open(path, "rb") as stream:
-            if (image := open_image(stream, os.fsdecode(path))) is None:
-                return Picture(file)
-            digest = content_hash(stream)
-            pixels = None if known(digest) else transform(image)
-        return Picture(file, digest, pixels, vanished=file != File.of(file.path, os.stat(path)))
+            try:
+                if (image := open_image(stream, os.fsdecode(path))) is None:
+                    return Picture(file)
+                digest, reason = content_hash(stream), None
+                made = None if known(digest) else transform(image)
+            except Exception as error:
+                if isinstance(error, (sqlite3.Error, MemoryError)) or getattr(error, "errno", None):
+                    raise
+                if (made := decode_damaged(stream, os.fsdecode(path), transform)) is None:
+                    raise
+                digest, reason = content_hash(stream), TRUNCATED
+        return Picture(file, digest, made, reason=reason, vanished=file != File.of(file.path, os.stat(path)))
     except sqlite3.Error:
         raise  # from `known`: the database failed, not the file
     except Exception as error:  # decoders raise anything at all on a malformed file
@@ -470,7 +566,12 @@ def to_rgb(image: Image.Image, side: int) -> Image.Image:
     if (count := image.width * image.height) > limit:
         raise ValueError(f"too large: {count:,} pixels, over {limit:,}")
     with one_large_image if count > LARGE_PIXELS else nullcontext():
-        image.load()
+        try:
+            image.load()
+        except Exception:
+            if not tolerance:
+                raise
+            image.tile = []  # type: ignore[attr-defined]  # what was decoded before the damage is there
         with suppress(Exception):  # malformed EXIF raises anything at all; the image then stays as it is
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":
@@ -479,6 +580,83 @@ def to_rgb(image: Image.Image, side: int) -> Image.Image:
             image = image if image.mode == "RGBA" else image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image if image.mode == "RGB" else image.convert("RGB")
+
+
+class Holdings(NamedTuple):
+    """What a file holds beside the pixels of its first frame."""
+
+    size: tuple[int, int]  # width and height of the upright picture; of a RAW file, of its RAW data
+    frames: str  # "3 pages", "5 frames", "2 layers"; empty if there is one
+    bits: int  # of a channel in the file
+    colours: int  # 0: grey, 1: one tint, as of a sepia print, 2: colours
+    raw: bool
+    truncated: bool  # or seen to be damaged
+    more: frozenset[str]  # words for the rest: transparency, camera metadata, a place, depth, a gain map, a video
+
+
+def colours_of(picture: Image.Image) -> int:
+    """0 for a grey picture, 1 for one in a single tint, 2 for one in colours, and be it a stamp on a grey page."""
+    small = picture.resize([max(1, min(COLOUR_SIDE, side // 2)) for side in picture.size], Image.Resampling.BOX)
+    rgb = np.asarray(small).reshape(-1, 3).astype(np.float32)
+    chroma, tone = rgb[:, ::2] - rgb[:, 1:2], rgb.mean(1).astype(int) // TONE
+    tint = [(np.bincount(tone, plane) / np.bincount(tone).clip(1))[tone] for plane in chroma.T]  # mean of a tone
+    return int(np.abs(chroma).max() > GREY_NOISE) + int(np.abs(chroma - np.stack(tint, 1)).max() > TINT_NOISE)
+
+
+def has_hole(image: Any) -> bool:
+    """Whether zeros stand in the pixels of a JPEG, as after a disk error. Pillow shows garbage and says nothing."""
+    start, _ = image.fp.tell(), image.fp.seek(0)
+    header, data = image.fp.read(start), image.fp.read().partition(b"\xff\xd9")[0]
+    return STANDARD_CODE in header and bytes(HOLE) in data
+
+
+def holdings_of(image: Any) -> Holdings:
+    """The Holdings of an image as `open_image` returns it."""
+    tags, size, count, more = getattr(image, "tag_v2", {}), image.size, 1, set[str]()
+    damaged = image.format in ("JPEG", "MPO") and has_hole(image)
+    deep = (
+        16 if re.search(r";16|65535", f"{image.mode} {getattr(image, 'tile', '')}") else 8
+    )  # how the decoder unpacks them
+    bits = max({"1": 1, "I": 32, "F": 32}.get(image.mode, deep), image.info.get("bit_depth", 0), *tags.get(258, (0,)))
+    with suppress(Exception):  # malformed metadata raises anything at all
+        count = getattr(image, "n_frames", 1)
+        exif, ifd = image.getexif(), TiffImagePlugin.ImageFileDirectory_v2
+        more |= {"camera metadata"} if {271, 272} & {*exif} or 36867 in exif.get_ifd(0x8769) else set()
+        more |= {"a place"} if 2 in exif.get_ifd(0x8825) else set()  # GPS latitude
+        turn = -1 if exif.get(274, 1) > 4 else 1  # by 90°
+        size = image.size[:: 1 if tags else turn]  # Pillow itself turns that of a TIFF
+        for offset in tags.get(330, ()):  # SubIFDs: the first picture of a RAW file is a thumbnail
+            image.fp.seek(offset)
+            (below := ifd(image.tag_v2.prefix + b"*\0\0\0\0\0")).load(image.fp)
+            size = max(size, (below[256], below[257])[::turn], key=math.prod)
+    xmp = image.info.get("xmp", b"")
+    more |= {word for mark, word in XMP_MARKS.items() if mark in xmp}
+    more |= {word for key, word in HEIF_MARKS.items() if image.info.get(key)}
+    size = max(size, image.info.get("raw", size), key=math.prod)
+    colours = colours_of(to_rgb(image, COLOUR_SIDE))
+    if image.has_transparency_data and (image.mode[0] == "I" or image.convert("RGBA").getextrema()[3][0] < 255):
+        more.add("transparency")
+    frames = counted(count, {"TIFF": "page", "PSD": "layer"}.get(image.format or "", "frame")) if count > 1 else ""
+    raw = bool("raw" in image.info or RAW_TAGS & {*tags})
+    return Holdings(size, frames, bits, colours, raw, damaged or TRUNCATED in image.info, frozenset(more))
+
+
+def holdings(path: str | bytes | Path) -> Holdings | None:
+    """What a file holds beside its first frame. None: it cannot be read now."""
+    return read_path(path, holdings_of).made
+
+
+def lost_beside(file: Holdings, keep: Holdings) -> list[str]:
+    """Words for what is lost if `file` goes and only `keep` stays, which shows the same, but has other bytes."""
+    lost = {
+        file.frames: bool(file.frames),  # also if `keep` has as many: only the first frames were compared
+        "RAW data": file.raw,
+        "the developed picture": keep.raw > file.raw,
+        f"{file.bits} bits": file.bits > keep.bits,
+        "colour": file.colours > keep.colours,
+        "what is damaged there": keep.truncated > file.truncated,
+    }
+    return [word for word, is_lost in lost.items() if is_lost] + sorted(file.more - keep.more)
 
 
 def usable_cores() -> int:
@@ -663,6 +841,7 @@ def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> Non
     """Load the tensors of the file `path` into a network without its classifier, the layers `heads`.
 
     The tensors may be wrapped as `state_dict`, or have the prefix `module.` of multi-GPU training. None may be missing.
+    If no name fits, as in files of other libraries, but the kind, shape and order of all tensors do, the order counts.
     """
     unused = (*(f"{head}." for head in heads), "aux1.", "aux2.", "AuxLogits.")  # aux: classifiers for training alone
     try:
@@ -673,6 +852,12 @@ def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> Non
             name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name)  # DenseNet's old names
             if not name.startswith(unused):
                 state[name] = value
+        own = network.state_dict()
+        fits = [[(k.rpartition(".")[2], getattr(v, "shape", 0)) for k, v in it.items()] for it in (own, state)]
+        fits[1][len(own) : len(own) + 2] = []  # the weight and bias of a classifier by another name
+        if not own.keys() & state.keys() and fits[0] == fits[1]:
+            log.info("%s: no name of a tensor fits, but all shapes do: the tensors are taken in their order", path)
+            state = dict(zip(own, state.values()))
         network.load_state_dict(state, assign=True)
     except Exception as error:  # a file that holds something else raises anything at all
         reason = " ".join(str(error).split()).partition(". ")[0]  # torch goes on with advice to load the file unsafely
@@ -681,8 +866,8 @@ def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> Non
     network.float()
 
 
-def one_kernel(layer: Any, then: str) -> Callable[..., torch.Tensor]:
-    """A function that convolves like `layer`, adds its second argument, if any, and applies `then`: "relu", "none"."""
+def one_kernel(layer: Any, then: str = "none", *limits: float) -> Callable[..., torch.Tensor]:
+    """A function that convolves like `layer`, adds its second argument, if any, and applies `then`, within `limits`."""
     geometry, kernels = (layer.padding, layer.stride, layer.dilation, layer.groups), torch.ops.mkldnn
     # The weights in the order in which the kernel reads them, by the shape of its input
     weight = cache(lambda *shape: kernels._reorder_convolution_weight(layer.weight, *geometry, shape))
@@ -691,28 +876,45 @@ def one_kernel(layer: Any, then: str) -> Callable[..., torch.Tensor]:
         args = (*other, weight(1, *x.shape[1:]), layer.bias, *geometry)
         if other:
             return kernels._convolution_pointwise.binary(x, *args, "add", 1.0, then, [], None)
-        return kernels._convolution_pointwise.default(x, *args, then, [], "")
+        return kernels._convolution_pointwise.default(x, *args, then, limits, "")
 
     return compute
 
 
+def layers_of_torch(network: torch.nn.Module) -> torch.nn.Module:
+    """A copy with layers of torch in place of timm's, which cannot be traced or folded. The padding is that of inputs
+    whose side is a multiple of the stride; where one is not, `fastest_form` sees other features and refuses."""
+    network = deepcopy(network)
+    for name, layer in list(network.named_modules()):
+        if type(layer).__name__ == "Conv2dSame":
+            spare = layer.kernel_size[0] - layer.stride[0]
+            pad, layer.__class__ = torch.nn.ZeroPad2d((spare // 2, spare - spare // 2) * 2), torch.nn.Conv2d
+            network.set_submodule(name, torch.nn.Sequential(pad, layer))
+        elif type(layer).__name__ == "BatchNormAct2d":
+            layer.__class__ = torch.nn.BatchNorm2d
+            network.set_submodule(name, torch.nn.Sequential(layer, layer.act))
+    return network
+
+
 def fuse_convolutions(network: torch.fx.GraphModule) -> None:
-    """Compute each convolution, the sum after it and the ReLU after that by one kernel, whatever the batch size.
+    """Compute each convolution, the sum after it and the activation after that by one kernel, whatever the batch size.
 
     torch.compile does the same. It is 5 % faster still, but takes 17 s to start.
     """
-    graph, relu, add = network.graph, (torch.nn.functional.relu, torch.relu), (operator.add, operator.iadd, torch.add)
+    graph, add, nn = network.graph, (operator.add, operator.iadd, torch.add), torch.nn
+    known: dict[Any, Any] = dict.fromkeys((nn.ReLU, nn.functional.relu, torch.relu), ("relu",))
+    known |= {nn.ReLU6: ("hardtanh", 0.0, 6.0), nn.SiLU: ("swish",), nn.Hardswish: ("hardswish",)}
     layers = {node: network.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
-    convolutions = [node for node, layer in layers.items() if isinstance(layer, torch.nn.Conv2d)]
+    convolutions = [node for node, layer in layers.items() if isinstance(layer, nn.Conv2d)]
     for last in list(reversed(graph.nodes)):
-        convolution, addends, then = last, list[Any](), "none"  # `last`: a convolution, its ReLU, or its sum's ReLU
-        if isinstance(layers.get(last), torch.nn.ReLU) or last.target in relu:
-            convolution, then = last.args[0], "relu"
-            if convolution.target in add and len(convolution.users) == 1:
+        convolution, addends = last, list[Any]()  # `last`: a convolution, its activation, or its sum's ReLU
+        if then := known.get(type(layers[last]) if last in layers else last.target, ()):
+            convolution = last.args[0]
+            if then == ("relu",) and convolution.target in add and len(convolution.users) == 1:
                 *addends, convolution = sorted(convolution.args, key=convolutions.__contains__)
         if convolution in convolutions and (convolution is last or len(convolution.users) == 1):
             with graph.inserting_before(last):
-                kernel = one_kernel(layers[convolution], then)
+                kernel = one_kernel(layers[convolution], *then)
                 last.replace_all_uses_with(graph.call_function(kernel, (*convolution.args, *addends)))
             graph.erase_node(last)
     graph.eliminate_dead_code()
@@ -729,7 +931,8 @@ def fused(plain: partial[torch.Tensor], dtype: torch.dtype, kernels: bool) -> pa
     """A copy of `plain`, a partial of `forward`, in precision `dtype`. kernels: see `fuse_convolutions`."""
     fold_batch_norms = importlib.import_module("torch.fx.experimental.optimization").fuse
     with one_torch_thread():
-        network = fold_batch_norms(plain.keywords["network"]).to(dtype).to(memory_format=torch.channels_last)
+        network = fold_batch_norms(layers_of_torch(plain.keywords["network"]), inplace=True)
+        network = network.to(dtype=dtype, memory_format=torch.channels_last)
     if kernels:
         fuse_convolutions(network)
     return partial(plain, network=network, dtype=dtype)
@@ -752,11 +955,7 @@ def tried_privates() -> tuple[bool, bool]:
 
 def seconds_of(network: Callable[..., torch.Tensor], sample: torch.Tensor) -> float:
     """The least time of three passes."""
-    times = [time.perf_counter()]
-    for _ in range(3):
-        network(sample)
-        times.append(time.perf_counter())
-    return min(map(operator.sub, times[1:], times))
+    return min(timeit.repeat(lambda: network(sample), number=1, repeat=3))
 
 
 def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor, note: Path) -> tuple[partial[torch.Tensor], int]:
@@ -1383,14 +1582,16 @@ SCHEMA = [
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
     # AUTOINCREMENT: no row number is used twice, so that a stale FAISS index can miss a row but never mistake one.
     "CREATE TABLE features (row INTEGER PRIMARY KEY AUTOINCREMENT, digest BLOB UNIQUE, vector BLOB, checksum INTEGER)",
-    # All files ever read. there: 0 if gone. A skipped file has a reason, no digest; a file that is no image, neither.
+    # All files ever read. there: 0 if gone. A skipped file has a reason, no digest; a truncated one that is used, both;
+    # a file that is no image, neither.
     "CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, digest BLOB, reason TEXT, there INTEGER)"
     " WITHOUT ROWID",
     "CREATE INDEX files_by_digest ON files (digest, there, reason)",  # enough to count a million files in 50 ms
 ]
 FEATURE_COLUMNS, FILE_COLUMNS = "row, digest, vector, checksum", "path, size, mtime, digest, reason, there"
-USABLE = "files WHERE there AND digest IS NOT NULL"  # this and the next four: what follows FROM, see `count`
-SKIPPED = "files WHERE there AND reason IS NOT NULL"
+USABLE = "files WHERE there AND digest IS NOT NULL"  # this and the next five: what follows FROM, see `count`
+SKIPPED = "files WHERE there AND digest IS NULL AND reason IS NOT NULL"
+DAMAGED_FILES = "files WHERE there AND digest IS NOT NULL AND reason IS NOT NULL"  # used as far as they are decoded
 GONE = """files AS old WHERE NOT there AND digest IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM files WHERE digest = old.digest AND there)"""  # a renamed file is not gone
 DAMAGED = "features WHERE checksum IS NOT crc(digest, vector)"
@@ -1598,9 +1799,10 @@ class Store:
             first = int(rows[-1]) + 1
 
     def is_known(self, digest: bytes) -> bool:
-        """Whether there are features of this content. Reading threads call it."""
+        """Whether there are features of this content, and it was not found to be damaged. Reading threads call it."""
         with self.db.turn:  # Python 3.13 fails now and then where threads share a connection
-            return bool(self.value("SELECT 1 FROM features WHERE digest = ?", digest))
+            damaged = "EXISTS (SELECT 1 FROM files WHERE files.digest = features.digest AND reason IS NOT NULL)"
+            return bool(self.value(f"SELECT 1 FROM features WHERE digest = ? AND NOT {damaged}", digest))
 
     def save(self, pictures: Sequence[Picture]) -> None:
         """Store files and features in one transaction, in place of what is stored. Mark vanished files as gone."""
@@ -1676,9 +1878,9 @@ class Store:
         query = "SELECT path, size, mtime FROM files WHERE there AND digest = ? ORDER BY path"
         return [File(*found) for found in self.db.execute(query, (digest,))]
 
-    def skipped(self, limit: int = -1) -> list[tuple[bytes, str]]:
-        """The path of each skipped file, with its reason."""
-        return self.db.execute(f"SELECT path, reason FROM {SKIPPED} ORDER BY path LIMIT ?", (limit,)).fetchall()
+    def skipped(self, limit: int = -1, files: str = SKIPPED) -> list[tuple[bytes, str]]:
+        """The path of each skipped file, or of each of other `files`, with its reason."""
+        return self.db.execute(f"SELECT path, reason FROM {files} ORDER BY path LIMIT ?", (limit,)).fetchall()
 
     def check(self, whole: bool) -> None:
         """Raise DamageError unless the database is sound, of this format and model. `whole`: read all if small."""
@@ -2438,7 +2640,7 @@ def store_changes(store: Store, changes: Changes, images: Path, model: Model, wo
         if work.prune:
             store.prune()
             summary.forgotten, summary.gone = summary.gone, 0
-        summary.skipped = store.count(SKIPPED)
+        summary.skipped, summary.truncated = store.count(SKIPPED), store.count(DAMAGED_FILES)
     return summary
 
 
@@ -2451,7 +2653,7 @@ def update(store: Store, images: Path, model: Model, work: Work) -> Summary:
     if any(changes) or work.prune or work.ranks > 1:
         summary = store_changes(store, changes, images, model, work)
     else:
-        summary = Summary(store.count(USABLE), store.count(SKIPPED), store.count(GONE))
+        summary = Summary(*map(store.count, (USABLE, SKIPPED, DAMAGED_FILES, GONE)))
     if summary.images:
         return summary
     advice = ": put images to search in there, or name another folder with --images"
@@ -3012,6 +3214,8 @@ def fetch(name: str, path: str) -> str | None:
                 target.write(unpack(data))
                 if target.tell() > QUERY_BYTES:
                     return f"more than {QUERY_BYTES:,} bytes"
+            if getattr(stream, "length", 0):  # bytes that the server promised and did not send
+                return "the answer is truncated"
             return None if target.tell() else "it is empty"
     except (OSError, ValueError, OverflowError, http.client.HTTPException, zlib.error) as error:
         words = first_line(error).removeprefix("<urlopen error ").removesuffix(">")
@@ -3103,9 +3307,17 @@ def report_update(engine: Engine, options: argparse.Namespace) -> None:
         first = engine.store.db.execute(f"SELECT path FROM {USABLE} LIMIT 1000")
         if not any(os.path.exists(engine.path_of(path)) for (path,) in first):
             log.warning("none of the first images in the index is in %s: is --images the right folder?", engine.images)
+    where = f"{SKIPPED} AND reason LIKE '.% {UNREADABLE} %' GROUP BY reason ORDER BY reason"
+    if found := engine.store.db.execute(f"SELECT count(*), reason FROM {where}").fetchall():
+        words = [(f"{reason.split()[0]} {number}", reason.split()[-1]) for number, reason in found]
+        suffixes, packages = ", ".join(suffix for suffix, _ in words), " ".join(sorted({name for _, name in words}))
+        files = counted(sum(number for number, _ in found), "file")
+        log.info("%s in formats that cannot be read here (%s): pip install %s", files, suffixes, packages)
     if log.isEnabledFor(logging.DEBUG):
         for path, reason in engine.store.skipped():
             log.debug("skipped %s: %s", engine.path_of(path), reason)
+        for path, reason in engine.store.skipped(files=DAMAGED_FILES):
+            log.debug("%s: %s, decoded as far as it goes", engine.path_of(path), reason)
 
 
 def print_answers(options: argparse.Namespace, engine: Engine) -> int:

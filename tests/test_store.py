@@ -261,16 +261,30 @@ def test_a_scan_goes_through_folders_in_blocks_of_paths(index, monkeypatch):
 
 def test_a_bad_file_is_remembered_until_it_or_the_decoders_change(index, run):
     bad = IMAGES / "bad.png"
-    bad.write_bytes((IMAGES / "5.png").read_bytes()[:200])
+    bad.write_bytes((IMAGES / "5.png").read_bytes()[:20])
     (IMAGES / "notes.txt").write_text("buy milk")
     assert index() == {"found": N + 1, "new": N, "skipped": 1, "opened": 1}
     assert index() == {"found": N + 1, "unchanged": N, "skipped": 1}
-    assert re.search(r"bad\.png: .*truncated", run(*OFFLINE, "--index-only", "-v").stderr)
+    assert re.search(r"bad\.png: Truncated", run(*OFFLINE, "--index-only", "-v").stderr)
     edit(cache_folder() / "index.sqlite", "UPDATE meta SET value = 'an older Pillow' WHERE key = 'decoders'")
     assert index() == {"found": N + 1, "unchanged": N, "skipped": 1, "opened": 1}
     assert index() == {"found": N + 1, "unchanged": N, "skipped": 1}
     draw(50).save(bad)
     assert index() == {"found": N + 1, "new": 1, "unchanged": N, "opened": 1}
+
+
+def test_a_truncated_file_is_used_counted_and_named_until_it_changes(index, run, answers):
+    """Also after it was moved: its content is known, but not as a sound one."""
+    whole = (IMAGES / "5.png").read_bytes()
+    (IMAGES / "cut.png").write_bytes(whole[:-300])
+    for old, new in (("cut.png", "cut.png"), ("cut.png", "moved.png")):
+        (IMAGES / old).rename(IMAGES / new)
+        outcome = run(*OFFLINE, "--index-only", "-v")
+        assert f"{N + 1} found" in outcome.stderr and "0 skipped, 1 truncated" in outcome.stderr
+        assert re.search(rf"{new}: truncated", outcome.stderr)
+        assert index() == {"found": N + 1, "unchanged": N + 1}
+    (IMAGES / "moved.png").write_bytes(whole)
+    assert "truncated" not in run(*OFFLINE, "--index-only", "-v").stderr
 
 
 def test_an_unreadable_file_is_tried_again(index, run, monkeypatch):

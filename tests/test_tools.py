@@ -1,9 +1,11 @@
 """The measuring tools run, in all their sections, and tell a good model from a poor one."""
 
+import argparse
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import bench_million
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from benchmark import SECTIONS, Options, collection
 from conftest import draw, draw_rich
-from evaluate import COPIES, EDITS, by_class
+from evaluate import CHAINS, COPIES, EDITS, OTHERS, by_class, planned
 from PIL import Image
 
 HERE = ("duplicates", "search")
@@ -57,18 +59,69 @@ def test_the_benchmark_takes_the_photographs_of_a_folder_and_makes_them_as_many_
     assert len({Image.open(path).tobytes() for path in made}) == 3
 
 
-def test_the_evaluation_prints_a_row_for_each_edit_and_all_other_measures(tmp_path):
-    for kind in ("a", "b"):
-        (tmp_path / kind).mkdir()
-        for seed in range(3):
-            draw_rich(seed + 100 * ord(kind), (180, 135)).save(tmp_path / kind / f"{seed}.png")
-    outcome = tool("evaluate.py", tmp_path, "--queries", 1, "--strangers", "--duplicates", 2, "--times")
+def rows_of(outcome: subprocess.CompletedProcess[str]) -> dict[str, list[str]]:
+    """The figures of each line of the evaluation's tables, by its name."""
     assert outcome.returncode == 0, outcome.stderr
-    rows = {line[:11].strip(): line[11:].split() for line in outcome.stdout.splitlines() if line}
+    return {line[:13].strip(): line[13:].split() for line in outcome.stdout.splitlines() if line}
+
+
+def photographs(folder: Path, seeds: Iterable[int]) -> Path:
+    folder.mkdir(parents=True)
+    for seed in seeds:
+        draw_rich(seed, (180, 135)).save(folder / f"{seed}.png")
+    return folder
+
+
+def test_the_evaluation_prints_a_row_for_each_edit_and_all_other_measures(tmp_path):
+    for kind in (0, 100):
+        photographs(tmp_path / str(kind), range(kind, kind + 3))
+    outcome = tool("evaluate.py", tmp_path, "--queries", 1, "--strangers", "--duplicates", 2, "--times")
+    rows = rows_of(outcome)
     assert set(EDITS) | set(COPIES) <= set(rows)
-    assert [float(value) for value in rows["mirror"]] == [1, 1, 1]
-    assert "of 18 queries with no source in the collection, 0 get a `copy`" in outcome.stdout
+    assert [float(value) for value in rows["mirror"]] == [1, 1, 1, 1]
+    assert "of 24 queries with no source in the collection, 0 get a `copy`, 0 get a `variant`" in outcome.stdout
     assert "duplicates: 16 pairs, 0 of them wrong" in outcome.stdout and "one query alone" in outcome.stdout
+    assert "precision@10" in outcome.stdout
+
+
+def test_distractors_are_crops_of_no_source_and_no_stranger_and_are_made_once(tmp_path):
+    photos, more = photographs(tmp_path / "photos", range(5)), photographs(tmp_path / "more", range(10, 16))
+    options = ["--distractors", 40, "--from", more, "--cache", tmp_path / "kept", "--strangers", 5, "--queries"]
+    outcome = tool("evaluate.py", photos, *options, 1, "--others")
+    assert set(OTHERS) | set(CHAINS) <= set(rows_of(outcome))
+    assert "4 photographs and 40 crops of others" in outcome.stdout and "of 8 queries with no source" in outcome.stdout
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("kept/*/distractors/*.jpg")}
+    assert len(made) == 40
+    again = tool("evaluate.py", photos, *options, 0).stdout
+    assert again.splitlines()[-1] == outcome.stdout.splitlines()[-1]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("kept/*/distractors/*")} == made
+
+
+def test_no_photograph_is_both_asked_about_and_cropped(tmp_path):
+    paths = [tmp_path / f"{number}.png" for number in range(400)]
+    photographs(tmp_path / "more", range(6))
+    options = argparse.Namespace(queries=5, distractors=10, more=[tmp_path / "more"])
+    plan = planned(paths, options)
+    assert plan == planned(paths, argparse.Namespace(**{**vars(options), "queries": 9}))
+    assert [len(part) for part in plan] == [150, 123, 123, 10]
+    assert len(set().union(*plan)) == 406
+
+
+def test_sets_of_distinct_pictures_are_printed_with_what_is_wrong_in_them(tmp_path):
+    """A picture that was saved again does not belong into a set of distinct ones: a copy that is wrong, and listed."""
+    photographs(tmp_path / "sets" / "apart", range(2))
+    photographs(tmp_path / "sets" / "resaved", range(1))
+    draw_rich(0, (180, 135)).save(tmp_path / "sets" / "resaved" / "0.jpg")
+    photographs(tmp_path / "sets" / "small", range(2))
+    for path in (tmp_path / "sets" / "small").iterdir():
+        Image.open(path).resize((90, 68)).save(path)
+    outcome = tool("evaluate.py", "--kinds", tmp_path / "sets", "--names")
+    rows = rows_of(outcome)
+    assert rows["apart"] == ["2", "0", "0", "0", "0"] + ["1.00"] * 16
+    assert rows["resaved"][:3] == ["2", "2", "2"] and rows["resaved"][4] == "1" and rows["small"][5:] == ["-"] * 8
+    assert rows["all"][:3] == ["6", "2", "2"]
+    wrong = f"wrong: {tmp_path}/sets/resaved/0.jpg is called a copy of {tmp_path}/sets/resaved/0.png"
+    assert wrong in outcome.stdout and f"listed: {tmp_path}/sets/resaved/0." in outcome.stdout
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "."], ids=["missing", "empty"])
@@ -79,5 +132,5 @@ def test_an_evaluation_without_photographs_is_one_line(folder):
 
 def test_by_class_leaves_a_photograph_itself_out():
     features = np.array([[1, 0], [1, 0.1], [0, 1], [0.1, 1]], float)
-    assert by_class(features, np.array([0, 0, 1, 1])) == (1.0, 1.0)
+    assert by_class(features, np.array([0, 0, 1, 1])) == (1.0, 1 / 3, 1.0)
     assert by_class(features, np.array([0, 1, 0, 1]))[0] == 0.0
