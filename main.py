@@ -64,7 +64,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -287,11 +287,11 @@ TRUNCATED = "truncated"  # the reason noted for a damaged image that is used all
 MAX_PIXELS = 100_000_000  # pixels to decode, after JPEG scaling: 0.4 GB in memory; phones reach 200 million in JPEG
 COSTLY_FORMATS = {"WEBP", "JPEG2000"}  # decoding takes the memory of four images: the limit is half of MAX_PIXELS
 LARGE_PIXELS = 24_000_000  # pixels; larger images are decoded one at a time, which bounds memory
-DRAFT_SCALE = 3  # a JPEG is decoded at no less than 3 times the model's side; with 2, thin stripes change
 MAX_PADDED = 1 << 25  # bytes of a damaged HEIF, AVIF or WebP image that are looked at, and of zeros put after them
 FRAMES, SHOWS = 10, 16  # frames of an animation in which a picture is looked for: one whose levels differ by 16 of 255
+DRAFT_SCALE = 3  # a JPEG is decoded at no less than 3 times the model's side; with 2, thin stripes change
 DIGEST_BYTES = 16  # bytes of the SHA-256 that identifies a content
-PREPROCESSING = 2  # version, part of a model's identity; raise it when the same file would get other pixels
+PREPROCESSING = 3  # version, part of a model's identity; raise it when the same file would get other pixels
 SYSTEM_NAMES = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
 NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS starts Ghostscript; Pillow cannot read the others
 RAW_SUFFIXES = {".dng", ".nef", ".cr2", ".cr3", ".arw", ".pef", ".srw", ".orf", ".rw2", ".raf"}
@@ -802,10 +802,8 @@ first_process = cache(os.getpid)  # the process that computed first, or its pare
 def refuse_fork() -> None:
     """Raise DeepVisionError in a process that was forked from one that has computed: torch would hang there."""
     if first_process() != os.getpid():
-        advice = "start processes with multiprocessing.get_context('spawn'), or before the first search"
-        raise DeepVisionError(
-            f"this process was forked from one that had searched, where torch and SQLite fail: {advice}"
-        )
+        advice = "start it with multiprocessing.get_context('spawn'), or before the first search"
+        raise DeepVisionError(f"this process was forked after a search, where torch and SQLite fail: {advice}")
 
 
 @contextmanager
@@ -921,10 +919,7 @@ def fused(plain: partial[torch.Tensor], dtype: torch.dtype, kernels: bool) -> pa
 
 
 def tried_privates() -> tuple[bool, bool]:
-    """Whether this processor has bf16, and whether `one_kernel` works: all that is private to torch is tried here.
-
-    Where torch has changed, a warning says so, and neither is used.
-    """
+    """Whether this processor has bf16, and whether `one_kernel` works: all that is private to torch is tried here."""
     if not torch.backends.mkldnn.is_available():
         return False, False
     try:
@@ -1988,6 +1983,20 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
 
 # ---- Store -----------------------------------------------------------------------------------------------------------
 
+# A row of `files`, by what the last update found (there, digest, reason):
+#
+#   not known ── read ──> usable (1, digest, –) <── back, unchanged ── gone (0, as before) ── --prune ──> not known
+#       └─── cannot be used ──> skipped (1, –, why) ── file or decoders changed ──> read again
+#            mtime -1: its features are missing or damaged, or the machine failed ──> read again
+#
+# A database, by PRAGMA user_version:
+#
+#   new: an empty file (0) ── repair ──> sound (FORMAT) <── repair: what can be read is copied ── damaged (0)
+#   of the format before (FORMAT - 1) ── extend: tables for points and verdicts are added ──> sound
+#                                          └── SQLite calls it corrupt, or a checksum or the schema fails ──^
+#   replaced: a repair renames the new file to the old name; a run that has the old one open sees another inode
+#   in `locked`, and opens the new one. A database of a newer format is refused and left as it is.
+
 FORMAT = 4  # of the database; a DeepVision of an older format refuses it. 3 had neither points nor verdicts
 PAGE_BYTES = 32_768  # 7 vectors of 2048 × fp16 a page: 4.7 KB an image in all, against 5.5 with pages of 16 KB
 CACHE_KB = 16_384  # memory for pages of the database: the inner pages of ten million rows fit
@@ -2149,7 +2158,7 @@ class Store:
             self.db.close()
 
     def connect(self) -> None:
-        """Open the database. A new one is an empty file: `check` refuses it, and `repair` fills it."""
+        """Open the database."""
         if not self.path.exists():
             self.path.touch()
         self.db = Database(self.path)
@@ -2162,7 +2171,7 @@ class Store:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Turn errors of disk and SQLite into a DeepVisionError. Damage sets the format to 0, which `check` refuses."""
+        """Turn errors of disk and SQLite into a DeepVisionError."""
         refuse_fork()
         try:
             yield
@@ -2181,7 +2190,7 @@ class Store:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock of the one run that writes. Then reopen the database if another run has replaced it."""
+        """Hold the lock of the one run that writes."""
         try:
             held = self.lock_file.acquire(timeout=0)
         except filelock.Timeout:
@@ -2571,31 +2580,22 @@ def coded_index(store: Store, last: int) -> Index:
         shortlist *= 2
 
 
-def checksum_of_index(data: Any, notes: Sequence[Any]) -> int:
-    """The CRC-32 of an index file and of the fields of its Index that the store notes."""
-    return zlib.crc32(json.dumps(notes).encode(), zlib.crc32(data))
-
-
 def read_index(store: Store) -> Index | None:
     """The stored index; None if there is none, or if it does not match the checksum that the store noted."""
     try:
-        size, checksum, *notes = json.loads(store.get_meta("index"))
+        size, checksum, *notes = json.loads(store.get_meta("index") if store.index.is_file() else "")
     except (TypeError, ValueError):  # there is no note, or damage has made it something else
         return None
-    if not store.index.is_file():
-        return None
     data: Any = np.memmap(store.index, np.uint8, "r") if store.index.stat().st_size == size else b""
-    if checksum_of_index(data, notes) != checksum:
+    if zlib.crc32(json.dumps(notes).encode(), zlib.crc32(data)) != checksum:
         log.warning("%s is damaged or out of date: it is made again by an update", store.index)
         return None
     return Index(faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size)), *notes)._replace(file=data)
 
 
 def open_index(store: Store, work: Work = Work()) -> Index:
-    """The FAISS index of the store, added to or made anew if need be.
-
-    Without `work.update`, nobody is waited for: it is the stored one, or an empty one if that cannot be used.
-    """
+    """The FAISS index of the store, added to or made anew if need be. Without `work.update`, it is the stored one, or
+    an empty one if there is none: nobody is waited for."""
     last, index = store.last_row(), read_index(store)
     if not last:
         raise DeepVisionError(f"{store.folder} holds no features yet: run without --no-update")
@@ -2620,7 +2620,8 @@ def open_index(store: Store, work: Work = Work()) -> Index:
         data = faiss.serialize_index(index.faiss)
         with whole_file(store.index) as stream:
             stream.write(data)
-        notes = json.dumps([len(data), checksum_of_index(data, index[1:-1]), *index[1:-1]])
+        checksum = zlib.crc32(json.dumps(index[1:-1]).encode(), zlib.crc32(data))
+        notes = json.dumps([len(data), checksum, *index[1:-1]])
         with store.db.transaction():
             store.db.execute("INSERT OR REPLACE INTO meta VALUES ('index', ?)", (notes,))
     return index
@@ -2756,8 +2757,8 @@ MEMBERS = 100  # images of a group, at most
 
 
 @dataclass(frozen=True)
-class Engine:
-    """What a search needs; `initialize_reverse_image_search` makes it."""
+class Engine(AbstractContextManager["Engine"]):
+    """What a search needs; `initialize_reverse_image_search` makes it. `with engine:` closes it at the end."""
 
     images: Path
     model: Model
@@ -2767,15 +2768,11 @@ class Engine:
     exact: bool  # compare with every vector, whatever the index is
     summary: Summary
 
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the database. That is also done at the end of `with engine:`, and when the engine is dropped."""
+    def close(self, *_: Any) -> None:
+        """Close the database. That is also done when the engine is dropped."""
         self.store.db.close()
+
+    __exit__ = close
 
     def path_of(self, path: bytes) -> str:
         """The path of a file of the collection, from its path below `images`."""
@@ -4029,10 +4026,9 @@ def score_or_label(text: str) -> float | str:
 
 def local_path(query: str) -> str:
     """The path that a file:// address stands for; any other query as it is."""
-    if not query.lower().startswith("file://"):
-        return query
     path = urllib.parse.unquote(query[7:], errors="surrogateescape").removeprefix("localhost")
-    return path.lstrip("/") if os.name == "nt" else path
+    path = path.lstrip("/") if os.name == "nt" else path
+    return path if query.lower().startswith("file://") else query
 
 
 def check_options(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

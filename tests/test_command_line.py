@@ -212,9 +212,9 @@ def test_results_that_cannot_be_written_are_one_line(form, search, program):
 def test_two_dashes_end_the_options(search):
     for name in ("-rf.jpg", "--top", "--"):
         draw(3).resize((48, 32)).save(name, "PNG")
-    outcome = search("--json", "-k", 1, "alone.png", "--", "-rf.jpg", "--top", "--")
-    assert [it["query"] for it in objects(outcome)] == ["alone.png", "-rf.jpg", "--top", "--"]
-    assert [it["matches"][0]["path"] for it in objects(outcome)[1:]] == ["bulk_images/3.png"] * 3
+    outcome = search("--json", "-k", 1, "--", "-rf.jpg", "--top", "--")
+    assert [it["query"] for it in objects(outcome)] == ["-rf.jpg", "--top", "--"]
+    assert [it["matches"][0]["path"] for it in objects(outcome)] == ["bulk_images/3.png"] * 3
     assert search("--index-only", "--", "photo.jpg").status == 2
 
 

@@ -187,6 +187,7 @@ def test_what_is_no_query_is_an_error_that_says_so_and_echoes_no_content(kind, e
 
 def test_a_folder_that_holds_the_cache_may_be_searched_with(engine, run):
     draw(3).resize((48, 32)).save("query.png")
+    draw(4).save("image_index/no query.png")
     answers = answers_of(run(*OFFLINE, "--json", "."))
     assert [it["query"] for it in answers] == [*sorted(f"./bulk_images/{n}.png" for n in range(12)), "./query.png"]
 

@@ -28,6 +28,21 @@ def test_the_test_command_of_readme_is_what_ci_runs():
         assert f"\n{run}\n" in ci
 
 
+def test_pre_commit_runs_what_ci_checks_before_the_tests():
+    ci = (ROOT / ".ci" / "run").read_text()
+    checks = ci[ci.index("pip install -q -r tests/") : ci.index("python -m pytest")].splitlines()[1:]
+    assert re.findall(r"entry: (.*?), language", (ROOT / ".pre-commit-config.yaml").read_text()) == checks
+
+
+def test_contributing_names_what_is_there():
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+    code = (ROOT / "main.py").read_text() + "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    names = set(re.findall(r"`([A-Za-z_]{6,})`", text)) - {"FOLDER"}
+    assert names and not [name for name in names if not re.search(rf"\b{name}\b", code)]
+    tests = {path.name for path in (ROOT / "tests").glob("test_*.py")} - {"test_tools.py"}
+    assert tests == set(re.findall(r"test_\w+\.py", text))
+
+
 def test_script_metadata_and_requirements_agree():
     script = (ROOT / "main.py").read_text()
     block = re.search(r"^# /// script\n(.*?)^# ///$", script, re.MULTILINE | re.DOTALL)
@@ -38,5 +53,5 @@ def test_script_metadata_and_requirements_agree():
 
 def test_readme_and_main_name_the_files_that_a_run_writes():
     """That it writes these, and nothing else, is seen in test_store.py."""
-    for name in ("index.sqlite", "index.faiss", "lock"):
+    for name in ("index.sqlite", "index.faiss", "lock", "crash"):
         assert f"| `{name}` |" in README and name in (ROOT / "main.py").read_text()

@@ -466,7 +466,7 @@ def test_damage_costs_only_what_it_hit(damage, said, most, index, run, collectio
     assert index() == {"found": 90, "unchanged": 90}
 
 
-@pytest.mark.parametrize("error", [sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.IntegrityError])
+@pytest.mark.parametrize("error", [sqlite3.ProgrammingError, sqlite3.IntegrityError])
 def test_a_mistake_of_the_program_is_no_damage(error, index):
     index()
     (store,) = (main.Store(cache_folder(), cache_folder().name, main.offline_model().dim) for _ in range(1))
