@@ -909,10 +909,9 @@ def forward(pixels: torch.Tensor, network: Any, dtype: torch.dtype, mean: Any, s
 
 def fused(plain: partial[torch.Tensor], dtype: torch.dtype, kernels: bool) -> partial[torch.Tensor]:
     """A copy of `plain`, a partial of `forward`, in precision `dtype`. kernels: see `fuse_convolutions`."""
-    fold_batch_norms = importlib.import_module("torch.fx.experimental.optimization").fuse
+    fold = importlib.import_module("torch.fx.experimental.optimization").fuse
     with one_torch_thread():
-        network = fold_batch_norms(layers_of_torch(plain.keywords["network"]), inplace=True)
-        network = network.to(dtype=dtype, memory_format=torch.channels_last)
+        network = fold(layers_of_torch(plain.keywords["network"]), True).to(dtype, memory_format=torch.channels_last)
     if kernels:
         fuse_convolutions(network)
     return partial(plain, network=network, dtype=dtype)

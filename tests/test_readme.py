@@ -1,5 +1,6 @@
 """What README, requirements and samples promise is what the program does."""
 
+import os
 import re
 import subprocess
 import sys
@@ -55,3 +56,10 @@ def test_readme_and_main_name_the_files_that_a_run_writes():
     """That it writes these, and nothing else, is seen in test_store.py."""
     for name in ("index.sqlite", "index.faiss", "lock", "crash"):
         assert f"| `{name}` |" in README and name in (ROOT / "main.py").read_text()
+
+
+def test_the_weights_of_the_package_are_where_readme_says(trained):
+    (expression,) = re.findall(r"--weights (\$\(python -c .*)", README)
+    bin_first = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    found = subprocess.run(["sh", "-c", f"ls {expression}"], env=bin_first, capture_output=True, text=True, check=True)
+    assert f"--model {trained[0]} " in README and found.stdout == f"{trained[1]}\n"
