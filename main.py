@@ -291,7 +291,7 @@ MAX_PADDED = 1 << 25  # bytes of a damaged HEIF, AVIF or WebP image that are loo
 FRAMES, SHOWS = 10, 16  # frames of an animation in which a picture is looked for: one whose levels differ by 16 of 255
 DRAFT_SCALE = 3  # a JPEG is decoded at no less than 3 times the model's side; with 2, thin stripes change
 DIGEST_BYTES = 16  # bytes of the SHA-256 that identifies a content
-PREPROCESSING = 3  # version, part of a model's identity; raise it when the same file would get other pixels
+PREPROCESSING = 2  # version, part of a model's identity; raise it when the same file would get other pixels
 SYSTEM_NAMES = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
 NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS starts Ghostscript; Pillow cannot read the others
 RAW_SUFFIXES = {".dng", ".nef", ".cr2", ".cr3", ".arw", ".pef", ".srw", ".orf", ".rw2", ".raf"}
@@ -1173,7 +1173,7 @@ class Made(NamedTuple):
 
 
 def completed(picture: Picture, vector: np.ndarray | None) -> Picture:
-    """The picture with features and points in `vector` and `points`; one that cannot be used, if they are no numbers."""
+    """The picture with its features and points; one that cannot be used, if the features are no numbers."""
     if vector is not None and not np.isfinite(vector).all():  # they would rank anywhere
         return Picture(picture.file, reason=NOT_FINITE, vanished=picture.vanished)
     return picture._replace(made=None, vector=vector, points=picture.made.points) if picture.made else picture
@@ -1637,7 +1637,7 @@ def hints_by_points(a: Shown, b: Shown) -> Iterator[Hint]:
 
 
 def hints_by_thumbs(a: Shown, b: Shown) -> Iterator[Hint]:
-    """Transforms by which the whole of a may be the whole of b: as it is, mirrored, turned by quarters, or a negative."""
+    """Transforms from the whole of a to the whole of b: as it is, mirrored, turned by quarters, or as a negative."""
     unit = np.eye(3)
     for flips, quarters in itertools.product(range(2), range(4)):
         alike = float((np.rot90(a.thumb[:, ::-1] if flips else a.thumb, -quarters) * b.thumb).sum())
@@ -2259,7 +2259,7 @@ class Store:
             return bool(has_features), bool(self.value("SELECT 1 FROM points WHERE digest = ?", digest))
 
     def save(self, pictures: Sequence[Picture]) -> None:
-        """Store files, features and points in one transaction, in place of what is stored. Mark vanished files as gone."""
+        """Store files, features and points in one transaction, in place of what is there. Mark vanished files as gone."""
         kept = [picture for picture in pictures if not picture.vanished]
         features = {picture.digest: picture.vector.tobytes() for picture in kept if picture.vector is not None}
         points = {picture.digest: picture.points for picture in kept if picture.points is not None}
@@ -2656,11 +2656,12 @@ def new_copy_index(store: Store, points: int) -> faiss.Index:
     if points < FEW_POINTS:
         return faiss.index_factory(POINT_DIM, "IDMap,Flat")
     lists = 1 << max(4, min(16, round(math.log2(points / LIST_POINTS))))
-    sample, wanted = list[np.ndarray](), TRAINING * lists
+    sample = list[np.ndarray]()
+    pictures = math.ceil(TRAINING * lists * store.count("points") / points)
     some = (
         "SELECT points FROM points WHERE length(points) ORDER BY digest LIMIT ?"  # a digest is a hash: a random sample
     )
-    for (stored,) in store.db.execute(some, (-(-len_of(points, wanted, store)),)).fetchall():
+    for (stored,) in store.db.execute(some, (pictures,)).fetchall():
         sample.append(unpack_codes(stored)[1])
     xt = np.concatenate(sample)
     graph = "_HNSW32" if lists > 1 << 14 else ""
@@ -2669,11 +2670,6 @@ def new_copy_index(store: Store, points: int) -> faiss.Index:
     index.cp.niter = 8
     index.train(xt)
     return index
-
-
-def len_of(points: int, wanted: int, store: Store) -> int:
-    """How many pictures have about `wanted` of the points."""
-    return math.ceil(wanted / max(1, points) * store.count("points")) + 1
 
 
 def head_checksum(path: Path, notes: Sequence[Any]) -> int:
@@ -3078,8 +3074,8 @@ def search(
     threshold  cosine similarity, -1 to 1, that a match has at least, or label: variant, copy, identical
     crop       the part of each query to search with: left, top, right, bottom, see `cut_out`
 
-    Identical files come first, then copies, then variants, then the others by score, equal scores by path. The query's own file and
-    files that have changed are left out. Scores are exact; in a large collection a match may be missed, see
+    Identical files come first, then copies, then variants, then the others by score, equal scores by path. The
+    query's own file and files that have changed are left out. Scores are exact; in a large collection a match may be missed, see
     `coded_index`. A query that cannot be used gets an `error`. Raises DeepVisionError if features are damaged.
     """
     if k < 1 or (isinstance(threshold, str) and threshold not in LABELS):
@@ -3181,7 +3177,7 @@ def lost_with(verdict: Verdict, a: Shown, b: Shown) -> list[str]:
 
 
 def differ_in_full(verdict: Verdict, a: Shown, b: Shown) -> bool:
-    """Whether small parts of two copies differ at the full resolution of the smaller one, as in two frames of a film."""
+    """Whether small parts of two copies differ at the full resolution of the smaller one, as in frames of a film."""
     hint = verdict.hint
     smaller, larger, hint = (a, b, hint) if math.prod(a.size) < math.prod(b.size) else (b, a, verdict.reversed().hint)
     side = min(max(smaller.size), FULL_SIDE)
@@ -3255,7 +3251,7 @@ def candidate_pairs(engine: Engine) -> Iterator[tuple[bytes, bytes, Vote | None]
     bar.close()
     if few:
         rows = [store.value("SELECT row FROM features WHERE digest = ?", digest) for digest in few]
-        known, names, vectors = store.features_of(row for row in rows if row)
+        _, names, vectors = store.features_of(row for row in rows if row)
         D, I = nearest(to_float32(vectors), CANDIDATES, store.blocks())
         by_row = dict(store.db.execute("SELECT row, digest FROM features"))
         for name, scores, near in zip(names, D.tolist(), I.tolist()):
