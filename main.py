@@ -2259,7 +2259,7 @@ class Store:
             return bool(has_features), bool(self.value("SELECT 1 FROM points WHERE digest = ?", digest))
 
     def save(self, pictures: Sequence[Picture]) -> None:
-        """Store files, features and points in one transaction, in place of what is there. Mark vanished files as gone."""
+        """Store files, features and points in one transaction, in place of old ones. Mark vanished files as gone."""
         kept = [picture for picture in pictures if not picture.vanished]
         features = {picture.digest: picture.vector.tobytes() for picture in kept if picture.vector is not None}
         points = {picture.digest: picture.points for picture in kept if picture.points is not None}
@@ -3075,8 +3075,9 @@ def search(
     crop       the part of each query to search with: left, top, right, bottom, see `cut_out`
 
     Identical files come first, then copies, then variants, then the others by score, equal scores by path. The
-    query's own file and files that have changed are left out. Scores are exact; in a large collection a match may be missed, see
-    `coded_index`. A query that cannot be used gets an `error`. Raises DeepVisionError if features are damaged.
+    query's own file and files that have changed are left out. Scores are exact; in a large collection a look-alike may
+    be missed, see `coded_index`. A query that cannot be used gets an `error`. Raises DeepVisionError if features are
+    damaged.
     """
     if k < 1 or (isinstance(threshold, str) and threshold not in LABELS):
         raise ValueError(f"k={k}, threshold={threshold!r}: see the documentation of search")
