@@ -1498,6 +1498,7 @@ LIGHT_OFF, COLOUR_OFF = 60.0, 36.0  # of 255: most that brightness and colour of
 TINT, TINT_INVERTED = 40.0, 12.0  # of 255: most that all colours may have moved in one direction; of a negative
 LARGEST = 7  # windows in one connected block that may differ in a copy: compression and fits that are a pixel off
 TELLING = 20  # windows that agree, at least
+CERTAIN = 0.85  # share of windows that agree from which on no further transforms are tried
 SHARED, SHARED_UNPROVEN = 0.5, 0.6  # least share of windows that agree; the second if no points do
 
 
@@ -1852,7 +1853,7 @@ def one_change(x: torch.Tensor, y: torch.Tensor, noise: float, most: float) -> t
     The gain is not negative, and the shift at most `most`. What is off by much more than `noise` has no say in them.
     """
     keep = torch.ones(x.shape[1])
-    for _ in range(8):
+    for _ in range(5):
         mean_x, mean_y = ((keep * it).sum(1, keepdim=True) / keep.sum() for it in (x, y))
         gain = (keep * (x - mean_x) * (y - mean_y)).sum() / (keep * (x - mean_x) ** 2).sum().clamp(min=len(keep))
         gain = gain.clamp(0, 4)
@@ -1915,11 +1916,16 @@ def blocks_of(windows: torch.Tensor) -> list[np.ndarray]:
     return sorted(blocks, key=len, reverse=True)
 
 
-def judged(hint: Hint, a: Shown, b: Shown, side: int = SIDE, largest: int = LARGEST) -> tuple[int, Verdict | None]:
-    """The verdict on two pictures by an exact transform, and how good the transform is: windows that agree or not."""
+def judged(
+    hint: Hint, a: Shown, b: Shown, side: int = SIDE, largest: int = LARGEST
+) -> tuple[int, float, Verdict | None]:
+    """The verdict on two pictures by an exact transform, and how good the transform is.
+
+    That is how many windows agree, less those in the largest block that differs; and the share of windows that agree.
+    """
     over = overlay(hint, a, b, side)
     if over is None or min(over.b.shape[1:]) < WINDOW_SIDE + 2 or not (seen := seen_windows(over)).any():
-        return -1, None
+        return -1, 0.0, None
     rho, of_a, of_b = correlations(over, 1)
     contrasts = [it / (it[seen].mean() + 1e-3) for it in (of_a, of_b)]  # against the picture's own
     strong, weak = torch.maximum(*contrasts), torch.minimum(*contrasts)
@@ -1933,7 +1939,7 @@ def judged(hint: Hint, a: Shown, b: Shown, side: int = SIDE, largest: int = LARG
     worst = len(blocks[0]) if blocks else 0
     share = agree / max(1, int((tells & kept).sum()))
     if agree < TELLING or share < (SHARED if hint.points else SHARED_UNPROVEN):
-        return agree - worst, None
+        return agree - worst, share, None
     shown = float(kept.sum() / seen.sum()) * area_of(part := shared_part(hint.H, a.size, b.size))
     back = np.linalg.inv(hint.H)
     covers = shown / area_of(part) * area_of(moved(back, part)) / math.prod(a.size), shown / math.prod(b.size)
@@ -1945,7 +1951,7 @@ def judged(hint: Hint, a: Shown, b: Shown, side: int = SIDE, largest: int = LARG
             found.append([round(float(it), 1) for it in (*places.min(0), *places.max(0))])
     label = "variant" if worst > largest else "copy"
     off = float(differs.sum() / kept.sum()) if label == "variant" else 0.0
-    return agree - worst, Verdict(label, hint, (min(1.0, covers[0]), min(1.0, covers[1])), off, agree, boxes)
+    return agree - worst, share, Verdict(label, hint, (min(1.0, covers[0]), min(1.0, covers[1])), off, agree, boxes)
 
 
 def exact(hint: Hint, a: Shown, b: Shown) -> Hint:
@@ -1963,7 +1969,7 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
         hints = [hint._replace(H=np.linalg.inv(hint.H)) for hint in hints]
         found = compare(b, a, hints)
         return found and found.reversed()
-    best, found, seen = -1, None, list[Hint]()
+    best, found, seen = (False, -1), None, list[Hint]()
     for source in (itertools.chain(hints, hints_by_thumbs(a, b)), hints_by_points(a, b)):
         rated = sorted(((roughly_alike(hint, a, b), hint) for hint in source), key=lambda it: -it[0])
         for alike, hint in rated[:TRIED]:
@@ -1972,10 +1978,10 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
             if alike < ALIKE_ROUGHLY or known:
                 continue
             seen.append(hint)
-            good, verdict = judged(exact(hint, a, b), a, b)
-            if verdict and (good > best or (verdict.label == "copy" != (found and found.label))):
-                best, found = good, verdict
-            if found and found.label == "copy":
+            good, share, verdict = judged(exact(hint, a, b), a, b)
+            if verdict and (rank := (verdict.label == "copy", good)) > best:
+                best, found = rank, verdict
+            if found and (best[0] or share > CERTAIN):
                 return found
     return found
 
@@ -3184,7 +3190,7 @@ def differ_in_full(verdict: Verdict, a: Shown, b: Shown) -> bool:
     side = min(max(smaller.size), FULL_SIDE)
     if side > SIDE:
         hint = refined(hint, smaller, larger, side, 2, 2 * WINDOW_SIDE, 2)
-    _, found = judged(hint, smaller, larger, side, LARGEST_LOST)
+    *_, found = judged(hint, smaller, larger, side, LARGEST_LOST)
     return not found or found.label != "copy"
 
 
