@@ -1969,15 +1969,17 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
         hints = [hint._replace(H=np.linalg.inv(hint.H)) for hint in hints]
         found = compare(b, a, hints)
         return found and found.reversed()
-    best, found, seen = (False, -1), None, list[Hint]()
+    best, found, known = (False, -1), None, list[np.ndarray]()
     for source in (itertools.chain(hints, hints_by_thumbs(a, b)), hints_by_points(a, b)):
-        rated = sorted(((roughly_alike(hint, a, b), hint) for hint in source), key=lambda it: -it[0])
-        for alike, hint in rated[:TRIED]:
+        rated = list[tuple[float, Hint]]()
+        for hint in source:
             there = moved(hint.H, corners_of(a.size))
-            known = any(np.abs(moved(it.H, corners_of(a.size)) - there).max() < 0.01 * max(b.size) for it in seen)
-            if alike < ALIKE_ROUGHLY or known:
-                continue
-            seen.append(hint)
+            if not any(np.abs(there - other).max() < 0.01 * max(b.size) for other in known):
+                known.append(there)
+                rated.append((roughly_alike(hint, a, b), hint))
+        for alike, hint in sorted(rated, key=lambda it: -it[0])[:TRIED]:
+            if alike < ALIKE_ROUGHLY:
+                break
             good, share, verdict = judged(exact(hint, a, b), a, b)
             if verdict and (rank := (verdict.label == "copy", good)) > best:
                 best, found = rank, verdict
