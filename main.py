@@ -1498,6 +1498,7 @@ LIGHT_OFF, COLOUR_OFF = 60.0, 36.0  # of 255: most that brightness and colour of
 TINT, TINT_INVERTED = 40.0, 12.0  # of 255: most that all colours may have moved in one direction; of a negative
 LARGEST = 7  # windows in one connected block that may differ in a copy: compression and fits that are a pixel off
 TELLING = 20  # windows that agree, at least
+LEAST_SHOWN = 0.1  # share of one of the pictures that both show, at least: less is an edge that happens to fit
 SHARED, SHARED_UNPROVEN = 0.5, 0.6  # least share of windows that agree; the second if no points do
 
 
@@ -1937,6 +1938,8 @@ def judged(hint: Hint, a: Shown, b: Shown, side: int = SIDE, largest: int = LARG
     shown = float(kept.sum() / seen.sum()) * area_of(part := shared_part(hint.H, a.size, b.size))
     back = np.linalg.inv(hint.H)
     covers = shown / area_of(part) * area_of(moved(back, part)) / math.prod(a.size), shown / math.prod(b.size)
+    if max(covers) < LEAST_SHOWN:
+        return agree - worst, None
     step, boxes = WINDOW_SIDE // 2, (list[Any](), list[Any]())
     for block in blocks if worst > largest else []:
         low, high = block.min(0)[::-1] * step, block.max(0)[::-1] * step + WINDOW_SIDE
