@@ -1331,7 +1331,7 @@ def find_blobs(canvas: torch.Tensor, boxes: torch.Tensor, counts: torch.Tensor, 
     y, x = ((strength[1:-1, 1:-1] == around) & (around > CONTRAST * 16**4)).nonzero().T + 1
     levels = torch.zeros(canvas.shape, dtype=torch.uint8)  # the number of the level + 1 where a window fits, else 0
     for number, (left, top, w, h, *_) in enumerate(boxes.long().tolist(), start=1):
-        levels[top + WINDOW : top + h - WINDOW, left + WINDOW : left + w - WINDOW] = number
+        levels[top + WINDOW : max(0, top + h - WINDOW), left + WINDOW : max(0, left + w - WINDOW)] = number
     level, D, width = levels[y, x].long() - 1, D.flatten(), canvas.shape[1]
     place = y * width + x
     xx, yy = D[place + 1] + D[place - 1] - 2 * D[place], D[place + width] + D[place - width] - 2 * D[place]
@@ -1921,6 +1921,9 @@ def judged(hint: Hint, a: Shown, b: Shown, side: int = SIDE, largest: int = LARG
     over = overlay(hint, a, b, side)
     if over is None or min(over.b.shape[1:]) < WINDOW_SIDE + 2 or not (seen := seen_windows(over)).any():
         return -1, None
+    for picture in (over.a, over.b):  # the outermost pixels may hold a trace of what lies beside one of the pictures
+        picture[:, 0], picture[:, -1] = picture[:, 1], picture[:, -2]
+        picture[:, :, 0], picture[:, :, -1] = picture[:, :, 1], picture[:, :, -2]
     rho, of_a, of_b = correlations(over, 1)
     contrasts = [it / (it[seen].mean() + 1e-3) for it in (of_a, of_b)]  # against the picture's own
     strong, weak = torch.maximum(*contrasts), torch.minimum(*contrasts)
@@ -2262,7 +2265,7 @@ class Store:
             return bool(has_features), bool(self.value("SELECT 1 FROM points WHERE digest = ?", digest))
 
     def save(self, pictures: Sequence[Picture]) -> None:
-        """Store files, features and points in one transaction, in place of what is there. Mark vanished files as gone."""
+        """Store files, features and points in one transaction, in place of what is there; mark vanished files gone."""
         kept = [picture for picture in pictures if not picture.vanished]
         features = {picture.digest: picture.vector.tobytes() for picture in kept if picture.vector is not None}
         points = {picture.digest: picture.points for picture in kept if picture.points is not None}
@@ -3078,8 +3081,9 @@ def search(
     crop       the part of each query to search with: left, top, right, bottom, see `cut_out`
 
     Identical files come first, then copies, then variants, then the others by score, equal scores by path. The
-    query's own file and files that have changed are left out. Scores are exact; in a large collection a match may be missed, see
-    `coded_index`. A query that cannot be used gets an `error`. Raises DeepVisionError if features are damaged.
+    query's own file and files that have changed are left out. Scores are exact; in a large collection a match may be
+    missed, see `coded_index`. A query that cannot be used gets an `error`. Raises DeepVisionError if features are
+    damaged.
     """
     if k < 1 or (isinstance(threshold, str) and threshold not in LABELS):
         raise ValueError(f"k={k}, threshold={threshold!r}: see the documentation of search")
