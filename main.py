@@ -1331,7 +1331,7 @@ def find_blobs(canvas: torch.Tensor, boxes: torch.Tensor, counts: torch.Tensor, 
     y, x = ((strength[1:-1, 1:-1] == around) & (around > CONTRAST * 16**4)).nonzero().T + 1
     levels = torch.zeros(canvas.shape, dtype=torch.uint8)  # the number of the level + 1 where a window fits, else 0
     for number, (left, top, w, h, *_) in enumerate(boxes.long().tolist(), start=1):
-        levels[top + WINDOW : top + h - WINDOW, left + WINDOW : left + w - WINDOW] = number
+        levels[top + WINDOW : max(0, top + h - WINDOW), left + WINDOW : max(0, left + w - WINDOW)] = number
     level, D, width = levels[y, x].long() - 1, D.flatten(), canvas.shape[1]
     place = y * width + x
     xx, yy = D[place + 1] + D[place - 1] - 2 * D[place], D[place + width] + D[place - width] - 2 * D[place]
@@ -1497,8 +1497,10 @@ ALIKE, FAINT = 0.5, 0.25  # least correlation of windows that agree; least share
 LIGHT_OFF, COLOUR_OFF = 60.0, 36.0  # of 255: most that brightness and colour of a window may be off
 TINT, TINT_INVERTED = 40.0, 12.0  # of 255: most that all colours may have moved in one direction; of a negative
 LARGEST = 7  # windows in one connected block that may differ in a copy: compression and fits that are a pixel off
+TRACE = 3  # pixels along the edge of what both show that are not looked at
 TELLING = 20  # windows that agree, at least
 CERTAIN = 0.85  # share of windows that agree from which on no further transforms are tried
+LEAST_SHOWN = 0.1  # share of one of the pictures that both show, at least: less is an edge that happens to fit
 SHARED, SHARED_UNPROVEN = 0.5, 0.6  # least share of windows that agree; the second if no points do
 
 
@@ -1657,6 +1659,12 @@ class Overlay:
     b: torch.Tensor  # RGB of the second
     places: torch.Tensor  # where each pixel of the frame is in the first picture, as shares of its sides (2, h, w)
     to_b: np.ndarray  # from pixels of the frame to those of the second picture
+
+    def trimmed(self) -> Overlay:
+        """Without the outermost pixels: they hold a trace of what lies beside one of the pictures."""
+        m = slice(TRACE, -TRACE)
+        to_b = self.to_b @ [(1, 0, TRACE), (0, 1, TRACE), (0, 0, 1)]
+        return Overlay(self.a[:, m, m], self.b[:, m, m], self.places[:, m, m], to_b)
 
     @property
     def is_shared(self) -> torch.Tensor:
@@ -1892,14 +1900,16 @@ def without_bands(over: Overlay, seen: torch.Tensor, differs: torch.Tensor) -> t
     # Places in either picture, in steps of a window
     steps = [it / torch.hypot(*torch.gradient(it)).median().clamp(min=1e-9) for it in (across, down)]
     for (band, along), sign in itertools.product(((xs, ys), (ys, xs), steps, steps[::-1]), (1, -1)):
+        is_cut = False
         while seen.any():
             strip = seen & (sign * band < (sign * band)[seen].min() + 1)
             length = along[strip]
             quarter = ((length - length.min()) / (length.max() - length.min() + 1e-3) * 4).long()
             shares = [float(differs[strip][quarter == it].float().mean()) for it in quarter.unique()]
             if len(shares) < 4 or min(shares) < 0.25 or np.mean(shares) < 0.6:
+                seen &= ~(strip & is_cut)  # windows that lie half on the band
                 break
-            seen &= ~strip
+            seen, is_cut = seen & ~strip, True
     return seen
 
 
@@ -1924,6 +1934,7 @@ def judged(
     That is how many windows agree, less those in the largest block that differs; and the share of windows that agree.
     """
     over = overlay(hint, a, b, side)
+    over = over and over.trimmed()
     if over is None or min(over.b.shape[1:]) < WINDOW_SIDE + 2 or not (seen := seen_windows(over)).any():
         return -1, 0.0, None
     rho, of_a, of_b = correlations(over, 1)
@@ -1943,6 +1954,8 @@ def judged(
     shown = float(kept.sum() / seen.sum()) * area_of(part := shared_part(hint.H, a.size, b.size))
     back = np.linalg.inv(hint.H)
     covers = shown / area_of(part) * area_of(moved(back, part)) / math.prod(a.size), shown / math.prod(b.size)
+    if max(covers) < LEAST_SHOWN:
+        return agree - worst, share, None
     step, boxes = WINDOW_SIDE // 2, (list[Any](), list[Any]())
     for block in blocks if worst > largest else []:
         low, high = block.min(0)[::-1] * step, block.max(0)[::-1] * step + WINDOW_SIDE

@@ -91,14 +91,14 @@ def test_a_missing_package_is_one_line_that_tells_what_to_do():
 
 def test_the_text_form(search):
     shutil.copy(QUERIES / "query.png", IMAGES / "copy.png")
-    heading, *lines = search("--views", "none").stdout.splitlines()
+    heading, *lines = search().stdout.splitlines()
     assert re.match(r"that_one_image/query\.png  \(offline, 13 images\)", heading)
     assert len(lines) == 10
     for rank, line in enumerate(lines, start=1):
         assert re.fullmatch(rf"  {rank:2}  [ -]\d\.\d{{3}}  bulk_images/\w+\.png(  [a-z]+)?", line)
     assert lines[0] == "   1   1.000  bulk_images/copy.png  identical"
     assert "bulk_images/3.png" in lines[1] and not any("identical" in line for line in lines[1:])
-    matches = objects(search("--views", "none", "--json"))[0]["matches"]
+    matches = objects(search("--json"))[0]["matches"]
     assert [line.split()[:3] for line in lines] == [[str(m["rank"]), f"{m['score']:.3f}", m["path"]] for m in matches]
     (heading,) = search("--threshold", 1, IMAGES / "1.png").stdout.splitlines()
     assert re.fullmatch(r"bulk_images/1\.png  \(offline, 13 images\).*no match", heading)

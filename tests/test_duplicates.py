@@ -175,11 +175,30 @@ def test_as_text_and_as_a_page(pictures, run):
 
 def test_as_json(pictures, run):
     match = {"rank": 1, "path": "bulk_images/3.png", "score": 1, "identical": True, "label": "identical", "view": ""}
-    assert printed(run, "identical") == [
-        {"keep": "bulk_images/3 again.png", "model": "offline", "matches": [match | {"region": None}]}
-    ]
+    match |= {"region": None, "lost": None, "truncated": False}
+    assert printed(run, "identical") == [{"keep": "bulk_images/3 again.png", "model": "offline", "matches": [match]}]
 
 
 def test_as_paths_the_files_to_keep_are_not_among_them(pictures, run):
     outcome = run("--model", "offline", "-q", "-0", "--duplicates")
     assert outcome.stdout.split("\0") == ["bulk_images/5.png", "bulk_images/5 small.jpg", "bulk_images/3.png", ""]
+
+
+def test_paths_to_delete_are_those_with_which_nothing_is_lost(pictures, run):
+    """A crop that was enlarged, a caption, and a look-alike by score are shown, with what would be lost, and stay."""
+    draw_rich(5).crop((0, 0, 300, 225)).resize((800, 600)).save(pictures / "5 crop.png")
+    altered = draw_rich(5)
+    altered.paste("gold", (300, 200, 380, 260))
+    altered.save(pictures / "5 altered.png")
+    gone = run("--model", "offline", "-q", "-0", "--duplicates", "variant").stdout
+    assert gone.split("\0") == ["bulk_images/5.png", "bulk_images/5 small.jpg", "bulk_images/3.png", ""]
+    groups = printed(run, "variant")
+    (of_five,) = (group["matches"] for group in groups if Path(group["keep"]).name == "5 large.png")
+    lost = {Path(match["path"]).name: (match["label"], match["lost"]) for match in of_five}
+    assert lost["5.png"] == lost["5 small.jpg"] == ("copy", None)
+    assert lost["5 crop.png"] == ("copy", "resolution")
+    label, words = lost["5 altered.png"]
+    assert label == "variant" and "what differs" in words
+    text = run("--model", "offline", "-q", "--no-report", "--duplicates", "variant").stdout
+    assert "lost with it: resolution" in text and "lost with it: what differs" in text
+    assert run("--model", "offline", "-q", "-0", "--duplicates", "-1").stdout.split("\0") == ["bulk_images/3.png", ""]

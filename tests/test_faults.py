@@ -28,7 +28,7 @@ from zygote import Outcome, Zygote
 N = 70  # images: enough for codes
 IMAGES, INDEX = "images", "index"
 WHERE = ("--images", IMAGES, "--index-dir", INDEX)
-ASK = ("--model", "offline", *WHERE, "--json", "--no-report", "--views", "none", "-k", 2 * N)
+ASK = ("--model", "offline", *WHERE, "--json", "--no-report", "-k", 2 * N)
 OFTEN = {"SAVE_SECONDS": 0}  # each image is saved on its own
 CODES = {"exact_bytes": 0}  # as in a large collection
 OTHER = {"PREPROCESSING": 4, "EDGE_POWER": 0.6}  # another model, of the same dimension

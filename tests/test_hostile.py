@@ -36,7 +36,7 @@ from zygote import Outcome, Zygote
 SEED = int(os.environ.get("SEED", 20))
 GIGABYTE = 1 << 30
 HERE = Path(__file__).parent
-OFFLINE = ("--model", "offline", "--views", "none", "--no-report")
+OFFLINE = ("--model", "offline", "--no-report")
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="needs Linux"),

@@ -297,7 +297,7 @@ def test_damage_in_a_large_collection_is_never_answered_from_and_costs_only_what
 
 # ---- Without an update -----------------------------------------------------------------------------------------------
 
-ASK = (*OFFLINE, "--no-update", "--json", "--views", "none")
+ASK = (*OFFLINE, "--no-update", "--json")
 
 
 def paths(outcome: Outcome) -> list[str]:

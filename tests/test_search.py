@@ -86,7 +86,7 @@ def test_a_search_finds_what_brute_force_finds_by_cosine(n, collection, find, mo
     for query in ("unknown.png", "black.png"):
         scores = dict(zip(paths, (features @ main.extract_features_batch([query], model)[0]).tolist()))
         for k in (10, 1000):
-            matches = find(query, k=k, views="none")
+            matches = find(query, k=k)
             found = [match.score for match in matches]
             assert [match.rank for match in matches] == list(range(1, min(n + 1, k) + 1))
             assert found == pytest.approx(sorted(scores.values(), reverse=True)[:k], abs=1e-3)
@@ -208,7 +208,7 @@ def test_rows_replaced_and_deleted_since_the_index_was_made_hide_no_match(collec
         db.execute(f"INSERT OR REPLACE INTO features ({columns}) SELECT {columns} FROM features WHERE row % 3 = 1")
         db.execute("DELETE FROM features WHERE row % 3 = 2 AND row <= 60")
     left = engine.store.count("features")
-    (answer,) = main.search(images / "0.png", engine, k=100, views="none")
+    (answer,) = main.search(images / "0.png", engine, k=100)
     assert len(answer.matches) == left - 1  # all but the query itself
 
 
@@ -228,5 +228,5 @@ def test_a_rebuild_meanwhile_hides_no_match(collection, model, monkeypatch):
         return rows
 
     monkeypatch.setattr(main, "candidate_rows", then_replaced)
-    (answer,) = main.search([images / "3.png"], engine, views="none")
+    (answer,) = main.search([images / "3.png"], engine)
     assert tried and len(answer.matches) == 5

@@ -30,7 +30,7 @@ import main
 IMAGES, INDEX = Path("bulk_images"), Path("image_index")
 N = 6  # pictures in the collection to begin with
 OFFLINE = ("--model", "offline")
-ASK = (*OFFLINE, "--json", "--views", "none")
+ASK = (*OFFLINE, "--json")
 Answers = Callable[..., list[dict[str, Any]]]
 
 
@@ -379,7 +379,7 @@ def test_models_of_equal_dimension_never_mix(collection, run):
         torch.save(torchvision.models.shufflenet_v2_x0_5(weights=None).state_dict(), name)
 
     def ask(model: str, *more: object) -> Outcome:
-        return run("query.png", "--json", "--views", "none", "--model", "shufflenet_v2_x0_5", "--weights", model, *more)
+        return run("query.png", "--json", "--model", "shufflenet_v2_x0_5", "--weights", model, *more)
 
     expected = {model: answers_of(ask(model, "--index-dir", f"only {model}")) for model in "ab"}
     assert expected["a"][0]["matches"] != expected["b"][0]["matches"]
