@@ -16,11 +16,12 @@
     python main.py photo.jpg -k 20                    search with photo.jpg instead
     python main.py --images ~/Pictures --index-dir ~/pictures.index --index-only   an index for another folder
 
-images on disk → pixels → features → store → index → matches → terminal, JSON, page
+images on disk → pixels → features and points → store → indexes → candidates → verdicts → terminal, JSON, page
 
 Written: results.html, the page to look at, and in image_index/<model>/
-    index.sqlite    the store: the files of the collection and their features, one SQLite database
-    index.faiss     the FAISS index over the features; made again from the store whenever it does not fit
+    index.sqlite    the store: the files of the collection, their features and points, and verdicts on pairs of them
+    index.faiss     the FAISS index over the features: it finds look-alikes
+    copies.faiss    the FAISS index over the points: it finds copies. Both are made again from the store
     lock, crash     held by the one run that writes; there only while files are read, or after a crash
 """
 
@@ -3300,7 +3301,7 @@ def pairs_by_comparison(engine: Engine, labels: Sequence[str]) -> Pairs:
         if stored and stored[0] in labels:
             label, relations, regions, lost = stored
             for n, (keep, gone) in enumerate(((other, one), (one, other))):
-                region = Region(*regions[n])
+                region = Region(*regions[1 - n])  # it leads from the file to keep to the other
                 words = ", ".join(lost[n]) or None
                 yield keep, gone, Match(0, "", 0.0, False, label, relations[n], region, words)
 

@@ -183,3 +183,15 @@ def test_as_json(pictures, run):
 def test_as_paths_the_files_to_keep_are_not_among_them(pictures, run):
     outcome = run("--model", "offline", "-q", "-0", "--duplicates")
     assert outcome.stdout.split("\0") == ["bulk_images/5.png", "bulk_images/5 small.jpg", "bulk_images/3.png", ""]
+
+
+def test_a_region_leads_from_the_file_to_keep_to_the_other(collection, run):
+    """So `corners` and `differs` are in pixels of the match, as those of a search are."""
+    root = collection(2)
+    draw_rich(7).save(root / "whole.png")
+    draw_rich(7).crop((60, 40, 60 + 372, 40 + 279)).save(root / "part.png")
+    (group,) = printed(run)
+    region, name = group["matches"][0]["region"], Path(group["keep"]).name
+    assert (name, region["covers"]) == ("whole.png", pytest.approx(1, abs=0.02))
+    assert region["corners"][0] == pytest.approx((-60, -40), abs=2)
+    assert region["outline"][0] == pytest.approx((60, 40), abs=2)
