@@ -1499,6 +1499,7 @@ LIGHT_OFF, COLOUR_OFF = 60.0, 36.0  # of 255: most that brightness and colour of
 TINT, TINT_INVERTED = 40.0, 12.0  # of 255: most that all colours may have moved in one direction; of a negative
 LARGEST = 7  # windows in one connected block that may differ in a copy: compression and fits that are a pixel off
 TELLING = 20  # windows that agree, at least
+CERTAIN = 0.85  # share of windows that agree from which on no further transforms are tried
 SHARED, SHARED_UNPROVEN = 0.5, 0.6  # least share of windows that agree; the second if no points do
 
 
@@ -1853,7 +1854,7 @@ def one_change(x: torch.Tensor, y: torch.Tensor, noise: float, most: float) -> t
     The gain is not negative, and the shift at most `most`. What is off by much more than `noise` has no say in them.
     """
     keep = torch.ones(x.shape[1])
-    for _ in range(8):
+    for _ in range(5):
         mean_x, mean_y = ((keep * it).sum(1, keepdim=True) / keep.sum() for it in (x, y))
         gain = (keep * (x - mean_x) * (y - mean_y)).sum() / (keep * (x - mean_x) ** 2).sum().clamp(min=len(keep))
         gain = gain.clamp(0, 4)
@@ -1916,11 +1917,16 @@ def blocks_of(windows: torch.Tensor) -> list[np.ndarray]:
     return sorted(blocks, key=len, reverse=True)
 
 
-def judged(hint: Hint, a: Shown, b: Shown, side: int = SIDE, largest: int = LARGEST) -> tuple[int, Verdict | None]:
-    """The verdict on two pictures by an exact transform, and how good the transform is: windows that agree or not."""
+def judged(
+    hint: Hint, a: Shown, b: Shown, side: int = SIDE, largest: int = LARGEST
+) -> tuple[int, float, Verdict | None]:
+    """The verdict on two pictures by an exact transform, and how good the transform is.
+
+    That is how many windows agree, less those in the largest block that differs; and the share of windows that agree.
+    """
     over = overlay(hint, a, b, side)
     if over is None or min(over.b.shape[1:]) < WINDOW_SIDE + 2 or not (seen := seen_windows(over)).any():
-        return -1, None
+        return -1, 0.0, None
     rho, of_a, of_b = correlations(over, 1)
     contrasts = [it / (it[seen].mean() + 1e-3) for it in (of_a, of_b)]  # against the picture's own
     strong, weak = torch.maximum(*contrasts), torch.minimum(*contrasts)
@@ -1934,7 +1940,7 @@ def judged(hint: Hint, a: Shown, b: Shown, side: int = SIDE, largest: int = LARG
     worst = len(blocks[0]) if blocks else 0
     share = agree / max(1, int((tells & kept).sum()))
     if agree < TELLING or share < (SHARED if hint.points else SHARED_UNPROVEN):
-        return agree - worst, None
+        return agree - worst, share, None
     shown = float(kept.sum() / seen.sum()) * area_of(part := shared_part(hint.H, a.size, b.size))
     back = np.linalg.inv(hint.H)
     covers = shown / area_of(part) * area_of(moved(back, part)) / math.prod(a.size), shown / math.prod(b.size)
@@ -1946,7 +1952,7 @@ def judged(hint: Hint, a: Shown, b: Shown, side: int = SIDE, largest: int = LARG
             found.append([round(float(it), 1) for it in (*places.min(0), *places.max(0))])
     label = "variant" if worst > largest else "copy"
     off = float(differs.sum() / kept.sum()) if label == "variant" else 0.0
-    return agree - worst, Verdict(label, hint, (min(1.0, covers[0]), min(1.0, covers[1])), off, agree, boxes)
+    return agree - worst, share, Verdict(label, hint, (min(1.0, covers[0]), min(1.0, covers[1])), off, agree, boxes)
 
 
 def exact(hint: Hint, a: Shown, b: Shown) -> Hint:
@@ -1964,19 +1970,21 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
         hints = [hint._replace(H=np.linalg.inv(hint.H)) for hint in hints]
         found = compare(b, a, hints)
         return found and found.reversed()
-    best, found, seen = -1, None, list[Hint]()
+    best, found, known = (False, -1), None, list[np.ndarray]()
     for source in (itertools.chain(hints, hints_by_thumbs(a, b)), hints_by_points(a, b)):
-        rated = sorted(((roughly_alike(hint, a, b), hint) for hint in source), key=lambda it: -it[0])
-        for alike, hint in rated[:TRIED]:
+        rated = list[tuple[float, Hint]]()
+        for hint in source:
             there = moved(hint.H, corners_of(a.size))
-            known = any(np.abs(moved(it.H, corners_of(a.size)) - there).max() < 0.01 * max(b.size) for it in seen)
-            if alike < ALIKE_ROUGHLY or known:
-                continue
-            seen.append(hint)
-            good, verdict = judged(exact(hint, a, b), a, b)
-            if verdict and (good > best or (verdict.label == "copy" != (found and found.label))):
-                best, found = good, verdict
-            if found and found.label == "copy":
+            if not any(np.abs(there - other).max() < 0.01 * max(b.size) for other in known):
+                known.append(there)
+                rated.append((roughly_alike(hint, a, b), hint))
+        for alike, hint in sorted(rated, key=lambda it: -it[0])[:TRIED]:
+            if alike < ALIKE_ROUGHLY:
+                break
+            good, share, verdict = judged(exact(hint, a, b), a, b)
+            if verdict and (rank := (verdict.label == "copy", good)) > best:
+                best, found = rank, verdict
+            if found and (best[0] or share > CERTAIN):
                 return found
     return found
 
@@ -2260,7 +2268,7 @@ class Store:
             return bool(has_features), bool(self.value("SELECT 1 FROM points WHERE digest = ?", digest))
 
     def save(self, pictures: Sequence[Picture]) -> None:
-        """Store files, features and points in one transaction, in place of what is there. Mark vanished files as gone."""
+        """Store files, features and points in one transaction, in place of old ones. Mark vanished files as gone."""
         kept = [picture for picture in pictures if not picture.vanished]
         features = {picture.digest: picture.vector.tobytes() for picture in kept if picture.vector is not None}
         points = {picture.digest: picture.points for picture in kept if picture.points is not None}
@@ -3076,8 +3084,9 @@ def search(
     crop       the part of each query to search with: left, top, right, bottom, see `cut_out`
 
     Identical files come first, then copies, then variants, then the others by score, equal scores by path. The
-    query's own file and files that have changed are left out. Scores are exact; in a large collection a match may be missed, see
-    `coded_index`. A query that cannot be used gets an `error`. Raises DeepVisionError if features are damaged.
+    query's own file and files that have changed are left out. Scores are exact; in a large collection a look-alike may
+    be missed, see `coded_index`. A query that cannot be used gets an `error`. Raises DeepVisionError if features are
+    damaged.
     """
     if k < 1 or (isinstance(threshold, str) and threshold not in LABELS):
         raise ValueError(f"k={k}, threshold={threshold!r}: see the documentation of search")
@@ -3184,7 +3193,7 @@ def differ_in_full(verdict: Verdict, a: Shown, b: Shown) -> bool:
     side = min(max(smaller.size), FULL_SIDE)
     if side > SIDE:
         hint = refined(hint, smaller, larger, side, 2, 2 * WINDOW_SIDE, 2)
-    _, found = judged(hint, smaller, larger, side, LARGEST_LOST)
+    *_, found = judged(hint, smaller, larger, side, LARGEST_LOST)
     return not found or found.label != "copy"
 
 
