@@ -16,11 +16,12 @@
     python main.py photo.jpg -k 20                    search with photo.jpg instead
     python main.py --images ~/Pictures --index-dir ~/pictures.index --index-only   an index for another folder
 
-images on disk → pixels → features → store → index → matches → terminal, JSON, page
+images on disk → pixels → features and points → store → indexes → candidates → verdicts → terminal, JSON, page
 
 Written: results.html, the page to look at, and in image_index/<model>/
-    index.sqlite    the store: the files of the collection and their features, one SQLite database
-    index.faiss     the FAISS index over the features; made again from the store whenever it does not fit
+    index.sqlite    the store: the files of the collection, their features and points, and verdicts on pairs of them
+    index.faiss     the FAISS index over the features: it finds look-alikes
+    copies.faiss    the FAISS index over the points: it finds copies. Both are made again from the store
     lock, crash     held by the one run that writes; there only while files are read, or after a crash
 """
 
@@ -178,7 +179,7 @@ class Picture(NamedTuple):
 class Region(NamedTuple):
     """Where query and match show the same. The four corners of a picture start at its top left, clockwise."""
 
-    corners: list[tuple[float, float]]  # of the query, in pixels of the upright match
+    corners: list[tuple[float, float]]  # of the query, or the file to keep, in pixels of the upright match
     outline: list[tuple[float, float]]  # the corners of the match, in pixels of the upright query
     points: int  # details that agree: windows of both pictures
     covers: float  # share of the match's area that is seen in the query, 0 to 1
@@ -2012,8 +2013,8 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
 # A database, by PRAGMA user_version:
 #
 #   new: an empty file (0) ── repair ──> sound (FORMAT) <── repair: what can be read is copied ── damaged (0)
-#   of the format before (FORMAT - 1) ── extend: tables for points and verdicts are added ──> sound
 #                                          └── SQLite calls it corrupt, or a checksum or the schema fails ──^
+#   of the format before (FORMAT - 1) ── extend: tables for points and verdicts are added ──> sound
 #   replaced: a repair renames the new file to the old name; a run that has the old one open sees another inode
 #   in `locked`, and opens the new one. A database of a newer format is refused and left as it is.
 
@@ -2323,7 +2324,7 @@ class Store:
         return [(row, points) for row, _, points, _ in found]
 
     def verdict(self, one: bytes, other: bytes) -> Any:
-        """What was stored of two contents by `save_verdict`; an empty string if they were not compared yet."""
+        """What was stored of two contents by `save_verdicts`; an empty string if they were not compared yet."""
         query = "SELECT verdict, checksum FROM verdicts WHERE one = ? AND other = ?"
         text, known = self.db.execute(query, (one, other)).fetchone() or ("", None)
         return json.loads(text) if text and verdict_checksum(one, other, text) == known else ""
@@ -3322,7 +3323,7 @@ def pairs_by_comparison(engine: Engine, labels: Sequence[str]) -> Pairs:
         if stored and stored[0] in labels:
             label, relations, regions, lost = stored
             for n, (keep, gone) in enumerate(((other, one), (one, other))):
-                region = Region(*regions[n])
+                region = Region(*regions[1 - n])  # it leads from the file to keep to the other
                 words = ", ".join(lost[n]) or None
                 yield keep, gone, Match(0, "", 0.0, False, label, relations[n], region, words)
 

@@ -14,7 +14,7 @@ neighbours are of its own class (precision@1 and @10), and mAP.
     --others       also the edits that other programs make, and chains of three of them
     --strangers    how many queries without a source get a label all the same, screenshots of one app among them
     --duplicates   how many of the pairs that `--duplicates` finds are wrong, and how many of the edited files it finds
-    --times        seconds of one query, alone and among a hundred, and of the local features of one picture
+    --times        seconds of one query, alone and among a hundred, and of the points of one picture
     --distractors  so many further pictures are in the collection: crops of photographs that nothing else is done with
     --kinds        the folder holds sets (sub-folders) of distinct pictures. For each set: how many `copy` labels are
                    wrong, what `--duplicates -0` lists, and how often the source of an edit is found and labelled
@@ -666,7 +666,7 @@ def duplicates(paths: list[Path], model: main.Model, count: int) -> None:
 
 
 def times(paths: list[Path], engine: main.Engine) -> None:
-    """Print seconds of a query, verified, and of local features. No picture is a query twice: candidates are kept."""
+    """Print seconds of a query, verified, and of points. No picture is a query twice: candidates are kept."""
     with tempfile.TemporaryDirectory() as folder:
         first, *queries = saved((resaved(opened(path), 30) for path in paths[:111]), folder)
         list(main.search(first, engine))
@@ -679,12 +679,12 @@ def times(paths: list[Path], engine: main.Engine) -> None:
     with main.one_torch_thread():
         for path in paths[:50]:
             (image := Image.open(path)).load()
-            local.append(seconds(lambda image=image: main.local_features(image)))
+            local.append(seconds(lambda image=image: main.find_points(image)))
     print(
         f"\none query alone {np.median(spent):.3f} s ({of_cpu:.3f} CPU s), each of {len(many)} {each:.3f} s, ", end=""
     )
     print(f"among {engine.summary.images:,} images")
-    print(f"local features of one picture {1000 * np.median(local):.0f} ms on one thread")
+    print(f"points of one picture {1000 * np.median(local):.0f} ms on one thread")
 
 
 def evaluate(options: argparse.Namespace, model: main.Model) -> None:
@@ -741,7 +741,7 @@ if __name__ == "__main__":
     parser.add_argument("--duplicates", type=int, default=0, metavar="N", help="also find the edits of N photographs")
     parser.add_argument("--kinds", action="store_true", help="FOLDER has sets of distinct pictures: see above")
     parser.add_argument("--names", action="store_true", help="with --kinds: print the wrong pairs and files")
-    parser.add_argument("--times", action="store_true", help="also measure a query and local features")
+    parser.add_argument("--times", action="store_true", help="also measure a query and points")
     options = parser.parse_args()
     try:
         for name in options.model or [main.OFFLINE]:

@@ -202,3 +202,15 @@ def test_paths_to_delete_are_those_with_which_nothing_is_lost(pictures, run):
     text = run("--model", "offline", "-q", "--no-report", "--duplicates", "variant").stdout
     assert "lost with it: resolution" in text and "lost with it: what differs" in text
     assert run("--model", "offline", "-q", "-0", "--duplicates", "-1").stdout.split("\0") == ["bulk_images/3.png", ""]
+
+
+def test_a_region_leads_from_the_file_to_keep_to_the_other(collection, run):
+    """So `corners` and `differs` are in pixels of the match, as those of a search are."""
+    root = collection(2)
+    draw_rich(7).save(root / "whole.png")
+    draw_rich(7).crop((60, 40, 60 + 372, 40 + 279)).save(root / "part.png")
+    (group,) = printed(run)
+    region, name = group["matches"][0]["region"], Path(group["keep"]).name
+    assert (name, region["covers"]) == ("whole.png", pytest.approx(1, abs=0.02))
+    assert region["corners"][0] == pytest.approx((-60, -40), abs=2)
+    assert region["outline"][0] == pytest.approx((60, 40), abs=2)

@@ -54,7 +54,7 @@ def test_script_metadata_and_requirements_agree():
 
 def test_readme_and_main_name_the_files_that_a_run_writes():
     """That it writes these, and nothing else, is seen in test_store.py."""
-    for name in ("index.sqlite", "index.faiss", "lock", "crash"):
+    for name in ("index.sqlite", "index.faiss", "copies.faiss", "lock", "crash"):
         assert f"| `{name}` |" in README and name in (ROOT / "main.py").read_text()
 
 
