@@ -28,7 +28,7 @@ from zygote import Outcome, Zygote
 N = 70  # images: enough for codes
 IMAGES, INDEX = "images", "index"
 WHERE = ("--images", IMAGES, "--index-dir", INDEX)
-ASK = ("--model", "offline", *WHERE, "--json", "--no-report", "--views", "none", "-k", 2 * N)
+ASK = ("--model", "offline", *WHERE, "--json", "--no-report", "-k", 2 * N)
 OFTEN = {"SAVE_SECONDS": 0}  # each image is saved on its own
 CODES = {"exact_bytes": 0}  # as in a large collection
 OTHER = {"PREPROCESSING": 4, "EDGE_POWER": 0.6}  # another model, of the same dimension
@@ -208,7 +208,7 @@ class Scene:
         assert self.case.mended or not killed or not re.search("Repaired|missing", ended.stderr), (why, ended.stderr)
         box.put(999)  # what SQLite or a stopped --prune has left goes with the next write
         assert extracted(box.run("--index-only", constants=self.how)) == 1, why
-        assert sorted(contents(cache_folder(box.index))) == ["index.faiss", "index.sqlite", "lock"], why
+        assert sorted(contents(cache_folder(box.index))) == ["copies.faiss", "index.faiss", "index.sqlite", "lock"], why
         shutil.rmtree(box.folder)
         return ended
 

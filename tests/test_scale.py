@@ -67,9 +67,9 @@ def brute_force(seeds: list[int], model: main.Model, k: int = 10) -> list[Any]:
     return [(path, pytest.approx(score, abs=1e-4)) for score, path in ranked[:k]]
 
 
-def found(engine: main.Engine, queries: list[Path], k: int, views: str = "none") -> list[list[tuple[str, float]]]:
+def found(engine: main.Engine, queries: list[Path], k: int) -> list[list[tuple[str, float]]]:
     """Path and score of the matches of each query."""
-    answers = main.search(queries, engine, k=k, views=views)
+    answers = main.search(queries, engine, k=k)
     return [[(match.path, match.score) for match in answer.matches] for answer in answers]
 
 
@@ -297,7 +297,7 @@ def test_damage_in_a_large_collection_is_never_answered_from_and_costs_only_what
 
 # ---- Without an update -----------------------------------------------------------------------------------------------
 
-ASK = (*OFFLINE, "--no-update", "--json", "--views", "none")
+ASK = (*OFFLINE, "--no-update", "--json")
 
 
 def paths(outcome: Outcome) -> list[str]:
@@ -462,10 +462,10 @@ def test_many_queries_are_searched_on_the_gpus_and_by_the_processor_where_these_
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[0], 80 << 30))
 
     engine, asked = many(3000), queries(32)
-    exact = found(replace(engine, exact=True), asked, 10, "auto")
+    exact = found(replace(engine, exact=True), asked, 10)
     full = replace(engine)
-    assert found(full, asked, 10, "auto") == found(full, asked, 10, "auto") and used == []
+    assert found(full, asked, 10) == found(full, asked, 10) and used == []
     assert caplog.text.count("do not fit into the memory of the GPU") == 1
     free[0] = 10 << 30
-    assert found(engine, asked[:1], 10, "auto") == exact[:1] and used == []  # not worth the loading
-    assert found(engine, asked, 10, "auto") == exact and used == [0, 1]
+    assert found(engine, asked[:1], 10) == exact[:1] and used == []  # not worth the loading
+    assert found(engine, asked, 10) == exact and used == [0, 1]

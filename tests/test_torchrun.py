@@ -111,7 +111,7 @@ def test_a_decoder_that_crashes_another_rank_costs_one_file(collection, torchrun
     assert first.status != 0 and " found," not in first.stderr
     assert second.status == 0 and "11 found" in second.stderr, second.stderr
     assert f"{name}: its decoder crashes" in second.stderr
-    assert sorted(contents(cache_folder())) == ["index.faiss", "index.sqlite", "lock"]
+    assert sorted(contents(cache_folder())) == ["copies.faiss", "index.faiss", "index.sqlite", "lock"]
 
 
 def test_what_the_first_rank_cannot_do_stops_them_all(torchrun):
