@@ -77,7 +77,9 @@ def one_line(outcome: Any, *words: str) -> None:
 
 def nearly(value: Any, room: float) -> Any:
     """Equal to whatever has numbers in its lists that differ by no more than `room`."""
-    return [nearly(it, room) for it in value] if isinstance(value, list) else pytest.approx(value, abs=room)
+    if isinstance(value, list):
+        return [nearly(it, room) for it in value]
+    return value if isinstance(value, bool) else pytest.approx(value, abs=room)
 
 
 ROOM = {"corners": 1, "outline": 1, "differs": 5, "points": 2}  # pixels, a step of windows, windows
