@@ -2727,13 +2727,17 @@ def open_copy_index(store: Store, work: Work = Work()) -> CopyIndex:
             else:
                 index = CopyIndex(added_points(new_copy_index(store, points), store, 0), last, points)
             with whole_file(store.copies) as stream:
-                faiss.write_index(index.faiss, stream.name)
+                try:
+                    faiss.write_index(index.faiss, stream.name)
+                except RuntimeError as error:  # FAISS raises it where the disk is full
+                    raise OSError(f"{store.copies} cannot be written") from error
             notes = list(index[1:3])
             noted = json.dumps([store.copies.stat().st_size, head_checksum(store.copies, notes), *notes])
             with store.db.transaction():
                 store.db.execute("INSERT OR REPLACE INTO meta VALUES ('copies', ?)", (noted,))
         index = read_copy_index(store, mapped)
-    index = index or CopyIndex(faiss.index_factory(POINT_DIM, "IDMap,Flat"), last, 0)
+    # Without a file, a few pictures are compared one by one; of more, the nearest ones alone are candidates
+    index = index or CopyIndex(faiss.index_factory(POINT_DIM, "IDMap,Flat"), last if last > LATER else 0, 0)
     if index.last < last:
         index = index._replace(later=added_points(faiss.index_factory(POINT_DIM, "IDMap,Flat"), store, index.last))
     return index
@@ -2895,7 +2899,9 @@ def files_of(engine: Engine, query: Picture, digest: bytes) -> Iterator[str]:
     for file in engine.store.files_with(digest):
         path = engine.path_of(file.path)
         with suppress(OSError):  # it is gone
-            if File.of(file.path, os.stat(path)) == file and (digest != query.digest or location(path) != own):
+            now = File.of(file.path, os.stat(path))
+            is_same = now == file or (now.size, -1) == file[1:]  # -1: only its points are missing yet
+            if is_same and (digest != query.digest or location(path) != own):
                 yield path
 
 

@@ -87,7 +87,8 @@ def fill(store: main.Store, root: Path, blocks: Iterable[np.ndarray]) -> None:
         store.repair()
         for block in blocks:
             pairs = zip(block.astype(np.float16), files)
-            store.save([main.Picture(file, os.urandom(main.DIGEST_BYTES), vector=vector) for vector, file in pairs])
+            digests = iter(lambda: os.urandom(main.DIGEST_BYTES), None)
+            store.save([main.Picture(file, next(digests), vector=vector, points=b"") for vector, file in pairs])
 
 
 def peak(reset: bool = False) -> float:

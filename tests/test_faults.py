@@ -208,7 +208,7 @@ class Scene:
         assert self.case.mended or not killed or not re.search("Repaired|missing", ended.stderr), (why, ended.stderr)
         box.put(999)  # what SQLite or a stopped --prune has left goes with the next write
         assert extracted(box.run("--index-only", constants=self.how)) == 1, why
-        assert sorted(contents(cache_folder(box.index))) == ["index.faiss", "index.sqlite", "lock"], why
+        assert sorted(contents(cache_folder(box.index))) == ["copies.faiss", "index.faiss", "index.sqlite", "lock"], why
         shutil.rmtree(box.folder)
         return ended
 

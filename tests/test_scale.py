@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -67,9 +68,9 @@ def brute_force(seeds: list[int], model: main.Model, k: int = 10) -> list[Any]:
     return [(path, pytest.approx(score, abs=1e-4)) for score, path in ranked[:k]]
 
 
-def found(engine: main.Engine, queries: list[Path], k: int, views: str = "none") -> list[list[tuple[str, float]]]:
+def found(engine: main.Engine, queries: list[Path], k: int) -> list[list[tuple[str, float]]]:
     """Path and score of the matches of each query."""
-    answers = main.search(queries, engine, k=k, views=views)
+    answers = main.search(queries, engine, k=k)
     return [[(match.path, match.score) for match in answer.matches] for answer in answers]
 
 
@@ -295,6 +296,57 @@ def test_damage_in_a_large_collection_is_never_answered_from_and_costs_only_what
     assert ask(engine) == brute_force(list(range(300)), tiny)
 
 
+# ---- The index of points ---------------------------------------------------------------------------------------------
+
+
+def voted(engine: main.Engine, seed: int) -> bytes:
+    """The content for which a mirrored picture gets most votes."""
+    points = main.find_points(draw(seed).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    best = main.votes(engine.copies, points)[0]
+    return engine.store.value("SELECT digest FROM points WHERE row = ?", best.row)
+
+
+def digest_of(seed: int) -> bytes:
+    return hashlib.sha256(Path("images", f"{seed}.png").read_bytes()).digest()[: main.DIGEST_BYTES]
+
+
+def test_points_that_are_added_are_found_at_once_and_come_into_the_file_in_lots(opened):
+    """Up to LATER pictures are searched beside the file, which is not written again for them."""
+    Path("images").mkdir()
+    file, added = Path("index/tiny-32/copies.faiss"), iter(range(1000))
+
+    def add(count: int) -> tuple[main.Engine, int]:
+        for seed in itertools.islice(added, count):
+            draw(seed).save(f"images/{seed}.png")
+        return opened(), next(added)
+
+    engine, last = add(5)
+    assert (engine.copies.last, engine.copies.later) == (5, None)
+    written = file.read_bytes()
+    draw(last).save(f"images/{last}.png")
+    engine, _ = add(main.LATER - 1)
+    assert engine.copies.last == 5 and engine.copies.later.ntotal > 10 * main.LATER and file.read_bytes() == written
+    assert (voted(engine, last), voted(engine, 3)) == (digest_of(last), digest_of(3))
+    again = opened(update=False)
+    assert voted(again, last) == digest_of(last)
+    engine, last = add(2)
+    assert engine.copies.later is None and engine.copies.last == engine.store.count("points") == 5 + main.LATER + 2
+    assert file.read_bytes() != written and (voted(engine, 20), voted(engine, 3)) == (digest_of(20), digest_of(3))
+
+
+def test_points_of_many_pictures_are_in_lists_and_what_is_added_is_found(opened, monkeypatch):
+    monkeypatch.setattr(main, "FEW_POINTS", 500)
+    monkeypatch.setattr(main, "LATER", 3)
+    Path("images").mkdir()
+    for before, n in ((0, 40), (40, 50), (50, 52)):
+        for seed in range(before, n):
+            draw(seed).save(f"images/{seed}.png")
+        engine = opened()
+        assert "IVF" in type(faiss.downcast_index(engine.copies.faiss)).__name__
+        assert [voted(engine, seed) for seed in (0, 20, n - 1)] == [digest_of(seed) for seed in (0, 20, n - 1)]
+        assert engine.copies.made_of <= engine.copies.faiss.ntotal and engine.copies.last == min(n, 50)
+
+
 # ---- Without an update -----------------------------------------------------------------------------------------------
 
 ASK = (*OFFLINE, "--no-update", "--json")
@@ -462,10 +514,10 @@ def test_many_queries_are_searched_on_the_gpus_and_by_the_processor_where_these_
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[0], 80 << 30))
 
     engine, asked = many(3000), queries(32)
-    exact = found(replace(engine, exact=True), asked, 10, "auto")
+    exact = found(replace(engine, exact=True), asked, 10)
     full = replace(engine)
-    assert found(full, asked, 10, "auto") == found(full, asked, 10, "auto") and used == []
+    assert found(full, asked, 10) == found(full, asked, 10) and used == []
     assert caplog.text.count("do not fit into the memory of the GPU") == 1
     free[0] = 10 << 30
-    assert found(engine, asked[:1], 10, "auto") == exact[:1] and used == []  # not worth the loading
-    assert found(engine, asked, 10, "auto") == exact and used == [0, 1]
+    assert found(engine, asked[:1], 10) == exact[:1] and used == []  # not worth the loading
+    assert found(engine, asked, 10) == exact and used == [0, 1]

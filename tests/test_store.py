@@ -21,7 +21,18 @@ import filelock
 import pytest
 import torch
 import torchvision
-from conftest import Outcome, answers_of, break_a_checksum, cache_folder, counts, draw, edit, one_line, ruin_page
+from conftest import (
+    Outcome,
+    answers_of,
+    break_a_checksum,
+    cache_folder,
+    counts,
+    draw,
+    draw_rich,
+    edit,
+    one_line,
+    ruin_page,
+)
 from faults import contents
 from PIL import Image
 
@@ -436,8 +447,17 @@ def test_a_garbled_schema_is_made_again(old, new, index, run, answers):
         "UPDATE files SET size = 'x'",
         "UPDATE files SET path = CAST(path AS TEXT)",
         "UPDATE files SET path = CAST(path || 'x' AS BLOB)",
+        "DELETE FROM meta WHERE key = 'copies'",
+        *(f"UPDATE meta SET value = {value} WHERE key = 'copies'" for value in ("'[1, 2'", "5", "'{}'", "x'ff'")),
+        "UPDATE meta SET value = replace(value, ', 6, ', ', 9, ') WHERE key = 'copies'",
+        "DELETE FROM points WHERE row = 3",
+        "UPDATE points SET row = 100 - row",
+        "UPDATE points SET digest = zeroblob(16) WHERE row = 3",
+        "UPDATE points SET points = 'text', checksum = 'text'",
         "DELETE FROM files",
         "DROP TABLE features",
+        "DROP TABLE points",
+        "DROP TABLE verdicts",
         "DROP INDEX files_by_digest",
         "PRAGMA user_version = 0",
     ],
@@ -494,7 +514,9 @@ def test_the_cache_of_a_newer_version_is_refused_and_left_as_it_is(index, run):
     assert contents(INDEX) == before
 
 
-@pytest.mark.parametrize("name", ["index.sqlite.part", "index.faiss.part", "lock", "rank-1.sqlite"])
+@pytest.mark.parametrize(
+    "name", ["index.sqlite.part", "index.faiss.part", "copies.faiss.part", "lock", "rank-1.sqlite"]
+)
 def test_what_a_stopped_run_leaves_behind_is_harmless_and_goes_with_the_next_write(name, index, answers, fresh):
     index()
     before = answers()
@@ -503,7 +525,7 @@ def test_what_a_stopped_run_leaves_behind_is_harmless_and_goes_with_the_next_wri
         assert answers() == before
         draw(50).save(IMAGES / f"added by {option}.png")
         assert index(option)["found"] == len(list(IMAGES.iterdir()))
-        assert sorted(contents(cache_folder())) == ["index.faiss", "index.sqlite", "lock"]
+        assert sorted(contents(cache_folder())) == ["copies.faiss", "index.faiss", "index.sqlite", "lock"]
         before = answers()
     assert before == fresh()
 
@@ -517,8 +539,151 @@ def test_an_index_of_an_older_format_is_made_anew_and_its_files_go(index, run, a
         (cache_folder() / name).write_bytes(b"of an older format")
     outcome = run(*OFFLINE, "--index-only")
     assert outcome.stderr.count("older format") == 1 and counts(outcome)["new"] == N
-    assert sorted(contents(cache_folder())) == ["index.faiss", "index.sqlite", "lock"]
+    assert sorted(contents(cache_folder())) == ["copies.faiss", "index.faiss", "index.sqlite", "lock"]
     assert answers() == before
+
+
+# ---- Points, which no model makes ------------------------------------------------------------------------------------
+
+
+def table(name: str, value: str, index_dir: str = "image_index", key: str = "digest") -> dict[Any, Any]:
+    """A column of a table of the store, by another one."""
+    with closing(sqlite3.connect(cache_folder(index_dir) / "index.sqlite")) as db:
+        return dict(db.execute(f"SELECT {key}, {value} FROM {name}").fetchall())
+
+
+def forget_points() -> None:
+    """The store is one of format 3, which had none."""
+    edit(cache_folder() / "index.sqlite", "DROP TABLE points", "DROP TABLE verdicts", "PRAGMA user_version = 3")
+    edit(cache_folder() / "index.sqlite", "DELETE FROM meta WHERE key = 'copies'")
+    (cache_folder() / "copies.faiss").unlink()
+
+
+def tiny(name: str, side: int) -> main.Model:
+    """A model of 27 dimensions."""
+    return main.Model(name, f"{name}-27", side, 27, "cpu", lambda it: it[..., :3, :3].float().flatten(1) + 1)
+
+
+def test_a_store_of_the_format_before_gets_points_and_keeps_its_features(index, run, answers, monkeypatch):
+    index()
+    before, features, points = answers(), table("features", "vector", key="row"), table("points", "points")
+    assert len(points) == N and all(points.values())
+    forget_points()
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "launch", Mock(side_effect=AssertionError("features are extracted")))
+        outcome = run(*OFFLINE, "--index-only")
+    assert outcome.stderr.count("older format") == 1 and "Repaired" not in outcome.stderr
+    assert counts(outcome) == {"found": N, "new": N, "recognised": N, "opened": 1}
+    assert (table("features", "vector", key="row"), table("points", "points")) == (features, points)
+    assert index() == {"found": N, "unchanged": N}
+    assert answers() == before
+
+
+@pytest.mark.parametrize("options", [("--no-update",), ()], ids=["no update", "stopped"])
+def test_until_it_has_points_a_store_of_the_format_before_answers_by_features(
+    options, index, run, answers, monkeypatch
+):
+    index()
+    before, features = answers(), table("features", "vector", key="row")
+    forget_points()
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "read_new", Mock(side_effect=KeyboardInterrupt))
+        assert run(*OFFLINE, "small.png", "-q", *options).status == (0 if options else 130)
+    by_features, expected = (
+        [{match["path"]: match["score"] for match in answer["matches"]} for answer in found]
+        for found in (answers("--no-update"), before)
+    )
+    assert by_features == expected
+    assert answers() == before and table("features", "vector", key="row") == features
+
+
+def test_points_are_the_same_whatever_the_model_and_the_threads_and_are_extracted_once(collection, monkeypatch):
+    images = collection(N)
+    draw(50, (640, 480)).save(images / "photo.jpg")
+    finder = Mock(wraps=main.find_points)
+    monkeypatch.setattr(main, "find_points", finder)
+    for number, (side, workers) in enumerate([(3, 1), (224, 4)]):
+        work = main.Work(workers=workers)
+        main.initialize_reverse_image_search(images, str(number), model=tiny("one", side), work=work).close()
+    assert table("points", "points", "0") == table("points", "points", "1") and finder.call_count == 2 * (N + 1)
+    draw(51).save(images / "new.png")
+    engine = main.initialize_reverse_image_search(images, "0", model=tiny("two", 96))
+    assert (engine.summary.new, engine.summary.recognised) == (N + 2, 0) and finder.call_count == 2 * (N + 1) + 1
+    others = dict(engine.store.db.execute("SELECT digest, points FROM points").fetchall())
+    assert len(others) == N + 2 and others.items() > table("points", "points", "1").items()
+
+
+DAMAGED_COPIES: dict[str, Callable[[bytes], bytes]] = {
+    "flipped": lambda content: content[:999] + bytes([content[999] ^ 1]) + content[1000:],
+    "truncated": lambda content: content[:-1],
+    "longer": lambda content: content + b"\0",
+    "empty": lambda content: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_COPIES.values(), ids=DAMAGED_COPIES)
+def test_a_damaged_index_of_points_is_said_and_made_again(damage, index, run, answers):
+    index()
+    path, before = cache_folder() / "copies.faiss", answers()
+    path.write_bytes(damage(content := path.read_bytes()))
+    outcome = run(*OFFLINE, "--index-only")
+    assert outcome.status == 0 and "copies.faiss is damaged or out of date" in outcome.stderr
+    assert path.read_bytes() == content and answers() == before
+
+
+def test_a_missing_index_of_points_is_made_again_but_without_an_update_few_pictures_are_compared(index, answers):
+    index()
+    path, before = cache_folder() / "copies.faiss", answers()
+    content = path.read_bytes()
+    path.unlink()
+    assert answers("--no-update") == before and not path.exists()
+    assert answers() == before and path.read_bytes() == content
+
+
+@pytest.mark.parametrize("checked", [1 << 27, 0], ids=["on opening", "when it is met"])
+def test_damaged_points_are_found_and_read_again_without_their_features(checked, index, run, answers, monkeypatch):
+    index()
+    before, features, points = answers(), table("features", "vector", key="row"), table("points", "points")
+    edit(cache_folder() / "index.sqlite", "UPDATE points SET points = zeroblob(length(points)) WHERE row = 3")
+    (cache_folder() / "copies.faiss").unlink()  # or nobody would read them
+    monkeypatch.setattr(main, "CHECKED_BYTES", checked)
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "launch", Mock(side_effect=AssertionError("features are extracted")))
+        outcome = run(*OFFLINE, "--index-only")
+    assert "1 file are damaged or missing" in outcome.stderr
+    assert counts(outcome) == {"found": N, "new": 1, "recognised": 1, "unchanged": N - 1, "opened": 1}
+    assert (table("features", "vector", key="row"), table("points", "points")) == (features, points)
+    assert answers() == before
+
+
+def test_prune_forgets_points_and_verdicts_of_what_is_gone(index, run):
+    for seed in (60, 61):
+        draw_rich(seed).save(IMAGES / f"{seed}.png")
+        draw_rich(seed).save(IMAGES / f"{seed}.jpg", quality=90)
+    assert len(answers_of(run(*OFFLINE, "--duplicates", "--json"))) == 2
+    both = table("verdicts", "verdict", key="hex(one) || hex(other)")
+    assert len(both) >= 2 and len(table("points", "points")) == N + 4
+    (IMAGES / "60.jpg").unlink()
+    index()
+    assert (
+        table("verdicts", "verdict", key="hex(one) || hex(other)") == both and len(table("points", "points")) == N + 4
+    )
+    index("--prune")
+    left = set(table("files", "path"))
+    assert set(table("points", "points")) == left and len(left) == N + 3
+    kept = table("verdicts", "verdict", key="hex(one) || hex(other)")
+    assert 0 < len(kept) < len(both) and all({bytes.fromhex(key[:32]), bytes.fromhex(key[32:])} <= left for key in kept)
+
+
+def test_rebuilt_points_have_new_rows_and_are_the_same(index, answers):
+    index()
+    before, points, used = answers(), table("points", "points"), set(table("points", "points", key="row"))
+    for _ in range(3):  # rows that are gone fill the index of points until it is made anew
+        assert index("--rebuild")["new"] == N
+        again = set(table("points", "points", key="row"))
+        assert min(again) > max(used) and table("points", "points") == points
+        used |= again
+        assert answers() == before
 
 
 def test_no_row_is_used_twice(index):

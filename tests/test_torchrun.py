@@ -50,6 +50,12 @@ def features_in(path: Path) -> int:
         return 0
 
 
+def points_in(path: Path) -> dict[bytes, bytes]:
+    """The points in a database, by the content of their picture."""
+    with closing(sqlite3.connect(path)) as db:
+        return dict(db.execute("SELECT digest, points FROM points").fetchall())
+
+
 def finish(process: subprocess.Popen[str]) -> Outcome:
     stdout, stderr = process.communicate(timeout=180)
     return Outcome(process.returncode, stdout, stderr)
@@ -73,6 +79,8 @@ def test_two_ranks_make_the_index_that_one_process_makes(collection, torchrun, r
     assert not list(Path("two").glob("*/rank-*"))
     assert "0 new" in run(*OFFLINE, "--index-only", "--index-dir", "two").stderr
     assert ask("two") == ask("one") != ""
+    two, one = (points_in(cache_folder(name) / "index.sqlite") for name in ("two", "one"))
+    assert two == one and len(two) == 60 and all(two.values())
 
     draw(100).save(root / "later.png")
     searched = finish(torchrun("query.png", *OFFLINE, "--json", "-k", 100, "--index-dir", "two"))
@@ -111,7 +119,7 @@ def test_a_decoder_that_crashes_another_rank_costs_one_file(collection, torchrun
     assert first.status != 0 and " found," not in first.stderr
     assert second.status == 0 and "11 found" in second.stderr, second.stderr
     assert f"{name}: its decoder crashes" in second.stderr
-    assert sorted(contents(cache_folder())) == ["index.faiss", "index.sqlite", "lock"]
+    assert sorted(contents(cache_folder())) == ["copies.faiss", "index.faiss", "index.sqlite", "lock"]
 
 
 def test_what_the_first_rank_cannot_do_stops_them_all(torchrun):
