@@ -201,7 +201,7 @@ def test_paths_to_delete_are_those_with_which_nothing_is_lost(pictures, run):
     assert label == "variant" and "what differs" in words
     text = run("--model", "offline", "-q", "--no-report", "--duplicates", "variant").stdout
     assert "lost with it: resolution" in text and "lost with it: what differs" in text
-    assert run("--model", "offline", "-q", "-0", "--duplicates", "-1").stdout.split("\0") == ["bulk_images/3.png", ""]
+    assert run("--model", "offline", "-q", "-0", "--duplicates", 0.9).stdout.split("\0") == ["bulk_images/3.png", ""]
 
 
 def test_a_region_leads_from_the_file_to_keep_to_the_other(collection, run):
