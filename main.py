@@ -1983,7 +1983,7 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
         hints = [hint._replace(H=np.linalg.inv(hint.H)) for hint in hints]
         found = compare(b, a, hints)
         return found and found.reversed()
-    best, found, known = (False, -1), None, list[np.ndarray]()
+    best, found, sure, known = (False, -1), None, False, list[np.ndarray]()
     for source in (itertools.chain(hints, hints_by_thumbs(a, b)), hints_by_points(a, b)):
         rated = list[tuple[float, Hint]]()
         for hint in source:
@@ -1994,10 +1994,13 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
         for alike, hint in sorted(rated, key=lambda it: -it[0])[:TRIED]:
             if alike < ALIKE_ROUGHLY:
                 break
-            good, share, verdict = judged(exact(hint, a, b), a, b)
-            if verdict and (rank := (verdict.label == "copy", good)) > best:
-                best, found = rank, verdict
-            if found and (best[0] or share > CERTAIN):
+            for closely in (exact(hint, a, b), hint):  # where edges run in few directions, a fit may slide along them
+                good, share, verdict = judged(closely, a, b)
+                if verdict and (rank := (verdict.label == "copy", good)) > best:
+                    best, found, sure = rank, verdict, share > CERTAIN
+                if best[0]:
+                    return found
+            if found and sure:
                 return found
     return found
 
@@ -2926,7 +2929,7 @@ class Vote(NamedTuple):
     inverted: bool
 
 
-def votes(index: CopyIndex, points: Points) -> list[Vote]:
+def votes(index: CopyIndex, points: Points, neighbours: int = NEIGHBOURS) -> list[Vote]:
     """The pictures on which FEWEST points or more agree, those with most points first.
 
     Each point, and each point of the mirrored picture, votes for the pictures of its nearest neighbours in the index.
@@ -2941,7 +2944,7 @@ def votes(index: CopyIndex, points: Points) -> list[Vote]:
         for searched in lists:
             if hasattr(searched, "nprobe"):
                 searched.nprobe = LISTS
-        ids = np.concatenate([it.search(seen.descriptors, NEIGHBOURS)[1] for it in lists], 1)
+        ids = np.concatenate([it.search(seen.descriptors, neighbours)[1] for it in lists], 1)
         voter, ids = np.repeat(np.arange(len(ids)), ids.shape[1]), ids.ravel()
         voter, ids = voter[ids >= 0], ids[ids >= 0]
         group = (ids >> WHERE_BITS) * 2 + (seen.dark[voter] != (ids & 1))  # a picture, and whether it is a negative
@@ -2967,8 +2970,9 @@ def read_shown(path: str, digest: bytes) -> Shown | None:
 
 def voted(engine: Engine, query: Picture) -> dict[bytes, Vote]:
     """The contents in which points of the query were found again, those with most points first."""
-    shown = query.made.shown
-    found = votes(engine.copies, shown.points)
+    points, neighbours = query.made.shown.points, NEIGHBOURS
+    while len(found := votes(engine.copies, points, neighbours)) > 2 * neighbours:  # they may crowd out others
+        neighbours *= 4
     rows = json.dumps([vote.row for vote in found])
     known = dict(engine.store.db.execute(
         "SELECT row, digest FROM points WHERE row IN (SELECT value FROM json_each(?))", (rows,)
