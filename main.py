@@ -2326,18 +2326,23 @@ class Store:
             raise DamageError(self.path, "points do not match their checksums")
         return [(row, points) for row, _, points, _ in found]
 
-    def verdict(self, one: bytes, other: bytes) -> Any:
-        """What was stored of two contents by `save_verdicts`; an empty string if they were not compared yet."""
-        query = "SELECT verdict, checksum FROM verdicts WHERE one = ? AND other = ?"
-        text, known = self.db.execute(query, (one, other)).fetchone() or ("", None)
-        return json.loads(text) if text and verdict_checksum(one, other, text) == known else ""
+    def verdicts(self) -> dict[tuple[bytes, bytes], Any]:
+        """What is stored of each two contents that were compared."""
+        rows = self.db.execute("SELECT one, other, verdict, checksum FROM verdicts").fetchall()
+        sound = (row for row in rows if verdict_checksum(*row[:3]) == row[3])
+        return {(one, other): json.loads(text) for one, other, text, _ in sound}
 
-    def save_verdicts(self, verdicts: Iterable[tuple[bytes, bytes, Any]]) -> None:
-        """Store what was found of each two contents, anything that JSON holds."""
+    def save_verdicts(self, verdicts: Iterable[tuple[bytes, bytes, Any]], last: int | None = None) -> None:
+        """Store what was found of each two contents, anything that JSON holds.
+
+        last: the last row of points, if all contents up to it were looked up.
+        """
         rows = [(one, other, json.dumps(found)) for one, other, found in verdicts]
-        into = "INSERT OR REPLACE INTO verdicts VALUES (?1, ?2, ?3, verdict_crc(?1, ?2, ?3))"
         with self.db.transaction():
+            into = "INSERT OR REPLACE INTO verdicts VALUES (?1, ?2, ?3, verdict_crc(?1, ?2, ?3))"
             self.db.executemany(into, rows)
+            if last is not None:
+                self.db.execute("INSERT OR REPLACE INTO meta VALUES ('paired', ?)", (last,))
 
     def scan(self, images: Path, work: Work) -> Changes:
         """How the folder `images` differs from the store.
@@ -3258,15 +3263,14 @@ def examined(one: str, other: str, digests: Sequence[bytes], vote: Vote | None) 
     return Pair(verdict.label, [relation(verdict, a.size), relation(back, b.size)], regions, lost)
 
 
-def candidate_pairs(engine: Engine) -> Iterator[tuple[bytes, bytes, Vote | None]]:
-    """Each two contents of the collection that may show the same: of the first, points were found in the second.
+def candidate_pairs(engine: Engine, first: int) -> Iterator[tuple[bytes, bytes, Vote | None]]:
+    """Each two contents that may show the same: of one with points after row `first`, points were found in the other.
 
     Where a picture has few points, its nearest ones by features are candidates as well.
     """
     store, few = engine.store, list[bytes]()
     digests = dict(store.db.execute(f"SELECT row, digest FROM points WHERE digest IN (SELECT digest FROM {USABLE})"))
-    bar = progress_bar(total=len(digests), desc="looking up", unit="img")
-    first = 0
+    bar = progress_bar(total=sum(row > first for row in digests), desc="looking up", unit="img")
     while found := store.points_after(first, POINT_BLOCK):
         first = found[-1][0]
         for row, stored in found:
@@ -3299,36 +3303,47 @@ def pairs_by_comparison(engine: Engine, labels: Sequence[str]) -> Pairs:
     What was found of two contents is stored, so that a second run compares only what is new.
     """
     store = engine.store
-    found = dict[tuple[bytes, bytes], Any]()
-    for one, other, vote in candidate_pairs(engine):
-        key, swapped = ((one, other), False) if one < other else ((other, one), True)
-        best = found.get(key)
-        if key not in found or (vote and (best is None or vote.points > best[0].points)):
-            found[key] = (vote, swapped) if vote else None
-    files = {
-        digest: paths[0] for digest in {it for key in found for it in key} if (paths := different_files(engine, digest))
-    }
-    waiting = sorted(key for key in found if all(digest in files for digest in key))
-    known = {key: store.verdict(*key) for key in waiting}
-    unknown = [key for key in waiting if known[key] == ""]
+    last, known = store.value("SELECT max(row) FROM points") or 0, store.verdicts()
+    found = dict[tuple[bytes, bytes], tuple[bytes, bytes, Vote | None]]()
+    for one, other, vote in candidate_pairs(engine, int(store.get_meta("paired") or 0)):
+        key = min(one, other), max(one, other)
+        if key not in known and (key not in found or (vote and vote.points > getattr(found[key][2], "points", 0))):
+            found[key] = one, other, vote
+    contents = {it for key in (*found, *(key for key, pair in known.items() if pair)) for it in key}
+    files = {digest: paths[0] for digest in contents if (paths := different_files(engine, digest))}
+    size = {digest: (-os.path.getsize(path), path) for digest, path in files.items() if os.path.exists(path)}
+    # Which contents can go if another one stays. Two that can go with the same one need not be compared
+    goes_with: dict[bytes, set[bytes]] = {digest: set() for digest in contents}
 
     def look(key: tuple[bytes, bytes]) -> tuple[tuple[bytes, bytes], Pair | None]:
-        vote, swapped = found[key] or (None, False)
-        one, other = (files[digest] for digest in key)
-        if not swapped:
-            return key, examined(one, other, key, vote)
-        pair = examined(other, one, key[::-1], vote)
-        return key, pair and Pair(pair.label, pair.relations[::-1], pair.regions[::-1], pair.lost[::-1])
+        torch.set_num_threads(1)
+        one, other, vote = found[key]
+        pair = examined(files[one], files[other], (one, other), vote)
+        if pair and key != (one, other):
+            pair = Pair(pair.label, pair.relations[::-1], pair.regions[::-1], pair.lost[::-1])
+        return key, pair
 
-    with ThreadPoolExecutor(usable_cores(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        done, unsaved, saved = threads.map(look, unknown), list[Any](), time.perf_counter()
-        for key, pair in progress_bar(done, total=len(unknown), desc="comparing", unit="pair"):
-            known[key] = pair and list(pair)
-            unsaved.append((*key, known[key]))
-            if time.perf_counter() - saved > 10:
-                store.save_verdicts(unsaved)
-                unsaved, saved = [], time.perf_counter()
-        store.save_verdicts(unsaved)
+    def note(key: tuple[bytes, bytes], pair: Any) -> None:
+        known[key] = pair
+        for gone, keep, lost in zip(key, key[::-1], pair[3] if pair else ()):
+            if not lost:
+                goes_with[gone].add(keep)
+
+    for key, pair in list(known.items()):
+        if pair:
+            note(key, pair)
+    waiting = [key for key in found if all(digest in size for digest in key)]
+    waiting.sort(key=lambda key: sorted(size[digest] for digest in key))  # the largest files first
+    needed = (key for key in waiting if not goes_with[key[0]] & goes_with[key[1]])
+    results, unsaved, saved = read_ahead(look, needed, usable_cores(), usable_cores()), list[Any](), time.perf_counter()
+    for key, found_pair in progress_bar(results, total=len(waiting), desc="comparing", unit="pair"):
+        note(key, found_pair and list(found_pair))
+        unsaved.append((*key, known[key]))
+        if time.perf_counter() - saved > SAVE_SECONDS:
+            store.save_verdicts(unsaved)
+            unsaved, saved = [], time.perf_counter()
+    store.save_verdicts(unsaved, last)
+    known = {key: pair for key, pair in known.items() if all(digest in size for digest in key)}
     for (one, other), stored in known.items():
         if stored and stored[0] in labels:
             label, relations, regions, lost = stored
