@@ -3740,7 +3740,8 @@ item.matches|selectattr("region")|map(attribute="region.outline")|list or [[]]) 
 <figcaption>{% if not match.rank %}<b>{{ "query" if item.query else "keep" }}</b>
 {% elif match.view and item.keep == "" %}<a href="?group={{ match.rank }}&{{ kept }}">{{ match.view }}</a>
 {% else %}{{ match.rank }} · <b>{{ "%.3f" % match.score }}</b>
-<span class="{{ "bad" if match.label == "variant" or match.lost else "good" if match.label }}">{{ remark_on(match) }}</span>{% endif %}<br>{{ path|name }}
+<span class="{{ "bad" if match.label == "variant" or match.lost else
+"good" if match.label }}">{{ remark_on(match) }}</span>{% endif %}<br>{{ path|name }}
 {% if picture.made %}<small>{{ "{:,} × {:,} px".format(*picture.made[1:]) }},
 {{ "{:,.0f} KB".format(picture.file.size / 1000) }}</small>{% endif %}</figcaption></figure></li>
 {% endfor %}</ol>{% endfor %}</section>{% endfor %}</main>
