@@ -1501,7 +1501,7 @@ LARGEST = 7  # windows in one connected block that may differ in a copy: compres
 TRACE = 3  # pixels along the edge of what both show that are not looked at
 TELLING = 20  # windows that agree, at least
 CERTAIN = 0.85  # share of windows that agree from which on no further transforms are tried
-LEAST_SHOWN = 0.1  # share of one of the pictures that both show, at least: less is an edge that happens to fit
+LEAST_SHOWN = 0.1, 0.25  # share of one of the pictures that a copy shows, a variant shows: less fits by chance
 SHARED, SHARED_UNPROVEN = 0.5, 0.6  # least share of windows that agree; the second if no points do
 
 
@@ -1955,7 +1955,7 @@ def judged(
     shown = float(kept.sum() / seen.sum()) * area_of(part := shared_part(hint.H, a.size, b.size))
     back = np.linalg.inv(hint.H)
     covers = shown / area_of(part) * area_of(moved(back, part)) / math.prod(a.size), shown / math.prod(b.size)
-    if max(covers) < LEAST_SHOWN:
+    if max(covers) < LEAST_SHOWN[worst > largest]:
         return agree - worst, share, None
     step, boxes = WINDOW_SIDE // 2, (list[Any](), list[Any]())
     for block in blocks if worst > largest else []:
@@ -3748,6 +3748,7 @@ figure{margin:0;height:100%;border-radius:.5rem;background:var(--card)}figcaptio
 .identical figure,.copy figure{outline:3px solid var(--good)}small{display:block;color:var(--soft)}
 figure>a{display:block;position:relative;aspect-ratio:1}img,svg{position:absolute;width:100%;height:100%}
 img{object-fit:contain}polygon{fill:none;stroke:#19b35a;stroke-width:3;vector-effect:non-scaling-stroke}
+polygon.differs{stroke:#f0531c}.variant figure{outline:3px solid var(--bad)}
 nav,form{display:flex;flex-wrap:wrap;gap:.5rem 1.5rem;margin-top:1rem}input[type=number]{width:5rem}
 .query a{touch-action:none;cursor:crosshair}
 </style></head><body><header><h1>{{ title }}</h1>
@@ -3773,12 +3774,15 @@ nav,form{display:flex;flex-wrap:wrap;gap:.5rem 1.5rem;margin-top:1rem}input[type
 {% set width, height = picture.made[1:] %}<svg viewBox="0 0 {{ width }} {{ height }}">
 {% for corners in ([(match.region or {}).corners or []] if match.rank else
 item.matches|selectattr("region")|map(attribute="region.outline")|list or [[]]) %}<polygon points="
-{%- for x, y in corners %}{{ [0, [x, width]|min]|max }},{{ [0, [y, height]|min]|max }} {% endfor %}"/>{% endfor %}</svg>
+{%- for x, y in corners %}{{ [0, [x, width]|min]|max }},{{ [0, [y, height]|min]|max }} {% endfor %}"/>{% endfor %}
+{% for left, top, right, bottom in match.region.differs if match.region %}<polygon class="differs" points="
+{{- left }},{{ top }} {{ right }},{{ top }} {{ right }},{{ bottom }} {{ left }},{{ bottom }}"/>{% endfor %}</svg>
 {% else %}{{ (picture.reason or "not there any more")|text }}{% endif %}</a>
 <figcaption>{% if not match.rank %}<b>{{ "query" if item.query else "keep" }}</b>
 {% elif match.view and item.keep == "" %}<a href="?group={{ match.rank }}&{{ kept }}">{{ match.view }}</a>
 {% else %}{{ match.rank }} · <b>{{ "%.3f" % match.score }}</b>
-<span class="{{ "good" if match.label }}">{{ remark_on(match) }}</span>{% endif %}<br>{{ path|name }}
+<span class="{{ "bad" if match.label == "variant" or match.lost else
+"good" if match.label }}">{{ remark_on(match) }}</span>{% endif %}<br>{{ path|name }}
 {% if picture.made %}<small>{{ "{:,} × {:,} px".format(*picture.made[1:]) }},
 {{ "{:,.0f} KB".format(picture.file.size / 1000) }}</small>{% endif %}</figcaption></figure></li>
 {% endfor %}</ol>{% endfor %}</section>{% endfor %}</main>

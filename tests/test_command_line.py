@@ -55,13 +55,13 @@ def test_help_needs_no_package_and_names_the_defaults():
 
 CROPS = ["1,2,3", "1,2,3,many", "0,5,9,5", "0,0,nan,1", "0,0,1,inf", "0,0,inf,1", "-1,0,5,5"]
 USAGE_ERRORS = {  # by what is complained of
-    "unrecognized": ["--unknown", "--ima x"],
+    "unrecognized": ["--unknown", "--ima x", "--views all"],
     "expected one argument": ["--images", "--exclude"],
     "above 0": ["--top 0", "--batch-size -1", "--workers 0"],
     "from 0 to 65535": ["--port 65536", "--port -1"],
     "invalid int value": ["-k 2.5", "--top many", "--port many --ui"],
-    "invalid choice": ["--views some", "--device tpu"],
-    "copy, identical": ["--threshold 1.5", "--threshold nan", "--threshold similar", "--duplicates weak"],
+    "invalid choice": ["--device tpu"],
+    "variant, copy, identical": ["--threshold 1.5", "--threshold nan", "--threshold similar", "--duplicates weak"],
     "LEFT,TOP,RIGHT,BOTTOM": [f"--crop={part}" for part in CROPS],
     "not allowed with": ["--duplicates --index-only", "--ui --duplicates", "--json -0", "-q -v"],
     "with a QUERY": ["photo.jpg --duplicates", "photo.jpg --ui", "photo.jpg --index-only"],
@@ -95,7 +95,7 @@ def test_the_text_form(search):
     assert re.match(r"that_one_image/query\.png  \(offline, 13 images\)", heading)
     assert len(lines) == 10
     for rank, line in enumerate(lines, start=1):
-        assert re.fullmatch(rf"  {rank:2}  [ -]\d\.\d{{3}}  bulk_images/\w+\.png(  [a-z]+)?", line)
+        assert re.fullmatch(rf"  {rank:2}  [ -]\d\.\d{{3}}  bulk_images/\w+\.png(  [a-z]+(, covers 100 %)?)?", line)
     assert lines[0] == "   1   1.000  bulk_images/copy.png  identical"
     assert "bulk_images/3.png" in lines[1] and not any("identical" in line for line in lines[1:])
     matches = objects(search("--json"))[0]["matches"]
@@ -112,7 +112,8 @@ def test_the_json_form(search):
     assert answer.keys() == {"query", "model", "matches"}
     assert (answer["query"], answer["model"]) == ("that_one_image/query.png", "offline")
     first, second = answer["matches"]
-    assert first.keys() == second.keys() == {"rank", "path", "score", "identical", "label", "view", "region"}
+    assert first.keys() == second.keys() == set(main.Match._fields)
+    assert (first["lost"], first["truncated"]) == (None, False)
     assert (first["rank"], first["path"], first["identical"]) == (1, "bulk_images/copy.png", True)
     assert (second["rank"], second["path"], second["identical"]) == (2, "bulk_images/3.png", False)
     assert first["score"] == pytest.approx(1, abs=1e-3)

@@ -105,6 +105,11 @@ def test_each_file_is_told_what_it_is_to_the_one_to_keep(collection, run):
         (match,) = found[f"{name}.png"]
         assert (Path(match["path"]).name, match["label"]) == (f"{name}.jpg", "copy")
         assert re.fullmatch(re.sub(r"\d0 %|64 %", r"(5|6)\\d %", name), match["view"]), match
+        region = match["region"]  # of the one to keep, as if it were the query
+        assert region["covers"] == pytest.approx(0.64 if "within" in name else 1, abs=0.05)
+        (left, top), (right, bottom) = np.min(region["corners"], 0), np.max(region["corners"], 0)
+        if name in ("mirrored", "inverted", "same picture"):
+            assert np.abs(np.array([left, top, right, bottom]) - (0, 0, 240, 180)).max() < 3
 
 
 def test_many_identical_files_hide_no_copy(collection, run):

@@ -194,6 +194,7 @@ def compared(query: Image.Image, match: Image.Image) -> main.Verdict | None:
     [
         pytest.param(before_a_backdrop(2, 0.45), before_a_backdrop(3, 0.45), id="two products before one backdrop"),
         pytest.param(app(draw_rich(1)), app(draw_rich(2)), id="two screenshots of one app"),
+        pytest.param(draw(1000), draw(4), id="two drawings of a few shapes"),
         pytest.param(before_a_backdrop(9, 0.06, 1), before_a_backdrop(9, 0.06, 2), id="two pictures with one logo"),
     ],
 )

@@ -88,7 +88,8 @@ def test_a_query_and_its_matches(page):
 def test_copies_stand_apart_with_their_outline(page):
     draw_rich(20).save(IMAGES / "rich.png")
     draw_rich(20).crop((40, 30, 440, 330)).save("cropped.jpg")
-    it = page("cropped.jpg", "query.png", "-k", 3)
+    draw(1000).save("stranger.png")
+    it = page("cropped.jpg", "stranger.png", "-k", 3)
     assert "2 queries, 1 found" in it.text and it.text.count("✓ found") == 1 and "✗ no copy found" in it.text
     assert [row["class"] for row in it.all("ol")] == ["large", "small"] * 2
     assert [item["class"] for item in it.all("li")] == ["query", "copy", "", "", "query", "", "", ""]
@@ -97,6 +98,20 @@ def test_copies_stand_apart_with_their_outline(page):
     assert np.abs(copy - [40, 30, 440, 30, 440, 330, 40, 330]).max() < 6  # in pixels of the whole picture
     assert np.abs(query - [0, 0, 400, 0, 400, 300, 0, 300]).max() < 6  # no outline leaves its picture
     assert [attributes["viewbox"] for attributes in it.all("svg")][:2] == ["0 0 400 300", "0 0 480 360"]
+
+
+def test_of_a_variant_what_differs_is_outlined(page):
+    image = draw_rich(20)
+    image.save(IMAGES / "rich.png")
+    image.paste("gold", (300, 200, 380, 260))
+    image.save("altered.png")
+    it = page("altered.png", "-k", 1)
+    assert "✗ no copy found, 1 variant" in it.text and "variant, differs" in it.text
+    assert [item["class"] for item in it.all("li")] == ["query", "variant"]
+    boxes = [outline for outline in it.all("polygon") if outline.get("class") == "differs"]
+    corners = np.array([outline["points"].replace(",", " ").split() for outline in boxes], float)
+    assert corners.shape[1:] == (8,) and np.abs(corners[:, ::2].max() - 380) < 15  # in pixels of the whole picture
+    assert np.abs([corners[:, ::2].min() - 300, corners[:, 1::2].min() - 200, corners[:, 1::2].max() - 260]).max() < 15
 
 
 def test_a_collage_has_an_outline_for_each_picture_in_it(page):
