@@ -1892,14 +1892,16 @@ def without_bands(over: Overlay, seen: torch.Tensor, differs: torch.Tensor) -> t
     # Places in either picture, in steps of a window
     steps = [it / torch.hypot(*torch.gradient(it)).median().clamp(min=1e-9) for it in (across, down)]
     for (band, along), sign in itertools.product(((xs, ys), (ys, xs), steps, steps[::-1]), (1, -1)):
+        is_cut = False
         while seen.any():
             strip = seen & (sign * band < (sign * band)[seen].min() + 1)
             length = along[strip]
             quarter = ((length - length.min()) / (length.max() - length.min() + 1e-3) * 4).long()
             shares = [float(differs[strip][quarter == it].float().mean()) for it in quarter.unique()]
             if len(shares) < 4 or min(shares) < 0.25 or np.mean(shares) < 0.6:
+                seen &= ~(strip & is_cut)  # windows half over the band
                 break
-            seen &= ~strip
+            seen, is_cut = seen & ~strip, True
     return seen
 
 
@@ -3344,7 +3346,10 @@ def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Match]]) -> Iterator[
     """
     repeated = engine.store.db.execute(f"SELECT digest FROM {USABLE} GROUP BY digest HAVING count(*) > 1")
     contents = {*pairs, *(digest for (digest,) in repeated)}
-    left = {digest: files for digest in contents if (files := different_files(engine, digest))}
+    # Hashed again: a file may have changed and kept its size and time
+    left = {it: same for it in contents if (same := [
+        path for path in different_files(engine, it) if read_path(path, lambda _: True).digest == it
+    ])}  # fmt: skip
     order = dict[bytes, tuple[Any, ...]]()
     for digest, files in left.items():
         lets_go = sum(match.lost is None and other in left for other, match in pairs.get(digest, {}).items())
@@ -3357,10 +3362,7 @@ def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Match]]) -> Iterator[
             continue
         first, *same = left.pop(keep)
         scores = scored(engine, keep, others)
-        # Hashed again: a file may have changed and kept its size and time
-        found = [
-            Match(0, path, 1.0, True, "identical") for path in same if read_path(path, lambda _: True).digest == keep
-        ]
+        found = [Match(0, path, 1.0, True, "identical") for path in same]
         matches = [(pairs[keep][other], other) for other in others]
         for match, other in sorted(
             matches, key=lambda it: (-LABELS.index(it[0].label or "copy"), -scores.get(it[1], 0), left[it[1]])
