@@ -3379,7 +3379,10 @@ def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Match]]) -> Iterator[
     """
     repeated = engine.store.db.execute(f"SELECT digest FROM {USABLE} GROUP BY digest HAVING count(*) > 1")
     contents = {*pairs, *(digest for (digest,) in repeated)}
-    left = {digest: files for digest in contents if (files := different_files(engine, digest))}
+    # Hashed again: a file may have changed and kept its size and time
+    left = {it: same for it in contents if (same := [
+        path for path in different_files(engine, it) if read_path(path, lambda _: True).digest == it
+    ])}  # fmt: skip
     order = dict[bytes, tuple[Any, ...]]()
     for digest, files in left.items():
         lets_go = sum(match.lost is None and other in left for other, match in pairs.get(digest, {}).items())
@@ -3392,10 +3395,7 @@ def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Match]]) -> Iterator[
             continue
         first, *same = left.pop(keep)
         scores = scored(engine, keep, others)
-        # Hashed again: a file may have changed and kept its size and time
-        found = [
-            Match(0, path, 1.0, True, "identical") for path in same if read_path(path, lambda _: True).digest == keep
-        ]
+        found = [Match(0, path, 1.0, True, "identical") for path in same]
         matches = [(pairs[keep][other], other) for other in others]
         for match, other in sorted(
             matches, key=lambda it: (-LABELS.index(it[0].label or "copy"), -scores.get(it[1], 0), left[it[1]])

@@ -1,0 +1,215 @@
+"""--duplicates: what may be deleted, and what is kept. Without any one of the rules, a test here lists a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import encoded
+from drawings import photo, two_frames
+from PIL import Image, ImageOps, TiffImagePlugin
+
+import main
+
+IMAGES = Path("bulk_images")
+PICTURE = photo(2, (400, 300))
+
+
+@pytest.fixture(autouse=True)
+def images(alone: None) -> None:
+    IMAGES.mkdir()
+
+
+def put(name: str, content: bytes, age: float = 0) -> Path:
+    (path := IMAGES / name).write_bytes(content)
+    os.utime(path, (1.7e9 - age, 1.7e9 - age))
+    return path
+
+
+def duplicates(run, *args: object) -> Any:
+    outcome = run("--duplicates", *args, "--model", "offline", "-q", "--no-report")
+    assert outcome.status == 0, outcome
+    return outcome.stdout
+
+
+def listed(run, *args: object) -> list[str]:
+    return [Path(path).name for path in duplicates(run, *args, "-0").split("\0")[:-1]]
+
+
+def group(run) -> tuple[str, dict[str, str | None]]:
+    """The file to keep, and what is lost with each other one."""
+    (found,) = map(json.loads, duplicates(run, "--json").splitlines())
+    return Path(found["keep"]).name, {Path(match["path"]).name: match["lost"] for match in found["matches"]}
+
+
+def camera(place: bool = False) -> Image.Exif:
+    exif = Image.Exif()
+    exif[271] = "Maker"
+    if place:
+        exif.get_ifd(0x8825).update({1: "N", 2: (48.0, 1.0, 0.0)})
+    return exif
+
+
+def place() -> Image.Exif:
+    exif = Image.Exif()
+    exif.get_ifd(0x8825).update({1: "N", 2: (48.0, 1.0, 0.0)})
+    return exif
+
+
+def raw() -> bytes:
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    info[50706], info.tagtype[50706] = b"\1\4\0\0", 1  # DNGVersion
+    return encoded(PICTURE, "TIFF", tiffinfo=info)
+
+
+def several(kind: str, **options: Any) -> bytes:
+    others = [photo(seed, PICTURE.size) for seed in (5, 6)]
+    return encoded(PICTURE, kind, save_all=True, append_images=others, **options)
+
+
+def with_alpha() -> Image.Image:
+    image = PICTURE.convert("RGBA")
+    image.putalpha(Image.fromarray(np.indices((300, 400)).sum(0).clip(200, 255).astype(np.uint8)))
+    return image
+
+
+def frame(n: int) -> Image.Image:
+    return two_frames(3)[n]
+
+
+KEPT_FOR_ITS_CAMERA: dict[str, tuple[Callable[[], bytes], Callable[[], Image.Image], str]] = {
+    # the file, the picture that is kept beside it, and what is lost with the file
+    "a crop": (lambda: encoded(PICTURE), lambda: PICTURE.crop((45, 35, 355, 267)), "all but a crop of 60 %"),
+    "a smaller one": (lambda: encoded(PICTURE), lambda: PICTURE.resize((360, 270)), "resolution"),
+    "mirrored": (lambda: encoded(PICTURE), lambda: ImageOps.mirror(PICTURE), "mirrored"),
+    "turned": (lambda: encoded(PICTURE), lambda: PICTURE.transpose(Image.Transpose.ROTATE_180), "turned 180°"),
+    "a negative": (lambda: encoded(PICTURE), lambda: ImageOps.invert(PICTURE), "inverted"),
+    "grey": (lambda: encoded(PICTURE), lambda: PICTURE.convert("L"), "colour"),
+    "the next frame": (lambda: encoded(frame(0)), lambda: frame(1), "small parts that differ"),
+    "pages": (lambda: several("TIFF"), lambda: PICTURE, "3 pages"),
+    "frames": (lambda: several("PNG"), lambda: PICTURE, "3 frames"),
+    "RAW": (raw, lambda: PICTURE, "RAW data"),
+    "16 bits": (
+        lambda: encoded(Image.fromarray(np.asarray(PICTURE.convert("L")).astype(np.uint16) * 257)),
+        lambda: PICTURE.convert("L"),
+        "16 bits",
+    ),
+    "transparency": (lambda: encoded(with_alpha()), lambda: PICTURE, "transparency"),
+    "a place": (lambda: encoded(PICTURE, "JPEG", quality=90, exif=place()), lambda: PICTURE, "a place"),
+}
+
+
+@pytest.mark.parametrize("rule", KEPT_FOR_ITS_CAMERA)
+def test_a_file_is_not_listed_if_something_is_lost_with_it(rule, run):
+    """The other file is kept: it alone has camera metadata."""
+    make, picture, words = KEPT_FOR_ITS_CAMERA[rule]
+    put("file.tif", make())
+    put("kept.jpg", encoded(picture(), "JPEG", quality=95, exif=camera()))
+    assert group(run) == ("kept.jpg", {"file.tif": words})
+    assert listed(run) == []
+    text = duplicates(run)
+    assert f"lost with it: {words}" in text
+
+
+def test_nothing_is_lost_with_what_was_resaved_made_smaller_cut_or_made_grey(run):
+    put("file.png", encoded(PICTURE))
+    others = {
+        "resaved.jpg": encoded(PICTURE, "JPEG", quality=40),
+        "half.jpg": encoded(PICTURE.resize((200, 150)), "JPEG", quality=80),
+        "crop.png": encoded(PICTURE.crop((45, 35, 355, 267))),
+        "grey.png": encoded(PICTURE.convert("L")),
+        "a little smaller.png": encoded(PICTURE.resize((388, 291), Image.Resampling.BICUBIC)),
+    }
+    for name, content in others.items():
+        put(name, content)
+    assert group(run) == ("file.png", dict.fromkeys(others))
+    assert sorted(listed(run)) == sorted(others)
+
+
+def test_a_raw_file_and_its_picture_are_never_listed_for_one_another(run):
+    put("file.jpg", encoded(PICTURE, "JPEG", quality=90))
+    put("file.dng", raw(), age=100)
+    assert listed(run) == []
+    keep, lost = group(run)
+    assert list(lost.values()) == [{"file.dng": "the developed picture", "file.jpg": "RAW data"}[keep]]
+
+
+def test_a_raw_file_is_told_by_its_suffix_too(run):
+    put("file.nef", encoded(PICTURE, "TIFF"))
+    put("kept.jpg", encoded(PICTURE, "JPEG", quality=95, exif=camera()))
+    assert group(run) == ("kept.jpg", {"file.nef": "RAW data"}) and listed(run) == []
+
+
+def test_the_file_that_lets_most_others_go_is_kept_and_camera_metadata_are_not_lost(run):
+    """The one with metadata is smaller: it would let none of the others go."""
+    put("camera.jpg", encoded(PICTURE.resize((200, 150)), "JPEG", quality=90, exif=camera()))
+    put("large.png", encoded(PICTURE))
+    put("resaved.jpg", encoded(PICTURE, "JPEG", quality=60))
+    assert group(run) == ("large.png", {"camera.jpg": "camera metadata", "resaved.jpg": None})
+    assert listed(run) == ["resaved.jpg"]
+
+
+@pytest.mark.parametrize("exif", [Image.Exif(), camera()], ids=["plain", "camera"])
+def test_a_damaged_file_is_never_kept_before_a_whole_one(exif, run):
+    content = encoded(PICTURE.resize((800, 600)), "JPEG", quality=95, exif=exif)
+    put("damaged.jpg", content[:-20], age=100)
+    put("whole.jpg", encoded(PICTURE, "JPEG", quality=60))
+    keep, lost = group(run)
+    assert keep == "whole.jpg" and "whole.jpg" not in listed(run) and list(lost) == ["damaged.jpg"]
+
+
+def test_a_file_that_has_changed_under_its_old_size_and_time_is_not_listed_as_identical(run):
+    first, second = (put(name, encoded(PICTURE, "BMP")) for name in ("1.bmp", "2.bmp"))
+    assert listed(run, "identical") == ["2.bmp"]
+    for path in (second, first):  # the one that would go, and the one that stays
+        before = os.stat(path)
+        path.write_bytes(encoded(photo(9, PICTURE.size), "BMP"))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert os.stat(path).st_size == before.st_size
+        assert listed(run, "identical") == []
+        path.write_bytes(encoded(PICTURE, "BMP"))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def dotted(n: int) -> Image.Image:
+    """A picture that differs in one pixel, so that files have other bytes, but the same size."""
+    image = PICTURE.copy()
+    image.putpixel((n, 0), (0, 0, 0))
+    return image
+
+
+TIES: dict[str, tuple[tuple[bytes, float], tuple[bytes, float]]] = {  # file a, not kept, and b, kept; with their ages
+    "camera metadata": (
+        (encoded(PICTURE.resize((404, 303)), "PNG"), 100),
+        (encoded(PICTURE, "JPEG", quality=50, exif=camera()), 0),
+    ),
+    "most pixels": ((encoded(PICTURE, "PNG"), 100), (encoded(PICTURE.resize((408, 306)), "JPEG", quality=60), 0)),
+    "most bytes": ((encoded(PICTURE, "JPEG", quality=60), 100), (encoded(PICTURE, "PNG"), 0)),
+    "oldest": ((encoded(dotted(1), "BMP"), 0), (encoded(dotted(2), "BMP"), 100)),
+}
+
+
+@pytest.mark.parametrize("order", TIES)
+def test_of_files_that_may_go_for_one_another_the_best_is_kept(order, run):
+    for name, (content, age) in zip("ab", TIES[order]):
+        put(name, content, age)
+    assert group(run) == ("b", {"a": None}) and listed(run) == ["a"]
+
+
+def test_of_files_alike_in_all_the_first_by_path_is_kept(run):
+    for n, name in enumerate("cab"):
+        put(name, encoded(dotted(n), "BMP"))
+    assert sorted(listed(run)) == ["b", "c"] and group(run)[0] == "a"
+
+
+def test_the_words_of_what_is_lost_are_null_in_json_where_nothing_is(run):
+    put("1.png", encoded(PICTURE))
+    put("2.jpg", encoded(PICTURE, "JPEG", quality=50))
+    (found,) = map(json.loads, duplicates(run, "--json").splitlines())
+    (match,) = found["matches"]
+    assert "lost" in match and match["lost"] is None and match["label"] == "copy"

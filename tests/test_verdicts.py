@@ -1,0 +1,318 @@
+"""Section Verdicts: copy, variant or neither, on what people have beside photographs. The drawings are in drawings.py."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drawings import (
+    bar_code,
+    bricks,
+    card,
+    chart,
+    chat,
+    comic_page,
+    comic_strip,
+    drawing,
+    flag,
+    form,
+    meme,
+    panel,
+    photo,
+    qr_code,
+    table,
+    text_page,
+    two_frames,
+    watermarked,
+)
+from PIL import Image, ImageDraw, ImageOps
+
+import main
+
+IMAGES = Path("bulk_images")
+ONE, OTHER = ("WHEN THE TESTS", "ARE GREEN"), ("NOBODY AT ALL", "MY CODE AT NIGHT")
+NATION = ("red", "white", "blue", "green")
+
+
+def verdict(one: Image.Image, other: Image.Image) -> main.Verdict | None:
+    """The verdict on two pictures, which is the same in both directions."""
+    a, b = main.Shown.of(one), main.Shown.of(other)
+    found, back = main.compare(a, b), main.compare(b, a)
+    assert (found is None) == (back is None)
+    if found and back:
+        assert (found.label, found.covers, found.differs) == (back.label, back.covers[::-1], back.differs)
+        assert found.boxes == back.boxes[::-1]
+    return found
+
+
+def dark(seed: int, most: int = 110) -> Image.Image:
+    return watermarked(photo(seed, most=most))
+
+
+def half(image: Image.Image) -> Image.Image:
+    return image.resize((image.width // 2, image.height // 2))
+
+
+VARIANTS: dict[str, Callable[[], tuple[Image.Image, Image.Image]]] = {
+    "one form, two persons": lambda: (form(1), form(2)),
+    "eight and nine": lambda: (card(8, "spade"), card(9, "spade")),
+    "seven and eight": lambda: (card(7, "heart"), card(8, "heart")),
+    "two black suits": lambda: (card(8, "spade"), card(8, "club")),
+    "two red suits": lambda: (card(8, "heart"), card(8, "diamond")),
+    "one stripe of a flag": lambda: (flag(NATION), flag(("red", "white", "red", "green"))),
+    "two memes": lambda: (meme(1, *ONE), meme(1, *OTHER)),
+    "memes with the same line below": lambda: (meme(1, *ONE), meme(1, OTHER[0], ONE[1])),
+}
+DIFFERENT: dict[str, Callable[[], tuple[Image.Image, Image.Image]]] = {  # variants, or none: both are right
+    "tables": lambda: (table(1), table(2)),
+    "tables, one of half size": lambda: (table(1), half(table(2))),
+    "charts": lambda: (chart(1), chart(2)),
+    "charts, one of half size": lambda: (chart(1), half(chart(2))),
+    "a red and a black suit": lambda: (card(8, "heart"), card(8, "spade")),
+    "flags": lambda: (flag(NATION), flag(("black", "yellow", "red", "purple"))),
+    "flags of the same colours": lambda: (flag(NATION), flag(("blue", "white", "red", "green"))),
+    "bar codes": lambda: (bar_code(1), bar_code(2)),
+    "codes": lambda: (qr_code(1), qr_code(2)),
+    "bricks in negative colours": lambda: (
+        bricks(wall="black", joint="white"), bricks(wall="white", joint="black", row=24)
+    ),
+    "bricks of other rows": lambda: (bricks(), bricks(row=24)),
+    "dark photographs under one watermark": lambda: (dark(1), dark(2)),
+    "faces": lambda: (drawing(1), drawing(1, smile=False)),
+    "chats": lambda: (chat(1), chat(2)),
+    "text": lambda: (text_page(1), text_page(2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_what_differs_in_a_part_is_a_variant(kind):
+    found = verdict(*VARIANTS[kind]())
+    assert found and found.label == "variant" and found.differs > 0.01 and found.boxes[1]
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_what_only_has_the_same_layout_is_no_copy(kind):
+    found = verdict(*DIFFERENT[kind]())
+    assert found is None or found.label == "variant"
+
+
+@pytest.mark.parametrize("seed", [(1, 2), (5, 6)])
+def test_photographs_that_have_nothing_in_common_have_no_verdict(seed):
+    assert verdict(*map(photo, seed)) is None
+
+
+def resaved(image: Image.Image) -> Image.Image:
+    image.save(stream := io.BytesIO(), "JPEG", quality=40)
+    return Image.open(stream)
+
+
+def cropped(image: Image.Image) -> Image.Image:
+    """Without its margins: 60 % of it are left."""
+    (width, height), share = image.size, 0.6**0.5
+    left, top = int(width * (1 - share) * 0.5), int(height * (1 - share) * 0.4)
+    return image.crop((left, top, left + int(width * share), top + int(height * share)))
+
+
+EDITS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "resaved": resaved,
+    "half": half,
+    "mirrored": ImageOps.mirror,
+    "turned": lambda image: image.transpose(Image.Transpose.ROTATE_270),
+    "grey": lambda image: image.convert("L"),
+    "crop": cropped,
+}
+KINDS: dict[str, Callable[[], Image.Image]] = {
+    "form": lambda: form(1),
+    "table": lambda: table(1),
+    "card": lambda: card(9, "spade"),
+    "flag": lambda: flag(NATION),
+    "bar code": lambda: bar_code(1),
+    "code": lambda: qr_code(1),
+    "chart": lambda: chart(1),
+    "text": lambda: text_page(1),
+    "meme": lambda: meme(1, *ONE),
+    "dark": lambda: dark(1),
+    "chat": lambda: chat(1),
+    "photograph": lambda: photo(1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_edit_of_the_whole_makes_a_copy(kind):
+    picture = KINDS[kind]()
+    shown = main.Shown.of(picture)
+    for name, edit in EDITS.items():
+        if (kind, name) == ("bar code", "crop"):  # it repeats itself: its parts lie in several places
+            continue
+        edited = main.Shown.of(edit(picture))
+        found = main.compare(edited, shown)
+        assert found and found.label == "copy" and found.differs == 0 and not found.hint.inverted, name
+        assert found.covers == pytest.approx((1, 0.6 if name == "crop" else 1), abs=0.03), name
+        words = {"mirrored": ["mirrored"], "turned": ["turned 90°"]}.get(name, [])
+        assert main.edit_words(found.hint.H, edited.size, False) == words
+
+
+def test_a_negative_is_a_copy_as_a_whole_alone():
+    picture = photo(2)
+    found = verdict(picture, ImageOps.invert(picture))
+    assert found and found.label == "copy" and found.hint.inverted
+    part = picture.copy()
+    part.paste(ImageOps.invert(picture.crop((120, 80, 320, 230))), (120, 80))
+    found = verdict(picture, part)
+    assert found and found.label == "variant"
+
+
+def test_two_frames_of_a_film_are_copies_in_a_search():
+    found = verdict(*two_frames(3))
+    assert found and found.label == "copy"
+
+
+def captioned(image: Image.Image) -> Image.Image:
+    """A bar with text over the bottom, which an app may put there."""
+    image = image.copy()
+    canvas = ImageDraw.Draw(image)
+    canvas.rectangle((0, 300, image.width, image.height), fill="black")
+    for x in range(10, image.width, 60):
+        canvas.text((x, 318), "HAHA", "white")
+    return image
+
+
+def test_a_bar_along_an_edge_is_not_shown_rather_than_different():
+    found = verdict(photo(2), captioned(photo(2)))
+    assert found and found.label == "copy"
+    assert found.covers == pytest.approx((300 / 360, 300 / 360), abs=0.05)
+
+
+STICKER = (200, 150, 270, 210)
+
+
+def with_sticker(image: Image.Image, box: tuple[int, int, int, int] = STICKER) -> Image.Image:
+    image = image.copy()
+    canvas = ImageDraw.Draw(image)
+    canvas.rectangle(box, fill="yellow")
+    canvas.ellipse(box, fill="red", outline="black", width=4)
+    return image
+
+
+def test_a_sticker_makes_a_variant_with_a_box_around_it():
+    found = verdict(photo(2), with_sticker(photo(2)))
+    assert found and found.label == "variant" and found.covers == pytest.approx((1, 1), abs=0.03)
+    for boxes in found.boxes:
+        (box,) = boxes
+        assert box == pytest.approx(STICKER, abs=12)
+    assert found.differs == pytest.approx(70 * 60 / (480 * 360), abs=0.02)
+
+
+def answer(run, *args: object) -> dict[str, Any]:
+    outcome = run(*args, "--model", "offline", "-q", "--no-report", "--json")
+    assert outcome.status == 0, outcome
+    return json.loads(outcome.stdout)
+
+
+def labelled(run, *args: object) -> list[tuple[str, str]]:
+    return [(Path(match["path"]).name, match["label"]) for match in answer(run, *args)["matches"]]
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A form filled in by three persons, one of them twice, and other things."""
+    (tmp_path / IMAGES).mkdir()
+    for seed in range(1, 4):
+        form(seed).save(tmp_path / IMAGES / f"form {seed}.png")
+    resaved(form(1)).save(tmp_path / IMAGES / "form 1 again.jpg", quality=40)
+    for name, image in (("text", text_page(1)), ("photo", photo(1)), ("card", card(8, "heart"))):
+        image.save(tmp_path / IMAGES / f"{name}.png")
+    return tmp_path / IMAGES
+
+
+def test_identical_files_come_first_then_copies_variants_and_the_rest(mixed, run):
+    Path("query.png").write_bytes((mixed / "form 1.png").read_bytes())
+    found = labelled(run, "query.png")
+    assert found[:2] == [("form 1.png", "identical"), ("form 1 again.jpg", "copy")]
+    assert {*found[2:4]} == {("form 2.png", "variant"), ("form 3.png", "variant")}
+    assert [label for _, label in found[4:]] == [""] * 3
+    for threshold, count in (("identical", 1), ("copy", 2), ("variant", 4)):
+        assert labelled(run, "query.png", "--threshold", threshold) == found[:count]
+    for k in (1, 3):
+        assert labelled(run, "query.png", "-k", k) == found[:k]
+
+
+def test_the_heading_counts_variants_and_a_variant_tells_how_much_and_where_it_differs(mixed, run):
+    form(9).save("query.png")
+    outcome = run("query.png", "--model", "offline", "--no-report")
+    heading, first, *_ = outcome.stdout.splitlines()
+    assert heading == "query.png  (offline, 7 images): no copy found, 4 variants"
+    assert "variant, differs " in first and first.endswith(" %, covers 100 %")
+    match = answer(run, "query.png", "--threshold", "variant", "-k", 1)["matches"][0]
+    region = match["region"]
+    assert 0 < region["differing"] < 0.2 and len(region["differs"]) >= 3
+    for left, top, right, bottom in region["differs"]:  # the fields, and not the margins
+        assert 8 < left < right < 592 and 90 < top < bottom < 645
+
+
+def test_a_sticker_is_outlined_in_pixels_of_the_match(tmp_path, run):
+    (tmp_path / IMAGES).mkdir()
+    photo(2).resize((960, 720), Image.Resampling.BICUBIC).save(tmp_path / IMAGES / "large.png")
+    with_sticker(photo(2)).save("query.png")
+    (match,) = answer(run, "query.png", "-k", 1)["matches"]
+    (box,) = match["region"]["differs"]
+    assert match["label"] == "variant" and box == pytest.approx([2 * side for side in STICKER], abs=30)
+
+
+@pytest.mark.parametrize("make", [comic_page, comic_strip], ids=["page", "strip"])
+def test_a_panel_is_found_in_its_page_and_in_a_strip_15_times_as_high_as_wide(make, tmp_path, run):
+    (tmp_path / IMAGES).mkdir()
+    for seed in range(1, 4):
+        make(seed).save(tmp_path / IMAGES / f"{seed}.png")
+    panel(25 if make is comic_page else 205).save("query.png")
+    found = answer(run, "query.png")["matches"]
+    assert [(Path(match["path"]).name, match["label"]) for match in found][0] == ("2.png", "copy")
+    assert [match["label"] for match in found[1:]] == ["", ""]
+    page = make(2).size
+    assert found[0]["region"]["covers"] == pytest.approx(330 * 240 / (page[0] * page[1]), rel=0.15)
+
+
+def reencoded(count: int) -> None:
+    """`count` files of one picture, in three formats and sizes, in the collection."""
+    IMAGES.mkdir()
+    picture = photo(7, (160, 120))
+    for n in range(count):
+        kind, size = (("JPEG", (160, 120)), ("WEBP", (160, 120)), ("JPEG", (120, 90)))[n % 3]
+        picture.resize(size).save(IMAGES / f"{n}.{kind.lower()}", kind, quality=90 - 5 * (n // 3))
+
+
+def test_there_is_no_limit_to_the_copies_that_are_found(run):
+    reencoded(36)
+    photo(7, (160, 120)).save("query.png")
+    found = labelled(run, "query.png", "-k", 50, "--threshold", "copy")
+    assert len(found) == 36 and {label for _, label in found} == {"copy"}
+
+
+def test_more_copies_than_are_compared_at_once_are_one_group(run):
+    reencoded(11)
+    outcome = run("--duplicates", "--model", "offline", "-q", "--no-report", "--json")
+    (group,) = map(json.loads, outcome.stdout.splitlines())
+    assert Path(group["keep"]).name == "0.jpeg" and len(group["matches"]) == 10
+
+
+def test_of_distinct_pictures_none_is_listed_for_deletion(tmp_path, run):
+    """Pairs with one layout are variants: groups only if asked for, with what would be lost."""
+    (tmp_path / IMAGES).mkdir()
+    for name, make in (VARIANTS | DIFFERENT).items():
+        if "half" not in name:
+            for n, image in enumerate(make()):
+                image.save(tmp_path / IMAGES / f"{name} {n}.png")
+    run("--duplicates", "identical", "-0", "--model", "offline", "-q", "--no-report")  # what is drawn twice here
+    args = ("--model", "offline", "-q", "--no-report")
+    for group in run("--duplicates", "identical", *args, "-0").stdout.split("\0")[:-1]:
+        Path(group).unlink()
+    assert run("--duplicates", *args).stdout == ""
+    assert run("--duplicates", "variant", "-0", *args).stdout == ""
+    groups = [json.loads(line) for line in run("--duplicates", "variant", "--json", *args).stdout.splitlines()]
+    assert len(groups) > 5
+    for match in (match for group in groups for match in group["matches"]):
+        assert match["label"] == "variant" and "what differs" in match["lost"]
