@@ -1,4 +1,4 @@
-"""Section Verdicts: copy, variant or neither, on what people have beside photographs. The drawings are in drawings.py."""
+"""Section Verdicts: copy, variant or neither, on what people have beside photographs, drawn by drawings.py."""
 
 from __future__ import annotations
 
@@ -270,7 +270,7 @@ def test_a_panel_is_found_in_its_page_and_in_a_strip_15_times_as_high_as_wide(ma
         make(seed).save(tmp_path / IMAGES / f"{seed}.png")
     panel(25 if make is comic_page else 205).save("query.png")
     found = answer(run, "query.png")["matches"]
-    assert [(Path(match["path"]).name, match["label"]) for match in found][0] == ("2.png", "copy")
+    assert next((Path(match["path"]).name, match["label"]) for match in found) == ("2.png", "copy")
     assert [match["label"] for match in found[1:]] == ["", ""]
     page = make(2).size
     assert found[0]["region"]["covers"] == pytest.approx(330 * 240 / (page[0] * page[1]), rel=0.15)
