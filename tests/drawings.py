@@ -10,14 +10,14 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-WORDS = (
+WORDS = (  # noqa: SIM905
     "amber basket candle dragon eleven fountain garden harbour island jacket kettle ladder meadow needle "
     "orange pepper quarry ribbon saddle timber under valley window yellow zipper anchor bridge copper "
     "desert engine forest glacier hammer iron jungle kitchen lantern mirror nickel oyster pocket "
-).split()  # noqa: SIM905
-NAMES = (
+).split()
+NAMES = (  # noqa: SIM905
     "Abel Bruno Carla Dora Edgar Frida Gustav Hanna Igor Jutta Karim Lydia Moritz Nadia Oskar Paula Quirin "
-).split()  # noqa: SIM905
+).split()
 
 
 @cache
