@@ -269,7 +269,7 @@ def test_a_decoder_that_crashes_costs_one_file(names, with_faults, collection):
     draw(50).save(images / "new.png")
     later = with_faults(*ask)
     assert "the last run crashed" in runs[-1].stderr and "the last run crashed" not in later.stderr, later
-    assert sorted(contents(cache_folder())) == ["index.faiss", "index.sqlite", "lock"]
+    assert sorted(contents(cache_folder())) == ["copies.faiss", "index.faiss", "index.sqlite", "lock"]
 
 
 def test_a_collection_of_bombs_costs_no_picture(zygote, collection):
