@@ -1490,7 +1490,7 @@ PROPOSALS = 5  # of the proposed transforms, so many are fitted: those that most
 SPOT = 6.0  # pixels: points that are nearer to each other count as one
 FEWEST = 5  # points that agree, at least, in a transform (of unrelated photographs, 2 to 3 do)
 TRIED = 3  # transforms that are compared closely, at most
-THUMB, ROUGH, SIDE = 32, 96, 384  # pixels of the longer side: to compare roughly, less roughly, and closely
+THUMB, ROUGH, CLOSE = 32, 96, 384  # pixels of the longer side: to compare roughly, less roughly, and closely
 ALIKE_THUMBS, ALIKE_ROUGHLY = 0.6, 0.35  # least correlation for a transform to be looked at more closely
 WINDOW_SIDE, STEP = 10, 5  # pixels of a window, and from one to the next
 FLAT = 6.0  # of 255: windows with a smaller deviation show nothing that could be compared
@@ -1720,7 +1720,7 @@ def overlay(hint: Hint, a: Shown, b: Shown, side: int) -> Overlay | None:
     near = moved(back, np.array([(x, y), (x + 1, y), (x, y + 1)]))
     zoom = abs(np.linalg.det(near[1:] - near[0])) ** 0.5  # pixels of a for one of b
     detail = min(zoom * a.image.width / a.size[0], b.image.width / b.size[0])  # pixels that are there for one of b
-    scale = min(side / max(high - low), max(detail, min(2 * detail, SIDE / max(high - low))))
+    scale = min(side / max(high - low), max(detail, min(2 * detail, CLOSE / max(high - low))))
     w, h = (max(WINDOW_SIDE + 2, round(length * scale)) for length in high - low)
     to_b = np.array([((high[0] - low[0]) / w, 0, low[0]), (0, (high[1] - low[1]) / h, low[1]), (0, 0, 1)])
     to_a = back @ to_b
@@ -1928,7 +1928,7 @@ def blocks_of(windows: torch.Tensor) -> list[np.ndarray]:
 
 
 def judged(
-    hint: Hint, a: Shown, b: Shown, side: int = SIDE, largest: int = LARGEST
+    hint: Hint, a: Shown, b: Shown, side: int = CLOSE, largest: int = LARGEST
 ) -> tuple[int, float, Verdict | None]:
     """The verdict on two pictures by an exact transform, and how good the transform is.
 
@@ -1970,7 +1970,7 @@ def judged(
 
 def exact(hint: Hint, a: Shown, b: Shown) -> Hint:
     """The hint, its transform exact to a pixel of the frame on which two pictures are compared."""
-    return refined(refined(hint, a, b, SIDE // 3, 3, 16, 3), a, b, SIDE, 1, WINDOW_SIDE, 2)
+    return refined(refined(hint, a, b, CLOSE // 3, 3, 16, 3), a, b, CLOSE, 1, WINDOW_SIDE, 2)
 
 
 def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
@@ -3163,7 +3163,7 @@ def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]
 PAIRED = 100  # contents that `pairs_by_score` compares with each content, at most
 WHOLE = 0.95  # share of a picture's area from which on it counts as all of it
 ALL_SHOWN, AS_LARGE = 0.98, 0.95  # least share that the file to keep shows, and of its resolution, if nothing is lost
-LARGEST_LOST, FULL_SIDE = 2, 6000  # as LARGEST and SIDE, where a file may be deleted
+LARGEST_LOST, FULL_SIDE = 2, 6000  # as LARGEST and CLOSE, where a file may be deleted
 
 Pairs = Iterator[tuple[bytes, bytes, Match]]  # keep, other, and the Match of the other, still without a path
 
@@ -3219,7 +3219,7 @@ def differ_in_full(verdict: Verdict, a: Shown, b: Shown) -> bool:
     hint = verdict.hint
     smaller, larger, hint = (a, b, hint) if math.prod(a.size) < math.prod(b.size) else (b, a, verdict.reversed().hint)
     side = min(max(smaller.size), FULL_SIDE)
-    if side > SIDE:
+    if side > CLOSE:
         hint = refined(hint, smaller, larger, side, 2, 2 * WINDOW_SIDE, 2)
     *_, found = judged(hint, smaller, larger, side, LARGEST_LOST)
     return not found or found.label != "copy"
