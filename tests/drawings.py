@@ -1,4 +1,4 @@
-"""Pictures of what people have beside photographs, each drawn from a seed: forms, cards, charts, codes, memes, films."""
+"""Pictures of what people have beside photographs, each drawn from a seed: forms, cards, charts, codes, memes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-WORDS = (
-    "amber basket candle dragon eleven fountain garden harbour island jacket kettle ladder meadow needle orange "
-    "pepper quarry ribbon saddle timber under valley window yellow zipper anchor bridge copper desert engine forest "
-    "glacier hammer iron jungle kitchen lantern mirror nickel oyster pocket"
-).split()
-NAMES = "Abel Bruno Carla Dora Edgar Frida Gustav Hanna Igor Jutta Karim Lydia Moritz Nadia Oskar Paula Quirin".split()
+WORDS = [word for line in (
+    "amber basket candle dragon eleven fountain garden harbour island jacket kettle ladder meadow needle orange",
+    "pepper quarry ribbon saddle timber under valley window yellow zipper anchor bridge copper desert engine forest",
+    "glacier hammer iron jungle kitchen lantern mirror nickel oyster pocket",
+) for word in line.split()]  # fmt: skip
+NAMES = ["Abel", "Bruno", "Carla", "Dora", "Edgar", "Frida", "Gustav", "Hanna", "Igor", "Jutta", "Karim", "Lydia"]
 
 
 @cache
@@ -98,7 +98,6 @@ def table(seed: int) -> Image.Image:
 
 PIPS = {8: [(0, 0), (2, 0), (0, 2), (2, 2), (0, 4), (2, 4), (1, 1), (1, 3)]}
 PIPS[9] = [(0, 0), (2, 0), (0, 1.33), (2, 1.33), (0, 2.67), (2, 2.67), (0, 4), (2, 4), (1, 2)]
-PIPS[10] = PIPS[9][:-1] + [(1, 0.67), (1, 3.33)]
 PIPS[7] = PIPS[8][:-1]
 
 

@@ -14,8 +14,6 @@ from conftest import encoded
 from drawings import photo, two_frames
 from PIL import Image, ImageOps, TiffImagePlugin
 
-import main
-
 IMAGES = Path("bulk_images")
 PICTURE = photo(2, (400, 300))
 
