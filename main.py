@@ -1753,7 +1753,7 @@ def correlations(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Correlation of each window of b with that of a moved by up to `reach` pixels, (2 reach + 1, 2 reach + 1, h, w).
 
-    Also the deviations, (h, w), of both windows, that of a not moved.
+    Also the deviations of both windows: that of a, moved likewise, (shifts, h, w), and that of b, (h, w).
     """
     a, b = over.light
     (h, w), n = b.shape, 2 * reach + 1
@@ -1763,7 +1763,7 @@ def correlations(
     mean, square = window_means(torch.stack([b, b * b]), window)
     of_a, of_b = (squares - means**2).clamp(min=0).sqrt(), (square - mean**2).clamp(min=0).sqrt()
     rho = (products - means * mean) / (of_a * of_b).clamp(min=1)
-    return rho.unflatten(0, (n, n)), of_a[n * n // 2], of_b
+    return rho.unflatten(0, (n, n)), of_a, of_b
 
 
 def seen_windows(over: Overlay, window: int = WINDOW_SIDE) -> torch.Tensor:
@@ -1777,7 +1777,7 @@ def roughly_alike(hint: Hint, a: Shown, b: Shown) -> float:
     if over is None:
         return -1.0
     rho, of_a, of_b = correlations(over, 1, 8)
-    tells = seen_windows(over, 8) & (torch.maximum(of_a, of_b) > FLAT)
+    tells = seen_windows(over, 8) & (torch.maximum(of_a[4], of_b) > FLAT)
     alike = rho.flatten(0, 1).amax(0)[tells].clamp(min=0)
     return float(alike.mean()) + 0.002 * min(hint.points, 50) if len(alike) >= 4 else -1.0
 
@@ -1813,7 +1813,8 @@ def refined(hint: Hint, a: Shown, b: Shown, side: int, reach: int, window: int, 
             return hint
         rho, of_a, of_b = correlations(over, reach, window)
         best, move, weight = offsets(rho.flatten(2))
-        good = (seen_windows(over, window) & (torch.minimum(of_a, of_b) > FLAT / 2)).flatten() & (best > 0.6)
+        rich = torch.minimum(of_a[len(of_a) // 2], of_b) > FLAT / 2
+        good = (seen_windows(over, window) & rich).flatten() & (best > 0.6)
         if good.sum() < 6:
             return hint
         move, weight = move[good], weight[good]
@@ -1939,10 +1940,12 @@ def judged(
     if over is None or min(over.b.shape[1:]) < WINDOW_SIDE + 2 or not (seen := seen_windows(over)).any():
         return -1, 0.0, None
     rho, of_a, of_b = correlations(over, 1)
-    contrasts = [it / (it[seen].mean() + 1e-3) for it in (of_a, of_b)]  # against the picture's own
-    strong, weak = torch.maximum(*contrasts), torch.minimum(*contrasts)
-    tells = seen & (strong > 1) & (torch.maximum(of_a, of_b) > FLAT)
-    differs = tells & ((rho.flatten(0, 1).amax(0) < ALIKE) | (weak < FAINT * strong)) | paint_differs(
+    telling = torch.maximum(of_a[4], of_b) > FLAT
+    of_a, of_b = of_a / (of_a[4][seen].mean() + 1e-3), of_b / (of_b[seen].mean() + 1e-3)  # against the picture's own
+    strong, weak = torch.maximum(of_a, of_b), torch.minimum(of_a, of_b)
+    tells = seen & (strong[4] > 1) & telling
+    faint = ((weak < FAINT * strong) & (strong > 1)).all(0)  # also if a is moved: else an edge may lie just outside
+    differs = tells & ((rho.flatten(0, 1).amax(0) < ALIKE) | faint) | paint_differs(
         over, seen, TINT_INVERTED if hint.inverted else TINT
     )
     kept = without_bands(over, seen, differs)
