@@ -1986,7 +1986,7 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
         hints = [hint._replace(H=np.linalg.inv(hint.H)) for hint in hints]
         found = compare(b, a, hints)
         return found and found.reversed()
-    best, found, sure, known = (False, -1), None, False, list[np.ndarray]()
+    best, found, sure, known = (False, -math.inf), None, False, list[np.ndarray]()
     for source in (itertools.chain(hints, hints_by_thumbs(a, b)), hints_by_points(a, b)):
         rated = list[tuple[float, Hint]]()
         for hint in source:
