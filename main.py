@@ -1498,6 +1498,7 @@ ALIKE, FAINT = 0.5, 0.25  # least correlation of windows that agree; least share
 LIGHT_OFF, COLOUR_OFF = 60.0, 36.0  # of 255: most that brightness and colour of a window may be off
 TINT, TINT_INVERTED = 40.0, 12.0  # of 255: most that all colours may have moved in one direction; of a negative
 LARGEST = 7  # windows in one connected block that may differ in a copy: compression and fits that are a pixel off
+SPECK = 2  # windows in a block that is too small to be shown
 TRACE = 3  # pixels along the edge of what both show that are not looked at
 TELLING = 20  # windows that agree, at least
 CERTAIN = 0.85  # share of windows that agree from which on no further transforms are tried
@@ -1962,6 +1963,8 @@ def judged(
         return agree - worst, share, None
     step, boxes = WINDOW_SIDE // 2, (list[Any](), list[Any]())
     for block in blocks if worst > largest else []:
+        if len(block) <= SPECK:
+            break  # the blocks that follow are smaller
         low, high = block.min(0)[::-1] * step, block.max(0)[::-1] * step + WINDOW_SIDE
         corners = moved(over.to_b, np.array([low, (high[0], low[1]), high, (low[0], high[1])], float))
         for found, places in zip(boxes, (moved(back, corners), corners)):
