@@ -2509,6 +2509,7 @@ RECALL = 0.998  # share of the true ten nearest that the shortlist must hold
 POINT_BLOCK = 512  # pictures whose points are added to their index at once
 FEW_POINTS = 20_000  # fewer points than this are all compared
 LIST_POINTS, TRAINING = 1200, 40  # points in a list of the index; points for each list that it is trained on
+ONE_THREAD = 200_000  # fewer points than this are trained on by one thread
 LISTS, NEIGHBOURS = 4, 4  # lists that are looked at for each point of a query; points that are taken from them
 LATER = 128  # pictures that are not in the file yet, at most: they are compared one by one
 GPU_RESERVE = 3 << 30  # bytes left to the model and to FAISS's own work
@@ -2704,7 +2705,10 @@ def new_copy_index(store: Store, points: int) -> faiss.Index:
     index = faiss.index_factory(POINT_DIM, f"IVF{lists}{graph},PQ8")
     index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # no warning
     index.cp.niter = 8
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1 if len(xt) < ONE_THREAD else threads)  # its many small steps wait for busy cores
     index.train(xt)
+    faiss.omp_set_num_threads(threads)
     return index
 
 
