@@ -3387,12 +3387,16 @@ def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Match]]) -> Iterator[
     The file to keep is the one that lets most others go. Every file of a group was compared with it: a copy of a copy
     need not be a copy of that one.
     """
-    repeated = engine.store.db.execute(f"SELECT digest FROM {USABLE} GROUP BY digest HAVING count(*) > 1")
-    contents = {*pairs, *(digest for (digest,) in repeated)}
-    # Hashed again: a file may have changed and kept its size and time
-    left = {it: same for it in contents if (same := [
-        path for path in different_files(engine, it) if read_path(path, lambda _: True).digest == it
-    ])}  # fmt: skip
+    query = f"SELECT digest FROM {USABLE} GROUP BY digest HAVING count(*) > 1"
+    listed = {digest for (digest,) in engine.store.db.execute(query)}  # contents of which a file may be deleted
+    for keep, others_of in pairs.items():
+        listed |= {it for other, match in others_of.items() if match.lost is None for it in (keep, other)}
+    left = dict[bytes, list[str]]()
+    for it in {*pairs, *listed}:
+        # Hashed again: a file may have changed and kept its size and time
+        paths = different_files(engine, it)
+        paths = [path for path in paths if it not in listed or read_path(path, lambda _: True).digest == it]
+        left |= {it: paths} if paths else {}
     order = dict[bytes, tuple[Any, ...]]()
     for digest, files in left.items():
         lets_go = sum(match.lost is None and other in left for other, match in pairs.get(digest, {}).items())
