@@ -2726,7 +2726,10 @@ def read_copy_index(store: Store, flags: int) -> CopyIndex | None:
     with suppress(TypeError, ValueError, OSError):  # there is no note, or no file
         size, checksum, *notes = json.loads(store.get_meta("copies"))
         if store.copies.stat().st_size == size and head_checksum(store.copies, notes) == checksum:
-            return CopyIndex(faiss.read_index(str(store.copies), flags), *notes)
+            if str(store.copies).isprintable():
+                return CopyIndex(faiss.read_index(str(store.copies), flags), *notes)
+            # FAISS opens no path that is not UTF-8
+            return CopyIndex(faiss.deserialize_index(np.fromfile(store.copies, np.uint8)), *notes)
         log.warning("%s is damaged or out of date: it is made again by an update", store.copies)
     return None
 
@@ -2746,7 +2749,7 @@ def open_copy_index(store: Store, work: Work = Work()) -> CopyIndex:
                 index = CopyIndex(added_points(new_copy_index(store, points), store, 0), last, points)
             with whole_file(store.copies) as stream:
                 try:
-                    faiss.write_index(index.faiss, stream.name)
+                    stream.write(faiss.serialize_index(index.faiss))
                 except RuntimeError as error:  # FAISS raises it where the disk is full
                     raise OSError(f"{store.copies} cannot be written") from error
             notes = list(index[1:3])
