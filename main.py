@@ -1412,6 +1412,8 @@ def find_points(image: Image.Image, finer: int = 0) -> Points:
     scale = point_scale(image.size)
     finer = max(0, min(finer, math.floor(0.1 - 2 * math.log2(scale))))
     size = [max(2, round(scale * 2 ** (finer / 2) * side)) for side in image.size]
+    if min(size) <= 2 * WINDOW:  # no window fits, and a line of 100 million pixels would take gigabytes
+        size = [2 * WINDOW, 2 * WINDOW]
     grey = image.convert("L").resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
     canvas, boxes = pyramid(grey, LEVELS + finer)
     longer = scale**2 * image.width * image.height / AREA
