@@ -2924,7 +2924,7 @@ def files_of(engine: Engine, query: Picture, digest: bytes) -> Iterator[str]:
         with suppress(OSError):  # it is gone
             now = File.of(file.path, os.stat(path))
             is_same = now == file or (now.size, -1) == file[1:]  # -1: only its points are missing yet
-            if is_same and (digest != query.digest or location(path) != own):
+            if is_same and (digest != query.digest is not None or location(path) != own):
                 yield path
 
 
@@ -3067,11 +3067,11 @@ def compared(
         with engine.store.db.transaction("DEFERRED"):  # one state: --rebuild, say, replaces rows meanwhile
             features = [query.made.features for query in usable]
             lists = candidate_rows(engine, features, engine.first_list) if usable else []
-            found = iter([
-                (nearest_files(engine, query, rows, k), voted(engine, query)) for query, rows in zip(usable, lists)
-            ])  # fmt: skip
+            near = [nearest_files(engine, query, rows, k) for query, rows in zip(usable, lists)]
+            if crop:  # a part is not identical to the file
+                group = [query._replace(digest=None) for query in group]
+            found = iter([(it, voted(engine, query)) for it, query in zip(near, (it for it in group if it.made))])
         for query in group:
-            query = query._replace(digest=None) if crop else query  # a part is not identical to the file
             yield query, verified(engine, query, *next(found)) if query.made else []
 
 

@@ -55,6 +55,13 @@ def test_the_same_bytes_are_identical(rich, run):
     assert [match["label"] for match in matches(run, "--threshold", "identical")] == ["identical"]
 
 
+def test_a_part_of_a_file_is_found_in_another_file_with_the_same_bytes(rich, run):
+    (rich / "again.png").write_bytes((rich / "3.png").read_bytes())
+    first, *others = matches(run, "--crop", "40,40,200,300", query="bulk_images/3.png")
+    assert (first["path"], first["label"]) == ("bulk_images/again.png", "copy") and first["region"]["covers"] < 0.3
+    assert "bulk_images/3.png" not in {match["path"] for match in others}
+
+
 def test_no_copy_is_an_answer(rich, run):
     draw_rich(1000).save("query.jpg")
     assert "no copy found" in run("query.jpg", "--model", "offline").stdout.splitlines()[0]
