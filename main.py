@@ -1333,21 +1333,21 @@ def find_blobs(canvas: torch.Tensor, boxes: torch.Tensor, counts: torch.Tensor, 
     levels = torch.zeros(canvas.shape, dtype=torch.uint8)  # the number of the level + 1 where a window fits, else 0
     for number, (left, top, w, h, *_) in enumerate(boxes.long().tolist(), start=1):
         levels[top + WINDOW : max(0, top + h - WINDOW), left + WINDOW : max(0, left + w - WINDOW)] = number
-    level, D, width = levels[y, x].long() - 1, D.flatten(), canvas.shape[1]
+    width = canvas.shape[1]
     place = y * width + x
-    xx, yy = D[place + 1] + D[place - 1] - 2 * D[place], D[place + width] + D[place - width] - 2 * D[place]
-    xy = (D[place + width + 1] + D[place - width - 1] - D[place - width + 1] - D[place + width - 1]) / 4
-    # One curvature is at most 10 times the other
-    place = place[(level >= 0) & ((xx + yy) ** 2 * 10 < 11**2 * (xx * yy - xy**2))]
-    place = place[D[place].abs().argsort(descending=True, stable=True)]
-    y, x = place // width, place % width
-    level = levels[y, x].long() - 1
-    left, top, w, h, *_ = boxes.long()[level].T
+    place = place[levels.take(place) > 0]
+    steps = torch.tensor([[down * width + across for across in (-1, 0, 1)] for down in (-1, 0, 1)])
+    (a, up, b), (left, mid, right), (c, low, d) = D.take(place + steps[..., None])
+    xx, yy, xy = left + right - 2 * mid, up + low - 2 * mid, (a + d - b - c) / 4
+    kept = ((xx + yy) ** 2 * 10 < 11**2 * (xx * yy - xy**2)).nonzero()[:, 0]  # one curvature is at most 10 × the other
+    place = place.take(kept).take(mid.take(kept).abs().argsort(descending=True, stable=True))
+    y, x, level = place // width, place % width, levels.take(place).long() - 1
+    left, top, w, h = boxes[:, :4].long().T[:, level]
     across, down = cells
     cell = (level * down + down * (y - top) // h) * across + across * (x - left) // w
     order = (level * len(level) + place_in_group(cell)).argsort(stable=True)
     order = order[place_in_group(level[order]) < counts[level[order]]]
-    return torch.stack([level, x, y, (D[place] > 0).long()])[:, order]
+    return torch.stack([level, x, y, (D.take(place) > 0).long()])[:, order]
 
 
 @cache
@@ -1377,15 +1377,15 @@ def describe_points(
     steps = (torch.arange(SAMPLES) + 0.5) * (2 * WINDOW / SAMPLES) - WINDOW
     window = torch.complex(*torch.meshgrid(steps, steps, indexing="xy")).flatten()
     weight = torch.exp(-(window.abs() ** 2) / (2 * WINDOW**2)) * (1 - 2 * dark)
-    dy, dx = torch.gradient(canvas)
-    gradient = torch.complex(dx, dy).flatten()
     left, top, w, h, *_ = boxes.long()[level[:, 0]].T[..., None]
 
     def gradients(offsets: torch.Tensor) -> torch.Tensor:  # (n, samples), weighted, at these offsets from each point
         # Not the outermost pixels of a level: their gradient would see the next level
         column = torch.minimum(torch.maximum((x + offsets.real).round().long(), left + 1), left + w - 2)
         row = torch.minimum(torch.maximum((y + offsets.imag).round().long(), top + 1), top + h - 2)
-        return gradient[row * canvas.shape[1] + column] * weight
+        at, below = row * canvas.shape[1] + column, canvas.shape[1]
+        dx, dy = (canvas.take(at + step) - canvas.take(at - step) for step in (1, below))
+        return torch.complex(dx, dy) / 2 * weight
 
     mean = gradients(window[None]).sum(1, keepdim=True)
     direction = torch.polar(torch.ones_like(mean.real), mean.angle())
