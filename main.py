@@ -1678,8 +1678,9 @@ class Overlay:
     def light(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Brightness of both, (h, w), slightly blurred."""
         grey = torch.einsum("nchw,c->nhw", torch.stack([self.a, self.b]), torch.tensor(OPPONENT[0]))[:, None]
-        grey = torch.nn.functional.pad(grey, (1, 1, 1, 1), mode="replicate")
-        first, second = torch.nn.functional.avg_pool2d(grey, 3, 1)[:, 0]
+        grey = torch.nn.functional.pad(grey, (1, 1, 1, 1), mode="replicate")[:, 0]
+        rows = grey[:, :-2] + grey[:, 1:-1] + grey[:, 2:]
+        first, second = (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) / 9
         return first, second
 
 
@@ -1737,7 +1738,8 @@ def overlay(hint: Hint, a: Shown, b: Shown, side: int) -> Overlay | None:
     size = [max(4, round(length * min(most, scale / zoom))) for length in end - start]
     source = resized(a, np.concatenate([start, end]), size)
     ys, xs = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
-    found = torch.stack([xs, ys, torch.ones_like(xs)], -1) @ torch.from_numpy(to_a.T).float()
+    of_x, of_y, of_one = torch.from_numpy(to_a.T).float()
+    found = xs[..., None] * of_x + (ys[..., None] * of_y + of_one)
     place = found[..., :2] / found[..., 2:]
     grid = (place - torch.from_numpy(start).float()) / torch.from_numpy(end - start).float() * 2 - 1
     warped = torch.nn.functional.grid_sample(source[None], grid[None], padding_mode="border", align_corners=False)[0]
@@ -1747,8 +1749,10 @@ def overlay(hint: Hint, a: Shown, b: Shown, side: int) -> Overlay | None:
 
 
 def window_means(planes: torch.Tensor, window: int = WINDOW_SIDE) -> torch.Tensor:
-    """The means of planes (n, h, w) in each window."""
-    return torch.nn.functional.avg_pool2d(planes[:, None], window, window // 2)[:, 0]
+    """The means of planes (n, h, w) in each window: of four quarters, which are means of pixels."""
+    quarters = torch.nn.functional.avg_pool2d(planes[:, None], window // 2)[:, 0]
+    halves = quarters[:, 1:] + quarters[:, :-1]
+    return (halves[:, :, 1:] + halves[:, :, :-1]) / 4
 
 
 def correlations(
@@ -1761,11 +1765,11 @@ def correlations(
     a, b = over.light
     (h, w), n = b.shape, 2 * reach + 1
     framed = torch.nn.functional.pad(a[None, None], (reach,) * 4, mode="replicate")[0, 0]
-    shifted = torch.stack([framed[dy : dy + h, dx : dx + w] for dy, dx in itertools.product(range(n), repeat=2)])
-    means, squares, products = (window_means(it, window) for it in (shifted, shifted**2, shifted * b))
-    mean, square = window_means(torch.stack([b, b * b]), window)
-    of_a, of_b = (squares - means**2).clamp(min=0).sqrt(), (square - mean**2).clamp(min=0).sqrt()
-    rho = (products - means * mean) / (of_a * of_b).clamp(min=1)
+    shifted = torch.stack([framed[y : y + h, x : x + w] for y, x in itertools.product(range(n), repeat=2)])
+    means, squares, products = (window_means(it, window) for it in (shifted, shifted * shifted, shifted * b))
+    b_mean, b_square = window_means(torch.stack([b, b * b]), window)
+    of_a, of_b = (squares - means * means).clamp(min=0).sqrt(), (b_square - b_mean * b_mean).clamp(min=0).sqrt()
+    rho = (products - means * b_mean) / (of_a * of_b).clamp(min=1)
     return rho.unflatten(0, (n, n)), of_a, of_b
 
 
@@ -1829,14 +1833,15 @@ def refined(hint: Hint, a: Shown, b: Shown, side: int, reach: int, window: int, 
         # The move of a place (u, v) by a small affine change (six columns) and a small change of perspective (two)
         A = torch.stack([one, u, v, none, none, none, u * u, u * v, none, none, none, one, u, v, u * v, v * v], 1)
         A = A.view(-1, 2, 8)[..., : 8 if len(A) >= 60 else 6]
-        keep = torch.ones(len(A), dtype=torch.float64)
+        root = torch.linalg.cholesky(weight).mT  # so that least squares weigh each window as they should
+        A, move = (root @ A).flatten(0, 1), (root @ move[..., None]).flatten()
+        total, keep = weight.diagonal(dim1=1, dim2=2).sum(1), torch.ones(len(weight), dtype=torch.float64)
         for _ in range(5):
-            weighted = A.transpose(1, 2) @ weight * keep[:, None, None]
-            normal = (weighted @ A).sum(0)
+            weighted = A * keep.repeat_interleave(2)[:, None]
+            normal = A.T @ weighted
             normal += 1e-3 * normal.diagonal().mean() * torch.eye(len(normal), dtype=torch.float64)
-            change = torch.linalg.solve(normal, (weighted @ move[..., None]).sum(0))
-            off = move[..., None] - A @ change
-            error = (off.transpose(1, 2) @ weight @ off).flatten() / weight.diagonal(dim1=1, dim2=2).sum(1)
+            change = torch.linalg.solve(normal, weighted.T @ move)
+            error = (move - A @ change).square().view(-1, 2).sum(1) / total
             keep = (1 + error / error.median().clamp(min=0.1)) ** -2
         place = corners_of((w, h))
         (u, v), p = (place / (w, h) * 2 - 1).T, np.append(change.numpy(), (0, 0))[:8]
@@ -1848,6 +1853,7 @@ def refined(hint: Hint, a: Shown, b: Shown, side: int, reach: int, window: int, 
         hint = hint._replace(H=H / H[2, 2])
         if np.abs(shift).max() < 0.2:
             break
+        reach = min(reach, 1 + round(np.abs(shift).max()))
     return hint
 
 
@@ -1872,7 +1878,7 @@ def one_change(x: torch.Tensor, y: torch.Tensor, noise: float, most: float) -> t
         gain = gain.clamp(0, 4)
         shift = mean_y - gain * mean_x
         shift = shift * (most / shift.norm().clamp(min=most))
-        off = (y - gain * x - shift).norm(dim=0)
+        off = (y - gain * x - shift).square().sum(0).sqrt()
         keep = (1 + (off / noise) ** 2).reciprocal()
     return off
 
