@@ -1498,6 +1498,7 @@ WINDOW_SIDE, STEP = 10, 5  # pixels of a window, and from one to the next
 FLAT = 6.0  # of 255: windows with a smaller deviation show nothing that could be compared
 ALIKE, FAINT = 0.5, 0.25  # least correlation of windows that agree; least share of contrast of the fainter one
 LIGHT_OFF, COLOUR_OFF = 60.0, 36.0  # of 255: most that brightness and colour of a window may be off
+UNLIKE = 2.5, 0.4  # the typical window is off at most by so much of 255, or by this share of the picture's spread
 TINT, TINT_INVERTED = 40.0, 12.0  # of 255: most that all colours may have moved in one direction; of a negative
 LARGEST = 7  # windows in one connected block that may differ in a copy: compression and fits that are a pixel off
 SPECK = 2  # windows in a block that is too small to be shown
@@ -1883,15 +1884,22 @@ def one_change(x: torch.Tensor, y: torch.Tensor, noise: float, most: float) -> t
     return off
 
 
-def paint_differs(over: Overlay, seen: torch.Tensor, tint: float) -> torch.Tensor:
-    """Which of the windows `seen`, bool (h, w), differ in brightness or colour, but for one change of the whole."""
+def paint_differs(over: Overlay, seen: torch.Tensor, tells: torch.Tensor, tint: float) -> torch.Tensor:
+    """Which of the windows `seen`, bool (h, w), differ in brightness or colour, but for one change of the whole.
+
+    `tells`, bool (h, w): those that have enough contrast to tell by it. The others are looked at more closely.
+    """
     a, b = (window_means(picture)[:, seen] for picture in (over.a, over.b))
     light, chroma = torch.tensor(OPPONENT[:1]), torch.tensor([(0.701, -0.587, -0.114), (-0.299, -0.587, 0.886)])
     differs, wrong = torch.zeros_like(seen), torch.zeros(a.shape[1], dtype=torch.bool)
     for axes, noise, most, limit in ((light, 12.0, 255.0, LIGHT_OFF), (chroma, 8.0, tint, COLOUR_OFF)):
         x, y = axes @ a, axes @ b
         # Either picture may be the one that was made flatter, or grey
-        wrong |= torch.minimum(one_change(x, y, noise, most), one_change(y, x, noise, most)) > limit
+        off = torch.minimum(one_change(x, y, noise, most), one_change(y, x, noise, most))
+        typical, spread = float(off.median()), float((x - x.median()).abs().median())
+        if axes is light and typical > max(UNLIKE[0], UNLIKE[1] * spread):
+            wrong |= ~tells[seen] & (off > typical)  # as in two dark pictures under one watermark
+        wrong |= off > limit
     differs[seen] = wrong
     return differs
 
@@ -1955,7 +1963,7 @@ def judged(
     tells = seen & (strong[4] > 1) & telling
     faint = ((weak < FAINT * strong) & (strong > 1)).all(0)  # also if a is moved: else an edge may lie just outside
     differs = tells & ((rho.flatten(0, 1).amax(0) < ALIKE) | faint) | paint_differs(
-        over, seen, TINT_INVERTED if hint.inverted else TINT
+        over, seen, tells, TINT_INVERTED if hint.inverted else TINT
     )
     kept = without_bands(over, seen, differs)
     differs &= kept
