@@ -1407,11 +1407,15 @@ def point_scale(size: Sequence[float]) -> float:
     return max(scale, min(SHORT_SIDE / short, scale * MOST_LONGER**0.5))
 
 
-def find_points(image: Image.Image, finer: int = 0) -> Points:
-    """The points of an upright picture; in up to `finer` further levels if it has the pixels."""
+def find_points(image: Image.Image, finer: int = 0, between: bool = False) -> Points:
+    """The points of an upright picture; in up to `finer` further levels if it has the pixels.
+
+    between: in sizes halfway between the usual ones. Small print is found again only in nearly the same size.
+    """
     scale = point_scale(image.size)
     finer = max(0, min(finer, math.floor(0.1 - 2 * math.log2(scale))))
-    size = [max(2, round(scale * 2 ** (finer / 2) * side)) for side in image.size]
+    zoom = 2 ** (finer / 2 - between / 4)
+    size = [max(2, round(scale * zoom * side)) for side in image.size]
     if min(size) <= 2 * WINDOW:  # no window fits, and a line of 100 million pixels would take gigabytes
         size = [2 * WINDOW, 2 * WINDOW]
     grey = image.convert("L").resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
@@ -1424,8 +1428,8 @@ def find_points(image: Image.Image, finer: int = 0) -> Points:
     direction, descriptors = describe_points(canvas, boxes, blobs)
     level, x, y, dark = blobs
     left, top, _, _, across, down = boxes[level].T
-    places = torch.complex((x - left + 0.5) * across, (y - top + 0.5) * down) / 2 ** (finer / 2)
-    frames = direction * 2 ** ((level - finer) / 2)
+    places = torch.complex((x - left + 0.5) * across, (y - top + 0.5) * down) / zoom
+    frames = direction * 2 ** (level / 2) / zoom
     return Points(places.numpy(), frames.numpy(), dark.bool().numpy(), descriptors.numpy())
 
 
@@ -1501,7 +1505,8 @@ LIGHT_OFF, COLOUR_OFF = 60.0, 36.0  # of 255: most that brightness and colour of
 UNLIKE = 2.5, 0.4  # the typical window is off at most by so much of 255, or by this share of the picture's spread
 TINT, TINT_INVERTED = 40.0, 12.0  # of 255: most that all colours may have moved in one direction; of a negative
 LARGEST = 7  # windows in one connected block that may differ in a copy: compression and fits that are a pixel off
-SPECK = 2  # windows in a block that is too small to be shown
+SPECK = 2  # windows in a block that is too small to count, or to be shown
+MOST_SCATTERED = 20  # windows in all blocks that count, at most, in a copy
 TRACE = 3  # pixels along the edge of what both show that are not looked at
 TELLING = 20  # windows that agree, at least
 CERTAIN = 0.85  # share of windows that agree from which on no further transforms are tried
@@ -1556,6 +1561,10 @@ class Shown:
     @cached_property
     def points(self) -> Points:
         return find_points(self.image, FINER)
+
+    @cached_property
+    def points_between(self) -> Points:
+        return find_points(self.image, FINER, between=True)
 
     @cached_property
     def thumb(self) -> np.ndarray:
@@ -1621,25 +1630,25 @@ def to_pixels(H: np.ndarray, a: Sequence[int], b: Sequence[int], mirrored: bool)
     return np.diag([1, 1, scale]) @ H @ np.diag([-k if mirrored else k, k, 1]) / scale
 
 
-def hints_by_points(a: Shown, b: Shown) -> Iterator[Hint]:
-    """Transforms from a to b on which their points agree.
+def hints_by_points(points: Points, a: Shown, b: Shown) -> Iterator[Hint]:
+    """Transforms from a to b on which `points` of a and the points of b agree.
 
     A point is matched to the one it resembles most, if it resembles no other place nearly as much.
     """
     other = b.points
-    if min(len(a.points.places), len(other.places)) < FEWEST:
+    if min(len(points.places), len(other.places)) < FEWEST:
         return
     near = torch.from_numpy(np.abs(other.places[:, None] - other.places) <= NEAR)
     for mirrored, inverted in itertools.product((False, True), repeat=2):
-        points = a.points.mirrored() if mirrored else a.points
-        S = torch.from_numpy(points.descriptors) @ torch.from_numpy(other.descriptors).T
-        S.masked_fill_(torch.from_numpy((points.dark[:, None] != other.dark) != inverted), -1)
+        seen = points.mirrored() if mirrored else points
+        S = torch.from_numpy(seen.descriptors) @ torch.from_numpy(other.descriptors).T
+        S.masked_fill_(torch.from_numpy((seen.dark[:, None] != other.dark) != inverted), -1)
         scores, best = S.max(1)
         rivals = S.masked_fill(near[best], -1).amax(1)
         good = (1 - scores < RATIO * (1 - rivals)).numpy()
         if good.sum() >= FEWEST:
             match = best.numpy()[good]
-            q, m, ratio = points.places[good], other.places[match], other.frames[match] / points.frames[good]
+            q, m, ratio = seen.places[good], other.places[match], other.frames[match] / seen.frames[good]
             for count, H in fits(q, m, ratio):
                 yield Hint(count, to_pixels(H, a.size, b.size, mirrored), inverted)
 
@@ -1969,23 +1978,25 @@ def judged(
     differs &= kept
     agree, blocks = int((tells & kept & ~differs).sum()), blocks_of(differs)
     worst = len(blocks[0]) if blocks else 0
+    scattered = sum(len(block) for block in blocks if len(block) > SPECK)  # as the entries of a form in small print
+    differ = worst > largest or scattered > MOST_SCATTERED
     share = agree / max(1, int((tells & kept).sum()))
     if agree < TELLING or share < (SHARED if hint.points else SHARED_UNPROVEN):
         return agree - worst, share, None
     shown = float(kept.sum() / seen.sum()) * area_of(part := shared_part(hint.H, a.size, b.size))
     back = np.linalg.inv(hint.H)
     covers = shown / area_of(part) * area_of(moved(back, part)) / math.prod(a.size), shown / math.prod(b.size)
-    if max(covers) < LEAST_SHOWN[worst > largest]:
+    if max(covers) < LEAST_SHOWN[differ]:
         return agree - worst, share, None
     step, boxes = WINDOW_SIDE // 2, (list[Any](), list[Any]())
-    for block in blocks if worst > largest else []:
+    for block in blocks if differ else []:
         if len(block) <= SPECK:
             break  # the blocks that follow are smaller
         low, high = block.min(0)[::-1] * step, block.max(0)[::-1] * step + WINDOW_SIDE
         corners = moved(over.to_b, np.array([low, (high[0], low[1]), high, (low[0], high[1])], float))
         for found, places in zip(boxes, (moved(back, corners), corners)):
             found.append([round(float(it), 1) for it in (*places.min(0), *places.max(0))])
-    label = "variant" if worst > largest else "copy"
+    label = "variant" if differ else "copy"
     off = float(differs.sum() / kept.sum()) if label == "variant" else 0.0
     return agree - worst, share, Verdict(label, hint, (min(1.0, covers[0]), min(1.0, covers[1])), off, agree, boxes)
 
@@ -2006,7 +2017,8 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
         found = compare(b, a, hints)
         return found and found.reversed()
     best, found, sure, known = (False, -math.inf), None, False, list[np.ndarray]()
-    for source in (itertools.chain(hints, hints_by_thumbs(a, b)), hints_by_points(a, b)):
+    by_points = (hints_by_points(getattr(a, sizes), a, b) for sizes in ("points", "points_between"))
+    for source in itertools.chain([itertools.chain(hints, hints_by_thumbs(a, b))], by_points):
         rated = list[tuple[float, Hint]]()
         for hint in source:
             there = moved(hint.H, corners_of(a.size))
