@@ -1904,7 +1904,7 @@ def paint_differs(over: Overlay, seen: torch.Tensor, tells: torch.Tensor, tint: 
     for axes, noise, most, limit in ((light, 12.0, 255.0, LIGHT_OFF), (chroma, 8.0, tint, COLOUR_OFF)):
         x, y = axes @ a, axes @ b
         # Either picture may be the one that was made flatter, or grey
-        off = torch.minimum(one_change(x, y, noise, most), one_change(y, x, noise, most))
+        off = min((one_change(*pair, noise, most) for pair in ((x, y), (y, x))), key=lambda it: float(it.median()))
         typical, spread = float(off.median()), float((x - x.median()).abs().median())
         if axes is light and typical > max(UNLIKE[0], UNLIKE[1] * spread):
             wrong |= ~tells[seen] & (off > typical)  # as in two dark pictures under one watermark
