@@ -149,9 +149,7 @@ def escape_controls(text: str) -> str:
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in unsafe else c for c in text)
 
 
-class File(NamedTuple):
-    """A file of the collection, as a scan finds it."""
-
+class File(NamedTuple):  # of the collection, as a scan finds it
     path: bytes  # relative to the collection
     size: int  # bytes
     mtime: int  # nanoseconds; -1: read the file again at the next update
@@ -162,9 +160,7 @@ class File(NamedTuple):
         return File(path, info.st_size, info.st_mtime_ns % 2**63)
 
 
-class Picture(NamedTuple):
-    """A file that was read, and its results: in one object, so that no result is taken for another file's."""
-
+class Picture(NamedTuple):  # a file that was read, and its results: together, so that none is taken for another file's
     file: File
     digest: bytes | None = None  # hash of the content; None: not a usable image
     made: Any = None  # what `transform` returned: Made, Seen, Shown or a thumbnail; None: not computed
@@ -174,9 +170,7 @@ class Picture(NamedTuple):
     vanished: bool = False  # the file went away or changed while it was read
 
 
-class Region(NamedTuple):
-    """Where query and match show the same. The four corners of a picture start at its top left, clockwise."""
-
+class Region(NamedTuple):  # where query and match show the same; corners start at a picture's top left, clockwise
     corners: list[tuple[float, float]]  # of the query, or the file to keep, in pixels of the upright match
     outline: list[tuple[float, float]]  # the corners of the match, in pixels of the upright query
     points: int  # details that agree: windows of both pictures
@@ -198,18 +192,14 @@ class Match(NamedTuple):
     truncated: bool = False  # the file is damaged, and was decoded as far as it goes
 
 
-class Answer(NamedTuple):
-    """What was found for a query."""
-
+class Answer(NamedTuple):  # what was found for a query
     query: str  # as it was given
     matches: list[Match]
     error: str | None = None
     file: str = ""  # path of the query's picture; empty: the path is `query`
 
 
-class Group(NamedTuple):
-    """Files that hold the same picture."""
-
+class Group(NamedTuple):  # files that hold the same picture
     keep: str  # the file with most pixels, then most bytes
     matches: list[Match]  # the other files, compared with that one
     error: None = None  # so that a Group can be printed as an Answer is
@@ -231,9 +221,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Work:
-    """The options of an update and of a search."""
-
+class Work:  # the options of an update and of a search
     batch_size: int | None = None  # images; None: by model and device
     workers: int | None = None  # threads that read and decode; None: one a core
     rebuild: bool = False  # extract the features of all images again
@@ -247,9 +235,7 @@ class Work:
 
 
 @dataclass
-class Summary:
-    """What an update found and did."""
-
+class Summary:  # what an update found and did
     images: int = 0  # usable ones in the collection
     skipped: int = 0
     truncated: int = 0  # of the usable ones
@@ -260,8 +246,7 @@ class Summary:
     recognised: int = 0  # of the new ones: known by content, because the file was moved, copied or brought back
     seconds: float = 0.0  # that reading and the model took; 0: not measured, several ranks of torchrun did it
 
-    def add(self, pictures: Sequence[Picture]) -> None:
-        """Count pictures that this run has read."""
+    def add(self, pictures: Sequence[Picture]) -> None:  # that this run has read
         usable = [picture for picture in pictures if picture.digest and not picture.vanished]
         self.opened += len(pictures)
         self.new += len(usable)
@@ -272,11 +257,9 @@ class Summary:
         damaged = f", {self.truncated:,} truncated" if self.truncated else ""
         pruned = f", {self.forgotten:,} forgotten" if self.forgotten else ""
         rate = f"{self.opened / self.seconds:,.1f} images/s" if self.seconds else "read by all ranks"
-        rate = rate if self.opened else "no image was opened"
-        return (
-            f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged, "
-            f"{self.skipped:,} skipped{damaged}, {self.gone:,} gone{pruned}; {rate}"
-        )
+        there = f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged"
+        lacking = f"{self.skipped:,} skipped{damaged}, {self.gone:,} gone{pruned}"
+        return f"{there}, {lacking}; {rate if self.opened else 'no image was opened'}"
 
 
 # ---- Images ----------------------------------------------------------------------------------------------------------
@@ -299,9 +282,8 @@ DECODERS = {"pillow-heif": {".heic", ".heif", ".hif"}, "pillow-jxl-plugin": {".j
 UNREADABLE = "cannot be read here: pip install"  # between a suffix and a package
 LEAST_PREVIEW = 1000  # pixels, of the longer side of a RAW file's preview that is taken for the picture
 RAW_TAGS = {330, 33422, 50706}  # of TIFF: SubIFDs, CFAPattern and DNGVersion
-# What stands in XMP, and in Pillow's `info` of a HEIF image, if the file holds more than a picture
+# What stands in XMP if the file holds more than a picture
 XMP_MARKS = {b"MotionPhoto": "a video", b"MicroVideo": "a video", b"GDepth": "depth", b"hdrgm": "a gain map"}
-HEIF_MARKS = {"depth_images": "depth", "aux": "a gain map"}
 # The Huffman code that most JPEGs have. 32 zero bytes stand for nothing sensible in it, but for white in other codes
 STANDARD_CODE, HOLE = bytes.fromhex("100002010303020403050504040000017d"), 32
 COLOUR_SIDE = 128  # pixels, of the square in which colours are looked for: a stamp of 1 % of a page's width is seen
@@ -333,23 +315,19 @@ tolerance = Tolerance()
 def find_images(
     folder: str | Path, onerror: Callable[..., None], without: Sequence[str | Path] = (), exclude: Sequence[str] = ()
 ) -> Iterator[File]:
-    """Every file below `folder` that may be an image, in the order of paths. No folder is listed twice.
-
-    onerror is called with the OSError of what cannot be listed. Folders in `without`, and relative paths that fit one
-    of the shell patterns in `exclude`, are left out. Links are followed. A pattern that nothing fits is said.
-    """
+    """Every file below `folder` that may be an image, in the order of paths. Links are followed, no folder is listed
+    twice. onerror is called with the OSError of what cannot be listed. Left out are the folders `without`, and relative
+    paths that fit one of the shell patterns `exclude`; a pattern that nothing fits is said."""
     root, separator = os.fsencode(folder), os.fsencode(os.sep)
     visited = {os.stat(path)[1:3] for path in without}  # inode and device
     patterns, used = {pattern: relative_pattern(pattern, folder) for pattern in exclude}, set[str]()
-    waiting = [File(separator, 0, 0)]  # a stack of files and folders; a folder's path ends with a separator
+    waiting = [File(b"", 0, 0)]  # a stack of files and folders; a folder's path is empty or ends with a separator
     while waiting:
-        file = waiting.pop()
-        if not file.path.endswith(separator):
+        if (file := waiting.pop()).path[-1:] not in (b"", separator):
             yield file
             continue
-        found, above = list[File](), file.path.removeprefix(separator)
+        found, here = list[File](), os.path.join(root, file.path.removesuffix(separator))
         try:
-            here = os.path.join(root, above.removesuffix(separator))
             identity = os.stat(here)[1:3]
             entries = () if identity in visited else list(os.scandir(here))
         except OSError as error:
@@ -357,7 +335,7 @@ def find_images(
             continue
         visited.add(identity)
         for entry in entries:
-            path, name = above + entry.name, entry.name.lower()
+            path, name = file.path + entry.name, entry.name.lower()
             fitting = {it for it, pattern in patterns.items() if fnmatch.fnmatch(os.fsdecode(path), pattern)}
             used |= fitting
             if name.startswith(b".") or name in SYSTEM_NAMES or fitting:
@@ -448,8 +426,7 @@ def decode_damaged(stream: BinaryIO, path: str, transform: Callable[..., Any]) -
     stream.seek(0)
     tolerance.is_on = True
     try:
-        if (image := open_image(stream, path)) is None:
-            return None
+        image: Any = open_image(stream, path)
         image.info[TRUNCATED] = True
         made, top = transform(image), min(16, image.height - 1)  # rows that may be one broken block of a JPEG
         extremes = np.array(image.crop((0, top, *image.size)).getextrema())
@@ -462,9 +439,7 @@ def decode_damaged(stream: BinaryIO, path: str, transform: Callable[..., Any]) -
 
 def read_picture(file: File, root: bytes, wanted: Callable[[bytes], Callable[..., Any] | None]) -> Picture:
     """Read a file of the folder `root`: a Picture with its hash and with what the function wanted(hash) makes of it.
-
-    The Picture of a file that cannot be used has a reason instead. No error in a file reaches the caller.
-    """
+    The Picture of a file that cannot be used has a reason instead. No error in a file reaches the caller."""
     path = os.path.join(root, file.path)
     try:
         file = File.of(file.path, os.stat(path))
@@ -573,9 +548,7 @@ def to_rgb(image: Image.Image, side: int) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
-class Holdings(NamedTuple):
-    """What a file holds beside the pixels of its first frame."""
-
+class Holdings(NamedTuple):  # what a file holds beside the pixels of its first frame
     size: tuple[int, int]  # width and height of the upright picture; of a RAW file, of its RAW data
     frames: str  # "3 pages", "5 frames", "2 layers"; empty if there is one
     bits: int  # of a channel in the file
@@ -619,7 +592,7 @@ def holdings_of(image: Any) -> Holdings:
             (below := type(image.tag_v2)(image.tag_v2.prefix + b"*\0\0\0\0\0")).load(image.fp)
             size = max(size, (below[256], below[257])[::turn], key=math.prod)
     more |= {word for mark, word in XMP_MARKS.items() if mark in image.info.get("xmp", b"")}
-    more |= {word for key, word in HEIF_MARKS.items() if image.info.get(key)}
+    more |= {word for key, word in (("depth_images", "depth"), ("aux", "a gain map")) if image.info.get(key)}  # of HEIF
     colours = colours_of(to_rgb(image, COLOUR_SIDE))
     if image.has_transparency_data and (image.mode[0] == "I" or image.convert("RGBA").getextrema()[3][0] < 255):
         more.add("transparency")
@@ -722,10 +695,8 @@ def whiten(maps: torch.Tensor) -> torch.Tensor:
 
 def describe_squares(pixels: torch.Tensor) -> torch.Tensor:
     """A vector that needs no weights and no training, from uint8 (B, 3, side, side) to float32 (B, dim).
-
     Directions of edges, counted in soft cells as in HOG (Dalal & Triggs, CVPR 2005), and a layout of the colours. Both
-    are whitened by a fixed rule: what is strong in every picture weighs little, so unrelated pictures score near 0.
-    """
+    are whitened by a fixed rule: what is strong in every picture weighs little, so unrelated pictures score near 0."""
     planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT), pixels.float())
     counts = cell_means(edge_strengths(planes[:, :1]), EDGE_CELLS)
     edges = whiten(over_directions(counts**EDGE_POWER))
@@ -786,10 +757,8 @@ def one_torch_thread() -> Iterator[None]:
 
 def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> None:
     """Load the tensors of the file `path` into a network without its classifier, the layers `heads`.
-
     The tensors may be wrapped as `state_dict`, or have the prefix `module.` of multi-GPU training. None may be missing.
-    If no name fits, as in files of other libraries, but the kind, shape and order of all tensors do, the order counts.
-    """
+    If no name fits, as in files of other libraries, but kind, shape and order of all tensors do, the order counts."""
     unused = (*(f"{head}." for head in heads), "aux1.", "aux2.", "AuxLogits.")  # aux: classifiers for training alone
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -845,9 +814,7 @@ def layers_of_torch(network: torch.nn.Module) -> torch.nn.Module:
 
 def fuse_convolutions(network: torch.fx.GraphModule) -> None:
     """Compute each convolution, the sum after it and the activation after that by one kernel, whatever the batch size.
-
-    torch.compile does the same. It is 5 % faster still, but takes 17 s to start.
-    """
+    torch.compile does the same. It is 5 % faster still, but takes 17 s to start."""
     graph, add, nn = network.graph, (operator.add, operator.iadd, torch.add), torch.nn
     known: dict[Any, Any] = dict.fromkeys((nn.ReLU, nn.functional.relu, torch.relu), ("relu",))
     known |= {nn.ReLU6: ("hardtanh", 0.0, 6.0), nn.SiLU: ("swish",), nn.Hardswish: ("hardswish",)}
@@ -1052,12 +1019,11 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
 
     Raises DeepVisionError for an unknown name or device, and for weights that are missing, corrupt or do not fit.
     """
-    if name == OFFLINE and weights:
-        raise DeepVisionError(f"--weights {weights}: --model offline takes no weights, leave one out")
-    if name != OFFLINE or device not in ("auto", "cpu"):  # a look for a GPU would take 0.4 GB of its memory
-        device = choose_device(device)
-    if name == OFFLINE:
+    if name == OFFLINE:  # a look for a GPU would take 0.4 GB of its memory
+        if weights:
+            raise DeepVisionError(f"--weights {weights}: --model offline takes no weights, leave one out")
         return offline_model()
+    device = choose_device(device)
     try:
         if name and name.startswith("timm:"):
             return timm_model(name, weights, device)
@@ -1089,17 +1055,14 @@ def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Ima
 
 def launch(pixels: torch.Tensor, model: Model, size: int) -> tuple[torch.Tensor, int]:
     """Features (B, dim), each of length 1, and the batch size: `size`, or less if the memory of the GPU is too small.
-
-    The GPU may still be computing when this returns.
-    """
+    The GPU may still be computing when this returns."""
     refuse_fork()
     pixels = pixels.pin_memory() if model.device == "cuda" else pixels
     while True:
         try:
             with torch.inference_mode(), one_torch_thread() if model.network is describe else nullcontext():
                 parts = (part.to(model.device, non_blocking=True) for part in pixels.split(size))
-                found = [torch.nn.functional.normalize(model.network(part)) for part in parts]
-                return torch.cat(found), size
+                return torch.cat([torch.nn.functional.normalize(model.network(part)) for part in parts]), size
         except torch.OutOfMemoryError as error:
             if size == 1:
                 raise DeepVisionError(f"the GPU has too little memory for {model.name}: try --device cpu") from error
@@ -1131,9 +1094,7 @@ def to_float32(block: np.ndarray) -> np.ndarray:  # torch converts fp16 several 
     return torch.from_numpy(np.ascontiguousarray(block)).float().numpy()
 
 
-class Made(NamedTuple):
-    """What is computed from the pixels of a new picture."""
-
+class Made(NamedTuple):  # what is computed from the pixels of a new picture
     pixels: torch.Tensor | None  # as the model takes them; None: its features are known
     points: bytes | None  # as they are stored; None: they are known
 
@@ -1147,9 +1108,7 @@ def completed(picture: Picture, vector: np.ndarray | None) -> Picture:
 
 def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Iterator[list[Picture]]:
     """The pictures in order, in lists of `size`; those with pixels in `made` have features in place of the pixels.
-
-    A GPU gets the next batch before the results of the last one are fetched.
-    """
+    A GPU gets the next batch before the results of the last one are fetched."""
     under_way: deque[tuple[list[Picture], torch.Tensor]] = deque()
     while (batch := list(itertools.islice(pictures, size))) or under_way:
         if batch:
@@ -1168,17 +1127,15 @@ def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Itera
 def crop_box(text: str) -> tuple[float, ...]:
     """The value of --crop: left, top, right, bottom."""
     with suppress(ValueError):
-        sides = tuple(map(float, text.split(",")))
-        if len(sides) == 4 and 0 <= sides[0] < sides[2] < math.inf and 0 <= sides[1] < sides[3] < math.inf:
-            return sides
+        left, top, right, bottom = map(float, text.split(","))
+        if 0 <= left < right < math.inf and 0 <= top < bottom < math.inf:
+            return left, top, right, bottom
     raise argparse.ArgumentTypeError(f"{text!r} is not LEFT,TOP,RIGHT,BOTTOM, in pixels or as shares of the picture")
 
 
 def cut_out(image: Image.Image, part: Sequence[float]) -> tuple[Image.Image, int, int]:
     """A part of the upright picture, and its left and top there. Raises ValueError if it does not lie in the picture.
-
-    part  left, top, right, bottom in pixels, or as shares of the picture's sides if none is over 1
-    """
+    part: left, top, right, bottom in pixels, or as shares of the picture's sides if none is over 1."""
     if max(part) > 1 and (min(part[2:]) <= 1 or any(0 < side < 1 for side in part)):
         raise ValueError(f"--crop {','.join(map('{:g}'.format, part))} mixes pixels and shares, which are at most 1")
     picture = to_rgb(image, max(image.size))
