@@ -869,11 +869,6 @@ def possible_forms(device: str) -> list[tuple[torch.dtype, bool]]:
     return [(torch.float32, False)]
 
 
-def seconds_of(network: Callable[..., torch.Tensor], sample: torch.Tensor) -> float:
-    """The least time of three passes."""
-    return min(timeit.repeat(lambda: network(sample), number=1, repeat=3))
-
-
 def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor, note: Path) -> tuple[partial[torch.Tensor], int]:
     """The fastest form of `plain` that gives nearly the same features of `sample`, and the dimension of the features.
 
@@ -882,24 +877,24 @@ def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor, note: Path)
     """
     device, forms = sample.device.type, possible_forms(sample.device.type)
     processor = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
-    machine = [torch.__version__, device, processor, str(forms)]
-    with suppress(Exception):  # there is no note, or a damaged one
-        *tried_on, best, dim = json.loads(note.read_text())
-        if tried_on == machine:
-            return fused(plain, *forms[best]), dim
+    machine = f"{torch.__version__}, {device}, {processor}, {forms}"
+    with suppress(Exception):  # there is no note, a damaged one, or one of another machine
+        best, dim = json.loads(note.read_text())[machine]
+        return fused(plain, *forms[best]), dim
     expected, found = plain(sample), list[tuple[float, int, partial[torch.Tensor]]]()
     for number, form in enumerate(forms):
         with suppress(Exception):  # a network that looks at its pixels cannot be fused, and raises anything at all
             fast = fused(plain, *form)
             if torch.cosine_similarity(fast(sample), expected).min() >= MIN_COSINE:
-                found.append((seconds_of(fast, sample) if device == "cpu" else number, number, fast))
+                times = timeit.repeat(partial(fast, sample), number=1, repeat=3) if device == "cpu" else [number]
+                found.append((min(times), number, fast))
     dim = expected.shape[1]
     if not found:
         return plain, dim
     _, best, fast = min(found)  # numbers differ, so forms are never compared
     with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps([*machine, best, dim]))
+        note.write_text(json.dumps({machine: [best, dim]}))
     return fast, dim
 
 
