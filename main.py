@@ -864,17 +864,14 @@ def possible_forms(device: str) -> list[tuple[torch.dtype, bool]]:
             dtypes = [torch.bfloat16, torch.float32] if native else [torch.float32]  # emulated bf16: four times as long
             return list(itertools.product(dtypes, (True, False)))
         except Exception as error:  # it is gone, or takes other arguments
-            version = torch.__version__
-            log.warning("torch %s has changed (%s): networks run in a slower form", version, first_line(error))
+            log.warning("torch %s changed (%s): networks run in a slower form", torch.__version__, first_line(error))
     return [(torch.float32, False)]
 
 
 def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor, note: Path) -> tuple[partial[torch.Tensor], int]:
     """The fastest form of `plain` that gives nearly the same features of `sample`, and the dimension of the features.
-
     On a GPU that is fp16. On a CPU all forms are timed, for 2 seconds with ResNet50: bf16 with our kernels takes half
-    the time of fp32 without on an AMD Zen 5, and three times as long on an Intel Xeon. The file `note` remembers it.
-    """
+    the time of fp32 without on an AMD Zen 5, and three times as long on an Intel Xeon. The file `note` remembers it."""
     device, forms = sample.device.type, possible_forms(sample.device.type)
     processor = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
     machine = f"{torch.__version__}, {device}, {processor}, {forms}"
@@ -966,11 +963,10 @@ def torchvision_model(name: str, weights: str | Path | None, device: str) -> Mod
         weights = downloaded(entry.url, name)
     elif not Path(weights).is_file():
         raise DeepVisionError(f"--weights {weights}: no such file, nor weights of {name} ({', '.join(listed)})")
-    options: dict[str, Any] = {}  # those that torchvision itself sets for models with weights
+    # The options that torchvision itself sets for models with weights
+    options = {"image_size": entry.meta["min_size"][0]} if name.startswith("vit_") else {}
     if name in ("googlenet", "inception_v3"):
         options = {"transform_input": True, "init_weights": False, "aux_logits": False}
-    elif name.startswith("vit_"):
-        options = {"image_size": entry.meta["min_size"][0]}
     # Drawing weights at random would take 0.2 s for ResNet50. RegNet computes its widths with tensors.
     with nullcontext() if name.startswith("regnet") else torch.device("meta"):
         network = models.get_model(name, weights=None, **options)
