@@ -426,7 +426,7 @@ def decode_damaged(stream: BinaryIO, path: str, transform: Callable[..., Any]) -
     stream.seek(0)
     tolerance.is_on = True
     try:
-        image: Any = open_image(stream, path)
+        image: Any = open_image(stream, path)  # what is no image, None, fails in the next line
         image.info[TRUNCATED] = True
         made, top = transform(image), min(16, image.height - 1)  # rows that may be one broken block of a JPEG
         extremes = np.array(image.crop((0, top, *image.size)).getextrema())
