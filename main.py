@@ -81,7 +81,7 @@ if TYPE_CHECKING:
     import torch
     import torchvision
     import tqdm
-    from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin
+    from PIL import Image, ImageDraw, ImageOps
 else:
 
     class Lazy:
@@ -101,7 +101,6 @@ else:
 
     faiss, np, torch, torchvision, tqdm = map(Lazy, ("faiss", "numpy", "torch", "torchvision", "tqdm"))
     Image, ImageDraw, ImageOps = map(Lazy, ("PIL.Image", "PIL.ImageDraw", "PIL.ImageOps"))
-    TiffImagePlugin = Lazy("PIL.TiffImagePlugin")
     filelock, jinja2 = map(Lazy, ("filelock", "jinja2"))  # torch requires them, so they are there
 
 # What the options take, and their defaults
@@ -150,9 +149,7 @@ def escape_controls(text: str) -> str:
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in unsafe else c for c in text)
 
 
-class File(NamedTuple):
-    """A file of the collection, as a scan finds it."""
-
+class File(NamedTuple):  # of the collection, as a scan finds it
     path: bytes  # relative to the collection
     size: int  # bytes
     mtime: int  # nanoseconds; -1: read the file again at the next update
@@ -163,22 +160,17 @@ class File(NamedTuple):
         return File(path, info.st_size, info.st_mtime_ns % 2**63)
 
 
-class Picture(NamedTuple):
-    """A file that was read, and its results: in one object, so that no result is taken for another file's."""
-
+class Picture(NamedTuple):  # a file that was read, and its results: together, so that none is taken for another file's
     file: File
     digest: bytes | None = None  # hash of the content; None: not a usable image
     made: Any = None  # what `transform` returned: Made, Seen, Shown or a thumbnail; None: not computed
     vector: np.ndarray | None = None  # features, fp16 (dim,)
     points: bytes | None = None  # as `pack_points` gives them
-    # Why the image cannot be used, or TRUNCATED; None also for a file that was never meant as an image
-    reason: str | None = None
+    reason: str | None = None  # why it cannot be used, or TRUNCATED; None also for what was never meant as an image
     vanished: bool = False  # the file went away or changed while it was read
 
 
-class Region(NamedTuple):
-    """Where query and match show the same. The four corners of a picture start at its top left, clockwise."""
-
+class Region(NamedTuple):  # where query and match show the same; corners start at a picture's top left, clockwise
     corners: list[tuple[float, float]]  # of the query, or the file to keep, in pixels of the upright match
     outline: list[tuple[float, float]]  # the corners of the match, in pixels of the upright query
     points: int  # details that agree: windows of both pictures
@@ -200,18 +192,14 @@ class Match(NamedTuple):
     truncated: bool = False  # the file is damaged, and was decoded as far as it goes
 
 
-class Answer(NamedTuple):
-    """What was found for a query."""
-
+class Answer(NamedTuple):  # what was found for a query
     query: str  # as it was given
     matches: list[Match]
     error: str | None = None
     file: str = ""  # path of the query's picture; empty: the path is `query`
 
 
-class Group(NamedTuple):
-    """Files that hold the same picture."""
-
+class Group(NamedTuple):  # files that hold the same picture
     keep: str  # the file with most pixels, then most bytes
     matches: list[Match]  # the other files, compared with that one
     error: None = None  # so that a Group can be printed as an Answer is
@@ -233,9 +221,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Work:
-    """The options of an update and of a search."""
-
+class Work:  # the options of an update and of a search
     batch_size: int | None = None  # images; None: by model and device
     workers: int | None = None  # threads that read and decode; None: one a core
     rebuild: bool = False  # extract the features of all images again
@@ -249,9 +235,7 @@ class Work:
 
 
 @dataclass
-class Summary:
-    """What an update found and did."""
-
+class Summary:  # what an update found and did
     images: int = 0  # usable ones in the collection
     skipped: int = 0
     truncated: int = 0  # of the usable ones
@@ -262,8 +246,7 @@ class Summary:
     recognised: int = 0  # of the new ones: known by content, because the file was moved, copied or brought back
     seconds: float = 0.0  # that reading and the model took; 0: not measured, several ranks of torchrun did it
 
-    def add(self, pictures: Sequence[Picture]) -> None:
-        """Count pictures that this run has read."""
+    def add(self, pictures: Sequence[Picture]) -> None:  # that this run has read
         usable = [picture for picture in pictures if picture.digest and not picture.vanished]
         self.opened += len(pictures)
         self.new += len(usable)
@@ -274,11 +257,9 @@ class Summary:
         damaged = f", {self.truncated:,} truncated" if self.truncated else ""
         pruned = f", {self.forgotten:,} forgotten" if self.forgotten else ""
         rate = f"{self.opened / self.seconds:,.1f} images/s" if self.seconds else "read by all ranks"
-        rate = rate if self.opened else "no image was opened"
-        return (
-            f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged, "
-            f"{self.skipped:,} skipped{damaged}, {self.gone:,} gone{pruned}; {rate}"
-        )
+        there = f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged"
+        lacking = f"{self.skipped:,} skipped{damaged}, {self.gone:,} gone{pruned}"
+        return f"{there}, {lacking}; {rate if self.opened else 'no image was opened'}"
 
 
 # ---- Images ----------------------------------------------------------------------------------------------------------
@@ -296,17 +277,13 @@ PREPROCESSING = 2  # version, part of a model's identity; raise it when the same
 SYSTEM_NAMES = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
 NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS starts Ghostscript; Pillow cannot read the others
 RAW_SUFFIXES = {".dng", ".nef", ".cr2", ".cr3", ".arw", ".pef", ".srw", ".orf", ".rw2", ".raf"}
-DECODERS = {  # what reads further formats, if it is installed
-    "pillow-heif": {".heic", ".heif", ".hif"},
-    "pillow-jxl-plugin": {".jxl"},
-    "rawpy": RAW_SUFFIXES,
-}
+# The packages that read further formats, if they are installed
+DECODERS = {"pillow-heif": {".heic", ".heif", ".hif"}, "pillow-jxl-plugin": {".jxl"}, "rawpy": RAW_SUFFIXES}
 UNREADABLE = "cannot be read here: pip install"  # between a suffix and a package
 LEAST_PREVIEW = 1000  # pixels, of the longer side of a RAW file's preview that is taken for the picture
 RAW_TAGS = {330, 33422, 50706}  # of TIFF: SubIFDs, CFAPattern and DNGVersion
-# What stands in XMP, and in Pillow's `info` of a HEIF image, if the file holds more than a picture
+# What stands in XMP if the file holds more than a picture
 XMP_MARKS = {b"MotionPhoto": "a video", b"MicroVideo": "a video", b"GDepth": "depth", b"hdrgm": "a gain map"}
-HEIF_MARKS = {"depth_images": "depth", "aux": "a gain map"}
 # The Huffman code that most JPEGs have. 32 zero bytes stand for nothing sensible in it, but for white in other codes
 STANDARD_CODE, HOLE = bytes.fromhex("100002010303020403050504040000017d"), 32
 COLOUR_SIDE = 128  # pixels, of the square in which colours are looked for: a stamp of 1 % of a page's width is seen
@@ -338,23 +315,19 @@ tolerance = Tolerance()
 def find_images(
     folder: str | Path, onerror: Callable[..., None], without: Sequence[str | Path] = (), exclude: Sequence[str] = ()
 ) -> Iterator[File]:
-    """Every file below `folder` that may be an image, in the order of paths. No folder is listed twice.
-
-    onerror is called with the OSError of what cannot be listed. Folders in `without`, and relative paths that fit one
-    of the shell patterns in `exclude`, are left out. Links are followed. A pattern that nothing fits is said.
-    """
+    """Every file below `folder` that may be an image, in the order of paths. Links are followed, no folder is listed
+    twice. onerror is called with the OSError of what cannot be listed. Left out are the folders `without`, and relative
+    paths that fit one of the shell patterns `exclude`; a pattern that nothing fits is said."""
     root, separator = os.fsencode(folder), os.fsencode(os.sep)
     visited = {os.stat(path)[1:3] for path in without}  # inode and device
     patterns, used = {pattern: relative_pattern(pattern, folder) for pattern in exclude}, set[str]()
-    waiting = [File(separator, 0, 0)]  # a stack of files and folders; a folder's path ends with a separator
+    waiting = [File(b"", 0, 0)]  # a stack of files and folders; a folder's path is empty or ends with a separator
     while waiting:
-        file = waiting.pop()
-        if not file.path.endswith(separator):
+        if (file := waiting.pop()).path[-1:] not in (b"", separator):
             yield file
             continue
-        found, above = list[File](), file.path.removeprefix(separator)
+        found, here = list[File](), os.path.join(root, file.path.removesuffix(separator))
         try:
-            here = os.path.join(root, above.removesuffix(separator))
             identity = os.stat(here)[1:3]
             entries = () if identity in visited else list(os.scandir(here))
         except OSError as error:
@@ -362,7 +335,7 @@ def find_images(
             continue
         visited.add(identity)
         for entry in entries:
-            path, name = above + entry.name, entry.name.lower()
+            path, name = file.path + entry.name, entry.name.lower()
             fitting = {it for it, pattern in patterns.items() if fnmatch.fnmatch(os.fsdecode(path), pattern)}
             used |= fitting
             if name.startswith(b".") or name in SYSTEM_NAMES or fitting:
@@ -383,23 +356,20 @@ def image_formats() -> tuple[list[str], set[str], str]:
     Image.init()
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow refuses headers of more than twice this
     importlib.import_module("PIL.ImageFile").LOAD_TRUNCATED_IMAGES = tolerance  # type: ignore[attr-defined]
-    version = f"Pillow {Image.__version__}"
-    raw = set[str]()
-    for package in DECODERS:
+    suffixes, version = set[str](), f"Pillow {Image.__version__}"
+    for package, read in DECODERS.items():
         with suppress(ImportError):
             module = importlib.import_module(package.removesuffix("-plugin").replace("-", "_"))
             getattr(module, "register_heif_opener", str)()  # the one of JPEG XL registers itself
-            raw |= RAW_SUFFIXES if package == "rawpy" else set()
+            suffixes |= read
             version += f", {package} {importlib.metadata.version(package)}"
     formats = [name for name in Image.ID if name not in NOT_DECODED]
-    return formats, raw | {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
+    suffixes |= {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+    return formats, suffixes, version
 
 
 def developed(stream: BinaryIO) -> Any:
-    """The picture of a RAW file, its true size in info["raw"]: the preview in it if large, else developed at half size.
-
-    Raises what rawpy raises for a file that it cannot read.
-    """
+    """The picture of a RAW file: the preview in it if that is large, else developed at half size; see info["raw"]."""
     rawpy, image = importlib.import_module("rawpy"), None  # type: Any, Any
     stream.seek(0)
     with rawpy.imread(stream) as raw:
@@ -411,7 +381,7 @@ def developed(stream: BinaryIO) -> Any:
             image.getexif()[274] = {3: 3, 5: 8, 6: 6}.get(flip, 1)  # LibRaw's turn as an EXIF orientation
         if image is None or max(image.size) < LEAST_PREVIEW:
             image = Image.fromarray(raw.postprocess(half_size=True, use_camera_wb=True))  # upright
-    image.info["raw"] = size[:: -1 if flip > 4 else 1]
+    image.info["raw"] = size[:: -1 if flip > 4 else 1]  # the true size
     return image
 
 
@@ -456,8 +426,7 @@ def decode_damaged(stream: BinaryIO, path: str, transform: Callable[..., Any]) -
     stream.seek(0)
     tolerance.is_on = True
     try:
-        if (image := open_image(stream, path)) is None:
-            return None
+        image: Any = open_image(stream, path)  # what is no image, None, fails in the next line
         image.info[TRUNCATED] = True
         made, top = transform(image), min(16, image.height - 1)  # rows that may be one broken block of a JPEG
         extremes = np.array(image.crop((0, top, *image.size)).getextrema())
@@ -470,9 +439,7 @@ def decode_damaged(stream: BinaryIO, path: str, transform: Callable[..., Any]) -
 
 def read_picture(file: File, root: bytes, wanted: Callable[[bytes], Callable[..., Any] | None]) -> Picture:
     """Read a file of the folder `root`: a Picture with its hash and with what the function wanted(hash) makes of it.
-
-    The Picture of a file that cannot be used has a reason instead. No error in a file reaches the caller.
-    """
+    The Picture of a file that cannot be used has a reason instead. No error in a file reaches the caller."""
     path = os.path.join(root, file.path)
     try:
         file = File.of(file.path, os.stat(path))
@@ -581,9 +548,7 @@ def to_rgb(image: Image.Image, side: int) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
-class Holdings(NamedTuple):
-    """What a file holds beside the pixels of its first frame."""
-
+class Holdings(NamedTuple):  # what a file holds beside the pixels of its first frame
     size: tuple[int, int]  # width and height of the upright picture; of a RAW file, of its RAW data
     frames: str  # "3 pages", "5 frames", "2 layers"; empty if there is one
     bits: int  # of a channel in the file
@@ -612,32 +577,28 @@ def has_hole(image: Any) -> bool:
 def holdings_of(image: Any) -> Holdings:
     """The Holdings of an image as `open_image` returns it."""
     tags, size, count, more = getattr(image, "tag_v2", {}), image.size, 1, set[str]()
-    damaged = image.format in ("JPEG", "MPO") and has_hole(image)
-    deep = (
-        16 if re.search(r";16|65535", f"{image.mode} {getattr(image, 'tile', '')}") else 8
-    )  # how the decoder unpacks them
-    bits = max({"1": 1, "I": 32, "F": 32}.get(image.mode, deep), image.info.get("bit_depth", 0), *tags.get(258, (0,)))
+    damaged = TRUNCATED in image.info or (image.format in ("JPEG", "MPO") and has_hole(image))
+    deep = 16 if re.search(r";16|65535", f"{image.mode} {getattr(image, 'tile', '')}") else 8  # as the decoder unpacks
+    bits = max({"1": 1, "I": 32, "F": 32}.get(image.mode, deep), image.info.get("bit_depth", 0), *tags.get(258, ()))
     with suppress(Exception):  # malformed metadata raises anything at all
         count = getattr(image, "n_frames", 1)
-        exif, ifd = image.getexif(), TiffImagePlugin.ImageFileDirectory_v2
+        exif = image.getexif()
         more |= {"camera metadata"} if {271, 272} & {*exif} or 36867 in exif.get_ifd(0x8769) else set()
         more |= {"a place"} if 2 in exif.get_ifd(0x8825) else set()  # GPS latitude
         turn = -1 if exif.get(274, 1) > 4 else 1  # by 90°
         size = image.size[:: 1 if tags else turn]  # Pillow itself turns that of a TIFF
         for offset in tags.get(330, ()):  # SubIFDs: the first picture of a RAW file is a thumbnail
             image.fp.seek(offset)
-            (below := ifd(image.tag_v2.prefix + b"*\0\0\0\0\0")).load(image.fp)
+            (below := type(image.tag_v2)(image.tag_v2.prefix + b"*\0\0\0\0\0")).load(image.fp)
             size = max(size, (below[256], below[257])[::turn], key=math.prod)
-    xmp = image.info.get("xmp", b"")
-    more |= {word for mark, word in XMP_MARKS.items() if mark in xmp}
-    more |= {word for key, word in HEIF_MARKS.items() if image.info.get(key)}
-    size = max(size, image.info.get("raw", size), key=math.prod)
+    more |= {word for mark, word in XMP_MARKS.items() if mark in image.info.get("xmp", b"")}
+    more |= {word for key, word in (("depth_images", "depth"), ("aux", "a gain map")) if image.info.get(key)}  # of HEIF
     colours = colours_of(to_rgb(image, COLOUR_SIDE))
     if image.has_transparency_data and (image.mode[0] == "I" or image.convert("RGBA").getextrema()[3][0] < 255):
         more.add("transparency")
     frames = counted(count, {"TIFF": "page", "PSD": "layer"}.get(image.format or "", "frame")) if count > 1 else ""
-    raw = bool("raw" in image.info or RAW_TAGS & {*tags})
-    return Holdings(size, frames, bits, colours, raw, damaged or TRUNCATED in image.info, frozenset(more))
+    raw, size = bool("raw" in image.info or RAW_TAGS & {*tags}), max(size, image.info.get("raw", size), key=math.prod)
+    return Holdings(size, frames, bits, colours, raw, damaged, frozenset(more))
 
 
 def holdings(path: str | bytes | Path) -> Holdings | None:
@@ -693,39 +654,11 @@ FAINT = 100.0  # a part of a vector is divided by its norm, but at least by this
 OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # RGB to brightness, red-green, yellow-blue
 
 
-@cache
-def cell_weights(cells: int) -> torch.Tensor:
-    """How much each row, or column, of a picture counts in each cell along it, (cells, OFFLINE_SIDE)."""
+def cell_means(planes: torch.Tensor, cells: int) -> torch.Tensor:
+    """The mean of planes (B, c, side, side) in each soft cell, (B, c, cells, cells)."""
     distance = (torch.arange(OFFLINE_SIDE) + 0.5) * cells / OFFLINE_SIDE - (torch.arange(cells)[:, None] + 0.5)
     weights = torch.exp(-2 * distance**2)  # of a pixel by its distance, in cells, from the cell's centre; sigma: 0.5
-    return torch.where(weights > TINY, weights / weights.sum(1, keepdim=True), 0)
-
-
-@cache
-def fourier() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cosine and sine of each direction, (DIRECTIONS, 1, 1), and a Fourier matrix, (DIRECTIONS, 2 * len(ORDERS) - 1).
-
-    The matrix turns one value for each direction into coefficients, weighted by ORDERS.
-    """
-    phase = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None] * torch.arange(len(ORDERS))
-    cosine, sine = phase.cos(), phase.sin()
-    even, odd = torch.tensor(ORDERS) * cosine, torch.tensor(ORDERS) * sine
-    matrix = torch.cat([even[:, :1] / math.sqrt(2), even[:, 1:], odd[:, 1:]], 1)
-    return cosine[:, 1, None, None], sine[:, 1, None, None], matrix
-
-
-@cache
-def cosine_transform(cells: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A cosine transform and the weights of its coefficients, both (cells, cells): a low frequency weighs least."""
-    k = torch.arange(cells, dtype=torch.float32)
-    cosines = torch.cos(math.pi / cells * k[:, None] * (k + 0.5))
-    cosines[0] /= math.sqrt(2)
-    return cosines, 1 + torch.hypot(k[:, None], k)
-
-
-def cell_means(planes: torch.Tensor, cells: int) -> torch.Tensor:
-    """The mean of planes (B, c, side, side) in each cell, (B, c, cells, cells)."""
-    weights = cell_weights(cells)
+    weights = torch.where(weights > TINY, weights / weights.sum(1, keepdim=True), 0)
     return weights @ planes @ weights.T
 
 
@@ -737,30 +670,36 @@ def edge_strengths(light: torch.Tensor) -> torch.Tensor:
     root = slope  # its root is taken, because the loop below squares it: the strength is slope * cosine ** 32
     for _ in range(SHARPNESS):
         root = root.sqrt()
-    cosine, sine, _ = fourier()
-    strength = (dx * root / slope * cosine).addcmul_(dy * root / slope, sine).clamp_(min=LEAST_COSINE)
+    angles = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None, None]
+    strength = (dx * root / slope * angles.cos()).addcmul_(dy * root / slope, angles.sin()).clamp_(min=LEAST_COSINE)
     for _ in range(SHARPNESS):
         strength.square_()  # a power would take twice as long
     return strength
 
 
+def over_directions(counts: torch.Tensor) -> torch.Tensor:
+    """Fourier coefficients, weighted by ORDERS, (B, 2 * len(ORDERS) - 1, h, w), of counts (B, DIRECTIONS, h, w)."""
+    phase = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None] * torch.arange(len(ORDERS))
+    even, odd = torch.tensor(ORDERS) * phase.cos(), torch.tensor(ORDERS) * phase.sin()
+    return torch.einsum("bdyx,do->boyx", counts, torch.cat([even[:, :1] / math.sqrt(2), even[:, 1:], odd[:, 1:]], 1))
+
+
 def whiten(maps: torch.Tensor) -> torch.Tensor:
-    """Weighted cosine coefficients, (B, c, cells² - 1), of maps (B, c, cells, cells) less their mean."""
+    """Cosine coefficients, a low frequency weighs least, (B, c, cells² - 1), of maps (B, c, cells, cells)."""
+    k = torch.arange(maps.shape[3], dtype=torch.float32)
+    cosines = torch.cos(math.pi / len(k) * k[:, None] * (k + 0.5))
+    cosines[0] /= math.sqrt(2)
     maps = maps - maps.mean((2, 3), keepdim=True)
-    cosines, weight = cosine_transform(maps.shape[3])
-    return (cosines @ (maps @ cosines.T) * weight).flatten(2)[:, :, 1:]
+    return (cosines @ (maps @ cosines.T) * (1 + torch.hypot(k[:, None], k))).flatten(2)[:, :, 1:]
 
 
 def describe_squares(pixels: torch.Tensor) -> torch.Tensor:
     """A vector that needs no weights and no training, from uint8 (B, 3, side, side) to float32 (B, dim).
-
-    Directions of brightness edges, counted in soft cells as in HOG (Dalal & Triggs, CVPR 2005) and compressed by a
-    power, and a layout of the colours. Both are whitened by a fixed rule, so that unrelated pictures score near 0: the
-    mean is removed, cells and directions are transformed, and what is strong in every picture gets a low weight.
-    """
+    Directions of edges, counted in soft cells as in HOG (Dalal & Triggs, CVPR 2005), and a layout of the colours. Both
+    are whitened by a fixed rule: what is strong in every picture weighs little, so unrelated pictures score near 0."""
     planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT), pixels.float())
     counts = cell_means(edge_strengths(planes[:, :1]), EDGE_CELLS)
-    edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier()[2]))
+    edges = whiten(over_directions(counts**EDGE_POWER))
     colours = whiten(cell_means(planes, COLOUR_CELLS))
     mean = planes.mean((2, 3)) / 255  # all that a blank picture has
     weighted = (1.0, edges), (BRIGHTNESS_WEIGHT, colours[:, :1]), (HUE_WEIGHT, colours[:, 1:])
@@ -795,8 +734,6 @@ AHEAD_BATCHES, AHEAD_MOST = 4, 1024  # how far decoding runs ahead of the model:
 Recipe = tuple[int, Sequence[float], Sequence[float], str]  # side, mean and deviation of each channel, resampling
 
 torch_threads = cache(lambda: torch.get_num_threads())  # torch's own number: `one_torch_thread` asks, then changes it
-
-
 first_process = cache(os.getpid)  # the process that computed first, or its parent did before the fork
 
 
@@ -820,10 +757,8 @@ def one_torch_thread() -> Iterator[None]:
 
 def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> None:
     """Load the tensors of the file `path` into a network without its classifier, the layers `heads`.
-
     The tensors may be wrapped as `state_dict`, or have the prefix `module.` of multi-GPU training. None may be missing.
-    If no name fits, as in files of other libraries, but the kind, shape and order of all tensors do, the order counts.
-    """
+    If no name fits, as in files of other libraries, but kind, shape and order of all tensors do, the order counts."""
     unused = (*(f"{head}." for head in heads), "aux1.", "aux2.", "AuxLogits.")  # aux: classifiers for training alone
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -879,9 +814,7 @@ def layers_of_torch(network: torch.nn.Module) -> torch.nn.Module:
 
 def fuse_convolutions(network: torch.fx.GraphModule) -> None:
     """Compute each convolution, the sum after it and the activation after that by one kernel, whatever the batch size.
-
-    torch.compile does the same. It is 5 % faster still, but takes 17 s to start.
-    """
+    torch.compile does the same. It is 5 % faster still, but takes 17 s to start."""
     graph, add, nn = network.graph, (operator.add, operator.iadd, torch.add), torch.nn
     known: dict[Any, Any] = dict.fromkeys((nn.ReLU, nn.functional.relu, torch.relu), ("relu",))
     known |= {nn.ReLU6: ("hardtanh", 0.0, 6.0), nn.SiLU: ("swish",), nn.Hardswish: ("hardswish",)}
@@ -918,55 +851,48 @@ def fused(plain: partial[torch.Tensor], dtype: torch.dtype, kernels: bool) -> pa
     return partial(plain, network=network, dtype=dtype)
 
 
-def tried_privates() -> tuple[bool, bool]:
-    """Whether this processor has bf16, and whether `one_kernel` works: all that is private to torch is tried here."""
-    if not torch.backends.mkldnn.is_available():
-        return False, False
-    try:
-        native = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        layer, x = torch.nn.Conv2d(8, 8, 1), torch.zeros(1, 8, 4, 4)
-        one_kernel(layer, "relu")(x, one_kernel(layer, "none")(x))
-        importlib.import_module("torch.fx.experimental.optimization").fuse  # noqa: B018
-        return native, True
-    except Exception as error:  # it is gone, or takes other arguments
-        log.warning("torch %s has changed (%s): networks run in a slower form", torch.__version__, first_line(error))
-        return False, False
-
-
-def seconds_of(network: Callable[..., torch.Tensor], sample: torch.Tensor) -> float:
-    """The least time of three passes."""
-    return min(timeit.repeat(lambda: network(sample), number=1, repeat=3))
+def possible_forms(device: str) -> list[tuple[torch.dtype, bool]]:
+    """What `fused` may take here: each precision, with and without kernels. What is private to torch is tried first."""
+    if device != "cpu":
+        return [(torch.float16, False), (torch.float32, False)]
+    if torch.backends.mkldnn.is_available():
+        try:
+            layer, x = torch.nn.Conv2d(8, 8, 1), torch.zeros(1, 8, 4, 4)
+            one_kernel(layer, "relu")(x, one_kernel(layer)(x))
+            importlib.import_module("torch.fx.experimental.optimization").fuse  # noqa: B018
+            native = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            dtypes = [torch.bfloat16, torch.float32] if native else [torch.float32]  # emulated bf16: four times as long
+            return list(itertools.product(dtypes, (True, False)))
+        except Exception as error:  # it is gone, or takes other arguments
+            log.warning("torch %s changed (%s): networks run in a slower form", torch.__version__, first_line(error))
+    return [(torch.float32, False)]
 
 
 def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor, note: Path) -> tuple[partial[torch.Tensor], int]:
     """The fastest form of `plain` that gives nearly the same features of `sample`, and the dimension of the features.
-
     On a GPU that is fp16. On a CPU all forms are timed, for 2 seconds with ResNet50: bf16 with our kernels takes half
-    the time of fp32 without on an AMD Zen 5, and three times as long on an Intel Xeon. The file `note` remembers it.
-    """
-    device, dtypes = sample.device.type, {"fp16": torch.float16, "fp32": torch.float32}
-    native, kernels_work = tried_privates() if device == "cpu" else (False, False)
-    if device == "cpu":  # emulated bf16 takes four times as long as fp32
-        dtypes = {**({"bf16": torch.bfloat16} if native else {}), "fp32": torch.float32}
+    the time of fp32 without on an AMD Zen 5, and three times as long on an Intel Xeon. The file `note` remembers it."""
+    device, forms = sample.device.type, possible_forms(sample.device.type)
     processor = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
-    machine = [torch.__version__, device, processor, kernels_work, *dtypes]
-    with suppress(Exception):  # there is no note, or a damaged one
-        *tried_on, name, kernels, dim = json.loads(note.read_text())
-        if tried_on == machine:
-            return fused(plain, dtypes[name], kernels), dim
-    expected, found = plain(sample), list[tuple[float, str, bool, partial[torch.Tensor]]]()
-    for name, kernels in itertools.product(dtypes, (True, False) if kernels_work else (False,)):
+    machine = f"{torch.__version__}, {device}, {processor}, {forms}"
+    with suppress(Exception):  # there is no note, a damaged one, or one of another machine
+        best, dim = json.loads(note.read_text())[machine]
+        return fused(plain, *forms[best]), dim
+    expected, found = plain(sample), list[tuple[float, int, partial[torch.Tensor]]]()
+    for number, form in enumerate(forms):
         with suppress(Exception):  # a network that looks at its pixels cannot be fused, and raises anything at all
-            fast = fused(plain, dtypes[name], kernels)
+            fast = fused(plain, *form)
             if torch.cosine_similarity(fast(sample), expected).min() >= MIN_COSINE:
-                found.append((seconds_of(fast, sample) if device == "cpu" else len(found), name, kernels, fast))
+                times = timeit.repeat(partial(fast, sample), number=1, repeat=3) if device == "cpu" else [number]
+                found.append((min(times), number, fast))
+    dim = expected.shape[1]
     if not found:
-        return plain, expected.shape[1]
-    _, name, kernels, fast = min(found, key=operator.itemgetter(0))
+        return plain, dim
+    _, best, fast = min(found)  # numbers differ, so forms are never compared
     with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps([*machine, name, kernels, expected.shape[1]]))
-    return fast, expected.shape[1]
+        note.write_text(json.dumps({machine: [best, dim]}))
+    return fast, dim
 
 
 def assemble_model(name: str, network: torch.nn.Module, recipe: Recipe, device: str) -> Model:
@@ -1037,11 +963,10 @@ def torchvision_model(name: str, weights: str | Path | None, device: str) -> Mod
         weights = downloaded(entry.url, name)
     elif not Path(weights).is_file():
         raise DeepVisionError(f"--weights {weights}: no such file, nor weights of {name} ({', '.join(listed)})")
-    options: dict[str, Any] = {}  # those that torchvision itself sets for models with weights
+    # The options that torchvision itself sets for models with weights
+    options = {"image_size": entry.meta["min_size"][0]} if name.startswith("vit_") else {}
     if name in ("googlenet", "inception_v3"):
         options = {"transform_input": True, "init_weights": False, "aux_logits": False}
-    elif name.startswith("vit_"):
-        options = {"image_size": entry.meta["min_size"][0]}
     # Drawing weights at random would take 0.2 s for ResNet50. RegNet computes its widths with tensors.
     with nullcontext() if name.startswith("regnet") else torch.device("meta"):
         network = models.get_model(name, weights=None, **options)
@@ -1085,13 +1010,11 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
 
     Raises DeepVisionError for an unknown name or device, and for weights that are missing, corrupt or do not fit.
     """
-    if name == OFFLINE and weights:
-        raise DeepVisionError(f"--weights {weights}: --model offline takes no weights, leave one out")
-    if name == OFFLINE and device in ("auto", "cpu"):
-        return offline_model()  # a look for a GPU would take 0.4 GB of its memory
-    device = choose_device(device)
-    if name == OFFLINE:
+    if name == OFFLINE:  # a look for a GPU would take 0.4 GB of its memory
+        if weights:
+            raise DeepVisionError(f"--weights {weights}: --model offline takes no weights, leave one out")
         return offline_model()
+    device = choose_device(device)
     try:
         if name and name.startswith("timm:"):
             return timm_model(name, weights, device)
@@ -1123,17 +1046,14 @@ def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Ima
 
 def launch(pixels: torch.Tensor, model: Model, size: int) -> tuple[torch.Tensor, int]:
     """Features (B, dim), each of length 1, and the batch size: `size`, or less if the memory of the GPU is too small.
-
-    The GPU may still be computing when this returns.
-    """
+    The GPU may still be computing when this returns."""
     refuse_fork()
     pixels = pixels.pin_memory() if model.device == "cuda" else pixels
     while True:
         try:
             with torch.inference_mode(), one_torch_thread() if model.network is describe else nullcontext():
                 parts = (part.to(model.device, non_blocking=True) for part in pixels.split(size))
-                found = [torch.nn.functional.normalize(model.network(part)) for part in parts]
-                return torch.cat(found), size
+                return torch.cat([torch.nn.functional.normalize(model.network(part)) for part in parts]), size
         except torch.OutOfMemoryError as error:
             if size == 1:
                 raise DeepVisionError(f"the GPU has too little memory for {model.name}: try --device cpu") from error
@@ -1161,14 +1081,11 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
     return launch(images, model, model.batch)[0].cpu().numpy()
 
 
-def to_float32(block: np.ndarray) -> np.ndarray:
-    """The block as contiguous float32. torch converts fp16 several times as fast as NumPy does."""
+def to_float32(block: np.ndarray) -> np.ndarray:  # torch converts fp16 several times as fast as NumPy does
     return torch.from_numpy(np.ascontiguousarray(block)).float().numpy()
 
 
-class Made(NamedTuple):
-    """What is computed from the pixels of a new picture."""
-
+class Made(NamedTuple):  # what is computed from the pixels of a new picture
     pixels: torch.Tensor | None  # as the model takes them; None: its features are known
     points: bytes | None  # as they are stored; None: they are known
 
@@ -1182,9 +1099,7 @@ def completed(picture: Picture, vector: np.ndarray | None) -> Picture:
 
 def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Iterator[list[Picture]]:
     """The pictures in order, in lists of `size`; those with pixels in `made` have features in place of the pixels.
-
-    A GPU gets the next batch before the results of the last one are fetched.
-    """
+    A GPU gets the next batch before the results of the last one are fetched."""
     under_way: deque[tuple[list[Picture], torch.Tensor]] = deque()
     while (batch := list(itertools.islice(pictures, size))) or under_way:
         if batch:
@@ -1203,17 +1118,15 @@ def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Itera
 def crop_box(text: str) -> tuple[float, ...]:
     """The value of --crop: left, top, right, bottom."""
     with suppress(ValueError):
-        sides = tuple(map(float, text.split(",")))
-        if len(sides) == 4 and 0 <= sides[0] < sides[2] < math.inf and 0 <= sides[1] < sides[3] < math.inf:
-            return sides
+        left, top, right, bottom = map(float, text.split(","))
+        if 0 <= left < right < math.inf and 0 <= top < bottom < math.inf:
+            return left, top, right, bottom
     raise argparse.ArgumentTypeError(f"{text!r} is not LEFT,TOP,RIGHT,BOTTOM, in pixels or as shares of the picture")
 
 
 def cut_out(image: Image.Image, part: Sequence[float]) -> tuple[Image.Image, int, int]:
     """A part of the upright picture, and its left and top there. Raises ValueError if it does not lie in the picture.
-
-    part  left, top, right, bottom in pixels, or as shares of the picture's sides if none is over 1
-    """
+    part: left, top, right, bottom in pixels, or as shares of the picture's sides if none is over 1."""
     if max(part) > 1 and (min(part[2:]) <= 1 or any(0 < side < 1 for side in part)):
         raise ValueError(f"--crop {','.join(map('{:g}'.format, part))} mixes pixels and shares, which are at most 1")
     picture = to_rgb(image, max(image.size))
@@ -1225,10 +1138,8 @@ def cut_out(image: Image.Image, part: Sequence[float]) -> tuple[Image.Image, int
 
 
 def query_views(picture: Image.Image, model: Model) -> torch.Tensor:
-    """The query as the model takes it, uint8 (views, 3, side, side): as it is, and as it would be before an edit.
-
-    It is also mirrored. For the offline descriptor, which is no network, it is also turned by quarters, and a negative.
-    """
+    """The query as the model takes it, uint8 (views, 3, side, side): as it is, mirrored, and, for the offline
+    descriptor, which is no network, turned by quarters and as a negative."""
     whole = squeeze(picture, model.side, model.side, model.resample)
     views = [whole, whole.flip(2)]
     if model.name == OFFLINE:
