@@ -2050,9 +2050,9 @@ DAMAGED_FILES = "files WHERE there AND digest IS NOT NULL AND reason IS NOT NULL
 GONE = """files AS old WHERE NOT there AND digest IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM files WHERE digest = old.digest AND there)"""  # a renamed file is not gone
 DAMAGED = (
-    "features WHERE checksum IS NOT features_crc(digest, vector)",
-    "points WHERE checksum IS NOT points_crc(digest, points)",
-    "verdicts WHERE checksum IS NOT verdicts_crc(one, other, verdict)",
+    "features WHERE checksum IS NOT crc_features(digest, vector)",
+    "points WHERE checksum IS NOT crc_points(digest, points)",
+    "verdicts WHERE checksum IS NOT crc_verdicts(one, other, verdict)",
 )
 INCOMPLETE = """files WHERE digest IS NOT NULL AND mtime != -1
     AND (digest NOT IN (SELECT digest FROM features) OR digest NOT IN (SELECT digest FROM points))"""
@@ -2101,10 +2101,17 @@ class Database(sqlite3.Connection):
 
     identity: tuple[int, ...] = ()  # inode and device of the file; empty if it is closed
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, functions: dict[str, Callable[..., int]]) -> None:
+        if not path.exists():
+            path.touch()
         self.path, self.turn, self.identity = path, threading.RLock(), os.stat(path)[1:3]
+        self.scanned = 0  # PRAGMA data_version at the last scan: it changes whenever another run has written
         open_databases.append(self.identity)
         super().__init__(path, timeout=WAIT_STEP, check_same_thread=False)
+        self.execute("PRAGMA fullfsync = ON")  # macOS: else a commit may be lost with the power
+        self.text_factory = partial(str, encoding="utf-8", errors="replace")
+        for name, function in functions.items():
+            self.create_function(name, -1, function)
 
     def close(self) -> None:
         if self.identity:
@@ -2158,30 +2165,16 @@ class Store:
         self.path, self.index, self.report = folder / name, folder / "index.faiss", folder / "crash"
         salt = zlib.crc32(identity.encode())  # checksums of another model's vectors never match
         # No methods of the store: SQLite would keep it alive
-        self.crc: dict[str, Callable[..., int]] = {
-            "features": partial(checksum, salt),
-            "points": partial(checksum, 0),
-            "verdicts": verdict_checksum,
-        }
+        self.crc: dict[str, Callable[..., int]] = {"crc_verdicts": verdict_checksum}
+        self.crc |= {"crc_features": partial(checksum, salt), "crc_points": partial(checksum, 0)}
         self.lock_file = filelock.FileLock(folder / "lock")
         with self.errors():
             folder.mkdir(parents=True, exist_ok=True)
-            self.connect()
+            self.db = Database(self.path, self.crc)
 
     def __del__(self) -> None:  # a connection and its cache of statements refer to each other: it would stay open
         with suppress(AttributeError):  # it could not be opened
             self.db.close()
-
-    def connect(self) -> None:
-        """Open the database."""
-        if not self.path.exists():
-            self.path.touch()
-        self.db = Database(self.path)
-        self.db.execute("PRAGMA fullfsync = ON")  # macOS: else a commit may be lost with the power
-        self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
-        for table, crc in self.crc.items():
-            self.db.create_function(f"{table}_crc", -1, crc)
-        self.scanned = 0  # PRAGMA data_version at the last scan: it changes whenever another run has written
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -2213,7 +2206,7 @@ class Store:
         with held:
             if not self.path.exists() or os.stat(self.path)[1:3] != self.db.identity:  # another run has repaired it
                 self.db.close()
-                self.connect()
+                self.db = Database(self.path, self.crc)
             yield
 
     @contextmanager
@@ -2249,7 +2242,7 @@ class Store:
         Raises DamageError if one of them is not what was written. The next update then reads its files again.
         """
         found = self.db.execute(f"SELECT * FROM {table} WHERE {condition}", arguments).fetchall()
-        if not all(self.crc[table](digest, content) == checksum for _, digest, content, checksum in found):
+        if not all(self.crc[f"crc_{table}"](digest, content) == checksum for _, digest, content, checksum in found):
             self.db.rollback()  # the reading transaction of a search
             self.discard_damaged()
             raise DamageError(self.path, f"{table} do not match their checksums")
@@ -2282,11 +2275,8 @@ class Store:
         return [(row, points) for row, _, points, _ in found]
 
     def is_known(self, digest: bytes) -> tuple[bool, bool]:
-        """Whether there are features, and points, of this content. A damaged file counts as unknown: it is read again.
-
-        Reading threads call it.
-        """
-        with self.db.turn:  # Python 3.13 fails now and then where threads share a connection
+        """Whether there are features and points of this content. A damaged file counts as unknown: it is read again."""
+        with self.db.turn:  # threads call it: Python 3.13 fails now and then where they share a connection
             if self.value("SELECT 1 FROM files WHERE digest = ? AND reason IS NOT NULL", digest):
                 return False, False
             has_features = self.value("SELECT 1 FROM features WHERE digest = ?", digest)
@@ -2301,15 +2291,15 @@ class Store:
         vanished = ((it.file.path,) for it in pictures if it.vanished)
         into = "INSERT OR REPLACE INTO"
         with self.db.transaction():
-            self.db.executemany(f"{into} features VALUES (NULL, ?1, ?2, features_crc(?1, ?2))", features.items())
-            self.db.executemany(f"{into} points VALUES (NULL, ?1, ?2, points_crc(?1, ?2))", points.items())
+            self.db.executemany(f"{into} features VALUES (NULL, ?1, ?2, crc_features(?1, ?2))", features.items())
+            self.db.executemany(f"{into} points VALUES (NULL, ?1, ?2, crc_points(?1, ?2))", points.items())
             self.db.executemany(f"{into} files VALUES (?, ?, ?, ?, ?, 1)", files)
             self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", vanished)
             self.db.execute("DELETE FROM meta WHERE key = 'images'")
 
     def adopt_points(self) -> None:
         """Take over points from the indexes of other models, so that no picture is described twice."""
-        new = "digest NOT IN (SELECT digest FROM main.points) AND checksum IS points_crc(digest, points)"
+        new = "digest NOT IN (SELECT digest FROM main.points) AND checksum IS crc_points(digest, points)"
         select = f"SELECT NULL, digest, points, checksum FROM other.points WHERE {new} ORDER BY row"
         for path in self.folder.parent.glob("*/index.sqlite"):
             if path != self.path:
@@ -2328,7 +2318,7 @@ class Store:
         """
         rows = ((one, other, json.dumps(found)) for one, other, found in verdicts)
         with self.db.transaction():
-            into = "INSERT OR REPLACE INTO verdicts VALUES (?1, ?2, ?3, verdicts_crc(?1, ?2, ?3))"
+            into = "INSERT OR REPLACE INTO verdicts VALUES (?1, ?2, ?3, crc_verdicts(?1, ?2, ?3))"
             self.db.executemany(into, rows)
             if last is not None:
                 self.set_meta(paired=last)
@@ -2346,7 +2336,7 @@ class Store:
                 raise DeepVisionError(f"{what}: nothing was pruned")
             log.warning("%s", what)
 
-        self.scanned = self.value("PRAGMA data_version")
+        self.db.scanned = self.value("PRAGMA data_version")
         changes = Changes([], [], [])
         start: bytes | str = ""  # SQLite sorts it before every path, also before one that damage has made a text
         files = find_images(images, unlisted, [self.folder.parent], work.exclude)  # in the order of their paths
@@ -2459,7 +2449,7 @@ class Store:
             new.db.close()
             self.db.close()
             Path(f"{self.path}-journal").unlink(missing_ok=True)  # SQLite would replay it
-        self.connect()
+        self.db = Database(self.path, self.crc)
         if not is_new:
             log.warning("%s was %s. Repaired: %d features are kept", self.path, was, self.count("features"))
 
@@ -2591,81 +2581,6 @@ def point_blocks(store: Store, first: int) -> Blocks:
         first = found[-1][0] + 1
 
 
-class Source(NamedTuple):
-    """A table of the store of which an index is made."""
-
-    table: str
-    name: str  # of the index file, and of the store's note on it
-    vectors: str  # SQL: how many vectors rows of the table have
-    blocks: Callable[[Store, int], Blocks]  # the vectors from a row on
-    checked: int | None = None  # bytes of the file that its checksum covers; None: all
-
-
-FEATURES = Source("features", "index", "count(*)", lambda store, first: store.blocks(first))
-# The file may have gigabytes, of which a search reads a small part. A wrong byte there costs a vote, never an answer.
-LOCAL = Source("points", "copies", f"sum(length(points)) / {POINT_BYTES}", point_blocks, CHECKED_BYTES)
-
-
-def read_index(store: Store, source: Source) -> Index | None:
-    """The index in the file; None if there is none, or if it does not match what the store noted of it."""
-    path = store.folder / f"{source.name}.faiss"
-    try:
-        size, checksum, *notes = json.loads(store.get_meta(source.name))
-        data: Any = np.memmap(path, np.uint8, "r") if path.stat().st_size == size else b""
-    except (TypeError, ValueError, OSError):  # there is no file, or no note, or damage has made it something else
-        return None
-    if zlib.crc32(json.dumps(notes).encode(), zlib.crc32(data[: source.checked])) != checksum:
-        log.warning("%s is damaged or out of date: it is made again by an update", path)
-        return None
-    return Index(faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size)), *notes)._replace(file=data)
-
-
-def renewed_index(store: Store, source: Source, index: Index | None, make: Callable[[int, int], Index]) -> Index:
-    """The index of all rows, saved: `index` with later rows added to it or, if that is outgrown or None, a new one.
-
-    make  gives a new index, of the last row and the number of vectors up to it
-    """
-    with store.locked():
-        last = store.last_row(source.table)  # another run may have replaced all meanwhile
-        stored = store.value(f"SELECT {source.vectors} FROM {source.table}") or 0
-        new = store.value(f"SELECT {source.vectors} FROM {source.table} WHERE row > ?", index.last) if index else 0
-        if index and index.faiss.ntotal + (new or 0) < OUTGROWN * min(stored, index.made_of):
-            copy = faiss.deserialize_index(index.file)  # vectors cannot be added to an index that looks into a file
-            index = index._replace(faiss=build_index(source.blocks(store, index.last + 1), copy), last=last)
-        else:
-            index = make(last, stored)
-        data, notes = faiss.serialize_index(index.faiss), index[1:-1]
-        with whole_file(store.folder / f"{source.name}.faiss") as stream:
-            stream.write(data)
-        checksum = zlib.crc32(json.dumps(notes).encode(), zlib.crc32(data[: source.checked]))
-        with store.db.transaction():
-            store.set_meta(**{source.name: json.dumps([len(data), checksum, *notes])})
-    return index
-
-
-def open_index(store: Store, work: Work = Work()) -> Index:
-    """The FAISS index of the features, added to or made anew if need be. Without `work.update`, it is the stored one,
-    or an empty one if there is none: nobody is waited for."""
-    last, index = store.last_row("features"), read_index(store, FEATURES)
-    if not last:
-        raise DeepVisionError(f"{store.folder} holds no features yet: run without --no-update")
-    if not work.update:
-        return index or Index(build_index(np.zeros((0, store.dim), np.float32)), 0)
-    coded = store.count("features") * store.dim * 2 > work.exact_bytes
-    if index and bool(index.shortlist) != coded:  # there are too many vectors for that kind, or too few
-        index = None
-    if index and index.last == last:
-        return index
-
-    def make(last: int, count: int) -> Index:
-        if coded:
-            return coded_index(store, last)
-        blocks = progress_bar(store.blocks(last=last), desc="index", unit="block")
-        return Index(build_index(blocks), last, made_of=count)
-
-    return renewed_index(store, FEATURES, index, make)
-
-
 def empty_copy_index(store: Store, points: int) -> faiss.Index:
     """An index for about as many points: of few all are compared, of many those in some of its lists."""
     if points < FEW_POINTS:
@@ -2685,21 +2600,85 @@ def empty_copy_index(store: Store, points: int) -> faiss.Index:
     return index
 
 
+class Source(NamedTuple):
+    """A table of the store of which an index is made."""
+
+    table: str
+    name: str  # of the index file, and of the store's note on it
+    vectors: str  # SQL: how many vectors rows of the table have
+    blocks: Callable[[Store, int], Blocks]  # the vectors from a row on
+    empty: Callable[[Store, int], faiss.Index | None]  # an index for as many vectors; None: the one of `build_index`
+    checked: int | None = None  # bytes of the file that its checksum covers; None: all
+
+
+FEATURES = Source("features", "index", "count(*)", lambda store, first: store.blocks(first), lambda *_: None)
+# This file may have gigabytes, of which a search reads a small part. A wrong byte there costs a vote, never an answer.
+LOCAL = Source(
+    "points", "copies", f"sum(length(points)) / {POINT_BYTES}", point_blocks, empty_copy_index, CHECKED_BYTES
+)
+
+
+def read_index(store: Store, source: Source) -> Index | None:
+    """The stored index; None if there is none, or if it does not match what the store noted of it."""
+    path = store.folder / f"{source.name}.faiss"
+    try:
+        size, checksum, *notes = json.loads(store.get_meta(source.name))
+        data: Any = np.memmap(path, np.uint8, "r") if path.stat().st_size == size else b""
+    except (TypeError, ValueError, OSError):  # there is no file, or no note, or damage has made it something else
+        return None
+    if zlib.crc32(json.dumps(notes).encode(), zlib.crc32(data[: source.checked])) != checksum:
+        log.warning("%s is damaged or out of date: it is made again by an update", path)
+        return None
+    return Index(faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size)), *notes)._replace(file=data)
+
+
+def renewed_index(store: Store, source: Source, index: Index | None, coded: bool = False) -> Index:
+    """An index of all rows, saved: `index` with later rows added or, if that is outgrown or None, a new one."""
+    with store.locked():
+        last = store.last_row(source.table)  # another run may have replaced all meanwhile
+        stored = store.value(f"SELECT {source.vectors} FROM {source.table}") or 0
+        new = store.value(f"SELECT {source.vectors} FROM {source.table} WHERE row > ?", index.last) if index else 0
+        if index and index.faiss.ntotal + (new or 0) < OUTGROWN * min(stored, index.made_of):
+            copy = faiss.deserialize_index(index.file)  # vectors cannot be added to an index that looks into a file
+            index = index._replace(faiss=build_index(source.blocks(store, index.last + 1), copy), last=last)
+        elif coded:
+            index = coded_index(store, last)
+        else:
+            blocks = progress_bar(source.blocks(store, 0), desc=f"index of {source.table}", unit="block")
+            index = Index(build_index(blocks, source.empty(store, stored)), last, made_of=stored)
+        data, notes = faiss.serialize_index(index.faiss), index[1:-1]
+        with whole_file(store.folder / f"{source.name}.faiss") as stream:
+            stream.write(data)
+        checksum = zlib.crc32(json.dumps(notes).encode(), zlib.crc32(data[: source.checked]))
+        with store.db.transaction():
+            store.set_meta(**{source.name: json.dumps([len(data), checksum, *notes])})
+    return index
+
+
+def open_index(store: Store, work: Work = Work()) -> Index:
+    """The FAISS index of the features, added to or made anew if need be. Without `work.update`, it is the stored one,
+    or an empty one if there is none: nobody is waited for."""
+    last, index = store.last_row(), read_index(store, FEATURES)
+    if not last:
+        raise DeepVisionError(f"{store.folder} holds no features yet: run without --no-update")
+    if not work.update:
+        return index or Index(build_index(np.zeros((0, store.dim), np.float32)), 0)
+    coded = store.count("features") * store.dim * 2 > work.exact_bytes
+    if index and bool(index.shortlist) != coded:  # there are too many vectors for that kind, or too few
+        index = None
+    return index if index and index.last == last else renewed_index(store, FEATURES, index, coded)
+
+
 def open_copy_index(store: Store, work: Work = Work()) -> Index:
     """The FAISS index of the points, added to or made anew if need be. The last few pictures are not in its file."""
-
-    def make(last: int, points: int) -> Index:
-        blocks = progress_bar(point_blocks(store, 0), desc="index of local features", unit="block")
-        return Index(build_index(blocks, empty_copy_index(store, points)), last, made_of=points)
-
     index, last = read_index(store, LOCAL), store.last_row("points")
     if work.update and not (index and last - index.last <= LATER):
-        renewed_index(store, LOCAL, index, make)
-        index = read_index(store, LOCAL)  # it is not kept in memory
+        renewed_index(store, LOCAL, index)
+        index = read_index(store, LOCAL)  # what was added or made is not kept in memory
     # Without a file, a few pictures are compared one by one; of more, the nearest ones alone are candidates
     index = index or Index(faiss.index_factory(POINT_DIM, "IDMap,Flat"), last if last > LATER else 0)
     if index.last < last:
-        both = faiss.IndexShards(POINT_DIM, False, False)  # gives the nearest of both
+        both = faiss.IndexShards(POINT_DIM, False, False)  # one after the other; the ids are rows and places already
         both.add_shard(index.faiss)
         both.add_shard(build_index(point_blocks(store, index.last + 1), faiss.index_factory(POINT_DIM, "IDMap,Flat")))
         index = index._replace(faiss=both)
@@ -3452,8 +3431,6 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
             faulthandler.disable()
             if unsaved:
                 into.save(unsaved)
-    if into is not store:
-        into.db.close()
     return replace(summary, seconds=time.perf_counter() - start)
 
 
@@ -3508,9 +3485,8 @@ def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
 def store_changes(store: Store, changes: Changes, images: Path, model: Model, work: Work) -> Summary:
     """A Summary of what was read and noted as gone. If no usable image remains, nothing is noted: `images` is 0."""
     with store.locked():
-        if merge_ranks(store).opened or store.scanned != store.value(
-            "PRAGMA data_version"
-        ):  # a stopped or another run has added files
+        merged, version = merge_ranks(store), store.value("PRAGMA data_version")
+        if merged.opened or store.db.scanned != version:  # a stopped or another run has added files
             changes = store.scan(images, work)
         skip_crashing_file(store, changes.unread, images, work)
         if changes.unread and not work.rebuild:
@@ -3656,7 +3632,8 @@ def as_json(found: Answer | Group, engine: Engine) -> str:
     matches = [match._replace(score=round(match.score, 6))._asdict() for match in found.matches]
     for match in matches:
         match["region"] = match["region"] and match["region"]._asdict()
-    return json.dumps({**subject, "model": engine.model.name, "matches": matches})
+    line = json.dumps({**subject, "model": engine.model.name, "matches": matches})
+    return json.dumps(json.loads(line, parse_float=lambda number: float(number) + 0.0))  # -0.0 becomes 0.0
 
 
 def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
