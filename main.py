@@ -2162,7 +2162,7 @@ class Store:
 
     def __init__(self, folder: Path, identity: str, dim: int, name: str = "index.sqlite") -> None:
         self.folder, self.identity, self.dim = folder, identity, dim
-        self.path, self.index, self.report = folder / name, folder / "index.faiss", folder / "crash"
+        self.path, self.report = folder / name, folder / "crash"
         salt = zlib.crc32(identity.encode())  # checksums of another model's vectors never match
         # No methods of the store: SQLite would keep it alive
         self.crc: dict[str, Callable[..., int]] = {"crc_verdicts": verdict_checksum}
@@ -2640,7 +2640,7 @@ def renewed_index(store: Store, source: Source, index: Index | None, coded: bool
         new = store.value(f"SELECT {source.vectors} FROM {source.table} WHERE row > ?", index.last) if index else 0
         if index and index.faiss.ntotal + (new or 0) < OUTGROWN * min(stored, index.made_of):
             copy = faiss.deserialize_index(index.file)  # vectors cannot be added to an index that looks into a file
-            index = index._replace(faiss=build_index(source.blocks(store, index.last + 1), copy), last=last)
+            index = index._replace(faiss=build_index(source.blocks(store, index.last + 1), copy), last=last, file=None)
         elif coded:
             index = coded_index(store, last)
         else:

@@ -159,7 +159,7 @@ def test_the_shortlist_grows_until_the_recall_holds(many, opened, monkeypatch):
     engine = many(3000)
     assert engine.index.shortlist > 16 and engine.index.recall >= main.RECALL
     monkeypatch.setattr(main, "LONGEST_SHORTLIST", 10)
-    engine.store.index.unlink()
+    (engine.store.folder / "index.faiss").unlink()
     index = main.open_index(engine.store, main.Work(exact_bytes=0))
     assert (index.faiss.ntotal, index.shortlist) == (3000, 8) and index.recall < main.RECALL
 
