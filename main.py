@@ -2612,7 +2612,7 @@ class Source(NamedTuple):
 
 
 FEATURES = Source("features", "index", "count(*)", lambda store, first: store.blocks(first), lambda *_: None)
-# This file may have gigabytes, of which a search reads a small part. A wrong byte there costs a vote, never an answer.
+# `copies.faiss` may have gigabytes, of which a search reads little. A wrong byte there costs a vote, never an answer.
 LOCAL = Source(
     "points", "copies", f"sum(length(points)) / {POINT_BYTES}", point_blocks, empty_copy_index, CHECKED_BYTES
 )
