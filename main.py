@@ -130,10 +130,6 @@ class DamageError(DeepVisionError):  # `initialize_reverse_image_search` repairs
         super().__init__(f"{path} is damaged ({reason}). Run the command again to repair it")
 
 
-class OlderError(DamageError):
-    """The store is of the format before this one: it is extended, and loses nothing."""
-
-
 def counted(number: int, one: str, many: str = "") -> str:
     """A number with its noun: "1 file", "2,000 files"."""
     return f"{number:,} {one if number == 1 else many or f'{one}s'}"
@@ -1956,17 +1952,12 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
 #
 #   not known ── read ──> usable (1, digest, –) <── back, unchanged ── gone (0, as before) ── --prune ──> not known
 #       └─── cannot be used ──> skipped (1, –, why) ── file or decoders changed ──> read again
-#            mtime -1: its features are missing or damaged, or the machine failed ──> read again
+#            mtime -1: its features or points are missing or damaged, or the machine failed ──> read again
 #
-# A database, by PRAGMA user_version:
-#
-#   new: an empty file (0) ── repair ──> sound (FORMAT) <── repair: what can be read is copied ── damaged (0)
-#                                          └── SQLite calls it corrupt, or a checksum or the schema fails ──^
-#   of the format before (FORMAT - 1) ── extend: tables for points and verdicts are added ──> sound
-#   replaced: a repair renames the new file to the old name; a run that has the old one open sees another inode
-#   in `locked`, and opens the new one. A database of a newer format is refused and left as it is.
+# Of a damaged database, or one of the format before, `repair` copies what can be read into a sound one. The format of a
+# damaged one is noted as 0. A database of a newer format is refused and left as it is.
 
-FORMAT = 4  # of the database; a DeepVision of an older format refuses it. 3 had neither points nor verdicts
+FORMAT = 4  # PRAGMA user_version of the database. 3 had neither points nor verdicts
 PAGE_BYTES = 32_768  # 7 vectors of 2048 × fp16 a page: 4.7 KB an image in all, against 5.5 with pages of 16 KB
 CACHE_KB = 16_384  # memory for pages of the database: the inner pages of ten million rows fit
 BLOCK = 4096  # rows handled at once: 16 MB at 2048 dimensions
@@ -1987,22 +1978,23 @@ SCHEMA = [
     "CREATE TABLE verdicts (one BLOB, other BLOB, verdict TEXT, checksum INTEGER, PRIMARY KEY (one, other))"
     " WITHOUT ROWID",
 ]
-SCHEMA_3 = SCHEMA[:4]
-FEATURE_COLUMNS, FILE_COLUMNS = "row, digest, vector, checksum", "path, size, mtime, digest, reason, there"
+COLUMNS = {  # of the tables that a repair copies
+    "features": "row, digest, vector, checksum",
+    "points": "row, digest, points, checksum",
+    "files": "path, size, mtime, digest, reason, there",
+}
 USABLE = "files WHERE there AND digest IS NOT NULL"  # this and the next five: what follows FROM, see `count`
 SKIPPED = "files WHERE there AND digest IS NULL AND reason IS NOT NULL"
 DAMAGED_FILES = "files WHERE there AND digest IS NOT NULL AND reason IS NOT NULL"  # used as far as they are decoded
 GONE = """files AS old WHERE NOT there AND digest IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM files WHERE digest = old.digest AND there)"""  # a renamed file is not gone
 DAMAGED = (
-    "features WHERE checksum IS NOT crc(digest, vector)",
-    "points WHERE checksum IS NOT plain_crc(digest, points)",
-    "verdicts WHERE checksum IS NOT verdict_crc(one, other, verdict)",
+    "features WHERE checksum IS NOT crc_features(digest, vector)",
+    "points WHERE checksum IS NOT crc_points(digest, points)",
+    "verdicts WHERE checksum IS NOT crc_verdicts(one, other, verdict)",
 )
-ORPHANED = """files WHERE digest IS NOT NULL AND mtime != -1
-    AND NOT EXISTS (SELECT 1 FROM features WHERE features.digest = files.digest)"""  # images without features
-POINTLESS = """files WHERE digest IS NOT NULL AND mtime != -1
-    AND NOT EXISTS (SELECT 1 FROM points WHERE points.digest = files.digest)"""  # images without a row of points
+INCOMPLETE = """files WHERE digest IS NOT NULL AND mtime != -1
+    AND (digest NOT IN (SELECT digest FROM features) OR digest NOT IN (SELECT digest FROM points))"""
 CRASHES = "its decoder crashes"  # reason of a file that crashed the whole process; --rebuild does not try it again
 ROWS_AND_PATHS = "SELECT row, path FROM files JOIN features USING (digest) WHERE there"
 LAST_PATH = b"\xff" * 5000  # sorts after every path
@@ -2033,35 +2025,32 @@ def whole_file(path: Path, mark: object = "") -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-def checksum(salt: int, length: int | None, digest: Any, content: Any) -> int:
-    """CRC-32 of `salt` (of the model's identity; 0 for what no model made), digest and content.
-
-    -1 if damage has changed a type, or the length of the content, where it is known.
-    """
-    if not (isinstance(digest, bytes) and isinstance(content, bytes) and len(content) == (length or len(content))):
-        return -1
-    return zlib.crc32(content, zlib.crc32(digest, salt))
-
-
-plain_checksum = partial(checksum, 0, None)
+def checksum(salt: int, digest: Any, content: Any) -> int:
+    """CRC-32 of `salt` (of the model's identity; 0 for what no model made), digest and content. -1: one is no bytes."""
+    sound = isinstance(digest, bytes) and isinstance(content, bytes)
+    return zlib.crc32(content, zlib.crc32(digest, salt)) if sound else -1
 
 
 def verdict_checksum(one: Any, other: Any, verdict: Any) -> int:
-    return plain_checksum(one, other) ^ plain_checksum(other, str(verdict).encode())
+    return checksum(0, one, other) ^ checksum(0, other, str(verdict).encode())
 
 
 class Database(sqlite3.Connection):
-    """A connection that threads may share: a transaction belongs to one thread, and the others wait for its end.
-
-    It waits in Python for other runs, in short steps: while SQLite waits, nothing is said, and Ctrl-C is not heard.
-    """
+    """A connection that threads may share: a transaction belongs to one thread, and the others wait for its end."""
 
     identity: tuple[int, ...] = ()  # inode and device of the file; empty if it is closed
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, functions: dict[str, Callable[..., int]]) -> None:
+        if not path.exists():
+            path.touch()
         self.path, self.turn, self.identity = path, threading.RLock(), os.stat(path)[1:3]
+        self.scanned = 0  # PRAGMA data_version at the last scan: it changes whenever another run has written
         open_databases.append(self.identity)
         super().__init__(path, timeout=WAIT_STEP, check_same_thread=False)
+        self.execute("PRAGMA fullfsync = ON")  # macOS: else a commit may be lost with the power
+        self.text_factory = partial(str, encoding="utf-8", errors="replace")
+        for name, function in functions.items():
+            self.create_function(name, -1, function)
 
     def close(self) -> None:
         if self.identity:
@@ -2069,20 +2058,18 @@ class Database(sqlite3.Connection):
             self.identity = ()
             super().close()
 
-    def patiently(self, act: Callable[..., Any], *arguments: Any) -> Any:
-        """The result of act(*arguments), which is tried again while another run has locked the database."""
-        for step in range(WAIT_STEPS + 1):
+    def execute(self, *arguments: Any) -> sqlite3.Cursor:
+        """As in SQLite, but it waits for other runs in short steps: SQLite would not say so, nor hear Ctrl-C."""
+        for step in itertools.count():
             try:
                 with self.turn:
-                    return act(*arguments)
+                    return super().execute(*arguments)
             except sqlite3.OperationalError as error:
                 if str(error) != "database is locked" or step == WAIT_STEPS:
                     raise
             if step == 1:
                 log.warning("another run reads or writes %s: waiting for it", self.path)
-
-    def execute(self, *arguments: Any) -> sqlite3.Cursor:
-        return self.patiently(super().execute, *arguments)
+        raise AssertionError
 
     @contextmanager
     def transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
@@ -2091,7 +2078,8 @@ class Database(sqlite3.Connection):
             self.execute(f"BEGIN {kind}")
             try:
                 yield
-                self.patiently(self.commit)
+                if self.in_transaction:
+                    self.execute("COMMIT")
             finally:
                 self.rollback()  # does nothing after a commit
 
@@ -2105,7 +2093,7 @@ class Changes(NamedTuple):
 
 
 class Store:
-    """The files of a collection and their features, by one model: an SQLite database.
+    """The files of a collection, their features by one model, their points, and verdicts on pairs: an SQLite database.
 
     A file and its features are stored in one transaction. A vector is used only after its checksum was seen to hold.
     `folder` is created. Each rank of torchrun has a database by its own `name`.
@@ -2113,30 +2101,19 @@ class Store:
 
     def __init__(self, folder: Path, identity: str, dim: int, name: str = "index.sqlite") -> None:
         self.folder, self.identity, self.dim = folder, identity, dim
-        self.path, self.index, self.report = folder / name, folder / "index.faiss", folder / "crash"
-        self.copies = folder / "copies.faiss"
-        # The salt: checksums of another model's vectors never match. No method of the store: SQLite would keep it alive
-        self.crc = partial(checksum, zlib.crc32(identity.encode()), 2 * dim)
+        self.path, self.report = folder / name, folder / "crash"
+        salt = zlib.crc32(identity.encode())  # checksums of another model's vectors never match
+        # No methods of the store: SQLite would keep it alive
+        self.crc: dict[str, Callable[..., int]] = {"crc_verdicts": verdict_checksum}
+        self.crc |= {"crc_features": partial(checksum, salt), "crc_points": partial(checksum, 0)}
         self.lock_file = filelock.FileLock(folder / "lock")
         with self.errors():
             folder.mkdir(parents=True, exist_ok=True)
-            self.connect()
+            self.db = Database(self.path, self.crc)
 
     def __del__(self) -> None:  # a connection and its cache of statements refer to each other: it would stay open
         with suppress(AttributeError):  # it could not be opened
             self.db.close()
-
-    def connect(self) -> None:
-        """Open the database."""
-        if not self.path.exists():
-            self.path.touch()
-        self.db = Database(self.path)
-        self.db.execute("PRAGMA fullfsync = ON")  # macOS: else a commit may be lost with the power
-        self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
-        self.db.create_function("crc", 2, self.crc)
-        self.db.create_function("plain_crc", 2, plain_checksum)
-        self.db.create_function("verdict_crc", 3, verdict_checksum)
-        self.scanned = 0  # `version` at the last scan
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -2146,7 +2123,7 @@ class Store:
             yield
         except (OSError, NotImplementedError, sqlite3.OperationalError) as error:  # NotImplementedError: no file locks
             if "user-defined function" in str(error):
-                raise KeyboardInterrupt from error  # a signal came while SQLite called `crc`
+                raise KeyboardInterrupt from error  # a signal came while SQLite called `checksum`
             hint = "Check the free space and the permissions, or choose another folder with --index-dir"
             raise DeepVisionError(f"the index in {self.folder} cannot be used: {first_line(error)}. {hint}") from error
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # UnicodeDecodeError: from a damaged schema
@@ -2168,16 +2145,22 @@ class Store:
         with held:
             if not self.path.exists() or os.stat(self.path)[1:3] != self.db.identity:  # another run has repaired it
                 self.db.close()
-                self.connect()
+                self.db = Database(self.path, self.crc)
             yield
+
+    @contextmanager
+    def attached(self, path: Path) -> Iterator[None]:
+        """A transaction in which the database `path` is attached as `other`."""
+        self.db.execute("ATTACH ? AS other", (os.fsencode(path),))
+        try:
+            with self.db.transaction():
+                yield
+        finally:
+            self.db.execute("DETACH other")
 
     def value(self, query: str, *arguments: Any) -> Any:
         """The first value that the query gives, or None."""
         return (self.db.execute(query, arguments).fetchone() or [None])[0]
-
-    def version(self) -> int:
-        """A number that changes whenever another run has written."""
-        return self.value("PRAGMA data_version")
 
     def count(self, source: str) -> int:
         return self.value(f"SELECT count(*) FROM {source}")
@@ -2185,20 +2168,28 @@ class Store:
     def get_meta(self, key: str) -> Any:
         return self.value("SELECT value FROM meta WHERE key = ?", key)
 
-    def last_row(self) -> int:
-        """The highest row number in use; 0: there are no features."""
-        return self.value("SELECT max(row) FROM features") or 0
+    def set_meta(self, **values: Any) -> None:
+        self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
 
-    def features(self, condition: str, *arguments: Any) -> tuple[np.ndarray, list[bytes], np.ndarray]:
-        """Rows, int64 (n,), content hashes, and features, fp16 (n, dim), for which the SQL condition holds.
+    def last_row(self, table: str = "features") -> int:
+        """The highest row number in use; 0: the table is empty."""
+        return self.value(f"SELECT max(row) FROM {table}") or 0
+
+    def rows(self, table: str, condition: str, *arguments: Any) -> list[tuple[int, bytes, bytes, int]]:
+        """Row, content hash, content and checksum of the features, or points, for which the SQL condition holds.
 
         Raises DamageError if one of them is not what was written. The next update then reads its files again.
         """
-        found = self.db.execute(f"SELECT {FEATURE_COLUMNS} FROM features WHERE {condition}", arguments).fetchall()
-        if not all(self.crc(digest, vector) == checksum for _, digest, vector, checksum in found):
+        found = self.db.execute(f"SELECT * FROM {table} WHERE {condition}", arguments).fetchall()
+        if not all(self.crc[f"crc_{table}"](digest, content) == checksum for _, digest, content, checksum in found):
             self.db.rollback()  # the reading transaction of a search
             self.discard_damaged()
-            raise DamageError(self.path, "features do not match their checksums")
+            raise DamageError(self.path, f"{table} do not match their checksums")
+        return found
+
+    def features(self, condition: str, *arguments: Any) -> tuple[np.ndarray, list[bytes], np.ndarray]:
+        """Rows, int64 (n,), content hashes, and features, fp16 (n, dim), for which the SQL condition holds."""
+        found = self.rows("features", condition, *arguments)
         vectors = np.frombuffer(bytearray().join(row[2] for row in found), np.float16).reshape(-1, self.dim)
         return np.array([row[0] for row in found], np.int64), [row[1] for row in found], vectors
 
@@ -2217,12 +2208,14 @@ class Store:
             yield rows, vectors
             first = int(rows[-1]) + 1
 
-    def is_known(self, digest: bytes) -> tuple[bool, bool]:
-        """Whether there are features, and points, of this content. A damaged file counts as unknown: it is read again.
+    def points_after(self, row: int, count: int) -> list[tuple[int, bytes]]:
+        """At most `count` rows of points after `row`, in their order, with the points as they are stored."""
+        found = self.rows("points", "row > ? ORDER BY row LIMIT ?", row, count)
+        return [(row, points) for row, _, points, _ in found]
 
-        Reading threads call it.
-        """
-        with self.db.turn:  # Python 3.13 fails now and then where threads share a connection
+    def is_known(self, digest: bytes) -> tuple[bool, bool]:
+        """Whether there are features and points of this content. A damaged file counts as unknown: it is read again."""
+        with self.db.turn:  # threads call it: Python 3.13 fails now and then where they share a connection
             if self.value("SELECT 1 FROM files WHERE digest = ? AND reason IS NOT NULL", digest):
                 return False, False
             has_features = self.value("SELECT 1 FROM features WHERE digest = ?", digest)
@@ -2230,64 +2223,44 @@ class Store:
 
     def save(self, pictures: Sequence[Picture]) -> None:
         """Store files, features and points in one transaction, in place of old ones. Mark vanished files as gone."""
-        kept = [picture for picture in pictures if not picture.vanished]
-        features = {picture.digest: picture.vector.tobytes() for picture in kept if picture.vector is not None}
-        points = {picture.digest: picture.points for picture in kept if picture.points is not None}
-        files = ((*picture.file, picture.digest, picture.reason) for picture in kept)
-        vanished = ((picture.file.path,) for picture in pictures if picture.vanished)
+        kept = [it for it in pictures if not it.vanished]
+        features = {it.digest: it.vector.tobytes() for it in kept if it.vector is not None}
+        points = {it.digest: it.points for it in kept if it.points is not None}
+        files = ((*it.file, it.digest, it.reason) for it in kept)
+        vanished = ((it.file.path,) for it in pictures if it.vanished)
+        into = "INSERT OR REPLACE INTO"
         with self.db.transaction():
-            self.db.executemany("INSERT OR REPLACE INTO features VALUES (NULL, ?1, ?2, crc(?1, ?2))", features.items())
-            self.db.executemany(
-                "INSERT OR REPLACE INTO points VALUES (NULL, ?1, ?2, plain_crc(?1, ?2))", points.items()
-            )
-            self.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", files)
+            self.db.executemany(f"{into} features VALUES (NULL, ?1, ?2, crc_features(?1, ?2))", features.items())
+            self.db.executemany(f"{into} points VALUES (NULL, ?1, ?2, crc_points(?1, ?2))", points.items())
+            self.db.executemany(f"{into} files VALUES (?, ?, ?, ?, ?, 1)", files)
             self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", vanished)
             self.db.execute("DELETE FROM meta WHERE key = 'images'")
 
     def adopt_points(self) -> None:
-        """Take the points of these contents from the indexes of other models, so that no picture is described twice."""
+        """Take over points from the indexes of other models, so that no picture is described twice."""
+        new = "digest NOT IN (SELECT digest FROM main.points) AND checksum IS crc_points(digest, points)"
+        select = f"SELECT NULL, digest, points, checksum FROM other.points WHERE {new} ORDER BY row"
         for path in self.folder.parent.glob("*/index.sqlite"):
             if path != self.path:
-                with suppress(sqlite3.DatabaseError):  # damaged, of an older format, or in use for long
-                    self.db.execute("ATTACH ? AS sibling", (os.fsencode(path),))
-                    with self.db.transaction():
-                        sound = (
-                            "checksum IS plain_crc(digest, points) AND digest NOT IN (SELECT digest FROM main.points)"
-                        )
-                        new = f"SELECT NULL, digest, points, checksum FROM sibling.points WHERE {sound} ORDER BY row"
-                        self.db.execute(f"INSERT OR IGNORE INTO main.points {new}")
-                with suppress(sqlite3.OperationalError):  # it was not attached
-                    self.db.execute("DETACH sibling")
-
-    def points_after(self, row: int, count: int = -1) -> list[tuple[int, bytes]]:
-        """At most `count` rows of points after `row`, in their order, with the points as they are stored.
-
-        Raises DamageError if some are not what was written. The next update then reads their files again.
-        """
-        query = "SELECT row, digest, points, checksum FROM points WHERE row > ? ORDER BY row LIMIT ?"
-        found = self.db.execute(query, (row, count)).fetchall()
-        if not all(plain_checksum(digest, points) == checksum for _, digest, points, checksum in found):
-            self.discard_damaged()
-            raise DamageError(self.path, "points do not match their checksums")
-        return [(row, points) for row, _, points, _ in found]
+                with suppress(sqlite3.DatabaseError), self.attached(path):  # damaged, older, or in use for long
+                    self.db.execute(f"INSERT INTO main.points {select}")
 
     def verdicts(self) -> dict[tuple[bytes, bytes], Any]:
         """What is stored of each two contents that were compared."""
-        rows = self.db.execute("SELECT one, other, verdict, checksum FROM verdicts").fetchall()
-        sound = (row for row in rows if verdict_checksum(*row[:3]) == row[3])
-        return {(one, other): json.loads(text) for one, other, text, _ in sound}
+        rows = self.db.execute("SELECT * FROM verdicts").fetchall()
+        return {row[:2]: json.loads(row[2]) for row in rows if verdict_checksum(*row[:3]) == row[3]}
 
     def save_verdicts(self, verdicts: Iterable[tuple[bytes, bytes, Any]], last: int | None = None) -> None:
         """Store what was found of each two contents, anything that JSON holds.
 
         last: the last row of points, if all contents up to it were looked up.
         """
-        rows = [(one, other, json.dumps(found)) for one, other, found in verdicts]
+        rows = ((one, other, json.dumps(found)) for one, other, found in verdicts)
         with self.db.transaction():
-            into = "INSERT OR REPLACE INTO verdicts VALUES (?1, ?2, ?3, verdict_crc(?1, ?2, ?3))"
+            into = "INSERT OR REPLACE INTO verdicts VALUES (?1, ?2, ?3, crc_verdicts(?1, ?2, ?3))"
             self.db.executemany(into, rows)
             if last is not None:
-                self.db.execute("INSERT OR REPLACE INTO meta VALUES ('paired', ?)", (last,))
+                self.set_meta(paired=last)
 
     def scan(self, images: Path, work: Work) -> Changes:
         """How the folder `images` differs from the store.
@@ -2302,7 +2275,7 @@ class Store:
                 raise DeepVisionError(f"{what}: nothing was pruned")
             log.warning("%s", what)
 
-        self.scanned = self.version()
+        self.db.scanned = self.value("PRAGMA data_version")
         changes = Changes([], [], [])
         start: bytes | str = ""  # SQLite sorts it before every path, also before one that damage has made a text
         files = find_images(images, unlisted, [self.folder.parent], work.exclude)  # in the order of their paths
@@ -2310,8 +2283,8 @@ class Store:
         while start != LAST_PATH:
             found = {file.path: file for file in itertools.islice(files, BLOCK)}
             end = max(found, default=LAST_PATH)
-            query = f"SELECT {FILE_COLUMNS} FROM files WHERE path > ? AND path <= ?"
-            for path, size, mtime, digest, reason, there in self.db.execute(query, (start, end)).fetchall():
+            known = self.db.execute("SELECT * FROM files WHERE path > ? AND path <= ?", (start, end)).fetchall()
+            for path, size, mtime, digest, reason, there in known:
                 file, again = found.pop(path, None), other_decoders and digest is None
                 if file is None:
                     if there:
@@ -2328,24 +2301,21 @@ class Store:
         """Mark files as gone or back; note the decoders and the number of usable images. If none would remain, change
         nothing: False."""
         with self.db.transaction():
-            self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", ((path,) for path in changes.gone))
-            self.db.executemany("UPDATE files SET there = 1 WHERE path = ?", ((path,) for path in changes.back))
+            for there, paths in enumerate(changes[1:]):
+                self.db.executemany("UPDATE files SET there = ? WHERE path = ?", ((there, path) for path in paths))
             remain = self.count(USABLE)
-            notes = ("decoders", image_formats()[2]), ("images", remain)
-            self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", notes)
+            self.set_meta(decoders=image_formats()[2], images=remain)
             if not remain:
                 self.db.rollback()
         return remain > 0
 
     def prune(self) -> None:
-        """Forget the files that are gone, and the features that belong to no file."""
+        """Forget the files that are gone, and what belongs to no file."""
+        lost = f"NOT IN (SELECT digest FROM {USABLE})"
+        unused = (f"features WHERE digest {lost}", f"points WHERE digest {lost}")
         with self.db.transaction():
-            self.db.execute("DELETE FROM files WHERE NOT there")
-            unused = "NOT EXISTS (SELECT 1 FROM files WHERE files.digest = features.digest AND there)"
-            self.db.execute(f"DELETE FROM features WHERE {unused}")
-            self.db.execute(f"DELETE FROM points WHERE {unused.replace('features', 'points')}")
-            for column in ("one", "other"):
-                self.db.execute(f"DELETE FROM verdicts WHERE {column} NOT IN (SELECT digest FROM files)")
+            for rows in ("files WHERE NOT there", *unused, f"verdicts WHERE one {lost} OR other {lost}"):
+                self.db.execute(f"DELETE FROM {rows}")
         if 10 * self.value("PRAGMA freelist_count") > self.value("PRAGMA page_count"):
             self.db.execute("VACUUM")  # or the file never gets smaller
 
@@ -2356,8 +2326,7 @@ class Store:
 
     def damaged_contents(self, digests: Iterable[bytes]) -> set[bytes]:
         """Those of the contents that are truncated or damaged."""
-        query = "SELECT 1 FROM files WHERE there AND digest = ? AND reason IS NOT NULL"
-        return {digest for digest in set(digests) if self.value(query, digest)}
+        return {it for it in set(digests) if self.value(f"SELECT 1 FROM {DAMAGED_FILES} AND digest = ?", it)}
 
     def skipped(self, limit: int = -1, files: str = SKIPPED) -> list[tuple[bytes, str]]:
         """The path of each skipped file, or of each of other `files`, with its reason."""
@@ -2370,8 +2339,6 @@ class Store:
             raise DeepVisionError(f"{self.folder} {newer}: update DeepVision, or choose another --index-dir")
         ours = "sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%' ORDER BY rowid"
         schema = [sql for (sql,) in self.db.execute(f"SELECT sql FROM {ours}")]  # a foreign trigger would show here
-        if version == FORMAT - 1 and schema == SCHEMA_3 and self.get_meta("identity") == self.identity:
-            raise OlderError(self.path, "it has no local features yet")
         if version < FORMAT or schema != SCHEMA or self.get_meta("identity") != self.identity:
             raise DamageError(self.path, "it is not a database of this format, or of another model")
         self.db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
@@ -2382,60 +2349,48 @@ class Store:
 
     def discard_damaged(self) -> None:
         """Delete what is damaged. The next update reads the files again that miss features or points."""
-        if any(map(self.count, DAMAGED)) or self.count(ORPHANED) or self.count(POINTLESS):
+        if any(map(self.count, (*DAMAGED, INCOMPLETE))):
             with self.db.transaction():
                 for damaged in DAMAGED:
                     self.db.execute(f"DELETE FROM {damaged}")
-                again = f"SELECT path FROM {ORPHANED} UNION SELECT path FROM {POINTLESS}"
-                marked = self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN ({again})")
-            files = counted(marked.rowcount, "file")
-            log.warning("%s: the features of %s are damaged or missing, and are extracted again", self.folder, files)
+                marked = self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {INCOMPLETE})")
+            of_files = f"features or points of {counted(marked.rowcount, 'file')}"
+            log.warning("%s: %s are damaged or missing, and are extracted again", self.folder, of_files)
 
-    def extend(self) -> None:
-        """Bring a database of the format before up to this one: it gets tables for points, which are then extracted."""
-        with self.db.transaction():
-            for sql in SCHEMA[len(SCHEMA_3) :]:
-                self.db.execute(sql)
-            self.db.execute("UPDATE files SET mtime = -1 WHERE digest IS NOT NULL")
-            self.db.execute(f"PRAGMA user_version = {FORMAT}")
-        log.warning("%s is of an older format: local features are added to it, its features are kept", self.path)
-
-    def readable(self, columns: str, table: str) -> Iterator[tuple[Any, ...]]:
+    def readable(self, table: str) -> Iterator[tuple[Any, ...]]:
         """The rows of a damaged table, from its beginning and from its end, each up to the damage."""
         for order in ("ASC", "DESC"):
             with suppress(sqlite3.Error, UnicodeDecodeError):
-                yield from self.db.execute(f"SELECT {columns} FROM {table} ORDER BY 1 {order}")
+                yield from self.db.execute(f"SELECT {COLUMNS[table]} FROM {table} ORDER BY 1 {order}")
                 return  # all rows were read, no damage
 
     def repair(self) -> None:
-        """Replace a damaged or empty database by a sound one with all readable rows. The caller holds the lock."""
-        try:
-            with self.errors():
-                return self.check(whole=True)  # no damage: another run has repaired it meanwhile
-        except OlderError:
-            return self.extend()
-        except DamageError:
-            is_new = not self.path.stat().st_size  # `connect` has only touched it
+        """Replace a database that does not pass `check` by a sound one with all readable rows.
+
+        The caller holds the lock. An empty database becomes one without rows.
+        """
+        with suppress(DamageError), self.errors():
+            return self.check(whole=True)  # another run has repaired it meanwhile
+        is_new, was = not self.path.stat().st_size, "damaged"
+        with suppress(sqlite3.Error):
+            was = "of an older format" if self.value("PRAGMA user_version") == FORMAT - 1 else was
         Path(f"{self.path}.part-journal").unlink(missing_ok=True)
         with whole_file(self.path) as stream:
             new = Store(self.folder, self.identity, self.dim, os.path.basename(stream.name))
             schema = [f"PRAGMA page_size = {PAGE_BYTES}", "BEGIN", *SCHEMA, f"PRAGMA user_version = {FORMAT}", "COMMIT"]
             new.db.executescript(";".join(schema))
             with new.db.transaction():
-                meta = ("identity", self.identity), ("decoders", image_formats()[2])
-                new.db.executemany("INSERT INTO meta VALUES (?, ?)", meta)
-                features, files = self.readable(FEATURE_COLUMNS, "features"), self.readable(FILE_COLUMNS, "files")
-                new.db.executemany("INSERT OR IGNORE INTO features VALUES (?, ?, ?, ?)", features)
-                new.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
-                points = self.readable("row, digest, points, checksum", "points")
-                new.db.executemany("INSERT OR IGNORE INTO points VALUES (?, ?, ?, ?)", points)
+                new.set_meta(identity=self.identity, decoders=image_formats()[2])
+                for table, columns in COLUMNS.items():
+                    marks = ", ".join("?" for _ in columns.split(","))
+                    new.db.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", self.readable(table))
             new.discard_damaged()
             new.db.close()
             self.db.close()
             Path(f"{self.path}-journal").unlink(missing_ok=True)  # SQLite would replay it
-        self.connect()
+        self.db = Database(self.path, self.crc)
         if not is_new:
-            log.warning("%s was damaged. Repaired: %d features are kept", self.path, self.count("features"))
+            log.warning("%s was %s. Repaired: %d features are kept", self.path, was, self.count("features"))
 
 
 # ---- Index -----------------------------------------------------------------------------------------------------------
@@ -2451,14 +2406,15 @@ LIST_POINTS, TRAINING = 1200, 40  # points in a list of the index; points for ea
 ONE_THREAD = 200_000  # fewer points than this are trained on by one thread
 LISTS, NEIGHBOURS = 4, 4  # lists that are looked at for each point of a query; points that are taken from them
 LATER = 128  # pictures that are not in the file yet, at most: they are compared one by one
+POINT_BYTES = WHERE_BYTES + CODE_BYTES  # of a stored point
 GPU_RESERVE = 3 << 30  # bytes left to the model and to FAISS's own work
 
 
 class Index(NamedTuple):
-    """A FAISS index over features of the store."""
+    """A FAISS index over the features of the store, or over its points."""
 
-    faiss: faiss.Index  # its ids are rows of the store
-    last: int  # the last row in it; later ones are compared one by one
+    faiss: faiss.Index  # its ids are rows of the store; of points, they also hold where the point is
+    last: int  # the last row in the file; later ones are compared one by one
     shortlist: int = 0  # how many rows the codes choose for a search; 0: no codes, the index holds the features
     recall: float | None = None  # share of the true ten nearest in the shortlist, measured
     made_of: int = 0  # vectors in the store when it was made
@@ -2555,95 +2511,27 @@ def coded_index(store: Store, last: int) -> Index:
         shortlist *= 2
 
 
-def read_index(store: Store) -> Index | None:
-    """The stored index; None if there is none, or if it does not match the checksum that the store noted."""
-    try:
-        size, checksum, *notes = json.loads(store.get_meta("index") if store.index.is_file() else "")
-    except (TypeError, ValueError):  # there is no note, or damage has made it something else
-        return None
-    data: Any = np.memmap(store.index, np.uint8, "r") if store.index.stat().st_size == size else b""
-    if zlib.crc32(json.dumps(notes).encode(), zlib.crc32(data)) != checksum:
-        log.warning("%s is damaged or out of date: it is made again by an update", store.index)
-        return None
-    return Index(faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size)), *notes)._replace(file=data)
-
-
-def open_index(store: Store, work: Work = Work()) -> Index:
-    """The FAISS index of the store, added to or made anew if need be. Without `work.update`, it is the stored one, or
-    an empty one if there is none: nobody is waited for."""
-    last, index = store.last_row(), read_index(store)
-    if not last:
-        raise DeepVisionError(f"{store.folder} holds no features yet: run without --no-update")
-    if not work.update:
-        return index or Index(build_index(np.zeros((0, store.dim), np.float32)), 0)
-    coded = store.count("features") * store.dim * 2 > work.exact_bytes
-    if index and bool(index.shortlist) != coded:  # there are too many vectors for that kind, or too few
-        index = None
-    if index and index.last == last:
-        return index
-    with store.locked():
-        rows, last = store.count("features"), store.last_row()  # another run may have replaced all meanwhile
-        new = store.count(f"features WHERE row > {index.last}") if index else 0
-        if index and index.faiss.ntotal + new < OUTGROWN * min(rows, index.made_of):
-            copy = faiss.deserialize_index(index.file)  # vectors cannot be added to an index that looks into a file
-            index = index._replace(faiss=build_index(store.blocks(index.last + 1, last), copy), last=last, file=None)
-        elif coded:
-            index = coded_index(store, last)
-        else:
-            blocks = progress_bar(store.blocks(last=last), desc="index", unit="block")
-            index = Index(build_index(blocks), last, made_of=rows)
-        data = faiss.serialize_index(index.faiss)
-        with whole_file(store.index) as stream:
-            stream.write(data)
-        checksum = zlib.crc32(json.dumps(index[1:-1]).encode(), zlib.crc32(data))
-        notes = json.dumps([len(data), checksum, *index[1:-1]])
-        with store.db.transaction():
-            store.db.execute("INSERT OR REPLACE INTO meta VALUES ('index', ?)", (notes,))
-    return index
-
-
-class CopyIndex(NamedTuple):
-    """An index of the points of all pictures: its ids hold the row of the picture and where the point is."""
-
-    faiss: faiss.Index
-    last: int  # the last row of points in it
-    made_of: int  # points, when it was made
-    later: faiss.Index | None = None  # the points of later rows
-
-
-def blocks_of_points(store: Store, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ids, int64 (n,), and descriptors, float32 (n, POINT_DIM), of the points after row `first`, in blocks."""
-    while found := store.points_after(first, POINT_BLOCK):
-        first = found[-1][0]
+def point_blocks(store: Store, first: int) -> Blocks:
+    """Ids, int64 (n,), and descriptors, float32 (n, POINT_DIM), of the points from row `first` on, in blocks."""
+    while found := store.points_after(first - 1, POINT_BLOCK):
         where, xb = unpack_codes(b"".join(points for _, points in found))
-        counts = [len(points) // (WHERE_BYTES + CODE_BYTES) for _, points in found]
-        rows = np.repeat(np.array([row for row, _ in found], np.int64), counts)
-        yield rows << WHERE_BITS | where, xb
+        counts = [len(points) // POINT_BYTES for _, points in found]
+        yield np.repeat(np.array([row for row, _ in found], np.int64), counts) << WHERE_BITS | where, xb
+        first = found[-1][0] + 1
 
 
-def added_points(index: faiss.Index, store: Store, first: int) -> faiss.Index:
-    for ids, xb in progress_bar(blocks_of_points(store, first), desc="index of local features", unit="block"):
-        index.add_with_ids(xb, ids)
-    return index
-
-
-def new_copy_index(store: Store, points: int) -> faiss.Index:
-    """An empty index for about as many points: of few all are compared, of many those in some of its lists."""
+def empty_copy_index(store: Store, points: int) -> faiss.Index:
+    """An index for about as many points: of few all are compared, of many those in some of its lists."""
     if points < FEW_POINTS:
         return faiss.index_factory(POINT_DIM, "IDMap,Flat")
     lists = 1 << max(4, min(16, round(math.log2(points / LIST_POINTS))))
-    sample = list[np.ndarray]()
     pictures = math.ceil(TRAINING * lists * store.count("points") / points)
-    some = (
-        "SELECT points FROM points WHERE length(points) ORDER BY digest LIMIT ?"  # a digest is a hash: a random sample
-    )
-    for (stored,) in store.db.execute(some, (pictures,)).fetchall():
-        sample.append(unpack_codes(stored)[1])
-    xt = np.concatenate(sample)
-    graph = "_HNSW32" if lists > 1 << 14 else ""
-    index = faiss.index_factory(POINT_DIM, f"IVF{lists}{graph},PQ8")
+    # A digest is a hash: the first ones are a random sample.
+    sample = store.rows("points", "length(points) ORDER BY digest LIMIT ?", pictures)
+    xt = unpack_codes(b"".join(points for _, _, points, _ in sample))[1]
+    index = faiss.index_factory(POINT_DIM, f"IVF{lists}{'_HNSW32' if lists > 1 << 14 else ''},PQ8")
     index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # no warning
-    index.cp.niter = 8
+    index.cp.niter, index.nprobe = 8, LISTS
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1 if len(xt) < ONE_THREAD else threads)  # its many small steps wait for busy cores
     index.train(xt)
@@ -2651,55 +2539,88 @@ def new_copy_index(store: Store, points: int) -> faiss.Index:
     return index
 
 
-def head_checksum(path: Path, notes: Sequence[Any]) -> int:
-    """The CRC-32 of the first CHECKED_BYTES of a file, and of notes about it."""
-    with open(path, "rb") as stream:
-        crc = zlib.crc32(json.dumps(notes).encode())
-        for _ in range(CHECKED_BYTES >> 20):
-            crc = zlib.crc32(stream.read(1 << 20), crc)
-    return crc
+class Source(NamedTuple):
+    """A table of the store of which an index is made."""
+
+    table: str
+    name: str  # of the index file, and of the store's note on it
+    vectors: str  # SQL: how many vectors rows of the table have
+    blocks: Callable[[Store, int], Blocks]  # the vectors from a row on
+    empty: Callable[[Store, int], faiss.Index | None]  # an index for as many vectors; None: the one of `build_index`
+    checked: int | None = None  # bytes of the file that its checksum covers; None: all
 
 
-def read_copy_index(store: Store, flags: int) -> CopyIndex | None:
-    """The stored index of points; None if there is none, or if it does not match what the store noted of it."""
-    with suppress(TypeError, ValueError, OSError):  # there is no note, or no file
-        size, checksum, *notes = json.loads(store.get_meta("copies"))
-        if store.copies.stat().st_size == size and head_checksum(store.copies, notes) == checksum:
-            if str(store.copies).isprintable():
-                return CopyIndex(faiss.read_index(str(store.copies), flags), *notes)
-            # FAISS opens no path that is not UTF-8
-            return CopyIndex(faiss.deserialize_index(np.fromfile(store.copies, np.uint8)), *notes)
-        log.warning("%s is damaged or out of date: it is made again by an update", store.copies)
-    return None
+FEATURES = Source("features", "index", "count(*)", lambda store, first: store.blocks(first), lambda *_: None)
+# `copies.faiss` may have gigabytes, of which a search reads little. A wrong byte there costs a vote, never an answer.
+LOCAL = Source(
+    "points", "copies", f"sum(length(points)) / {POINT_BYTES}", point_blocks, empty_copy_index, CHECKED_BYTES
+)
 
 
-def open_copy_index(store: Store, work: Work = Work()) -> CopyIndex:
-    """The index of the points of the store, mapped and not read whole, added to or made anew if need be."""
-    mapped = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
-    index, last = read_copy_index(store, mapped), store.value("SELECT max(row) FROM points") or 0
+def read_index(store: Store, source: Source) -> Index | None:
+    """The stored index; None if there is none, or if it does not match what the store noted of it."""
+    path = store.folder / f"{source.name}.faiss"
+    try:
+        size, checksum, *notes = json.loads(store.get_meta(source.name))
+        data: Any = np.memmap(path, np.uint8, "r") if path.stat().st_size == size else b""
+    except (TypeError, ValueError, OSError):  # there is no file, or no note, or damage has made it something else
+        return None
+    if zlib.crc32(json.dumps(notes).encode(), zlib.crc32(data[: source.checked])) != checksum:
+        log.warning("%s is damaged or out of date: it is made again by an update", path)
+        return None
+    return Index(faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size)), *notes)._replace(file=data)
+
+
+def renewed_index(store: Store, source: Source, index: Index | None, coded: bool = False) -> Index:
+    """An index of all rows, saved: `index` with later rows added or, if that is outgrown or None, a new one."""
+    with store.locked():
+        last = store.last_row(source.table)  # another run may have replaced all meanwhile
+        stored = store.value(f"SELECT {source.vectors} FROM {source.table}") or 0
+        new = store.value(f"SELECT {source.vectors} FROM {source.table} WHERE row > ?", index.last) if index else 0
+        if index and index.faiss.ntotal + (new or 0) < OUTGROWN * min(stored, index.made_of):
+            copy = faiss.deserialize_index(index.file)  # vectors cannot be added to an index that looks into a file
+            index = index._replace(faiss=build_index(source.blocks(store, index.last + 1), copy), last=last, file=None)
+        elif coded:
+            index = coded_index(store, last)
+        else:
+            blocks = progress_bar(source.blocks(store, 0), desc=f"index of {source.table}", unit="block")
+            index = Index(build_index(blocks, source.empty(store, stored)), last, made_of=stored)
+        data, notes = faiss.serialize_index(index.faiss), index[1:-1]
+        with whole_file(store.folder / f"{source.name}.faiss") as stream:
+            stream.write(data)
+        checksum = zlib.crc32(json.dumps(notes).encode(), zlib.crc32(data[: source.checked]))
+        with store.db.transaction():
+            store.set_meta(**{source.name: json.dumps([len(data), checksum, *notes])})
+    return index
+
+
+def open_index(store: Store, work: Work = Work()) -> Index:
+    """The FAISS index of the features, added to or made anew if need be. Without `work.update`, it is the stored one,
+    or an empty one if there is none: nobody is waited for."""
+    last, index = store.last_row(), read_index(store, FEATURES)
+    if not last:
+        raise DeepVisionError(f"{store.folder} holds no features yet: run without --no-update")
+    if not work.update:
+        return index or Index(build_index(np.zeros((0, store.dim), np.float32)), 0)
+    coded = store.count("features") * store.dim * 2 > work.exact_bytes
+    if index and bool(index.shortlist) != coded:  # there are too many vectors for that kind, or too few
+        index = None
+    return index if index and index.last == last else renewed_index(store, FEATURES, index, coded)
+
+
+def open_copy_index(store: Store, work: Work = Work()) -> Index:
+    """The FAISS index of the points, added to or made anew if need be. The last few pictures are not in its file."""
+    index, last = read_index(store, LOCAL), store.last_row("points")
     if work.update and not (index and last - index.last <= LATER):
-        with store.locked():
-            last = store.value("SELECT max(row) FROM points") or 0
-            points = (store.value("SELECT sum(length(points)) FROM points") or 0) // (WHERE_BYTES + CODE_BYTES)
-            whole = read_copy_index(store, 0)
-            if whole and whole.made_of * OUTGROWN > points > whole.faiss.ntotal / OUTGROWN:
-                index = whole._replace(faiss=added_points(whole.faiss, store, whole.last), last=last)
-            else:
-                index = CopyIndex(added_points(new_copy_index(store, points), store, 0), last, points)
-            with whole_file(store.copies) as stream:
-                try:
-                    stream.write(faiss.serialize_index(index.faiss))
-                except RuntimeError as error:  # FAISS raises it where the disk is full
-                    raise OSError(f"{store.copies} cannot be written") from error
-            notes = list(index[1:3])
-            noted = json.dumps([store.copies.stat().st_size, head_checksum(store.copies, notes), *notes])
-            with store.db.transaction():
-                store.db.execute("INSERT OR REPLACE INTO meta VALUES ('copies', ?)", (noted,))
-        index = read_copy_index(store, mapped)
+        renewed_index(store, LOCAL, index)
+        index = read_index(store, LOCAL)  # what was added or made is not kept in memory
     # Without a file, a few pictures are compared one by one; of more, the nearest ones alone are candidates
-    index = index or CopyIndex(faiss.index_factory(POINT_DIM, "IDMap,Flat"), last if last > LATER else 0, 0)
+    index = index or Index(faiss.index_factory(POINT_DIM, "IDMap,Flat"), last if last > LATER else 0)
     if index.last < last:
-        index = index._replace(later=added_points(faiss.index_factory(POINT_DIM, "IDMap,Flat"), store, index.last))
+        both = faiss.IndexShards(POINT_DIM, False, False)  # one after the other; the ids are rows and places already
+        both.add_shard(index.faiss)
+        both.add_shard(build_index(point_blocks(store, index.last + 1), faiss.index_factory(POINT_DIM, "IDMap,Flat")))
+        index = index._replace(faiss=both)
     return index
 
 
@@ -2745,7 +2666,7 @@ class Engine(AbstractContextManager["Engine"]):
     model: Model
     store: Store
     index: Index
-    copies: CopyIndex
+    copies: Index
     exact: bool  # compare with every vector, whatever the index is
     summary: Summary
 
@@ -2886,7 +2807,7 @@ class Vote(NamedTuple):
     inverted: bool
 
 
-def votes(index: CopyIndex, points: Points, neighbours: int = NEIGHBOURS) -> list[Vote]:
+def votes(index: Index, points: Points, neighbours: int = NEIGHBOURS) -> list[Vote]:
     """The pictures on which FEWEST points or more agree, those with most points first.
 
     Each point, and each point of the mirrored picture, votes for the pictures of its nearest neighbours in the index.
@@ -2895,13 +2816,9 @@ def votes(index: CopyIndex, points: Points, neighbours: int = NEIGHBOURS) -> lis
     found = dict[int, Vote]()
     for mirrored in (False, True):
         seen = points.mirrored() if mirrored else points
-        lists = [it for it in (index.faiss, index.later) if it is not None and it.ntotal]
-        if not (len(seen.places) and lists):
+        if not (len(seen.places) and index.faiss.ntotal):
             continue
-        for searched in lists:
-            if hasattr(searched, "nprobe"):
-                searched.nprobe = LISTS
-        ids = np.concatenate([it.search(seen.descriptors, neighbours)[1] for it in lists], 1)
+        ids = index.faiss.search(seen.descriptors, neighbours)[1]
         voter, ids = np.repeat(np.arange(len(ids)), ids.shape[1]), ids.ravel()
         voter, ids = voter[ids >= 0], ids[ids >= 0]
         group = (ids >> WHERE_BITS) * 2 + (seen.dark[voter] != (ids & 1))  # a picture, and whether it is a negative
@@ -3453,8 +3370,6 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
             faulthandler.disable()
             if unsaved:
                 into.save(unsaved)
-    if into is not store:
-        into.db.close()
     return replace(summary, seconds=time.perf_counter() - start)
 
 
@@ -3465,20 +3380,17 @@ def merge_ranks(store: Store) -> Summary:
         share = Store(store.folder, store.identity, store.dim, path.name)
         with suppress(DamageError), share.errors():  # what is damaged is read again
             share.check(whole=False)
-            store.db.execute("ATTACH ? AS share", (os.fsencode(path),))
-            with store.db.transaction():
-                new = "SELECT NULL, digest, vector, checksum FROM share.features ORDER BY row"  # NULL: the next row
-                store.db.execute(f"INSERT OR REPLACE INTO main.features {new}")
-                of_points = new.replace("features", "points").replace("vector", "points")
-                store.db.execute(f"INSERT OR REPLACE INTO main.points {of_points}")
-                store.db.execute("INSERT OR REPLACE INTO main.files SELECT * FROM share.files")
+            with store.attached(path):
+                for table in ("features", "points"):
+                    columns = COLUMNS[table].removeprefix("row, ")  # the rows get new numbers
+                    new = f"SELECT {columns} FROM other.{table} ORDER BY row"
+                    store.db.execute(f"INSERT OR REPLACE INTO main.{table} ({columns}) {new}")
+                store.db.execute("INSERT OR REPLACE INTO main.files SELECT * FROM other.files")
                 store.db.execute("DELETE FROM main.meta WHERE key = 'images'")
             summary.opened += share.count("files")
             summary.new += share.count(USABLE)
-            summary.recognised += share.count(ORPHANED)  # without features there: `store` has them already
+            summary.recognised += share.count(f"{USABLE} AND digest NOT IN (SELECT digest FROM features)")
         share.db.close()
-        with suppress(sqlite3.OperationalError):  # it was not attached
-            store.db.execute("DETACH share")
     for left in (*store.folder.glob("rank-*"), *store.folder.glob("*.part*")):  # the latter: of a stopped run
         left.unlink(missing_ok=True)
     return summary
@@ -3512,7 +3424,8 @@ def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
 def store_changes(store: Store, changes: Changes, images: Path, model: Model, work: Work) -> Summary:
     """A Summary of what was read and noted as gone. If no usable image remains, nothing is noted: `images` is 0."""
     with store.locked():
-        if merge_ranks(store).opened or store.scanned != store.version():  # a stopped or another run has added files
+        merged, version = merge_ranks(store), store.value("PRAGMA data_version")
+        if merged.opened or store.db.scanned != version:  # a stopped or another run has added files
             changes = store.scan(images, work)
         skip_crashing_file(store, changes.unread, images, work)
         if changes.unread and not work.rebuild:
@@ -3658,7 +3571,8 @@ def as_json(found: Answer | Group, engine: Engine) -> str:
     matches = [match._replace(score=round(match.score, 6))._asdict() for match in found.matches]
     for match in matches:
         match["region"] = match["region"] and match["region"]._asdict()
-    return json.dumps({**subject, "model": engine.model.name, "matches": matches})
+    line = json.dumps({**subject, "model": engine.model.name, "matches": matches})
+    return json.dumps(json.loads(line, parse_float=lambda number: float(number) + 0.0))  # -0.0 becomes 0.0
 
 
 def print_found(found: Answer | Group, engine: Engine, form: str) -> None:
