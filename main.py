@@ -1149,7 +1149,7 @@ def query_views(picture: Image.Image, model: Model) -> torch.Tensor:
 AREA = 90_000  # pixels to which each picture is scaled for its points: copies of any resolution then get the same ones
 POINTS = 150  # of a square picture, at most: more make the index larger, fewer lose small parts
 FINER = 4  # levels by which a query, and a picture to compare, is described finer if it has the pixels
-FINER_POINTS = 700  # their points, at most
+FINER_POINTS = 700  # points of a square one of these, at most
 LEVELS = 8  # sizes in which points are looked for; each is smaller than the one before by the square root of 2
 SHORT_SIDE = 150  # pixels of a long picture's short side, at least: a strip of comics has panels to be found
 MOST_LONGER = 12  # a long picture has at most 12 times the area and the points
@@ -1319,7 +1319,7 @@ def find_points(image: Image.Image, finer: int = 0, between: bool = False) -> Po
 
     between: in sizes halfway between the usual ones. Small print is found again only in nearly the same size.
     """
-    scale = point_scale(image.size)
+    scale, points = point_scale(image.size), FINER_POINTS if finer else POINTS
     finer = max(0, min(finer, math.floor(0.1 - 2 * math.log2(scale))))
     zoom = 2 ** (finer / 2 - between / 4)
     size = [max(2, round(scale * zoom * side)) for side in image.size]
@@ -1329,7 +1329,7 @@ def find_points(image: Image.Image, finer: int = 0, between: bool = False) -> Po
     canvas, boxes = pyramid(grey, LEVELS + finer)
     longer = scale**2 * image.width * image.height / AREA
     share = 2 ** (-torch.arange(len(boxes)) / 2)
-    counts = (longer * (FINER_POINTS if finer else POINTS) * share / share.sum()).round().long()
+    counts = (longer * points * share / share.sum()).round().long()
     long = SPREAD * max(1, round(max(size) / min(size) / 2))
     blobs = find_blobs(canvas, boxes, counts, (long, SPREAD) if size[0] > size[1] else (SPREAD, long))
     direction, descriptors = describe_points(canvas, boxes, blobs)
@@ -2969,6 +2969,11 @@ def as_match(query: Picture, found: Found, damaged: bool) -> Match:
     return Match(0, found.path, found.score, False, verdict.label, ", ".join(words), region, truncated=damaged)
 
 
+def sorting_key(match: Match) -> tuple[Any, ...]:
+    differing = match.region.differing if match.region else 0.0
+    return -("", *LABELS).index(match.label), differing, -match.score, match.path
+
+
 def search(
     queries: Any, engine: Engine | None = None, *, k: int = TOP,
     threshold: float | str = -1.0, crop: Sequence[float] | None = None,
@@ -2980,10 +2985,10 @@ def search(
     threshold  cosine similarity, -1 to 1, that a match has at least, or label: variant, copy, identical
     crop       the part of each query to search with: left, top, right, bottom, see `cut_out`
 
-    Identical files come first, then copies, then variants, then the others by score, equal scores by path. The
-    query's own file and files that have changed are left out. Scores are exact; in a large collection a look-alike may
-    be missed, see `coded_index`. A query that cannot be used gets an `error`. Raises DeepVisionError if features are
-    damaged.
+    Identical files come first, then copies, then variants, those that differ least before others, then look-alikes;
+    all else being equal by score, then by path. The query's own file and files that have changed are left out. Scores
+    are exact; in a large collection a look-alike may be missed, see `coded_index`. A query that cannot be used gets an
+    `error`. Raises DeepVisionError if features are damaged.
     """
     if k < 1 or (isinstance(threshold, str) and threshold not in LABELS):
         raise ValueError(f"k={k}, threshold={threshold!r}: see the documentation of search")
@@ -2996,7 +3001,7 @@ def search(
         for query, found in compared(names, engine, k, crop):
             damaged = engine.store.damaged_contents(it.digest for it in found)
             matches = [as_match(query, it, it.digest in damaged) for it in found]
-            matches.sort(key=lambda match: (-("", *LABELS).index(match.label), -match.score, match.path))
+            matches.sort(key=sorting_key)
             kept = [match for match in matches if match.label in labels and round(match.score, 3) >= least][:k]
             kept = [match._replace(rank=rank) for rank, match in enumerate(kept, start=1)]
             yield Answer(os.fsdecode(query.file.path), kept, None if query.made else query.reason or NOT_AN_IMAGE)
