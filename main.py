@@ -1924,8 +1924,14 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
         found = compare(b, a, hints)
         return found and found.reversed()
     best, found, sure, known = (False, -math.inf), None, False, list[np.ndarray]()
-    by_points = (hints_by_points(getattr(a, sizes), a, b) for sizes in ("points", "points_between"))
-    for source in itertools.chain([itertools.chain(hints, hints_by_thumbs(a, b))], by_points):
+
+    def sources() -> Iterator[Iterator[Hint]]:
+        yield itertools.chain(hints, hints_by_thumbs(a, b))
+        yield hints_by_points(a.points, a, b)
+        if known:  # something agreed, if not well: unrelated pictures end here
+            yield hints_by_points(a.points_between, a, b)
+
+    for source in sources():
         rated = list[tuple[float, Hint]]()
         for hint in source:
             there = moved(hint.H, corners_of(a.size))
