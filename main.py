@@ -2551,14 +2551,13 @@ def build_index(features: np.ndarray | Iterable[Any], index: faiss.Index | None 
     return index
 
 
-JOB_BAR = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left|{percentage:.0f}"  # see `Job`
 watched = threading.local()  # `job`: the Job that a thread of the UI works for
 
 
 def progress_bar(steps: Iterable[Any] | None = None, **options: Any) -> tqdm.tqdm:
     """A bar that shows on a terminal only, and not with -q; or, in a thread that works for the UI, on its page."""
     if job := getattr(watched, "job", None):
-        return tqdm.tqdm(steps, file=job, bar_format=JOB_BAR, **options)
+        return job.bar(steps, **options)
     return tqdm.tqdm(steps, disable=None if log.isEnabledFor(logging.INFO) else True, **options)
 
 
@@ -4270,6 +4269,7 @@ SCORES = {
 }  # fmt: skip
 ABOUT = "click a picture to see it large, draw on a query to search with a part of it"
 COMPARING = "Comparing all pictures"
+JOB_BAR = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left|{percentage:.0f}"  # the share comes last
 STOP_SECONDS = 10  # that a job gets to save what it has done
 UI_POLICY = (
     "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'sha256-{}'; "
@@ -4487,13 +4487,30 @@ class Job(threading.Thread):
         with suppress(RuntimeError):  # it was not started
             self.join(STOP_SECONDS)
 
+    def bar(self, steps: Iterable[Any] | None, **options: Any) -> tqdm.tqdm:
+        """A progress bar that this job shows. Raises Stopped at the next step once the job is stopped."""
+
+        def check() -> None:  # not while the bar is written: tqdm then holds a lock
+            if self.is_stopped:
+                raise Stopped("Stopped. What was done is kept, and the next time goes on from there")
+
+        class Bar(tqdm.tqdm):
+            def update(self, n: float | None = 1) -> bool | None:
+                done = super().update(n)
+                check()
+                return done
+
+            def __iter__(self) -> Iterator[Any]:
+                for step in super().__iter__():
+                    check()
+                    yield step
+
+        return Bar(steps, file=self, bar_format=JOB_BAR, **options)
+
     def write(self, text: str) -> None:
-        """Take a line of a progress bar. Raises Stopped in the job's own thread."""
+        """Take a line of a progress bar."""
         if "|" in text:
             self.said, self.share = text.strip().split("|")
-        if self.is_stopped and threading.current_thread() is self:
-            self.is_stopped = False  # a bar is written once more while it is closed
-            raise Stopped("Stopped. What was done is kept, and the next time goes on from there")
 
     def flush(self) -> None:
         """A file has this."""
@@ -4901,7 +4918,8 @@ class UI(socketserver.ThreadingTCPServer):
 
     def give(self, body: IO[bytes], name: str) -> str:
         """Save a picture that is sent. Returns its key. Its name is for people alone."""
-        key = f"~{secrets.token_hex(6)}"
+        suffix = os.path.splitext(name)[1].lower()  # RAW formats are known by it
+        key = f"~{secrets.token_hex(6)}{suffix if re.fullmatch('[.][a-z0-9]{1,5}', suffix) else ''}"
         path = os.path.join(self.own, key)
         with open(path, "xb") as file:
             shutil.copyfileobj(body, file)

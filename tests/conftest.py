@@ -295,4 +295,4 @@ def requests(browser: Any) -> list[str]:
     return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
 
-from served import found, own, server, tab, trash  # noqa: E402, F401
+from served import found, own, prepared, server, tab, trash  # noqa: E402, F401

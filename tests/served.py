@@ -20,7 +20,7 @@ from PIL import ImageOps
 
 import main
 
-WAIT = 30  # seconds, on a busy machine
+WAIT = 60  # seconds, on a busy machine
 
 
 def emulate(browser: Any, width: int, scheme: str) -> None:
@@ -119,16 +119,26 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     it.stop()
 
 
-@pytest.fixture
-def own(tmp_path: Path) -> Iterator[Server]:
-    """A server of one test: a picture, one with the same bytes, a smaller copy, a mirrored one, and another picture."""
-    it = Server(tmp_path)
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A picture, one with the same bytes, a smaller copy, a mirrored one, and another picture, with their index."""
+    it = Server(tmp_path_factory.mktemp("prepared"))
     draw_rich(1).save(it.images / "a.png")
     shutil.copy(it.images / "a.png", it.images / "b same.png")
     draw_rich(1).resize((360, 270)).save(it.images / "c small.jpg", quality=80)
     ImageOps.mirror(draw_rich(1)).save(it.images / "d mirrored.jpg", quality=80)
     draw_rich(2).save(it.images / "other.png")
-    shutil.copy(it.images / "other.png", tmp_path / "small.png")
+    shutil.copy(it.images / "other.png", it.folder / "small.png")
+    compared(it.start())
+    it.stop()
+    return it.folder
+
+
+@pytest.fixture
+def own(tmp_path: Path, prepared: Path) -> Iterator[Server]:
+    """A server of one test, see `prepared`."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    it = Server(tmp_path)
     yield it.start()
     it.stop()
 
@@ -151,6 +161,13 @@ class Tab:
         """The names of the files that are shown."""
         script = "return [...document.querySelectorAll(arguments[0])].map(it => it.textContent.trim())"
         return self.script(script, f"{within} figcaption > .name")
+
+    def title(self) -> str:
+        return self.browser.title.removesuffix(" – DeepVision")
+
+    def box(self, selector: str) -> dict[str, float]:
+        """Where the element is on the screen, after all transforms."""
+        return self.script("return document.querySelector(arguments[0]).getBoundingClientRect().toJSON()", selector)
 
     def text(self, selector: str) -> str:
         return " ".join(it.text for it in self.all(selector))

@@ -324,8 +324,8 @@ def test_a_request_that_breaks_off_leaves_no_traceback(sent, is_reset, server, c
     else:
         client.shutdown(socket.SHUT_WR)
         with contextlib.suppress(ConnectionError):
-            answer = client.recv(1 << 16)
-            assert not answer or answer.split()[1].startswith((b"4", b"5"))
+            answer = b"".join(iter(lambda: client.recv(1 << 16), b""))
+            assert not answer.startswith(b"HTTP") or answer.split()[1][:1] in b"45"
             assert b"has broken off" in answer or b"only this" not in sent
     client.close()
     assert server.ask("").status == 200 and not list(Path(server.ui.own).glob("tmp*"))
@@ -366,7 +366,7 @@ def test_no_file_is_served_but_pictures_of_the_collection(path, server):
     encoded_path = base64.urlsafe_b64encode(path.encode()).decode().rstrip("=")
     for name in (path, encoded_path, "../" + path, "%2e%2e/" + path, "~" + encoded_path):
         for route in ("small/", "picture/", ""):
-            answer = server.ask(route + name)
+            answer = server.ask(f"/{server.ui.kept.token}/{route}{name}")
             assert answer.status == 404 and b"hello" not in answer.page, (route, name)
         for asked in (f"q={name}", f"q={name}!0,0,9,9", f"group={name}"):
             answer = server.ask(f"?{asked}")
@@ -382,7 +382,7 @@ def test_the_name_of_a_given_file_never_becomes_a_path(name, server):
     key = server.give(name)
     assert b"2.png" in server.ask(f"?q={key}").page
     (new,) = set(server.folder.rglob("*")) - set(before)
-    assert new.name == key and re.fullmatch("~[0-9a-f]{12}", key) and not Path("/tmp/evil.png").exists()
+    assert new.name == key and re.fullmatch("~[0-9a-f]{12}([.]png)?", key) and not Path("/tmp/evil.png").exists()
 
 
 @pytest.mark.parametrize("field", ["q", "k", "least", "group", "twice", "page", "of", "part"])
