@@ -4021,7 +4021,7 @@ src="{{ other|full(match.path) }}" alt="" loading="lazy"></div>
 {% for value in queries %}<input type="hidden" name="q" value="{{ value }}">{% endfor %}
 <input type="hidden" name="k" value="{{ k }}"><input type="hidden" name="least" value="{{ least }}">
 <label>A part <input name="part" size="16" placeholder="left, top, right, bottom" value="
-{{- parts[path]|join(",") if parts[path] }}"></label><button>Search</button>
+{{- "%g,%g,%g,%g"|format(*parts[path]) if parts[path] }}"></label><button>Search</button>
 {% if parts[path] %}<button name="whole" value="1">whole picture</button>{% endif %}</form>{% endif %}
 </figcaption></figure></li>
 {% endmacro %}
@@ -4330,7 +4330,7 @@ const dragging = on => document.body.classList.toggle("dragging", on)
 ondragover = event => { event.preventDefault(); dragging(true) }
 ondragleave = event => { if (!event.relatedTarget) dragging(false) }
 ondrop = event => { event.preventDefault(); dragging(false); take(event.dataTransfer) }
-onpaste = event => { if (!event.target.closest("input:not([type=file])")) take(event.clipboardData) }
+document.onpaste = event => { if (!event.target.closest("input:not([type=file])")) take(event.clipboardData) }
 
 // A rectangle that a person draws on a query starts a search with that part of it.
 let svg, from, part, before
@@ -4443,7 +4443,7 @@ const watch = async () => {
     const answer = await ask("job"), job = one("#job")
     if (answer.gone) return say(gone)
     const {title, said, share} = await answer.json()
-    if (!title) return document.body.dataset.live ? location.reload() : job.remove()
+    if (!title) return one("[name=file]") ? job.remove() : location.reload()
     one("b", job).textContent = title
     one("span", job).textContent = said
     one("progress", job).value = share
@@ -4761,7 +4761,7 @@ class Request(http.server.BaseHTTPRequestHandler):
             "Content-Length": str(len(data)),
             "X-Content-Type-Options": "nosniff",
             "X-Frame-Options": "DENY",
-            "Referrer-Policy": "no-referrer",
+            "Referrer-Policy": "same-origin",  # with none, forms would have no origin
             "Cross-Origin-Resource-Policy": "same-origin",
             "Cache-Control": "no-cache",
         }
