@@ -3779,8 +3779,10 @@ STYLE = """
   --bad: light-dark(#8a4b00, #f2bd70);
   --accent: light-dark(#1d4fbf, #9dbcff);
   --side: 12rem;
+  --least: 46%;
+  scroll-padding: 7rem 0 8rem;
 }
-:root:has(#larger:checked) { --side: 22rem }
+:root:has(#larger:checked) { --side: 22rem; --least: 100% }
 * { box-sizing: border-box }
 body {
   margin: 0; font: 1rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere;
@@ -3862,14 +3864,14 @@ section:first-of-type { border-top: 0; padding-top: 0 }
 }
 .groups { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 34rem), 1fr)) }
 .group { border: 1px solid var(--line); border-radius: .8rem; padding: .8rem !important; align-content: start }
-.group .cards { --side: 9.5rem; grid-template-columns: repeat(auto-fit, minmax(min(var(--side), 46%), 1fr)) }
+.group .cards { --side: 9.5rem; grid-template-columns: repeat(auto-fit, minmax(min(var(--side), var(--least)), 1fr)) }
 .group.wide { grid-column: 1 / -1 }
-.group.wide .cards { --side: 12rem; grid-template-columns: repeat(auto-fill, minmax(min(var(--side), 46%), 1fr)) }
+.group.wide .cards { --side: 12rem; grid-template-columns: repeat(auto-fill, minmax(min(var(--side), var(--least)), 1fr)) }
 :root:has(#larger:checked) .groups { grid-template-columns: 1fr }
 .group h2 { font-size: 1rem }
 .group h2 .name { flex: 1 1 8rem }
 .group h2 button { font-size: .9rem; margin-left: auto }
-.cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(var(--side), 46%), 1fr)) }
+.cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(var(--side), var(--least)), 1fr)) }
 .large { --side: 15rem }
 :root:has(#larger:checked) .large { --side: 30rem }
 .large.one { grid-template-columns: 1fr }

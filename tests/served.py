@@ -20,7 +20,7 @@ from PIL import ImageOps
 
 import main
 
-WAIT = 12  # seconds, on a busy machine
+WAIT = 60  # seconds, on a busy machine
 
 
 def emulate(browser: Any, width: int, scheme: str) -> None:

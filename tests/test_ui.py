@@ -210,6 +210,7 @@ def test_files_that_lose_nothing_are_chosen_and_moved_to_the_trash(width, scheme
     assert tab.text("#sum").startswith(f"{len(chosen)} files chosen, 0.")
     tab.fits("h2 .verdict", ".bad", "small", "#sum", ".acts a", "nav a")
     box = next(it for it in tab.all("[name=file]") if it.get_attribute("value") == own.key("d mirrored.jpg"))
+    tab.script("arguments[0].scrollIntoView({block: 'center'})", box)
     box.click()
     tab.until(lambda: tab.text("#sum").startswith(f"{len(chosen) + 1} files"))
     tab.one("[formaction=trash]").click()
