@@ -3853,25 +3853,30 @@ body.dragging::after {
 
 /* A query stands beside its matches, a file to keep beside the others. */
 section { padding: 1rem 0; border-top: 1px solid var(--line); display: grid; gap: .8rem; break-inside: avoid-page }
-section:first-of-type { border-top: 0; padding-top: 0 }
+section:first-of-type:not(.group) { border-top: 0; padding-top: 0 }
 .answer, .group { break-inside: auto }
+.both { display: grid; gap: 1.2rem }
 .found { display: grid; gap: .7rem; align-content: start; min-width: 0 }
 @media (min-width: 52rem) {
-  .answer .both {
-    display: grid; gap: 1.2rem; grid-template-columns: minmax(15rem, 24rem) minmax(0, 1fr); align-items: start;
-  }
-  .answer .both > .large { position: sticky; top: 5rem }
+  .both { grid-template-columns: minmax(15rem, 24rem) minmax(0, 1fr); align-items: start }
+  .both > .large { position: sticky; top: 5rem }
 }
 .groups { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 34rem), 1fr)) }
 .group { border: 1px solid var(--line); border-radius: .8rem; padding: .8rem !important; align-content: start }
-.group .cards { --side: 9.5rem; grid-template-columns: repeat(auto-fit, minmax(min(var(--side), var(--least)), 1fr)) }
+.group .cards {
+  --side: 9.5rem; grid-template-columns: repeat(auto-fit, minmax(min(var(--side), var(--least)), 1fr));
+}
 .group.wide { grid-column: 1 / -1 }
-.group.wide .cards { --side: 12rem; grid-template-columns: repeat(auto-fill, minmax(min(var(--side), var(--least)), 1fr)) }
+.group.wide .cards {
+  --side: 12rem; grid-template-columns: repeat(auto-fill, minmax(min(var(--side), var(--least)), 1fr));
+}
 :root:has(#larger:checked) .groups { grid-template-columns: 1fr }
 .group h2 { font-size: 1rem }
 .group h2 .name { flex: 1 1 8rem }
 .group h2 button { font-size: .9rem; margin-left: auto }
-.cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(var(--side), var(--least)), 1fr)) }
+.cards {
+  display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(var(--side), var(--least)), 1fr));
+}
 .large { --side: 15rem }
 :root:has(#larger:checked) .large { --side: 30rem }
 .large.one { grid-template-columns: 1fr }
@@ -4427,7 +4432,8 @@ document.addEventListener("toggle", event => {
 const chosen = () => all("[name=file]:checked")
 const sum = () => {
     const bytes = chosen().reduce((total, box) => total + Number(box.dataset.size), 0)
-    one("#sum").textContent = `${chosen().length} files chosen, ${(bytes / 1e6).toFixed(1)} MB`
+    const size = bytes < 1e6 ? (bytes / 1e3).toFixed() + " KB" : (bytes / 1e6).toFixed(1) + " MB"
+    one("#sum").textContent = `${chosen().length} of ${all("[name=file]").length} files chosen, ${size}`
 }
 one("#larger").checked = localStorage.larger == 1
 onchange = event => {

@@ -207,12 +207,12 @@ def test_files_that_lose_nothing_are_chosen_and_moved_to_the_trash(width, scheme
     boxes = {it.get_attribute("value"): it.is_selected() for it in tab.all("[name=file]")}
     assert boxes == {own.key(name): name in chosen for name in lost} and "b same.png" in chosen
     assert "lost with it: mirrored" in tab.text(".group") and tab.all(".group polygon")
-    assert tab.text("#sum").startswith(f"{len(chosen)} files chosen, 0.")
+    assert tab.text("#sum").startswith(f"{len(chosen)} of 3 files chosen, ")
     tab.fits("h2 .verdict", ".bad", "small", "#sum", ".acts a", "nav a")
     box = next(it for it in tab.all("[name=file]") if it.get_attribute("value") == own.key("d mirrored.jpg"))
     tab.script("arguments[0].scrollIntoView({block: 'center'})", box)
     box.click()
-    tab.until(lambda: tab.text("#sum").startswith(f"{len(chosen) + 1} files"))
+    tab.until(lambda: tab.text("#sum").startswith(f"{len(chosen) + 1} of 3"))
     tab.one("[formaction=trash]").click()
     browser.switch_to.alert.accept()
     tab.until(lambda: f"{len(chosen) + 1} files moved to the trash" in tab.text(".news"))
