@@ -23,6 +23,7 @@ Written: results.html, the page to look at, and in image_index/<model>/
     index.faiss     the FAISS index over the features: it finds look-alikes
     copies.faiss    the FAISS index over the points: it finds copies. Both are made again from the store
     lock, crash     held by the one run that writes; there only while files are read, or after a crash
+and in image_index/, by --ui alone: ui.sqlite, with small pictures and groups that were dismissed
 """
 
 from __future__ import annotations
@@ -4089,7 +4090,7 @@ src="{{ other|full(match.path) }}" alt="" loading="lazy"></div>
 {% elif matches %}<ol class="cards {{ "large" if item[0] else "small" }}">
 {% for match in matches %}{{ card(item, match) }}{% endfor %}</ol>{% endif %}
 </section>{% endfor %}</div>
-{% if groups %}{% if not live %}<div class="chosen"><b id="sum">{{ won }}</b>
+{% if groups %}{% if not live %}<div class="chosen"><b id="sum"></b>
 <button type="button" id="copy">copy paths</button><button formaction="list">save list</button>
 <button formaction="trash">move to trash</button></div>{% endif %}</form>{% endif %}
 {% if left_out %}<footer>{{ counted(left_out, "more picture") }} left out: --json lists all</footer>{% endif %}
@@ -4561,8 +4562,9 @@ class Kept:
             self.db.execute("INSERT OR REPLACE INTO small VALUES (?, ?, ?, ?)", (digest, *small))
 
     def dismissed(self) -> set[bytes]:
-        with self.db.turn:
+        with suppress(sqlite3.Error), self.db.turn:
             return {contents for (contents,) in self.db.execute("SELECT contents FROM dismissed").fetchall()}
+        return set()
 
     def dismiss(self, contents: bytes) -> None:
         with self.db.transaction():
@@ -4976,7 +4978,6 @@ class UI(socketserver.ThreadingTCPServer):
             about=ABOUT, news=news, queries=asked.get("q", []), parts=parts, most=PAGE_PICTURES, scores=scores,
             kept=urllib.parse.urlencode(choices), page=number, pages=pages, groups=groups,
             turn=lambda page: "?" + urllib.parse.urlencode({**asked, "page": page}, doseq=True),
-            won=groups and f"{in_bytes(sum(map(self.winnable, found)))} can be won",
             hidden=len(self.kept.dismissed()) if "twice" in asked and not live else 0,
             halted="twice" in asked and self.job.error and not self.running(), **choices,
         )  # fmt: skip
@@ -5017,7 +5018,8 @@ class UI(socketserver.ThreadingTCPServer):
             return title, found, bool(self.running())
         hidden = self.kept.dismissed()
         groups = [group for group in self.groups if self.contents(group) not in hidden]
-        return title_of(groups), groups, False
+        won = f", {in_bytes(sum(map(self.winnable, groups)))} can be won" if groups else ""
+        return title_of(groups) + won, groups, False
 
     def answers(
         self, queries: list[str], parts: dict[str, tuple[float, ...]], request: Request, k: int, least: str

@@ -206,6 +206,8 @@ def test_files_that_lose_nothing_are_chosen_and_moved_to_the_trash(width, scheme
     chosen = {name for name, words in lost.items() if words is None}
     boxes = {it.get_attribute("value"): it.is_selected() for it in tab.all("[name=file]")}
     assert boxes == {own.key(name): name in chosen for name in lost} and "b same.png" in chosen
+    won = sum((own.images / name).stat().st_size for name in chosen)
+    assert tab.text("h1") == f"1 group, {won / 1000:,.0f} KB can be won"
     assert "lost with it: mirrored" in tab.text(".group") and tab.all(".group polygon")
     assert tab.text("#sum").startswith(f"{len(chosen)} of 3 files chosen, ")
     tab.fits("h2 .verdict", ".bad", "small", "#sum", ".acts a", "nav a")
