@@ -4216,6 +4216,19 @@ def limited(found: Sequence[Answer | Group], room: int) -> tuple[list[tuple[Answ
     return shown, left_out
 
 
+@cache
+def page_template() -> jinja2.Template:
+    """PAGE, compiled, which takes 0.1 s. Its filters below are functions that `render` passes as variables."""
+
+    def given(name: str) -> Any:
+        return jinja2.pass_context(lambda context, *values: context[name](*values))
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(text=decode_path, of=file_of, bytes=in_bytes)
+    environment.filters.update({name: given(name) for name in ("name", "whole", "link", "source", "full", "key")})
+    return environment.from_string(PAGE)
+
+
 def render(
     found: Sequence[Answer | Group], engine: Engine | None, look: Any = None, *,
     shown: Any = None, name: Any = decode_path, whole: Any = decode_path, link: Any = link_to, source: Any = data_of,
@@ -4235,14 +4248,12 @@ def render(
     paths |= dict.fromkeys(match.path for _, matches in shown for match in matches)
     look = look or partial(read_path, transform=thumbnail)
     pictures = dict(zip(paths, read_ahead(look, paths, usable_cores(), 4 * usable_cores())))
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    filters = {"text": decode_path, "of": file_of, "bytes": in_bytes, "name": name, "whole": whole, "link": link}
-    environment.filters.update(filters, source=source, full=full, key=key)
     helpers = {"verdict": verdict, "remark_on": remark_on, "outlines": outlines, "overlaid": overlaid}
+    given = {"name": name, "whole": whole, "link": link, "source": source, "full": full, "key": key}
     usual = {"policy": POLICY, "style": STYLE, "tail": TAIL, "kinds": KINDS, "stops": STOPS, "counted": counted}
     first = {"title": title_of(found), "parts": {}, "pages": 1, "page": 1, "left_out": left_out}
-    values = {**usual, **helpers, **first, **values, "found": found, "shown": shown, "pictures": pictures}
-    return environment.from_string(PAGE).render(values, engine=engine)
+    values = {**usual, **helpers, **given, **first, **values, "found": found, "shown": shown, "pictures": pictures}
+    return page_template().render(values, engine=engine)
 
 
 def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine, seconds: float) -> None:

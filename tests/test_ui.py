@@ -20,6 +20,7 @@ CLIPBOARD = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
 ENTER, TAB, ESCAPE, SPACE, LEFT, RIGHT = "\ue007", "\ue004", "\ue00c", " ", "\ue012", "\ue014"
 
 
+TWO_SCREENS = pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1400, "light")], ids=str)
 SCREENS = pytest.mark.parametrize(
     ("width", "scheme"), [(390, "light"), (390, "dark"), (1400, "light"), (1400, "dark")], ids=str
 )
@@ -140,7 +141,7 @@ def pixels(tab: Tab, selector: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("L"), float)[6:-6, 6:-6]
 
 
-@SCREENS
+@TWO_SCREENS
 def test_query_and_match_are_laid_over_one_another(width, scheme, found):
     emulate(found.browser, width, scheme)
     found.one(".copy .compare summary").click()
@@ -196,7 +197,7 @@ def test_the_page_of_a_search_compares_without_script(browser, run, tmp_path):
     assert not find("css selector", ".frame").is_displayed()
 
 
-@SCREENS
+@TWO_SCREENS
 def test_files_that_lose_nothing_are_chosen_and_moved_to_the_trash(width, scheme, own, browser, trash):
     compared(own)
     tab = Tab(browser, own, "?twice=1")
