@@ -85,7 +85,7 @@ if TYPE_CHECKING:
     import torch
     import torchvision
     import tqdm
-    from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin
+    from PIL import Image, ImageDraw, ImageOps
 else:
 
     class Lazy:
@@ -105,7 +105,6 @@ else:
 
     faiss, np, torch, torchvision, tqdm = map(Lazy, ("faiss", "numpy", "torch", "torchvision", "tqdm"))
     Image, ImageDraw, ImageOps = map(Lazy, ("PIL.Image", "PIL.ImageDraw", "PIL.ImageOps"))
-    TiffImagePlugin = Lazy("PIL.TiffImagePlugin")
     filelock, jinja2 = map(Lazy, ("filelock", "jinja2"))  # torch requires them, so they are there
 
 # What the options take, and their defaults
@@ -135,10 +134,6 @@ class DamageError(DeepVisionError):  # `initialize_reverse_image_search` repairs
         super().__init__(f"{path} is damaged ({reason}). Run the command again to repair it")
 
 
-class OlderError(DamageError):
-    """The store is of the format before this one: it is extended, and loses nothing."""
-
-
 def counted(number: int, one: str, many: str = "") -> str:
     """A number with its noun: "1 file", "2,000 files"."""
     return f"{number:,} {one if number == 1 else many or f'{one}s'}"
@@ -154,9 +149,7 @@ def escape_controls(text: str) -> str:
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in unsafe else c for c in text)
 
 
-class File(NamedTuple):
-    """A file of the collection, as a scan finds it."""
-
+class File(NamedTuple):  # of the collection, as a scan finds it
     path: bytes  # relative to the collection
     size: int  # bytes
     mtime: int  # nanoseconds; -1: read the file again at the next update
@@ -167,22 +160,17 @@ class File(NamedTuple):
         return File(path, info.st_size, info.st_mtime_ns % 2**63)
 
 
-class Picture(NamedTuple):
-    """A file that was read, and its results: in one object, so that no result is taken for another file's."""
-
+class Picture(NamedTuple):  # a file that was read, and its results: together, so that none is taken for another file's
     file: File
     digest: bytes | None = None  # hash of the content; None: not a usable image
     made: Any = None  # what `transform` returned: Made, Seen, Shown or a thumbnail; None: not computed
     vector: np.ndarray | None = None  # features, fp16 (dim,)
     points: bytes | None = None  # as `pack_points` gives them
-    # Why the image cannot be used, or TRUNCATED; None also for a file that was never meant as an image
-    reason: str | None = None
+    reason: str | None = None  # why it cannot be used, or TRUNCATED; None also for what was never meant as an image
     vanished: bool = False  # the file went away or changed while it was read
 
 
-class Region(NamedTuple):
-    """Where query and match show the same. The four corners of a picture start at its top left, clockwise."""
-
+class Region(NamedTuple):  # where query and match show the same; corners start at a picture's top left, clockwise
     corners: list[tuple[float, float]]  # of the query, or the file to keep, in pixels of the upright match
     outline: list[tuple[float, float]]  # the corners of the match, in pixels of the upright query
     points: int  # details that agree: windows of both pictures
@@ -204,18 +192,14 @@ class Match(NamedTuple):
     truncated: bool = False  # the file is damaged, and was decoded as far as it goes
 
 
-class Answer(NamedTuple):
-    """What was found for a query."""
-
+class Answer(NamedTuple):  # what was found for a query
     query: str  # as it was given
     matches: list[Match]
     error: str | None = None
     file: str = ""  # path of the query's picture; empty: the path is `query`
 
 
-class Group(NamedTuple):
-    """Files that hold the same picture."""
-
+class Group(NamedTuple):  # files that hold the same picture
     keep: str  # the file with most pixels, then most bytes
     matches: list[Match]  # the other files, compared with that one
     error: None = None  # so that a Group can be printed as an Answer is
@@ -237,9 +221,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Work:
-    """The options of an update and of a search."""
-
+class Work:  # the options of an update and of a search
     batch_size: int | None = None  # images; None: by model and device
     workers: int | None = None  # threads that read and decode; None: one a core
     rebuild: bool = False  # extract the features of all images again
@@ -253,9 +235,7 @@ class Work:
 
 
 @dataclass
-class Summary:
-    """What an update found and did."""
-
+class Summary:  # what an update found and did
     images: int = 0  # usable ones in the collection
     skipped: int = 0
     truncated: int = 0  # of the usable ones
@@ -266,8 +246,7 @@ class Summary:
     recognised: int = 0  # of the new ones: known by content, because the file was moved, copied or brought back
     seconds: float = 0.0  # that reading and the model took; 0: not measured, several ranks of torchrun did it
 
-    def add(self, pictures: Sequence[Picture]) -> None:
-        """Count pictures that this run has read."""
+    def add(self, pictures: Sequence[Picture]) -> None:  # that this run has read
         usable = [picture for picture in pictures if picture.digest and not picture.vanished]
         self.opened += len(pictures)
         self.new += len(usable)
@@ -278,11 +257,9 @@ class Summary:
         damaged = f", {self.truncated:,} truncated" if self.truncated else ""
         pruned = f", {self.forgotten:,} forgotten" if self.forgotten else ""
         rate = f"{self.opened / self.seconds:,.1f} images/s" if self.seconds else "read by all ranks"
-        rate = rate if self.opened else "no image was opened"
-        return (
-            f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged, "
-            f"{self.skipped:,} skipped{damaged}, {self.gone:,} gone{pruned}; {rate}"
-        )
+        there = f"{self.images + self.skipped:,} found, {self.new:,} new{known}, {self.images - self.new:,} unchanged"
+        lacking = f"{self.skipped:,} skipped{damaged}, {self.gone:,} gone{pruned}"
+        return f"{there}, {lacking}; {rate if self.opened else 'no image was opened'}"
 
 
 # ---- Images ----------------------------------------------------------------------------------------------------------
@@ -300,17 +277,13 @@ PREPROCESSING = 2  # version, part of a model's identity; raise it when the same
 SYSTEM_NAMES = {b"@eadir", b"thumbs.db", b"desktop.ini", b"$recycle.bin", b"system volume information", b"__macosx"}
 NOT_DECODED = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "FTEX"}  # EPS starts Ghostscript; Pillow cannot read the others
 RAW_SUFFIXES = {".dng", ".nef", ".cr2", ".cr3", ".arw", ".pef", ".srw", ".orf", ".rw2", ".raf"}
-DECODERS = {  # what reads further formats, if it is installed
-    "pillow-heif": {".heic", ".heif", ".hif"},
-    "pillow-jxl-plugin": {".jxl"},
-    "rawpy": RAW_SUFFIXES,
-}
+# The packages that read further formats, if they are installed
+DECODERS = {"pillow-heif": {".heic", ".heif", ".hif"}, "pillow-jxl-plugin": {".jxl"}, "rawpy": RAW_SUFFIXES}
 UNREADABLE = "cannot be read here: pip install"  # between a suffix and a package
 LEAST_PREVIEW = 1000  # pixels, of the longer side of a RAW file's preview that is taken for the picture
 RAW_TAGS = {330, 33422, 50706}  # of TIFF: SubIFDs, CFAPattern and DNGVersion
-# What stands in XMP, and in Pillow's `info` of a HEIF image, if the file holds more than a picture
+# What stands in XMP if the file holds more than a picture
 XMP_MARKS = {b"MotionPhoto": "a video", b"MicroVideo": "a video", b"GDepth": "depth", b"hdrgm": "a gain map"}
-HEIF_MARKS = {"depth_images": "depth", "aux": "a gain map"}
 # The Huffman code that most JPEGs have. 32 zero bytes stand for nothing sensible in it, but for white in other codes
 STANDARD_CODE, HOLE = bytes.fromhex("100002010303020403050504040000017d"), 32
 COLOUR_SIDE = 128  # pixels, of the square in which colours are looked for: a stamp of 1 % of a page's width is seen
@@ -342,23 +315,19 @@ tolerance = Tolerance()
 def find_images(
     folder: str | Path, onerror: Callable[..., None], without: Sequence[str | Path] = (), exclude: Sequence[str] = ()
 ) -> Iterator[File]:
-    """Every file below `folder` that may be an image, in the order of paths. No folder is listed twice.
-
-    onerror is called with the OSError of what cannot be listed. Folders in `without`, and relative paths that fit one
-    of the shell patterns in `exclude`, are left out. Links are followed. A pattern that nothing fits is said.
-    """
+    """Every file below `folder` that may be an image, in the order of paths. Links are followed, no folder is listed
+    twice. onerror is called with the OSError of what cannot be listed. Left out are the folders `without`, and relative
+    paths that fit one of the shell patterns `exclude`; a pattern that nothing fits is said."""
     root, separator = os.fsencode(folder), os.fsencode(os.sep)
     visited = {os.stat(path)[1:3] for path in without}  # inode and device
     patterns, used = {pattern: relative_pattern(pattern, folder) for pattern in exclude}, set[str]()
-    waiting = [File(separator, 0, 0)]  # a stack of files and folders; a folder's path ends with a separator
+    waiting = [File(b"", 0, 0)]  # a stack of files and folders; a folder's path is empty or ends with a separator
     while waiting:
-        file = waiting.pop()
-        if not file.path.endswith(separator):
+        if (file := waiting.pop()).path[-1:] not in (b"", separator):
             yield file
             continue
-        found, above = list[File](), file.path.removeprefix(separator)
+        found, here = list[File](), os.path.join(root, file.path.removesuffix(separator))
         try:
-            here = os.path.join(root, above.removesuffix(separator))
             identity = os.stat(here)[1:3]
             entries = () if identity in visited else list(os.scandir(here))
         except OSError as error:
@@ -366,7 +335,7 @@ def find_images(
             continue
         visited.add(identity)
         for entry in entries:
-            path, name = above + entry.name, entry.name.lower()
+            path, name = file.path + entry.name, entry.name.lower()
             fitting = {it for it, pattern in patterns.items() if fnmatch.fnmatch(os.fsdecode(path), pattern)}
             used |= fitting
             if name.startswith(b".") or name in SYSTEM_NAMES or fitting:
@@ -387,23 +356,20 @@ def image_formats() -> tuple[list[str], set[str], str]:
     Image.init()
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow refuses headers of more than twice this
     importlib.import_module("PIL.ImageFile").LOAD_TRUNCATED_IMAGES = tolerance  # type: ignore[attr-defined]
-    version = f"Pillow {Image.__version__}"
-    raw = set[str]()
-    for package in DECODERS:
+    suffixes, version = set[str](), f"Pillow {Image.__version__}"
+    for package, read in DECODERS.items():
         with suppress(ImportError):
             module = importlib.import_module(package.removesuffix("-plugin").replace("-", "_"))
             getattr(module, "register_heif_opener", str)()  # the one of JPEG XL registers itself
-            raw |= RAW_SUFFIXES if package == "rawpy" else set()
+            suffixes |= read
             version += f", {package} {importlib.metadata.version(package)}"
     formats = [name for name in Image.ID if name not in NOT_DECODED]
-    return formats, raw | {suffix for suffix, name in Image.registered_extensions().items() if name in formats}, version
+    suffixes |= {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+    return formats, suffixes, version
 
 
 def developed(stream: BinaryIO) -> Any:
-    """The picture of a RAW file, its true size in info["raw"]: the preview in it if large, else developed at half size.
-
-    Raises what rawpy raises for a file that it cannot read.
-    """
+    """The picture of a RAW file: the preview in it if that is large, else developed at half size; see info["raw"]."""
     rawpy, image = importlib.import_module("rawpy"), None  # type: Any, Any
     stream.seek(0)
     with rawpy.imread(stream) as raw:
@@ -415,7 +381,7 @@ def developed(stream: BinaryIO) -> Any:
             image.getexif()[274] = {3: 3, 5: 8, 6: 6}.get(flip, 1)  # LibRaw's turn as an EXIF orientation
         if image is None or max(image.size) < LEAST_PREVIEW:
             image = Image.fromarray(raw.postprocess(half_size=True, use_camera_wb=True))  # upright
-    image.info["raw"] = size[:: -1 if flip > 4 else 1]
+    image.info["raw"] = size[:: -1 if flip > 4 else 1]  # the true size
     return image
 
 
@@ -460,8 +426,7 @@ def decode_damaged(stream: BinaryIO, path: str, transform: Callable[..., Any]) -
     stream.seek(0)
     tolerance.is_on = True
     try:
-        if (image := open_image(stream, path)) is None:
-            return None
+        image: Any = open_image(stream, path)  # what is no image, None, fails in the next line
         image.info[TRUNCATED] = True
         made, top = transform(image), min(16, image.height - 1)  # rows that may be one broken block of a JPEG
         extremes = np.array(image.crop((0, top, *image.size)).getextrema())
@@ -474,9 +439,7 @@ def decode_damaged(stream: BinaryIO, path: str, transform: Callable[..., Any]) -
 
 def read_picture(file: File, root: bytes, wanted: Callable[[bytes], Callable[..., Any] | None]) -> Picture:
     """Read a file of the folder `root`: a Picture with its hash and with what the function wanted(hash) makes of it.
-
-    The Picture of a file that cannot be used has a reason instead. No error in a file reaches the caller.
-    """
+    The Picture of a file that cannot be used has a reason instead. No error in a file reaches the caller."""
     path = os.path.join(root, file.path)
     try:
         file = File.of(file.path, os.stat(path))
@@ -585,9 +548,7 @@ def to_rgb(image: Image.Image, side: int) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
-class Holdings(NamedTuple):
-    """What a file holds beside the pixels of its first frame."""
-
+class Holdings(NamedTuple):  # what a file holds beside the pixels of its first frame
     size: tuple[int, int]  # width and height of the upright picture; of a RAW file, of its RAW data
     frames: str  # "3 pages", "5 frames", "2 layers"; empty if there is one
     bits: int  # of a channel in the file
@@ -616,32 +577,28 @@ def has_hole(image: Any) -> bool:
 def holdings_of(image: Any) -> Holdings:
     """The Holdings of an image as `open_image` returns it."""
     tags, size, count, more = getattr(image, "tag_v2", {}), image.size, 1, set[str]()
-    damaged = image.format in ("JPEG", "MPO") and has_hole(image)
-    deep = (
-        16 if re.search(r";16|65535", f"{image.mode} {getattr(image, 'tile', '')}") else 8
-    )  # how the decoder unpacks them
-    bits = max({"1": 1, "I": 32, "F": 32}.get(image.mode, deep), image.info.get("bit_depth", 0), *tags.get(258, (0,)))
+    damaged = TRUNCATED in image.info or (image.format in ("JPEG", "MPO") and has_hole(image))
+    deep = 16 if re.search(r";16|65535", f"{image.mode} {getattr(image, 'tile', '')}") else 8  # as the decoder unpacks
+    bits = max({"1": 1, "I": 32, "F": 32}.get(image.mode, deep), image.info.get("bit_depth", 0), *tags.get(258, ()))
     with suppress(Exception):  # malformed metadata raises anything at all
         count = getattr(image, "n_frames", 1)
-        exif, ifd = image.getexif(), TiffImagePlugin.ImageFileDirectory_v2
+        exif = image.getexif()
         more |= {"camera metadata"} if {271, 272} & {*exif} or 36867 in exif.get_ifd(0x8769) else set()
         more |= {"a place"} if 2 in exif.get_ifd(0x8825) else set()  # GPS latitude
         turn = -1 if exif.get(274, 1) > 4 else 1  # by 90°
         size = image.size[:: 1 if tags else turn]  # Pillow itself turns that of a TIFF
         for offset in tags.get(330, ()):  # SubIFDs: the first picture of a RAW file is a thumbnail
             image.fp.seek(offset)
-            (below := ifd(image.tag_v2.prefix + b"*\0\0\0\0\0")).load(image.fp)
+            (below := type(image.tag_v2)(image.tag_v2.prefix + b"*\0\0\0\0\0")).load(image.fp)
             size = max(size, (below[256], below[257])[::turn], key=math.prod)
-    xmp = image.info.get("xmp", b"")
-    more |= {word for mark, word in XMP_MARKS.items() if mark in xmp}
-    more |= {word for key, word in HEIF_MARKS.items() if image.info.get(key)}
-    size = max(size, image.info.get("raw", size), key=math.prod)
+    more |= {word for mark, word in XMP_MARKS.items() if mark in image.info.get("xmp", b"")}
+    more |= {word for key, word in (("depth_images", "depth"), ("aux", "a gain map")) if image.info.get(key)}  # of HEIF
     colours = colours_of(to_rgb(image, COLOUR_SIDE))
     if image.has_transparency_data and (image.mode[0] == "I" or image.convert("RGBA").getextrema()[3][0] < 255):
         more.add("transparency")
     frames = counted(count, {"TIFF": "page", "PSD": "layer"}.get(image.format or "", "frame")) if count > 1 else ""
-    raw = bool("raw" in image.info or RAW_TAGS & {*tags})
-    return Holdings(size, frames, bits, colours, raw, damaged or TRUNCATED in image.info, frozenset(more))
+    raw, size = bool("raw" in image.info or RAW_TAGS & {*tags}), max(size, image.info.get("raw", size), key=math.prod)
+    return Holdings(size, frames, bits, colours, raw, damaged, frozenset(more))
 
 
 def holdings(path: str | bytes | Path) -> Holdings | None:
@@ -697,39 +654,11 @@ FAINT = 100.0  # a part of a vector is divided by its norm, but at least by this
 OPPONENT = ((0.299, 0.587, 0.114), (1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # RGB to brightness, red-green, yellow-blue
 
 
-@cache
-def cell_weights(cells: int) -> torch.Tensor:
-    """How much each row, or column, of a picture counts in each cell along it, (cells, OFFLINE_SIDE)."""
+def cell_means(planes: torch.Tensor, cells: int) -> torch.Tensor:
+    """The mean of planes (B, c, side, side) in each soft cell, (B, c, cells, cells)."""
     distance = (torch.arange(OFFLINE_SIDE) + 0.5) * cells / OFFLINE_SIDE - (torch.arange(cells)[:, None] + 0.5)
     weights = torch.exp(-2 * distance**2)  # of a pixel by its distance, in cells, from the cell's centre; sigma: 0.5
-    return torch.where(weights > TINY, weights / weights.sum(1, keepdim=True), 0)
-
-
-@cache
-def fourier() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cosine and sine of each direction, (DIRECTIONS, 1, 1), and a Fourier matrix, (DIRECTIONS, 2 * len(ORDERS) - 1).
-
-    The matrix turns one value for each direction into coefficients, weighted by ORDERS.
-    """
-    phase = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None] * torch.arange(len(ORDERS))
-    cosine, sine = phase.cos(), phase.sin()
-    even, odd = torch.tensor(ORDERS) * cosine, torch.tensor(ORDERS) * sine
-    matrix = torch.cat([even[:, :1] / math.sqrt(2), even[:, 1:], odd[:, 1:]], 1)
-    return cosine[:, 1, None, None], sine[:, 1, None, None], matrix
-
-
-@cache
-def cosine_transform(cells: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A cosine transform and the weights of its coefficients, both (cells, cells): a low frequency weighs least."""
-    k = torch.arange(cells, dtype=torch.float32)
-    cosines = torch.cos(math.pi / cells * k[:, None] * (k + 0.5))
-    cosines[0] /= math.sqrt(2)
-    return cosines, 1 + torch.hypot(k[:, None], k)
-
-
-def cell_means(planes: torch.Tensor, cells: int) -> torch.Tensor:
-    """The mean of planes (B, c, side, side) in each cell, (B, c, cells, cells)."""
-    weights = cell_weights(cells)
+    weights = torch.where(weights > TINY, weights / weights.sum(1, keepdim=True), 0)
     return weights @ planes @ weights.T
 
 
@@ -741,30 +670,36 @@ def edge_strengths(light: torch.Tensor) -> torch.Tensor:
     root = slope  # its root is taken, because the loop below squares it: the strength is slope * cosine ** 32
     for _ in range(SHARPNESS):
         root = root.sqrt()
-    cosine, sine, _ = fourier()
-    strength = (dx * root / slope * cosine).addcmul_(dy * root / slope, sine).clamp_(min=LEAST_COSINE)
+    angles = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None, None]
+    strength = (dx * root / slope * angles.cos()).addcmul_(dy * root / slope, angles.sin()).clamp_(min=LEAST_COSINE)
     for _ in range(SHARPNESS):
         strength.square_()  # a power would take twice as long
     return strength
 
 
+def over_directions(counts: torch.Tensor) -> torch.Tensor:
+    """Fourier coefficients, weighted by ORDERS, (B, 2 * len(ORDERS) - 1, h, w), of counts (B, DIRECTIONS, h, w)."""
+    phase = 2 * math.pi / DIRECTIONS * torch.arange(DIRECTIONS)[:, None] * torch.arange(len(ORDERS))
+    even, odd = torch.tensor(ORDERS) * phase.cos(), torch.tensor(ORDERS) * phase.sin()
+    return torch.einsum("bdyx,do->boyx", counts, torch.cat([even[:, :1] / math.sqrt(2), even[:, 1:], odd[:, 1:]], 1))
+
+
 def whiten(maps: torch.Tensor) -> torch.Tensor:
-    """Weighted cosine coefficients, (B, c, cells² - 1), of maps (B, c, cells, cells) less their mean."""
+    """Cosine coefficients, a low frequency weighs least, (B, c, cells² - 1), of maps (B, c, cells, cells)."""
+    k = torch.arange(maps.shape[3], dtype=torch.float32)
+    cosines = torch.cos(math.pi / len(k) * k[:, None] * (k + 0.5))
+    cosines[0] /= math.sqrt(2)
     maps = maps - maps.mean((2, 3), keepdim=True)
-    cosines, weight = cosine_transform(maps.shape[3])
-    return (cosines @ (maps @ cosines.T) * weight).flatten(2)[:, :, 1:]
+    return (cosines @ (maps @ cosines.T) * (1 + torch.hypot(k[:, None], k))).flatten(2)[:, :, 1:]
 
 
 def describe_squares(pixels: torch.Tensor) -> torch.Tensor:
     """A vector that needs no weights and no training, from uint8 (B, 3, side, side) to float32 (B, dim).
-
-    Directions of brightness edges, counted in soft cells as in HOG (Dalal & Triggs, CVPR 2005) and compressed by a
-    power, and a layout of the colours. Both are whitened by a fixed rule, so that unrelated pictures score near 0: the
-    mean is removed, cells and directions are transformed, and what is strong in every picture gets a low weight.
-    """
+    Directions of edges, counted in soft cells as in HOG (Dalal & Triggs, CVPR 2005), and a layout of the colours. Both
+    are whitened by a fixed rule: what is strong in every picture weighs little, so unrelated pictures score near 0."""
     planes = torch.einsum("oc,bcyx->boyx", torch.tensor(OPPONENT), pixels.float())
     counts = cell_means(edge_strengths(planes[:, :1]), EDGE_CELLS)
-    edges = whiten(torch.einsum("bdyx,do->boyx", counts**EDGE_POWER, fourier()[2]))
+    edges = whiten(over_directions(counts**EDGE_POWER))
     colours = whiten(cell_means(planes, COLOUR_CELLS))
     mean = planes.mean((2, 3)) / 255  # all that a blank picture has
     weighted = (1.0, edges), (BRIGHTNESS_WEIGHT, colours[:, :1]), (HUE_WEIGHT, colours[:, 1:])
@@ -799,8 +734,6 @@ AHEAD_BATCHES, AHEAD_MOST = 4, 1024  # how far decoding runs ahead of the model:
 Recipe = tuple[int, Sequence[float], Sequence[float], str]  # side, mean and deviation of each channel, resampling
 
 torch_threads = cache(lambda: torch.get_num_threads())  # torch's own number: `one_torch_thread` asks, then changes it
-
-
 first_process = cache(os.getpid)  # the process that computed first, or its parent did before the fork
 
 
@@ -824,10 +757,8 @@ def one_torch_thread() -> Iterator[None]:
 
 def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> None:
     """Load the tensors of the file `path` into a network without its classifier, the layers `heads`.
-
     The tensors may be wrapped as `state_dict`, or have the prefix `module.` of multi-GPU training. None may be missing.
-    If no name fits, as in files of other libraries, but the kind, shape and order of all tensors do, the order counts.
-    """
+    If no name fits, as in files of other libraries, but kind, shape and order of all tensors do, the order counts."""
     unused = (*(f"{head}." for head in heads), "aux1.", "aux2.", "AuxLogits.")  # aux: classifiers for training alone
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -883,9 +814,7 @@ def layers_of_torch(network: torch.nn.Module) -> torch.nn.Module:
 
 def fuse_convolutions(network: torch.fx.GraphModule) -> None:
     """Compute each convolution, the sum after it and the activation after that by one kernel, whatever the batch size.
-
-    torch.compile does the same. It is 5 % faster still, but takes 17 s to start.
-    """
+    torch.compile does the same. It is 5 % faster still, but takes 17 s to start."""
     graph, add, nn = network.graph, (operator.add, operator.iadd, torch.add), torch.nn
     known: dict[Any, Any] = dict.fromkeys((nn.ReLU, nn.functional.relu, torch.relu), ("relu",))
     known |= {nn.ReLU6: ("hardtanh", 0.0, 6.0), nn.SiLU: ("swish",), nn.Hardswish: ("hardswish",)}
@@ -922,55 +851,48 @@ def fused(plain: partial[torch.Tensor], dtype: torch.dtype, kernels: bool) -> pa
     return partial(plain, network=network, dtype=dtype)
 
 
-def tried_privates() -> tuple[bool, bool]:
-    """Whether this processor has bf16, and whether `one_kernel` works: all that is private to torch is tried here."""
-    if not torch.backends.mkldnn.is_available():
-        return False, False
-    try:
-        native = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        layer, x = torch.nn.Conv2d(8, 8, 1), torch.zeros(1, 8, 4, 4)
-        one_kernel(layer, "relu")(x, one_kernel(layer, "none")(x))
-        importlib.import_module("torch.fx.experimental.optimization").fuse  # noqa: B018
-        return native, True
-    except Exception as error:  # it is gone, or takes other arguments
-        log.warning("torch %s has changed (%s): networks run in a slower form", torch.__version__, first_line(error))
-        return False, False
-
-
-def seconds_of(network: Callable[..., torch.Tensor], sample: torch.Tensor) -> float:
-    """The least time of three passes."""
-    return min(timeit.repeat(lambda: network(sample), number=1, repeat=3))
+def possible_forms(device: str) -> list[tuple[torch.dtype, bool]]:
+    """What `fused` may take here: each precision, with and without kernels. What is private to torch is tried first."""
+    if device != "cpu":
+        return [(torch.float16, False), (torch.float32, False)]
+    if torch.backends.mkldnn.is_available():
+        try:
+            layer, x = torch.nn.Conv2d(8, 8, 1), torch.zeros(1, 8, 4, 4)
+            one_kernel(layer, "relu")(x, one_kernel(layer)(x))
+            importlib.import_module("torch.fx.experimental.optimization").fuse  # noqa: B018
+            native = torch.cpu._is_avx512_bf16_supported() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            dtypes = [torch.bfloat16, torch.float32] if native else [torch.float32]  # emulated bf16: four times as long
+            return list(itertools.product(dtypes, (True, False)))
+        except Exception as error:  # it is gone, or takes other arguments
+            log.warning("torch %s changed (%s): networks run in a slower form", torch.__version__, first_line(error))
+    return [(torch.float32, False)]
 
 
 def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor, note: Path) -> tuple[partial[torch.Tensor], int]:
     """The fastest form of `plain` that gives nearly the same features of `sample`, and the dimension of the features.
-
     On a GPU that is fp16. On a CPU all forms are timed, for 2 seconds with ResNet50: bf16 with our kernels takes half
-    the time of fp32 without on an AMD Zen 5, and three times as long on an Intel Xeon. The file `note` remembers it.
-    """
-    device, dtypes = sample.device.type, {"fp16": torch.float16, "fp32": torch.float32}
-    native, kernels_work = tried_privates() if device == "cpu" else (False, False)
-    if device == "cpu":  # emulated bf16 takes four times as long as fp32
-        dtypes = {**({"bf16": torch.bfloat16} if native else {}), "fp32": torch.float32}
+    the time of fp32 without on an AMD Zen 5, and three times as long on an Intel Xeon. The file `note` remembers it."""
+    device, forms = sample.device.type, possible_forms(sample.device.type)
     processor = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
-    machine = [torch.__version__, device, processor, kernels_work, *dtypes]
-    with suppress(Exception):  # there is no note, or a damaged one
-        *tried_on, name, kernels, dim = json.loads(note.read_text())
-        if tried_on == machine:
-            return fused(plain, dtypes[name], kernels), dim
-    expected, found = plain(sample), list[tuple[float, str, bool, partial[torch.Tensor]]]()
-    for name, kernels in itertools.product(dtypes, (True, False) if kernels_work else (False,)):
+    machine = f"{torch.__version__}, {device}, {processor}, {forms}"
+    with suppress(Exception):  # there is no note, a damaged one, or one of another machine
+        best, dim = json.loads(note.read_text())[machine]
+        return fused(plain, *forms[best]), dim
+    expected, found = plain(sample), list[tuple[float, int, partial[torch.Tensor]]]()
+    for number, form in enumerate(forms):
         with suppress(Exception):  # a network that looks at its pixels cannot be fused, and raises anything at all
-            fast = fused(plain, dtypes[name], kernels)
+            fast = fused(plain, *form)
             if torch.cosine_similarity(fast(sample), expected).min() >= MIN_COSINE:
-                found.append((seconds_of(fast, sample) if device == "cpu" else len(found), name, kernels, fast))
+                times = timeit.repeat(partial(fast, sample), number=1, repeat=3) if device == "cpu" else [number]
+                found.append((min(times), number, fast))
+    dim = expected.shape[1]
     if not found:
-        return plain, expected.shape[1]
-    _, name, kernels, fast = min(found, key=operator.itemgetter(0))
+        return plain, dim
+    _, best, fast = min(found)  # numbers differ, so forms are never compared
     with suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps([*machine, name, kernels, expected.shape[1]]))
-    return fast, expected.shape[1]
+        note.write_text(json.dumps({machine: [best, dim]}))
+    return fast, dim
 
 
 def assemble_model(name: str, network: torch.nn.Module, recipe: Recipe, device: str) -> Model:
@@ -1041,11 +963,10 @@ def torchvision_model(name: str, weights: str | Path | None, device: str) -> Mod
         weights = downloaded(entry.url, name)
     elif not Path(weights).is_file():
         raise DeepVisionError(f"--weights {weights}: no such file, nor weights of {name} ({', '.join(listed)})")
-    options: dict[str, Any] = {}  # those that torchvision itself sets for models with weights
+    # The options that torchvision itself sets for models with weights
+    options = {"image_size": entry.meta["min_size"][0]} if name.startswith("vit_") else {}
     if name in ("googlenet", "inception_v3"):
         options = {"transform_input": True, "init_weights": False, "aux_logits": False}
-    elif name.startswith("vit_"):
-        options = {"image_size": entry.meta["min_size"][0]}
     # Drawing weights at random would take 0.2 s for ResNet50. RegNet computes its widths with tensors.
     with nullcontext() if name.startswith("regnet") else torch.device("meta"):
         network = models.get_model(name, weights=None, **options)
@@ -1089,13 +1010,11 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
 
     Raises DeepVisionError for an unknown name or device, and for weights that are missing, corrupt or do not fit.
     """
-    if name == OFFLINE and weights:
-        raise DeepVisionError(f"--weights {weights}: --model offline takes no weights, leave one out")
-    if name == OFFLINE and device in ("auto", "cpu"):
-        return offline_model()  # a look for a GPU would take 0.4 GB of its memory
-    device = choose_device(device)
-    if name == OFFLINE:
+    if name == OFFLINE:  # a look for a GPU would take 0.4 GB of its memory
+        if weights:
+            raise DeepVisionError(f"--weights {weights}: --model offline takes no weights, leave one out")
         return offline_model()
+    device = choose_device(device)
     try:
         if name and name.startswith("timm:"):
             return timm_model(name, weights, device)
@@ -1127,17 +1046,14 @@ def get_transform(side: int = SIDE, resample: str = "bilinear") -> Callable[[Ima
 
 def launch(pixels: torch.Tensor, model: Model, size: int) -> tuple[torch.Tensor, int]:
     """Features (B, dim), each of length 1, and the batch size: `size`, or less if the memory of the GPU is too small.
-
-    The GPU may still be computing when this returns.
-    """
+    The GPU may still be computing when this returns."""
     refuse_fork()
     pixels = pixels.pin_memory() if model.device == "cuda" else pixels
     while True:
         try:
             with torch.inference_mode(), one_torch_thread() if model.network is describe else nullcontext():
                 parts = (part.to(model.device, non_blocking=True) for part in pixels.split(size))
-                found = [torch.nn.functional.normalize(model.network(part)) for part in parts]
-                return torch.cat(found), size
+                return torch.cat([torch.nn.functional.normalize(model.network(part)) for part in parts]), size
         except torch.OutOfMemoryError as error:
             if size == 1:
                 raise DeepVisionError(f"the GPU has too little memory for {model.name}: try --device cpu") from error
@@ -1165,14 +1081,11 @@ def extract_features_batch(images: torch.Tensor | Sequence[Any], model: Model | 
     return launch(images, model, model.batch)[0].cpu().numpy()
 
 
-def to_float32(block: np.ndarray) -> np.ndarray:
-    """The block as contiguous float32. torch converts fp16 several times as fast as NumPy does."""
+def to_float32(block: np.ndarray) -> np.ndarray:  # torch converts fp16 several times as fast as NumPy does
     return torch.from_numpy(np.ascontiguousarray(block)).float().numpy()
 
 
-class Made(NamedTuple):
-    """What is computed from the pixels of a new picture."""
-
+class Made(NamedTuple):  # what is computed from the pixels of a new picture
     pixels: torch.Tensor | None  # as the model takes them; None: its features are known
     points: bytes | None  # as they are stored; None: they are known
 
@@ -1186,9 +1099,7 @@ def completed(picture: Picture, vector: np.ndarray | None) -> Picture:
 
 def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Iterator[list[Picture]]:
     """The pictures in order, in lists of `size`; those with pixels in `made` have features in place of the pixels.
-
-    A GPU gets the next batch before the results of the last one are fetched.
-    """
+    A GPU gets the next batch before the results of the last one are fetched."""
     under_way: deque[tuple[list[Picture], torch.Tensor]] = deque()
     while (batch := list(itertools.islice(pictures, size))) or under_way:
         if batch:
@@ -1207,17 +1118,15 @@ def with_features(pictures: Iterator[Picture], model: Model, size: int) -> Itera
 def crop_box(text: str) -> tuple[float, ...]:
     """The value of --crop: left, top, right, bottom."""
     with suppress(ValueError):
-        sides = tuple(map(float, text.split(",")))
-        if len(sides) == 4 and 0 <= sides[0] < sides[2] < math.inf and 0 <= sides[1] < sides[3] < math.inf:
-            return sides
+        left, top, right, bottom = map(float, text.split(","))
+        if 0 <= left < right < math.inf and 0 <= top < bottom < math.inf:
+            return left, top, right, bottom
     raise argparse.ArgumentTypeError(f"{text!r} is not LEFT,TOP,RIGHT,BOTTOM, in pixels or as shares of the picture")
 
 
 def cut_out(image: Image.Image, part: Sequence[float]) -> tuple[Image.Image, int, int]:
     """A part of the upright picture, and its left and top there. Raises ValueError if it does not lie in the picture.
-
-    part  left, top, right, bottom in pixels, or as shares of the picture's sides if none is over 1
-    """
+    part: left, top, right, bottom in pixels, or as shares of the picture's sides if none is over 1."""
     if max(part) > 1 and (min(part[2:]) <= 1 or any(0 < side < 1 for side in part)):
         raise ValueError(f"--crop {','.join(map('{:g}'.format, part))} mixes pixels and shares, which are at most 1")
     picture = to_rgb(image, max(image.size))
@@ -1229,10 +1138,8 @@ def cut_out(image: Image.Image, part: Sequence[float]) -> tuple[Image.Image, int
 
 
 def query_views(picture: Image.Image, model: Model) -> torch.Tensor:
-    """The query as the model takes it, uint8 (views, 3, side, side): as it is, and as it would be before an edit.
-
-    It is also mirrored. For the offline descriptor, which is no network, it is also turned by quarters, and a negative.
-    """
+    """The query as the model takes it, uint8 (views, 3, side, side): as it is, mirrored, and, for the offline
+    descriptor, which is no network, turned by quarters and as a negative."""
     whole = squeeze(picture, model.side, model.side, model.resample)
     views = [whole, whole.flip(2)]
     if model.name == OFFLINE:
@@ -1246,7 +1153,7 @@ def query_views(picture: Image.Image, model: Model) -> torch.Tensor:
 AREA = 90_000  # pixels to which each picture is scaled for its points: copies of any resolution then get the same ones
 POINTS = 150  # of a square picture, at most: more make the index larger, fewer lose small parts
 FINER = 4  # levels by which a query, and a picture to compare, is described finer if it has the pixels
-FINER_POINTS = 700  # their points, at most
+FINER_POINTS = 700  # points of a square one of these, at most
 LEVELS = 8  # sizes in which points are looked for; each is smaller than the one before by the square root of 2
 SHORT_SIDE = 150  # pixels of a long picture's short side, at least: a strip of comics has panels to be found
 MOST_LONGER = 12  # a long picture has at most 12 times the area and the points
@@ -1337,21 +1244,21 @@ def find_blobs(canvas: torch.Tensor, boxes: torch.Tensor, counts: torch.Tensor, 
     levels = torch.zeros(canvas.shape, dtype=torch.uint8)  # the number of the level + 1 where a window fits, else 0
     for number, (left, top, w, h, *_) in enumerate(boxes.long().tolist(), start=1):
         levels[top + WINDOW : max(0, top + h - WINDOW), left + WINDOW : max(0, left + w - WINDOW)] = number
-    level, D, width = levels[y, x].long() - 1, D.flatten(), canvas.shape[1]
+    width = canvas.shape[1]
     place = y * width + x
-    xx, yy = D[place + 1] + D[place - 1] - 2 * D[place], D[place + width] + D[place - width] - 2 * D[place]
-    xy = (D[place + width + 1] + D[place - width - 1] - D[place - width + 1] - D[place + width - 1]) / 4
-    # One curvature is at most 10 times the other
-    place = place[(level >= 0) & ((xx + yy) ** 2 * 10 < 11**2 * (xx * yy - xy**2))]
-    place = place[D[place].abs().argsort(descending=True, stable=True)]
-    y, x = place // width, place % width
-    level = levels[y, x].long() - 1
-    left, top, w, h, *_ = boxes.long()[level].T
+    place = place[levels.take(place) > 0]
+    steps = torch.tensor([[down * width + across for across in (-1, 0, 1)] for down in (-1, 0, 1)])
+    (a, up, b), (left, mid, right), (c, low, d) = D.take(place + steps[..., None])
+    xx, yy, xy = left + right - 2 * mid, up + low - 2 * mid, (a + d - b - c) / 4
+    kept = ((xx + yy) ** 2 * 10 < 11**2 * (xx * yy - xy**2)).nonzero()[:, 0]  # one curvature is at most 10 × the other
+    place = place.take(kept).take(mid.take(kept).abs().argsort(descending=True, stable=True))
+    y, x, level = place // width, place % width, levels.take(place).long() - 1
+    left, top, w, h = boxes[:, :4].long().T[:, level]
     across, down = cells
     cell = (level * down + down * (y - top) // h) * across + across * (x - left) // w
     order = (level * len(level) + place_in_group(cell)).argsort(stable=True)
     order = order[place_in_group(level[order]) < counts[level[order]]]
-    return torch.stack([level, x, y, (D[place] > 0).long()])[:, order]
+    return torch.stack([level, x, y, (D.take(place) > 0).long()])[:, order]
 
 
 @cache
@@ -1381,15 +1288,15 @@ def describe_points(
     steps = (torch.arange(SAMPLES) + 0.5) * (2 * WINDOW / SAMPLES) - WINDOW
     window = torch.complex(*torch.meshgrid(steps, steps, indexing="xy")).flatten()
     weight = torch.exp(-(window.abs() ** 2) / (2 * WINDOW**2)) * (1 - 2 * dark)
-    dy, dx = torch.gradient(canvas)
-    gradient = torch.complex(dx, dy).flatten()
     left, top, w, h, *_ = boxes.long()[level[:, 0]].T[..., None]
 
     def gradients(offsets: torch.Tensor) -> torch.Tensor:  # (n, samples), weighted, at these offsets from each point
         # Not the outermost pixels of a level: their gradient would see the next level
         column = torch.minimum(torch.maximum((x + offsets.real).round().long(), left + 1), left + w - 2)
         row = torch.minimum(torch.maximum((y + offsets.imag).round().long(), top + 1), top + h - 2)
-        return gradient[row * canvas.shape[1] + column] * weight
+        at, below = row * canvas.shape[1] + column, canvas.shape[1]
+        dx, dy = (canvas.take(at + step) - canvas.take(at - step) for step in (1, below))
+        return torch.complex(dx, dy) / 2 * weight
 
     mean = gradients(window[None]).sum(1, keepdim=True)
     direction = torch.polar(torch.ones_like(mean.real), mean.angle())
@@ -1411,23 +1318,29 @@ def point_scale(size: Sequence[float]) -> float:
     return max(scale, min(SHORT_SIDE / short, scale * MOST_LONGER**0.5))
 
 
-def find_points(image: Image.Image, finer: int = 0) -> Points:
-    """The points of an upright picture; in up to `finer` further levels if it has the pixels."""
-    scale = point_scale(image.size)
+def find_points(image: Image.Image, finer: int = 0, between: bool = False) -> Points:
+    """The points of an upright picture; in up to `finer` further levels if it has the pixels.
+
+    between: in sizes halfway between the usual ones. Small print is found again only in nearly the same size.
+    """
+    scale, points = point_scale(image.size), FINER_POINTS if finer else POINTS
     finer = max(0, min(finer, math.floor(0.1 - 2 * math.log2(scale))))
-    size = [max(2, round(scale * 2 ** (finer / 2) * side)) for side in image.size]
+    zoom = 2 ** (finer / 2 - between / 4)
+    size = [max(2, round(scale * zoom * side)) for side in image.size]
+    if min(size) <= 2 * WINDOW:  # no window fits, and a line of 100 million pixels would take gigabytes
+        size = [2 * WINDOW, 2 * WINDOW]
     grey = image.convert("L").resize(size, Image.Resampling.BICUBIC, reducing_gap=REDUCING_GAP)
     canvas, boxes = pyramid(grey, LEVELS + finer)
     longer = scale**2 * image.width * image.height / AREA
     share = 2 ** (-torch.arange(len(boxes)) / 2)
-    counts = (longer * (FINER_POINTS if finer else POINTS) * share / share.sum()).round().long()
+    counts = (longer * points * share / share.sum()).round().long()
     long = SPREAD * max(1, round(max(size) / min(size) / 2))
     blobs = find_blobs(canvas, boxes, counts, (long, SPREAD) if size[0] > size[1] else (SPREAD, long))
     direction, descriptors = describe_points(canvas, boxes, blobs)
     level, x, y, dark = blobs
     left, top, _, _, across, down = boxes[level].T
-    places = torch.complex((x - left + 0.5) * across, (y - top + 0.5) * down) / 2 ** (finer / 2)
-    frames = direction * 2 ** ((level - finer) / 2)
+    places = torch.complex((x - left + 0.5) * across, (y - top + 0.5) * down) / zoom
+    frames = direction * 2 ** (level / 2) / zoom
     return Points(places.numpy(), frames.numpy(), dark.bool().numpy(), descriptors.numpy())
 
 
@@ -1500,9 +1413,11 @@ WINDOW_SIDE, STEP = 10, 5  # pixels of a window, and from one to the next
 FLAT = 6.0  # of 255: windows with a smaller deviation show nothing that could be compared
 ALIKE, FAINT = 0.5, 0.25  # least correlation of windows that agree; least share of contrast of the fainter one
 LIGHT_OFF, COLOUR_OFF = 60.0, 36.0  # of 255: most that brightness and colour of a window may be off
+UNLIKE = 2.5, 0.4  # the typical window is off at most by so much of 255, or by this share of the picture's spread
 TINT, TINT_INVERTED = 40.0, 12.0  # of 255: most that all colours may have moved in one direction; of a negative
 LARGEST = 7  # windows in one connected block that may differ in a copy: compression and fits that are a pixel off
-SPECK = 2  # windows in a block that is too small to be shown
+SPECK = 2  # windows in a block that is too small to count, or to be shown
+MOST_SCATTERED = 20  # windows in all blocks that count, at most, in a copy
 TRACE = 3  # pixels along the edge of what both show that are not looked at
 TELLING = 20  # windows that agree, at least
 CERTAIN = 0.85  # share of windows that agree from which on no further transforms are tried
@@ -1557,6 +1472,10 @@ class Shown:
     @cached_property
     def points(self) -> Points:
         return find_points(self.image, FINER)
+
+    @cached_property
+    def points_between(self) -> Points:
+        return find_points(self.image, FINER, between=True)
 
     @cached_property
     def thumb(self) -> np.ndarray:
@@ -1622,25 +1541,25 @@ def to_pixels(H: np.ndarray, a: Sequence[int], b: Sequence[int], mirrored: bool)
     return np.diag([1, 1, scale]) @ H @ np.diag([-k if mirrored else k, k, 1]) / scale
 
 
-def hints_by_points(a: Shown, b: Shown) -> Iterator[Hint]:
-    """Transforms from a to b on which their points agree.
+def hints_by_points(points: Points, a: Shown, b: Shown) -> Iterator[Hint]:
+    """Transforms from a to b on which `points` of a and the points of b agree.
 
     A point is matched to the one it resembles most, if it resembles no other place nearly as much.
     """
     other = b.points
-    if min(len(a.points.places), len(other.places)) < FEWEST:
+    if min(len(points.places), len(other.places)) < FEWEST:
         return
     near = torch.from_numpy(np.abs(other.places[:, None] - other.places) <= NEAR)
     for mirrored, inverted in itertools.product((False, True), repeat=2):
-        points = a.points.mirrored() if mirrored else a.points
-        S = torch.from_numpy(points.descriptors) @ torch.from_numpy(other.descriptors).T
-        S.masked_fill_(torch.from_numpy((points.dark[:, None] != other.dark) != inverted), -1)
+        seen = points.mirrored() if mirrored else points
+        S = torch.from_numpy(seen.descriptors) @ torch.from_numpy(other.descriptors).T
+        S.masked_fill_(torch.from_numpy((seen.dark[:, None] != other.dark) != inverted), -1)
         scores, best = S.max(1)
         rivals = S.masked_fill(near[best], -1).amax(1)
         good = (1 - scores < RATIO * (1 - rivals)).numpy()
         if good.sum() >= FEWEST:
             match = best.numpy()[good]
-            q, m, ratio = points.places[good], other.places[match], other.frames[match] / points.frames[good]
+            q, m, ratio = seen.places[good], other.places[match], other.frames[match] / seen.frames[good]
             for count, H in fits(q, m, ratio):
                 yield Hint(count, to_pixels(H, a.size, b.size, mirrored), inverted)
 
@@ -1680,8 +1599,9 @@ class Overlay:
     def light(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Brightness of both, (h, w), slightly blurred."""
         grey = torch.einsum("nchw,c->nhw", torch.stack([self.a, self.b]), torch.tensor(OPPONENT[0]))[:, None]
-        grey = torch.nn.functional.pad(grey, (1, 1, 1, 1), mode="replicate")
-        first, second = torch.nn.functional.avg_pool2d(grey, 3, 1)[:, 0]
+        grey = torch.nn.functional.pad(grey, (1, 1, 1, 1), mode="replicate")[:, 0]
+        rows = grey[:, :-2] + grey[:, 1:-1] + grey[:, 2:]
+        first, second = (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) / 9
         return first, second
 
 
@@ -1739,7 +1659,8 @@ def overlay(hint: Hint, a: Shown, b: Shown, side: int) -> Overlay | None:
     size = [max(4, round(length * min(most, scale / zoom))) for length in end - start]
     source = resized(a, np.concatenate([start, end]), size)
     ys, xs = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
-    found = torch.stack([xs, ys, torch.ones_like(xs)], -1) @ torch.from_numpy(to_a.T).float()
+    of_x, of_y, of_one = torch.from_numpy(to_a.T).float()
+    found = xs[..., None] * of_x + (ys[..., None] * of_y + of_one)
     place = found[..., :2] / found[..., 2:]
     grid = (place - torch.from_numpy(start).float()) / torch.from_numpy(end - start).float() * 2 - 1
     warped = torch.nn.functional.grid_sample(source[None], grid[None], padding_mode="border", align_corners=False)[0]
@@ -1749,8 +1670,10 @@ def overlay(hint: Hint, a: Shown, b: Shown, side: int) -> Overlay | None:
 
 
 def window_means(planes: torch.Tensor, window: int = WINDOW_SIDE) -> torch.Tensor:
-    """The means of planes (n, h, w) in each window."""
-    return torch.nn.functional.avg_pool2d(planes[:, None], window, window // 2)[:, 0]
+    """The means of planes (n, h, w) in each window: of four quarters, which are means of pixels."""
+    quarters = torch.nn.functional.avg_pool2d(planes[:, None], window // 2)[:, 0]
+    halves = quarters[:, 1:] + quarters[:, :-1]
+    return (halves[:, :, 1:] + halves[:, :, :-1]) / 4
 
 
 def correlations(
@@ -1763,11 +1686,11 @@ def correlations(
     a, b = over.light
     (h, w), n = b.shape, 2 * reach + 1
     framed = torch.nn.functional.pad(a[None, None], (reach,) * 4, mode="replicate")[0, 0]
-    shifted = torch.stack([framed[dy : dy + h, dx : dx + w] for dy, dx in itertools.product(range(n), repeat=2)])
-    means, squares, products = (window_means(it, window) for it in (shifted, shifted**2, shifted * b))
-    mean, square = window_means(torch.stack([b, b * b]), window)
-    of_a, of_b = (squares - means**2).clamp(min=0).sqrt(), (square - mean**2).clamp(min=0).sqrt()
-    rho = (products - means * mean) / (of_a * of_b).clamp(min=1)
+    shifted = torch.stack([framed[y : y + h, x : x + w] for y, x in itertools.product(range(n), repeat=2)])
+    means, squares, products = (window_means(it, window) for it in (shifted, shifted * shifted, shifted * b))
+    b_mean, b_square = window_means(torch.stack([b, b * b]), window)
+    of_a, of_b = (squares - means * means).clamp(min=0).sqrt(), (b_square - b_mean * b_mean).clamp(min=0).sqrt()
+    rho = (products - means * b_mean) / (of_a * of_b).clamp(min=1)
     return rho.unflatten(0, (n, n)), of_a, of_b
 
 
@@ -1831,14 +1754,15 @@ def refined(hint: Hint, a: Shown, b: Shown, side: int, reach: int, window: int, 
         # The move of a place (u, v) by a small affine change (six columns) and a small change of perspective (two)
         A = torch.stack([one, u, v, none, none, none, u * u, u * v, none, none, none, one, u, v, u * v, v * v], 1)
         A = A.view(-1, 2, 8)[..., : 8 if len(A) >= 60 else 6]
-        keep = torch.ones(len(A), dtype=torch.float64)
+        root = torch.linalg.cholesky(weight).mT  # so that least squares weigh each window as they should
+        A, move = (root @ A).flatten(0, 1), (root @ move[..., None]).flatten()
+        total, keep = weight.diagonal(dim1=1, dim2=2).sum(1), torch.ones(len(weight), dtype=torch.float64)
         for _ in range(5):
-            weighted = A.transpose(1, 2) @ weight * keep[:, None, None]
-            normal = (weighted @ A).sum(0)
+            weighted = A * keep.repeat_interleave(2)[:, None]
+            normal = A.T @ weighted
             normal += 1e-3 * normal.diagonal().mean() * torch.eye(len(normal), dtype=torch.float64)
-            change = torch.linalg.solve(normal, (weighted @ move[..., None]).sum(0))
-            off = move[..., None] - A @ change
-            error = (off.transpose(1, 2) @ weight @ off).flatten() / weight.diagonal(dim1=1, dim2=2).sum(1)
+            change = torch.linalg.solve(normal, weighted.T @ move)
+            error = (move - A @ change).square().view(-1, 2).sum(1) / total
             keep = (1 + error / error.median().clamp(min=0.1)) ** -2
         place = corners_of((w, h))
         (u, v), p = (place / (w, h) * 2 - 1).T, np.append(change.numpy(), (0, 0))[:8]
@@ -1850,6 +1774,7 @@ def refined(hint: Hint, a: Shown, b: Shown, side: int, reach: int, window: int, 
         hint = hint._replace(H=H / H[2, 2])
         if np.abs(shift).max() < 0.2:
             break
+        reach = min(reach, 1 + round(np.abs(shift).max()))
     return hint
 
 
@@ -1874,20 +1799,27 @@ def one_change(x: torch.Tensor, y: torch.Tensor, noise: float, most: float) -> t
         gain = gain.clamp(0, 4)
         shift = mean_y - gain * mean_x
         shift = shift * (most / shift.norm().clamp(min=most))
-        off = (y - gain * x - shift).norm(dim=0)
+        off = (y - gain * x - shift).square().sum(0).sqrt()
         keep = (1 + (off / noise) ** 2).reciprocal()
     return off
 
 
-def paint_differs(over: Overlay, seen: torch.Tensor, tint: float) -> torch.Tensor:
-    """Which of the windows `seen`, bool (h, w), differ in brightness or colour, but for one change of the whole."""
+def paint_differs(over: Overlay, seen: torch.Tensor, tells: torch.Tensor, tint: float) -> torch.Tensor:
+    """Which of the windows `seen`, bool (h, w), differ in brightness or colour, but for one change of the whole.
+
+    `tells`, bool (h, w): those that have enough contrast to tell by it. The others are looked at more closely.
+    """
     a, b = (window_means(picture)[:, seen] for picture in (over.a, over.b))
     light, chroma = torch.tensor(OPPONENT[:1]), torch.tensor([(0.701, -0.587, -0.114), (-0.299, -0.587, 0.886)])
     differs, wrong = torch.zeros_like(seen), torch.zeros(a.shape[1], dtype=torch.bool)
     for axes, noise, most, limit in ((light, 12.0, 255.0, LIGHT_OFF), (chroma, 8.0, tint, COLOUR_OFF)):
         x, y = axes @ a, axes @ b
         # Either picture may be the one that was made flatter, or grey
-        wrong |= torch.minimum(one_change(x, y, noise, most), one_change(y, x, noise, most)) > limit
+        off = min((one_change(*pair, noise, most) for pair in ((x, y), (y, x))), key=lambda it: float(it.median()))
+        typical, spread = float(off.median()), float((x - x.median()).abs().median())
+        if axes is light and typical > max(UNLIKE[0], UNLIKE[1] * spread):
+            wrong |= ~tells[seen] & (off > typical)  # as in two dark pictures under one watermark
+        wrong |= off > limit
     differs[seen] = wrong
     return differs
 
@@ -1951,29 +1883,31 @@ def judged(
     tells = seen & (strong[4] > 1) & telling
     faint = ((weak < FAINT * strong) & (strong > 1)).all(0)  # also if a is moved: else an edge may lie just outside
     differs = tells & ((rho.flatten(0, 1).amax(0) < ALIKE) | faint) | paint_differs(
-        over, seen, TINT_INVERTED if hint.inverted else TINT
+        over, seen, tells, TINT_INVERTED if hint.inverted else TINT
     )
     kept = without_bands(over, seen, differs)
     differs &= kept
     agree, blocks = int((tells & kept & ~differs).sum()), blocks_of(differs)
     worst = len(blocks[0]) if blocks else 0
+    scattered = sum(len(block) for block in blocks if len(block) > SPECK)  # as the entries of a form in small print
+    differ = worst > largest or scattered > MOST_SCATTERED
     share = agree / max(1, int((tells & kept).sum()))
     if agree < TELLING or share < (SHARED if hint.points else SHARED_UNPROVEN):
         return agree - worst, share, None
     shown = float(kept.sum() / seen.sum()) * area_of(part := shared_part(hint.H, a.size, b.size))
     back = np.linalg.inv(hint.H)
     covers = shown / area_of(part) * area_of(moved(back, part)) / math.prod(a.size), shown / math.prod(b.size)
-    if max(covers) < LEAST_SHOWN[worst > largest]:
+    if max(covers) < LEAST_SHOWN[differ]:
         return agree - worst, share, None
     step, boxes = WINDOW_SIDE // 2, (list[Any](), list[Any]())
-    for block in blocks if worst > largest else []:
+    for block in blocks if differ else []:
         if len(block) <= SPECK:
             break  # the blocks that follow are smaller
         low, high = block.min(0)[::-1] * step, block.max(0)[::-1] * step + WINDOW_SIDE
         corners = moved(over.to_b, np.array([low, (high[0], low[1]), high, (low[0], high[1])], float))
         for found, places in zip(boxes, (moved(back, corners), corners)):
             found.append([round(float(it), 1) for it in (*places.min(0), *places.max(0))])
-    label = "variant" if worst > largest else "copy"
+    label = "variant" if differ else "copy"
     off = float(differs.sum() / kept.sum()) if label == "variant" else 0.0
     return agree - worst, share, Verdict(label, hint, (min(1.0, covers[0]), min(1.0, covers[1])), off, agree, boxes)
 
@@ -1994,7 +1928,8 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
         found = compare(b, a, hints)
         return found and found.reversed()
     best, found, sure, known = (False, -math.inf), None, False, list[np.ndarray]()
-    for source in (itertools.chain(hints, hints_by_thumbs(a, b)), hints_by_points(a, b)):
+    by_points = (hints_by_points(getattr(a, sizes), a, b) for sizes in ("points", "points_between"))
+    for source in itertools.chain([itertools.chain(hints, hints_by_thumbs(a, b))], by_points):
         rated = list[tuple[float, Hint]]()
         for hint in source:
             there = moved(hint.H, corners_of(a.size))
@@ -2021,17 +1956,12 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
 #
 #   not known ── read ──> usable (1, digest, –) <── back, unchanged ── gone (0, as before) ── --prune ──> not known
 #       └─── cannot be used ──> skipped (1, –, why) ── file or decoders changed ──> read again
-#            mtime -1: its features are missing or damaged, or the machine failed ──> read again
+#            mtime -1: its features or points are missing or damaged, or the machine failed ──> read again
 #
-# A database, by PRAGMA user_version:
-#
-#   new: an empty file (0) ── repair ──> sound (FORMAT) <── repair: what can be read is copied ── damaged (0)
-#                                          └── SQLite calls it corrupt, or a checksum or the schema fails ──^
-#   of the format before (FORMAT - 1) ── extend: tables for points and verdicts are added ──> sound
-#   replaced: a repair renames the new file to the old name; a run that has the old one open sees another inode
-#   in `locked`, and opens the new one. A database of a newer format is refused and left as it is.
+# Of a damaged database, or one of the format before, `repair` copies what can be read into a sound one. The format of a
+# damaged one is noted as 0. A database of a newer format is refused and left as it is.
 
-FORMAT = 4  # of the database; a DeepVision of an older format refuses it. 3 had neither points nor verdicts
+FORMAT = 4  # PRAGMA user_version of the database. 3 had neither points nor verdicts
 PAGE_BYTES = 32_768  # 7 vectors of 2048 × fp16 a page: 4.7 KB an image in all, against 5.5 with pages of 16 KB
 CACHE_KB = 16_384  # memory for pages of the database: the inner pages of ten million rows fit
 BLOCK = 4096  # rows handled at once: 16 MB at 2048 dimensions
@@ -2052,22 +1982,23 @@ SCHEMA = [
     "CREATE TABLE verdicts (one BLOB, other BLOB, verdict TEXT, checksum INTEGER, PRIMARY KEY (one, other))"
     " WITHOUT ROWID",
 ]
-SCHEMA_3 = SCHEMA[:4]
-FEATURE_COLUMNS, FILE_COLUMNS = "row, digest, vector, checksum", "path, size, mtime, digest, reason, there"
+COLUMNS = {  # of the tables that a repair copies
+    "features": "row, digest, vector, checksum",
+    "points": "row, digest, points, checksum",
+    "files": "path, size, mtime, digest, reason, there",
+}
 USABLE = "files WHERE there AND digest IS NOT NULL"  # this and the next five: what follows FROM, see `count`
 SKIPPED = "files WHERE there AND digest IS NULL AND reason IS NOT NULL"
 DAMAGED_FILES = "files WHERE there AND digest IS NOT NULL AND reason IS NOT NULL"  # used as far as they are decoded
 GONE = """files AS old WHERE NOT there AND digest IS NOT NULL
     AND NOT EXISTS (SELECT 1 FROM files WHERE digest = old.digest AND there)"""  # a renamed file is not gone
 DAMAGED = (
-    "features WHERE checksum IS NOT crc(digest, vector)",
-    "points WHERE checksum IS NOT plain_crc(digest, points)",
-    "verdicts WHERE checksum IS NOT verdict_crc(one, other, verdict)",
+    "features WHERE checksum IS NOT crc_features(digest, vector)",
+    "points WHERE checksum IS NOT crc_points(digest, points)",
+    "verdicts WHERE checksum IS NOT crc_verdicts(one, other, verdict)",
 )
-ORPHANED = """files WHERE digest IS NOT NULL AND mtime != -1
-    AND NOT EXISTS (SELECT 1 FROM features WHERE features.digest = files.digest)"""  # images without features
-POINTLESS = """files WHERE digest IS NOT NULL AND mtime != -1
-    AND NOT EXISTS (SELECT 1 FROM points WHERE points.digest = files.digest)"""  # images without a row of points
+INCOMPLETE = """files WHERE digest IS NOT NULL AND mtime != -1
+    AND (digest NOT IN (SELECT digest FROM features) OR digest NOT IN (SELECT digest FROM points))"""
 CRASHES = "its decoder crashes"  # reason of a file that crashed the whole process; --rebuild does not try it again
 ROWS_AND_PATHS = "SELECT row, path FROM files JOIN features USING (digest) WHERE there"
 LAST_PATH = b"\xff" * 5000  # sorts after every path
@@ -2098,35 +2029,32 @@ def whole_file(path: Path, mark: object = "") -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-def checksum(salt: int, length: int | None, digest: Any, content: Any) -> int:
-    """CRC-32 of `salt` (of the model's identity; 0 for what no model made), digest and content.
-
-    -1 if damage has changed a type, or the length of the content, where it is known.
-    """
-    if not (isinstance(digest, bytes) and isinstance(content, bytes) and len(content) == (length or len(content))):
-        return -1
-    return zlib.crc32(content, zlib.crc32(digest, salt))
-
-
-plain_checksum = partial(checksum, 0, None)
+def checksum(salt: int, digest: Any, content: Any) -> int:
+    """CRC-32 of `salt` (of the model's identity; 0 for what no model made), digest and content. -1: one is no bytes."""
+    sound = isinstance(digest, bytes) and isinstance(content, bytes)
+    return zlib.crc32(content, zlib.crc32(digest, salt)) if sound else -1
 
 
 def verdict_checksum(one: Any, other: Any, verdict: Any) -> int:
-    return plain_checksum(one, other) ^ plain_checksum(other, str(verdict).encode())
+    return checksum(0, one, other) ^ checksum(0, other, str(verdict).encode())
 
 
 class Database(sqlite3.Connection):
-    """A connection that threads may share: a transaction belongs to one thread, and the others wait for its end.
-
-    It waits in Python for other runs, in short steps: while SQLite waits, nothing is said, and Ctrl-C is not heard.
-    """
+    """A connection that threads may share: a transaction belongs to one thread, and the others wait for its end."""
 
     identity: tuple[int, ...] = ()  # inode and device of the file; empty if it is closed
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, functions: dict[str, Callable[..., int]]) -> None:
+        if not path.exists():
+            path.touch()
         self.path, self.turn, self.identity = path, threading.RLock(), os.stat(path)[1:3]
+        self.scanned = 0  # PRAGMA data_version at the last scan: it changes whenever another run has written
         open_databases.append(self.identity)
         super().__init__(path, timeout=WAIT_STEP, check_same_thread=False)
+        self.execute("PRAGMA fullfsync = ON")  # macOS: else a commit may be lost with the power
+        self.text_factory = partial(str, encoding="utf-8", errors="replace")
+        for name, function in functions.items():
+            self.create_function(name, -1, function)
 
     def close(self) -> None:
         if self.identity:
@@ -2134,20 +2062,18 @@ class Database(sqlite3.Connection):
             self.identity = ()
             super().close()
 
-    def patiently(self, act: Callable[..., Any], *arguments: Any) -> Any:
-        """The result of act(*arguments), which is tried again while another run has locked the database."""
-        for step in range(WAIT_STEPS + 1):
+    def execute(self, *arguments: Any) -> sqlite3.Cursor:
+        """As in SQLite, but it waits for other runs in short steps: SQLite would not say so, nor hear Ctrl-C."""
+        for step in itertools.count():
             try:
                 with self.turn:
-                    return act(*arguments)
+                    return super().execute(*arguments)
             except sqlite3.OperationalError as error:
                 if str(error) != "database is locked" or step == WAIT_STEPS:
                     raise
             if step == 1:
                 log.warning("another run reads or writes %s: waiting for it", self.path)
-
-    def execute(self, *arguments: Any) -> sqlite3.Cursor:
-        return self.patiently(super().execute, *arguments)
+        raise AssertionError
 
     @contextmanager
     def transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
@@ -2156,7 +2082,8 @@ class Database(sqlite3.Connection):
             self.execute(f"BEGIN {kind}")
             try:
                 yield
-                self.patiently(self.commit)
+                if self.in_transaction:
+                    self.execute("COMMIT")
             finally:
                 self.rollback()  # does nothing after a commit
 
@@ -2170,7 +2097,7 @@ class Changes(NamedTuple):
 
 
 class Store:
-    """The files of a collection and their features, by one model: an SQLite database.
+    """The files of a collection, their features by one model, their points, and verdicts on pairs: an SQLite database.
 
     A file and its features are stored in one transaction. A vector is used only after its checksum was seen to hold.
     `folder` is created. Each rank of torchrun has a database by its own `name`.
@@ -2178,30 +2105,19 @@ class Store:
 
     def __init__(self, folder: Path, identity: str, dim: int, name: str = "index.sqlite") -> None:
         self.folder, self.identity, self.dim = folder, identity, dim
-        self.path, self.index, self.report = folder / name, folder / "index.faiss", folder / "crash"
-        self.copies = folder / "copies.faiss"
-        # The salt: checksums of another model's vectors never match. No method of the store: SQLite would keep it alive
-        self.crc = partial(checksum, zlib.crc32(identity.encode()), 2 * dim)
+        self.path, self.report = folder / name, folder / "crash"
+        salt = zlib.crc32(identity.encode())  # checksums of another model's vectors never match
+        # No methods of the store: SQLite would keep it alive
+        self.crc: dict[str, Callable[..., int]] = {"crc_verdicts": verdict_checksum}
+        self.crc |= {"crc_features": partial(checksum, salt), "crc_points": partial(checksum, 0)}
         self.lock_file = filelock.FileLock(folder / "lock")
         with self.errors():
             folder.mkdir(parents=True, exist_ok=True)
-            self.connect()
+            self.db = Database(self.path, self.crc)
 
     def __del__(self) -> None:  # a connection and its cache of statements refer to each other: it would stay open
         with suppress(AttributeError):  # it could not be opened
             self.db.close()
-
-    def connect(self) -> None:
-        """Open the database."""
-        if not self.path.exists():
-            self.path.touch()
-        self.db = Database(self.path)
-        self.db.execute("PRAGMA fullfsync = ON")  # macOS: else a commit may be lost with the power
-        self.db.text_factory = partial(str, encoding="utf-8", errors="replace")
-        self.db.create_function("crc", 2, self.crc)
-        self.db.create_function("plain_crc", 2, plain_checksum)
-        self.db.create_function("verdict_crc", 3, verdict_checksum)
-        self.scanned = 0  # `version` at the last scan
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -2211,7 +2127,7 @@ class Store:
             yield
         except (OSError, NotImplementedError, sqlite3.OperationalError) as error:  # NotImplementedError: no file locks
             if "user-defined function" in str(error):
-                raise KeyboardInterrupt from error  # a signal came while SQLite called `crc`
+                raise KeyboardInterrupt from error  # a signal came while SQLite called `checksum`
             hint = "Check the free space and the permissions, or choose another folder with --index-dir"
             raise DeepVisionError(f"the index in {self.folder} cannot be used: {first_line(error)}. {hint}") from error
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # UnicodeDecodeError: from a damaged schema
@@ -2233,16 +2149,22 @@ class Store:
         with held:
             if not self.path.exists() or os.stat(self.path)[1:3] != self.db.identity:  # another run has repaired it
                 self.db.close()
-                self.connect()
+                self.db = Database(self.path, self.crc)
             yield
+
+    @contextmanager
+    def attached(self, path: Path) -> Iterator[None]:
+        """A transaction in which the database `path` is attached as `other`."""
+        self.db.execute("ATTACH ? AS other", (os.fsencode(path),))
+        try:
+            with self.db.transaction():
+                yield
+        finally:
+            self.db.execute("DETACH other")
 
     def value(self, query: str, *arguments: Any) -> Any:
         """The first value that the query gives, or None."""
         return (self.db.execute(query, arguments).fetchone() or [None])[0]
-
-    def version(self) -> int:
-        """A number that changes whenever another run has written."""
-        return self.value("PRAGMA data_version")
 
     def count(self, source: str) -> int:
         return self.value(f"SELECT count(*) FROM {source}")
@@ -2250,20 +2172,28 @@ class Store:
     def get_meta(self, key: str) -> Any:
         return self.value("SELECT value FROM meta WHERE key = ?", key)
 
-    def last_row(self) -> int:
-        """The highest row number in use; 0: there are no features."""
-        return self.value("SELECT max(row) FROM features") or 0
+    def set_meta(self, **values: Any) -> None:
+        self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", values.items())
 
-    def features(self, condition: str, *arguments: Any) -> tuple[np.ndarray, list[bytes], np.ndarray]:
-        """Rows, int64 (n,), content hashes, and features, fp16 (n, dim), for which the SQL condition holds.
+    def last_row(self, table: str = "features") -> int:
+        """The highest row number in use; 0: the table is empty."""
+        return self.value(f"SELECT max(row) FROM {table}") or 0
+
+    def rows(self, table: str, condition: str, *arguments: Any) -> list[tuple[int, bytes, bytes, int]]:
+        """Row, content hash, content and checksum of the features, or points, for which the SQL condition holds.
 
         Raises DamageError if one of them is not what was written. The next update then reads its files again.
         """
-        found = self.db.execute(f"SELECT {FEATURE_COLUMNS} FROM features WHERE {condition}", arguments).fetchall()
-        if not all(self.crc(digest, vector) == checksum for _, digest, vector, checksum in found):
+        found = self.db.execute(f"SELECT * FROM {table} WHERE {condition}", arguments).fetchall()
+        if not all(self.crc[f"crc_{table}"](digest, content) == checksum for _, digest, content, checksum in found):
             self.db.rollback()  # the reading transaction of a search
             self.discard_damaged()
-            raise DamageError(self.path, "features do not match their checksums")
+            raise DamageError(self.path, f"{table} do not match their checksums")
+        return found
+
+    def features(self, condition: str, *arguments: Any) -> tuple[np.ndarray, list[bytes], np.ndarray]:
+        """Rows, int64 (n,), content hashes, and features, fp16 (n, dim), for which the SQL condition holds."""
+        found = self.rows("features", condition, *arguments)
         vectors = np.frombuffer(bytearray().join(row[2] for row in found), np.float16).reshape(-1, self.dim)
         return np.array([row[0] for row in found], np.int64), [row[1] for row in found], vectors
 
@@ -2282,12 +2212,14 @@ class Store:
             yield rows, vectors
             first = int(rows[-1]) + 1
 
-    def is_known(self, digest: bytes) -> tuple[bool, bool]:
-        """Whether there are features, and points, of this content. A damaged file counts as unknown: it is read again.
+    def points_after(self, row: int, count: int) -> list[tuple[int, bytes]]:
+        """At most `count` rows of points after `row`, in their order, with the points as they are stored."""
+        found = self.rows("points", "row > ? ORDER BY row LIMIT ?", row, count)
+        return [(row, points) for row, _, points, _ in found]
 
-        Reading threads call it.
-        """
-        with self.db.turn:  # Python 3.13 fails now and then where threads share a connection
+    def is_known(self, digest: bytes) -> tuple[bool, bool]:
+        """Whether there are features and points of this content. A damaged file counts as unknown: it is read again."""
+        with self.db.turn:  # threads call it: Python 3.13 fails now and then where they share a connection
             if self.value("SELECT 1 FROM files WHERE digest = ? AND reason IS NOT NULL", digest):
                 return False, False
             has_features = self.value("SELECT 1 FROM features WHERE digest = ?", digest)
@@ -2295,64 +2227,44 @@ class Store:
 
     def save(self, pictures: Sequence[Picture]) -> None:
         """Store files, features and points in one transaction, in place of old ones. Mark vanished files as gone."""
-        kept = [picture for picture in pictures if not picture.vanished]
-        features = {picture.digest: picture.vector.tobytes() for picture in kept if picture.vector is not None}
-        points = {picture.digest: picture.points for picture in kept if picture.points is not None}
-        files = ((*picture.file, picture.digest, picture.reason) for picture in kept)
-        vanished = ((picture.file.path,) for picture in pictures if picture.vanished)
+        kept = [it for it in pictures if not it.vanished]
+        features = {it.digest: it.vector.tobytes() for it in kept if it.vector is not None}
+        points = {it.digest: it.points for it in kept if it.points is not None}
+        files = ((*it.file, it.digest, it.reason) for it in kept)
+        vanished = ((it.file.path,) for it in pictures if it.vanished)
+        into = "INSERT OR REPLACE INTO"
         with self.db.transaction():
-            self.db.executemany("INSERT OR REPLACE INTO features VALUES (NULL, ?1, ?2, crc(?1, ?2))", features.items())
-            self.db.executemany(
-                "INSERT OR REPLACE INTO points VALUES (NULL, ?1, ?2, plain_crc(?1, ?2))", points.items()
-            )
-            self.db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, 1)", files)
+            self.db.executemany(f"{into} features VALUES (NULL, ?1, ?2, crc_features(?1, ?2))", features.items())
+            self.db.executemany(f"{into} points VALUES (NULL, ?1, ?2, crc_points(?1, ?2))", points.items())
+            self.db.executemany(f"{into} files VALUES (?, ?, ?, ?, ?, 1)", files)
             self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", vanished)
             self.db.execute("DELETE FROM meta WHERE key = 'images'")
 
     def adopt_points(self) -> None:
-        """Take the points of these contents from the indexes of other models, so that no picture is described twice."""
+        """Take over points from the indexes of other models, so that no picture is described twice."""
+        new = "digest NOT IN (SELECT digest FROM main.points) AND checksum IS crc_points(digest, points)"
+        select = f"SELECT NULL, digest, points, checksum FROM other.points WHERE {new} ORDER BY row"
         for path in self.folder.parent.glob("*/index.sqlite"):
             if path != self.path:
-                with suppress(sqlite3.DatabaseError):  # damaged, of an older format, or in use for long
-                    self.db.execute("ATTACH ? AS sibling", (os.fsencode(path),))
-                    with self.db.transaction():
-                        sound = (
-                            "checksum IS plain_crc(digest, points) AND digest NOT IN (SELECT digest FROM main.points)"
-                        )
-                        new = f"SELECT NULL, digest, points, checksum FROM sibling.points WHERE {sound} ORDER BY row"
-                        self.db.execute(f"INSERT OR IGNORE INTO main.points {new}")
-                with suppress(sqlite3.OperationalError):  # it was not attached
-                    self.db.execute("DETACH sibling")
-
-    def points_after(self, row: int, count: int = -1) -> list[tuple[int, bytes]]:
-        """At most `count` rows of points after `row`, in their order, with the points as they are stored.
-
-        Raises DamageError if some are not what was written. The next update then reads their files again.
-        """
-        query = "SELECT row, digest, points, checksum FROM points WHERE row > ? ORDER BY row LIMIT ?"
-        found = self.db.execute(query, (row, count)).fetchall()
-        if not all(plain_checksum(digest, points) == checksum for _, digest, points, checksum in found):
-            self.discard_damaged()
-            raise DamageError(self.path, "points do not match their checksums")
-        return [(row, points) for row, _, points, _ in found]
+                with suppress(sqlite3.DatabaseError), self.attached(path):  # damaged, older, or in use for long
+                    self.db.execute(f"INSERT INTO main.points {select}")
 
     def verdicts(self) -> dict[tuple[bytes, bytes], Any]:
         """What is stored of each two contents that were compared."""
-        rows = self.db.execute("SELECT one, other, verdict, checksum FROM verdicts").fetchall()
-        sound = (row for row in rows if verdict_checksum(*row[:3]) == row[3])
-        return {(one, other): json.loads(text) for one, other, text, _ in sound}
+        rows = self.db.execute("SELECT * FROM verdicts").fetchall()
+        return {row[:2]: json.loads(row[2]) for row in rows if verdict_checksum(*row[:3]) == row[3]}
 
     def save_verdicts(self, verdicts: Iterable[tuple[bytes, bytes, Any]], last: int | None = None) -> None:
         """Store what was found of each two contents, anything that JSON holds.
 
         last: the last row of points, if all contents up to it were looked up.
         """
-        rows = [(one, other, json.dumps(found)) for one, other, found in verdicts]
+        rows = ((one, other, json.dumps(found)) for one, other, found in verdicts)
         with self.db.transaction():
-            into = "INSERT OR REPLACE INTO verdicts VALUES (?1, ?2, ?3, verdict_crc(?1, ?2, ?3))"
+            into = "INSERT OR REPLACE INTO verdicts VALUES (?1, ?2, ?3, crc_verdicts(?1, ?2, ?3))"
             self.db.executemany(into, rows)
             if last is not None:
-                self.db.execute("INSERT OR REPLACE INTO meta VALUES ('paired', ?)", (last,))
+                self.set_meta(paired=last)
 
     def scan(self, images: Path, work: Work) -> Changes:
         """How the folder `images` differs from the store.
@@ -2367,7 +2279,7 @@ class Store:
                 raise DeepVisionError(f"{what}: nothing was pruned")
             log.warning("%s", what)
 
-        self.scanned = self.version()
+        self.db.scanned = self.value("PRAGMA data_version")
         changes = Changes([], [], [])
         start: bytes | str = ""  # SQLite sorts it before every path, also before one that damage has made a text
         files = find_images(images, unlisted, [self.folder.parent], work.exclude)  # in the order of their paths
@@ -2375,8 +2287,8 @@ class Store:
         while start != LAST_PATH:
             found = {file.path: file for file in itertools.islice(files, BLOCK)}
             end = max(found, default=LAST_PATH)
-            query = f"SELECT {FILE_COLUMNS} FROM files WHERE path > ? AND path <= ?"
-            for path, size, mtime, digest, reason, there in self.db.execute(query, (start, end)).fetchall():
+            known = self.db.execute("SELECT * FROM files WHERE path > ? AND path <= ?", (start, end)).fetchall()
+            for path, size, mtime, digest, reason, there in known:
                 file, again = found.pop(path, None), other_decoders and digest is None
                 if file is None:
                     if there:
@@ -2393,24 +2305,21 @@ class Store:
         """Mark files as gone or back; note the decoders and the number of usable images. If none would remain, change
         nothing: False."""
         with self.db.transaction():
-            self.db.executemany("UPDATE files SET there = 0 WHERE path = ?", ((path,) for path in changes.gone))
-            self.db.executemany("UPDATE files SET there = 1 WHERE path = ?", ((path,) for path in changes.back))
+            for there, paths in enumerate(changes[1:]):
+                self.db.executemany("UPDATE files SET there = ? WHERE path = ?", ((there, path) for path in paths))
             remain = self.count(USABLE)
-            notes = ("decoders", image_formats()[2]), ("images", remain)
-            self.db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", notes)
+            self.set_meta(decoders=image_formats()[2], images=remain)
             if not remain:
                 self.db.rollback()
         return remain > 0
 
     def prune(self) -> None:
-        """Forget the files that are gone, and the features that belong to no file."""
+        """Forget the files that are gone, and what belongs to no file."""
+        lost = f"NOT IN (SELECT digest FROM {USABLE})"
+        unused = (f"features WHERE digest {lost}", f"points WHERE digest {lost}")
         with self.db.transaction():
-            self.db.execute("DELETE FROM files WHERE NOT there")
-            unused = "NOT EXISTS (SELECT 1 FROM files WHERE files.digest = features.digest AND there)"
-            self.db.execute(f"DELETE FROM features WHERE {unused}")
-            self.db.execute(f"DELETE FROM points WHERE {unused.replace('features', 'points')}")
-            for column in ("one", "other"):
-                self.db.execute(f"DELETE FROM verdicts WHERE {column} NOT IN (SELECT digest FROM files)")
+            for rows in ("files WHERE NOT there", *unused, f"verdicts WHERE one {lost} OR other {lost}"):
+                self.db.execute(f"DELETE FROM {rows}")
         if 10 * self.value("PRAGMA freelist_count") > self.value("PRAGMA page_count"):
             self.db.execute("VACUUM")  # or the file never gets smaller
 
@@ -2421,8 +2330,7 @@ class Store:
 
     def damaged_contents(self, digests: Iterable[bytes]) -> set[bytes]:
         """Those of the contents that are truncated or damaged."""
-        query = "SELECT 1 FROM files WHERE there AND digest = ? AND reason IS NOT NULL"
-        return {digest for digest in set(digests) if self.value(query, digest)}
+        return {it for it in set(digests) if self.value(f"SELECT 1 FROM {DAMAGED_FILES} AND digest = ?", it)}
 
     def skipped(self, limit: int = -1, files: str = SKIPPED) -> list[tuple[bytes, str]]:
         """The path of each skipped file, or of each of other `files`, with its reason."""
@@ -2435,8 +2343,6 @@ class Store:
             raise DeepVisionError(f"{self.folder} {newer}: update DeepVision, or choose another --index-dir")
         ours = "sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%' ORDER BY rowid"
         schema = [sql for (sql,) in self.db.execute(f"SELECT sql FROM {ours}")]  # a foreign trigger would show here
-        if version == FORMAT - 1 and schema == SCHEMA_3 and self.get_meta("identity") == self.identity:
-            raise OlderError(self.path, "it has no local features yet")
         if version < FORMAT or schema != SCHEMA or self.get_meta("identity") != self.identity:
             raise DamageError(self.path, "it is not a database of this format, or of another model")
         self.db.execute(f"PRAGMA cache_size = -{CACHE_KB}")
@@ -2447,60 +2353,48 @@ class Store:
 
     def discard_damaged(self) -> None:
         """Delete what is damaged. The next update reads the files again that miss features or points."""
-        if any(map(self.count, DAMAGED)) or self.count(ORPHANED) or self.count(POINTLESS):
+        if any(map(self.count, (*DAMAGED, INCOMPLETE))):
             with self.db.transaction():
                 for damaged in DAMAGED:
                     self.db.execute(f"DELETE FROM {damaged}")
-                again = f"SELECT path FROM {ORPHANED} UNION SELECT path FROM {POINTLESS}"
-                marked = self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN ({again})")
-            files = counted(marked.rowcount, "file")
-            log.warning("%s: the features of %s are damaged or missing, and are extracted again", self.folder, files)
+                marked = self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {INCOMPLETE})")
+            of_files = f"features or points of {counted(marked.rowcount, 'file')}"
+            log.warning("%s: %s are damaged or missing, and are extracted again", self.folder, of_files)
 
-    def extend(self) -> None:
-        """Bring a database of the format before up to this one: it gets tables for points, which are then extracted."""
-        with self.db.transaction():
-            for sql in SCHEMA[len(SCHEMA_3) :]:
-                self.db.execute(sql)
-            self.db.execute("UPDATE files SET mtime = -1 WHERE digest IS NOT NULL")
-            self.db.execute(f"PRAGMA user_version = {FORMAT}")
-        log.warning("%s is of an older format: local features are added to it, its features are kept", self.path)
-
-    def readable(self, columns: str, table: str) -> Iterator[tuple[Any, ...]]:
+    def readable(self, table: str) -> Iterator[tuple[Any, ...]]:
         """The rows of a damaged table, from its beginning and from its end, each up to the damage."""
         for order in ("ASC", "DESC"):
             with suppress(sqlite3.Error, UnicodeDecodeError):
-                yield from self.db.execute(f"SELECT {columns} FROM {table} ORDER BY 1 {order}")
+                yield from self.db.execute(f"SELECT {COLUMNS[table]} FROM {table} ORDER BY 1 {order}")
                 return  # all rows were read, no damage
 
     def repair(self) -> None:
-        """Replace a damaged or empty database by a sound one with all readable rows. The caller holds the lock."""
-        try:
-            with self.errors():
-                return self.check(whole=True)  # no damage: another run has repaired it meanwhile
-        except OlderError:
-            return self.extend()
-        except DamageError:
-            is_new = not self.path.stat().st_size  # `connect` has only touched it
+        """Replace a database that does not pass `check` by a sound one with all readable rows.
+
+        The caller holds the lock. An empty database becomes one without rows.
+        """
+        with suppress(DamageError), self.errors():
+            return self.check(whole=True)  # another run has repaired it meanwhile
+        is_new, was = not self.path.stat().st_size, "damaged"
+        with suppress(sqlite3.Error):
+            was = "of an older format" if self.value("PRAGMA user_version") == FORMAT - 1 else was
         Path(f"{self.path}.part-journal").unlink(missing_ok=True)
         with whole_file(self.path) as stream:
             new = Store(self.folder, self.identity, self.dim, os.path.basename(stream.name))
             schema = [f"PRAGMA page_size = {PAGE_BYTES}", "BEGIN", *SCHEMA, f"PRAGMA user_version = {FORMAT}", "COMMIT"]
             new.db.executescript(";".join(schema))
             with new.db.transaction():
-                meta = ("identity", self.identity), ("decoders", image_formats()[2])
-                new.db.executemany("INSERT INTO meta VALUES (?, ?)", meta)
-                features, files = self.readable(FEATURE_COLUMNS, "features"), self.readable(FILE_COLUMNS, "files")
-                new.db.executemany("INSERT OR IGNORE INTO features VALUES (?, ?, ?, ?)", features)
-                new.db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, ?, ?, ?)", files)
-                points = self.readable("row, digest, points, checksum", "points")
-                new.db.executemany("INSERT OR IGNORE INTO points VALUES (?, ?, ?, ?)", points)
+                new.set_meta(identity=self.identity, decoders=image_formats()[2])
+                for table, columns in COLUMNS.items():
+                    marks = ", ".join("?" for _ in columns.split(","))
+                    new.db.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", self.readable(table))
             new.discard_damaged()
             new.db.close()
             self.db.close()
             Path(f"{self.path}-journal").unlink(missing_ok=True)  # SQLite would replay it
-        self.connect()
+        self.db = Database(self.path, self.crc)
         if not is_new:
-            log.warning("%s was damaged. Repaired: %d features are kept", self.path, self.count("features"))
+            log.warning("%s was %s. Repaired: %d features are kept", self.path, was, self.count("features"))
 
 
 # ---- Index -----------------------------------------------------------------------------------------------------------
@@ -2516,14 +2410,15 @@ LIST_POINTS, TRAINING = 1200, 40  # points in a list of the index; points for ea
 ONE_THREAD = 200_000  # fewer points than this are trained on by one thread
 LISTS, NEIGHBOURS = 4, 4  # lists that are looked at for each point of a query; points that are taken from them
 LATER = 128  # pictures that are not in the file yet, at most: they are compared one by one
+POINT_BYTES = WHERE_BYTES + CODE_BYTES  # of a stored point
 GPU_RESERVE = 3 << 30  # bytes left to the model and to FAISS's own work
 
 
 class Index(NamedTuple):
-    """A FAISS index over features of the store."""
+    """A FAISS index over the features of the store, or over its points."""
 
-    faiss: faiss.Index  # its ids are rows of the store
-    last: int  # the last row in it; later ones are compared one by one
+    faiss: faiss.Index  # its ids are rows of the store; of points, they also hold where the point is
+    last: int  # the last row in the file; later ones are compared one by one
     shortlist: int = 0  # how many rows the codes choose for a search; 0: no codes, the index holds the features
     recall: float | None = None  # share of the true ten nearest in the shortlist, measured
     made_of: int = 0  # vectors in the store when it was made
@@ -2625,95 +2520,27 @@ def coded_index(store: Store, last: int) -> Index:
         shortlist *= 2
 
 
-def read_index(store: Store) -> Index | None:
-    """The stored index; None if there is none, or if it does not match the checksum that the store noted."""
-    try:
-        size, checksum, *notes = json.loads(store.get_meta("index") if store.index.is_file() else "")
-    except (TypeError, ValueError):  # there is no note, or damage has made it something else
-        return None
-    data: Any = np.memmap(store.index, np.uint8, "r") if store.index.stat().st_size == size else b""
-    if zlib.crc32(json.dumps(notes).encode(), zlib.crc32(data)) != checksum:
-        log.warning("%s is damaged or out of date: it is made again by an update", store.index)
-        return None
-    return Index(faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size)), *notes)._replace(file=data)
-
-
-def open_index(store: Store, work: Work = Work()) -> Index:
-    """The FAISS index of the store, added to or made anew if need be. Without `work.update`, it is the stored one, or
-    an empty one if there is none: nobody is waited for."""
-    last, index = store.last_row(), read_index(store)
-    if not last:
-        raise DeepVisionError(f"{store.folder} holds no features yet: run without --no-update")
-    if not work.update:
-        return index or Index(build_index(np.zeros((0, store.dim), np.float32)), 0)
-    coded = store.count("features") * store.dim * 2 > work.exact_bytes
-    if index and bool(index.shortlist) != coded:  # there are too many vectors for that kind, or too few
-        index = None
-    if index and index.last == last:
-        return index
-    with store.locked():
-        rows, last = store.count("features"), store.last_row()  # another run may have replaced all meanwhile
-        new = store.count(f"features WHERE row > {index.last}") if index else 0
-        if index and index.faiss.ntotal + new < OUTGROWN * min(rows, index.made_of):
-            copy = faiss.deserialize_index(index.file)  # vectors cannot be added to an index that looks into a file
-            index = index._replace(faiss=build_index(store.blocks(index.last + 1, last), copy), last=last, file=None)
-        elif coded:
-            index = coded_index(store, last)
-        else:
-            blocks = progress_bar(store.blocks(last=last), desc="index", unit="block")
-            index = Index(build_index(blocks), last, made_of=rows)
-        data = faiss.serialize_index(index.faiss)
-        with whole_file(store.index) as stream:
-            stream.write(data)
-        checksum = zlib.crc32(json.dumps(index[1:-1]).encode(), zlib.crc32(data))
-        notes = json.dumps([len(data), checksum, *index[1:-1]])
-        with store.db.transaction():
-            store.db.execute("INSERT OR REPLACE INTO meta VALUES ('index', ?)", (notes,))
-    return index
-
-
-class CopyIndex(NamedTuple):
-    """An index of the points of all pictures: its ids hold the row of the picture and where the point is."""
-
-    faiss: faiss.Index
-    last: int  # the last row of points in it
-    made_of: int  # points, when it was made
-    later: faiss.Index | None = None  # the points of later rows
-
-
-def blocks_of_points(store: Store, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Ids, int64 (n,), and descriptors, float32 (n, POINT_DIM), of the points after row `first`, in blocks."""
-    while found := store.points_after(first, POINT_BLOCK):
-        first = found[-1][0]
+def point_blocks(store: Store, first: int) -> Blocks:
+    """Ids, int64 (n,), and descriptors, float32 (n, POINT_DIM), of the points from row `first` on, in blocks."""
+    while found := store.points_after(first - 1, POINT_BLOCK):
         where, xb = unpack_codes(b"".join(points for _, points in found))
-        counts = [len(points) // (WHERE_BYTES + CODE_BYTES) for _, points in found]
-        rows = np.repeat(np.array([row for row, _ in found], np.int64), counts)
-        yield rows << WHERE_BITS | where, xb
+        counts = [len(points) // POINT_BYTES for _, points in found]
+        yield np.repeat(np.array([row for row, _ in found], np.int64), counts) << WHERE_BITS | where, xb
+        first = found[-1][0] + 1
 
 
-def added_points(index: faiss.Index, store: Store, first: int) -> faiss.Index:
-    for ids, xb in progress_bar(blocks_of_points(store, first), desc="index of local features", unit="block"):
-        index.add_with_ids(xb, ids)
-    return index
-
-
-def new_copy_index(store: Store, points: int) -> faiss.Index:
-    """An empty index for about as many points: of few all are compared, of many those in some of its lists."""
+def empty_copy_index(store: Store, points: int) -> faiss.Index:
+    """An index for about as many points: of few all are compared, of many those in some of its lists."""
     if points < FEW_POINTS:
         return faiss.index_factory(POINT_DIM, "IDMap,Flat")
     lists = 1 << max(4, min(16, round(math.log2(points / LIST_POINTS))))
-    sample = list[np.ndarray]()
     pictures = math.ceil(TRAINING * lists * store.count("points") / points)
-    some = (
-        "SELECT points FROM points WHERE length(points) ORDER BY digest LIMIT ?"  # a digest is a hash: a random sample
-    )
-    for (stored,) in store.db.execute(some, (pictures,)).fetchall():
-        sample.append(unpack_codes(stored)[1])
-    xt = np.concatenate(sample)
-    graph = "_HNSW32" if lists > 1 << 14 else ""
-    index = faiss.index_factory(POINT_DIM, f"IVF{lists}{graph},PQ8")
+    # A digest is a hash: the first ones are a random sample.
+    sample = store.rows("points", "length(points) ORDER BY digest LIMIT ?", pictures)
+    xt = unpack_codes(b"".join(points for _, _, points, _ in sample))[1]
+    index = faiss.index_factory(POINT_DIM, f"IVF{lists}{'_HNSW32' if lists > 1 << 14 else ''},PQ8")
     index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # no warning
-    index.cp.niter = 8
+    index.cp.niter, index.nprobe = 8, LISTS
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1 if len(xt) < ONE_THREAD else threads)  # its many small steps wait for busy cores
     index.train(xt)
@@ -2721,55 +2548,88 @@ def new_copy_index(store: Store, points: int) -> faiss.Index:
     return index
 
 
-def head_checksum(path: Path, notes: Sequence[Any]) -> int:
-    """The CRC-32 of the first CHECKED_BYTES of a file, and of notes about it."""
-    with open(path, "rb") as stream:
-        crc = zlib.crc32(json.dumps(notes).encode())
-        for _ in range(CHECKED_BYTES >> 20):
-            crc = zlib.crc32(stream.read(1 << 20), crc)
-    return crc
+class Source(NamedTuple):
+    """A table of the store of which an index is made."""
+
+    table: str
+    name: str  # of the index file, and of the store's note on it
+    vectors: str  # SQL: how many vectors rows of the table have
+    blocks: Callable[[Store, int], Blocks]  # the vectors from a row on
+    empty: Callable[[Store, int], faiss.Index | None]  # an index for as many vectors; None: the one of `build_index`
+    checked: int | None = None  # bytes of the file that its checksum covers; None: all
 
 
-def read_copy_index(store: Store, flags: int) -> CopyIndex | None:
-    """The stored index of points; None if there is none, or if it does not match what the store noted of it."""
-    with suppress(TypeError, ValueError, OSError):  # there is no note, or no file
-        size, checksum, *notes = json.loads(store.get_meta("copies"))
-        if store.copies.stat().st_size == size and head_checksum(store.copies, notes) == checksum:
-            if str(store.copies).isprintable():
-                return CopyIndex(faiss.read_index(str(store.copies), flags), *notes)
-            # FAISS opens no path that is not UTF-8
-            return CopyIndex(faiss.deserialize_index(np.fromfile(store.copies, np.uint8)), *notes)
-        log.warning("%s is damaged or out of date: it is made again by an update", store.copies)
-    return None
+FEATURES = Source("features", "index", "count(*)", lambda store, first: store.blocks(first), lambda *_: None)
+# `copies.faiss` may have gigabytes, of which a search reads little. A wrong byte there costs a vote, never an answer.
+LOCAL = Source(
+    "points", "copies", f"sum(length(points)) / {POINT_BYTES}", point_blocks, empty_copy_index, CHECKED_BYTES
+)
 
 
-def open_copy_index(store: Store, work: Work = Work()) -> CopyIndex:
-    """The index of the points of the store, mapped and not read whole, added to or made anew if need be."""
-    mapped = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
-    index, last = read_copy_index(store, mapped), store.value("SELECT max(row) FROM points") or 0
+def read_index(store: Store, source: Source) -> Index | None:
+    """The stored index; None if there is none, or if it does not match what the store noted of it."""
+    path = store.folder / f"{source.name}.faiss"
+    try:
+        size, checksum, *notes = json.loads(store.get_meta(source.name))
+        data: Any = np.memmap(path, np.uint8, "r") if path.stat().st_size == size else b""
+    except (TypeError, ValueError, OSError):  # there is no file, or no note, or damage has made it something else
+        return None
+    if zlib.crc32(json.dumps(notes).encode(), zlib.crc32(data[: source.checked])) != checksum:
+        log.warning("%s is damaged or out of date: it is made again by an update", path)
+        return None
+    return Index(faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size)), *notes)._replace(file=data)
+
+
+def renewed_index(store: Store, source: Source, index: Index | None, coded: bool = False) -> Index:
+    """An index of all rows, saved: `index` with later rows added or, if that is outgrown or None, a new one."""
+    with store.locked():
+        last = store.last_row(source.table)  # another run may have replaced all meanwhile
+        stored = store.value(f"SELECT {source.vectors} FROM {source.table}") or 0
+        new = store.value(f"SELECT {source.vectors} FROM {source.table} WHERE row > ?", index.last) if index else 0
+        if index and index.faiss.ntotal + (new or 0) < OUTGROWN * min(stored, index.made_of):
+            copy = faiss.deserialize_index(index.file)  # vectors cannot be added to an index that looks into a file
+            index = index._replace(faiss=build_index(source.blocks(store, index.last + 1), copy), last=last, file=None)
+        elif coded:
+            index = coded_index(store, last)
+        else:
+            blocks = progress_bar(source.blocks(store, 0), desc=f"index of {source.table}", unit="block")
+            index = Index(build_index(blocks, source.empty(store, stored)), last, made_of=stored)
+        data, notes = faiss.serialize_index(index.faiss), index[1:-1]
+        with whole_file(store.folder / f"{source.name}.faiss") as stream:
+            stream.write(data)
+        checksum = zlib.crc32(json.dumps(notes).encode(), zlib.crc32(data[: source.checked]))
+        with store.db.transaction():
+            store.set_meta(**{source.name: json.dumps([len(data), checksum, *notes])})
+    return index
+
+
+def open_index(store: Store, work: Work = Work()) -> Index:
+    """The FAISS index of the features, added to or made anew if need be. Without `work.update`, it is the stored one,
+    or an empty one if there is none: nobody is waited for."""
+    last, index = store.last_row(), read_index(store, FEATURES)
+    if not last:
+        raise DeepVisionError(f"{store.folder} holds no features yet: run without --no-update")
+    if not work.update:
+        return index or Index(build_index(np.zeros((0, store.dim), np.float32)), 0)
+    coded = store.count("features") * store.dim * 2 > work.exact_bytes
+    if index and bool(index.shortlist) != coded:  # there are too many vectors for that kind, or too few
+        index = None
+    return index if index and index.last == last else renewed_index(store, FEATURES, index, coded)
+
+
+def open_copy_index(store: Store, work: Work = Work()) -> Index:
+    """The FAISS index of the points, added to or made anew if need be. The last few pictures are not in its file."""
+    index, last = read_index(store, LOCAL), store.last_row("points")
     if work.update and not (index and last - index.last <= LATER):
-        with store.locked():
-            last = store.value("SELECT max(row) FROM points") or 0
-            points = (store.value("SELECT sum(length(points)) FROM points") or 0) // (WHERE_BYTES + CODE_BYTES)
-            whole = read_copy_index(store, 0)
-            if whole and whole.made_of * OUTGROWN > points > whole.faiss.ntotal / OUTGROWN:
-                index = whole._replace(faiss=added_points(whole.faiss, store, whole.last), last=last)
-            else:
-                index = CopyIndex(added_points(new_copy_index(store, points), store, 0), last, points)
-            with whole_file(store.copies) as stream:
-                try:
-                    stream.write(faiss.serialize_index(index.faiss))
-                except RuntimeError as error:  # FAISS raises it where the disk is full
-                    raise OSError(f"{store.copies} cannot be written") from error
-            notes = list(index[1:3])
-            noted = json.dumps([store.copies.stat().st_size, head_checksum(store.copies, notes), *notes])
-            with store.db.transaction():
-                store.db.execute("INSERT OR REPLACE INTO meta VALUES ('copies', ?)", (noted,))
-        index = read_copy_index(store, mapped)
+        renewed_index(store, LOCAL, index)
+        index = read_index(store, LOCAL)  # what was added or made is not kept in memory
     # Without a file, a few pictures are compared one by one; of more, the nearest ones alone are candidates
-    index = index or CopyIndex(faiss.index_factory(POINT_DIM, "IDMap,Flat"), last if last > LATER else 0, 0)
+    index = index or Index(faiss.index_factory(POINT_DIM, "IDMap,Flat"), last if last > LATER else 0)
     if index.last < last:
-        index = index._replace(later=added_points(faiss.index_factory(POINT_DIM, "IDMap,Flat"), store, index.last))
+        both = faiss.IndexShards(POINT_DIM, False, False)  # one after the other; the ids are rows and places already
+        both.add_shard(index.faiss)
+        both.add_shard(build_index(point_blocks(store, index.last + 1), faiss.index_factory(POINT_DIM, "IDMap,Flat")))
+        index = index._replace(faiss=both)
     return index
 
 
@@ -2815,7 +2675,7 @@ class Engine(AbstractContextManager["Engine"]):
     model: Model
     store: Store
     index: Index
-    copies: CopyIndex
+    copies: Index
     exact: bool  # compare with every vector, whatever the index is
     summary: Summary
 
@@ -2956,7 +2816,7 @@ class Vote(NamedTuple):
     inverted: bool
 
 
-def votes(index: CopyIndex, points: Points, neighbours: int = NEIGHBOURS) -> list[Vote]:
+def votes(index: Index, points: Points, neighbours: int = NEIGHBOURS) -> list[Vote]:
     """The pictures on which FEWEST points or more agree, those with most points first.
 
     Each point, and each point of the mirrored picture, votes for the pictures of its nearest neighbours in the index.
@@ -2965,13 +2825,9 @@ def votes(index: CopyIndex, points: Points, neighbours: int = NEIGHBOURS) -> lis
     found = dict[int, Vote]()
     for mirrored in (False, True):
         seen = points.mirrored() if mirrored else points
-        lists = [it for it in (index.faiss, index.later) if it is not None and it.ntotal]
-        if not (len(seen.places) and lists):
+        if not (len(seen.places) and index.faiss.ntotal):
             continue
-        for searched in lists:
-            if hasattr(searched, "nprobe"):
-                searched.nprobe = LISTS
-        ids = np.concatenate([it.search(seen.descriptors, neighbours)[1] for it in lists], 1)
+        ids = index.faiss.search(seen.descriptors, neighbours)[1]
         voter, ids = np.repeat(np.arange(len(ids)), ids.shape[1]), ids.ravel()
         voter, ids = voter[ids >= 0], ids[ids >= 0]
         group = (ids >> WHERE_BITS) * 2 + (seen.dark[voter] != (ids & 1))  # a picture, and whether it is a negative
@@ -3122,6 +2978,11 @@ def as_match(query: Picture, found: Found, damaged: bool) -> Match:
     return Match(0, found.path, found.score, False, verdict.label, ", ".join(words), region, truncated=damaged)
 
 
+def sorting_key(match: Match) -> tuple[Any, ...]:
+    differing = match.region.differing if match.region else 0.0
+    return -("", *LABELS).index(match.label), differing, -match.score, match.path
+
+
 def search(
     queries: Any, engine: Engine | None = None, *, k: int = TOP,
     threshold: float | str = -1.0, crop: Sequence[float] | None = None,
@@ -3133,10 +2994,10 @@ def search(
     threshold  cosine similarity, -1 to 1, that a match has at least, or label: variant, copy, identical
     crop       the part of each query to search with: left, top, right, bottom, see `cut_out`
 
-    Identical files come first, then copies, then variants, then the others by score, equal scores by path. The
-    query's own file and files that have changed are left out. Scores are exact; in a large collection a look-alike may
-    be missed, see `coded_index`. A query that cannot be used gets an `error`. Raises DeepVisionError if features are
-    damaged.
+    Identical files come first, then copies, then variants, those that differ least before others, then look-alikes;
+    all else being equal by score, then by path. The query's own file and files that have changed are left out. Scores
+    are exact; in a large collection a look-alike may be missed, see `coded_index`. A query that cannot be used gets an
+    `error`. Raises DeepVisionError if features are damaged.
     """
     if k < 1 or (isinstance(threshold, str) and threshold not in LABELS):
         raise ValueError(f"k={k}, threshold={threshold!r}: see the documentation of search")
@@ -3149,7 +3010,7 @@ def search(
         for query, found in compared(names, engine, k, crop):
             damaged = engine.store.damaged_contents(it.digest for it in found)
             matches = [as_match(query, it, it.digest in damaged) for it in found]
-            matches.sort(key=lambda match: (-("", *LABELS).index(match.label), -match.score, match.path))
+            matches.sort(key=sorting_key)
             kept = [match for match in matches if match.label in labels and round(match.score, 3) >= least][:k]
             kept = [match._replace(rank=rank) for rank, match in enumerate(kept, start=1)]
             yield Answer(os.fsdecode(query.file.path), kept, None if query.made else query.reason or NOT_AN_IMAGE)
@@ -3528,8 +3389,6 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
             faulthandler.disable()
             if unsaved:
                 into.save(unsaved)
-    if into is not store:
-        into.db.close()
     return replace(summary, seconds=time.perf_counter() - start)
 
 
@@ -3540,20 +3399,17 @@ def merge_ranks(store: Store) -> Summary:
         share = Store(store.folder, store.identity, store.dim, path.name)
         with suppress(DamageError), share.errors():  # what is damaged is read again
             share.check(whole=False)
-            store.db.execute("ATTACH ? AS share", (os.fsencode(path),))
-            with store.db.transaction():
-                new = "SELECT NULL, digest, vector, checksum FROM share.features ORDER BY row"  # NULL: the next row
-                store.db.execute(f"INSERT OR REPLACE INTO main.features {new}")
-                of_points = new.replace("features", "points").replace("vector", "points")
-                store.db.execute(f"INSERT OR REPLACE INTO main.points {of_points}")
-                store.db.execute("INSERT OR REPLACE INTO main.files SELECT * FROM share.files")
+            with store.attached(path):
+                for table in ("features", "points"):
+                    columns = COLUMNS[table].removeprefix("row, ")  # the rows get new numbers
+                    new = f"SELECT {columns} FROM other.{table} ORDER BY row"
+                    store.db.execute(f"INSERT OR REPLACE INTO main.{table} ({columns}) {new}")
+                store.db.execute("INSERT OR REPLACE INTO main.files SELECT * FROM other.files")
                 store.db.execute("DELETE FROM main.meta WHERE key = 'images'")
             summary.opened += share.count("files")
             summary.new += share.count(USABLE)
-            summary.recognised += share.count(ORPHANED)  # without features there: `store` has them already
+            summary.recognised += share.count(f"{USABLE} AND digest NOT IN (SELECT digest FROM features)")
         share.db.close()
-        with suppress(sqlite3.OperationalError):  # it was not attached
-            store.db.execute("DETACH share")
     for left in (*store.folder.glob("rank-*"), *store.folder.glob("*.part*")):  # the latter: of a stopped run
         left.unlink(missing_ok=True)
     return summary
@@ -3587,7 +3443,8 @@ def read_share(images: Path, folder: Path, model: Model, work: Work) -> None:
 def store_changes(store: Store, changes: Changes, images: Path, model: Model, work: Work) -> Summary:
     """A Summary of what was read and noted as gone. If no usable image remains, nothing is noted: `images` is 0."""
     with store.locked():
-        if merge_ranks(store).opened or store.scanned != store.version():  # a stopped or another run has added files
+        merged, version = merge_ranks(store), store.value("PRAGMA data_version")
+        if merged.opened or store.db.scanned != version:  # a stopped or another run has added files
             changes = store.scan(images, work)
         skip_crashing_file(store, changes.unread, images, work)
         if changes.unread and not work.rebuild:
@@ -3733,7 +3590,8 @@ def as_json(found: Answer | Group, engine: Engine) -> str:
     matches = [match._replace(score=round(match.score, 6))._asdict() for match in found.matches]
     for match in matches:
         match["region"] = match["region"] and match["region"]._asdict()
-    return json.dumps({**subject, "model": engine.model.name, "matches": matches})
+    line = json.dumps({**subject, "model": engine.model.name, "matches": matches})
+    return json.dumps(json.loads(line, parse_float=lambda number: float(number) + 0.0))  # -0.0 becomes 0.0
 
 
 def print_found(found: Answer | Group, engine: Engine, form: str) -> None:

@@ -82,17 +82,17 @@ def nearly(value: Any, room: float) -> Any:
     return value if isinstance(value, bool) else pytest.approx(value, abs=room)
 
 
-ROOM = {"corners": 1, "outline": 1, "differs": 5, "points": 2}  # pixels, a step of windows, windows
+ROOM = {"corners": 0.11, "outline": 0.11}  # pixels
 
 
 def answers_of(outcome: Any) -> list[dict[str, Any]]:
-    """What was printed as JSON, with room for other rounding: of scores in another batch, and of a fit to the pixel."""
+    """What was printed as JSON, with room for other rounding: of scores in another batch, and of the last digit."""
     assert outcome.status == 0, outcome
     answers = [json.loads(line) for line in outcome.stdout.splitlines()]
     for match in (match for answer in answers for match in answer["matches"]):
         match["score"] = pytest.approx(match["score"], abs=2e-3)
         region = match["region"] or {}
-        match["region"] = {key: nearly(value, ROOM.get(key, 0.02)) for key, value in region.items()}
+        match["region"] = {key: nearly(value, ROOM.get(key, 0.0011)) for key, value in region.items()}
     return answers
 
 

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +103,14 @@ def test_the_text_form(search):
     assert [line.split()[:3] for line in lines] == [[str(m["rank"]), f"{m['score']:.3f}", m["path"]] for m in matches]
     (heading,) = search("--threshold", 1, IMAGES / "1.png").stdout.splitlines()
     assert re.fullmatch(r"bulk_images/1\.png  \(offline, 13 images\).*no match", heading)
+
+
+def test_json_has_no_negative_zero():
+    region = main.Region([(-0.0, 1.5)], [(0.0, -0.0)], 5, 1.0)
+    engine: Any = SimpleNamespace(model=SimpleNamespace(name="m"))
+    found = main.Answer("a", [main.Match(1, "-0.0, b", -0.0, False, "copy", region=region)])
+    (match,) = json.loads(line := main.as_json(found, engine))["matches"]
+    assert line.count("-0.0") == 1 and match["path"] == "-0.0, b" and match["region"]["corners"] == [[0.0, 1.5]]
 
 
 def test_the_json_form(search):

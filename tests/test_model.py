@@ -43,7 +43,7 @@ def small(weights: Any) -> main.Model:
 @pytest.fixture(autouse=True)
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The forms of a network take the same time here, or what a test says."""
-    monkeypatch.setattr(main, "seconds_of", lambda network, sample: 0)
+    monkeypatch.setattr(main.timeit, "repeat", lambda form, **_: [0])
 
 
 @pytest.fixture
@@ -304,7 +304,7 @@ def has_kernels(form: Any) -> bool:
 
 def test_convolutions_take_batch_norm_sum_and_relu_into_one_kernel(weights, only_fp32, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(main, "seconds_of", lambda network, sample: not has_kernels(network))
+    monkeypatch.setattr(main.timeit, "repeat", lambda form, **_: [not has_kernels(form)])
     graph = main.load_model("resnet18", weights("resnet18")).network.keywords["network"].graph
     kernels = [node for node in graph.nodes if "one_kernel" in str(node.target)]
     assert len(kernels) == 20 and sum(len(node.args) == 2 for node in kernels) == 8  # all convolutions, all sums
@@ -318,7 +318,7 @@ def test_the_form_that_takes_least_time_here_is_taken(precision, with_kernels, w
         pytest.skip("this processor has no bf16")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     fastest = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision], with_kernels
-    monkeypatch.setattr(main, "seconds_of", lambda it, sample: (it.keywords["dtype"], has_kernels(it)) != fastest)
+    monkeypatch.setattr(main.timeit, "repeat", lambda it, **_: [(it.keywords["dtype"], has_kernels(it)) != fastest])
     for model in (main.load_model(SMALL, weights(SMALL), "cpu") for _ in range(2)):  # tried, and remembered
         assert (model.precision, has_kernels(model.network)) == (precision, with_kernels)
 
@@ -373,7 +373,7 @@ def test_fastest_form_is_remembered_and_a_note_that_does_not_hold_is_made_again(
     first, batch = main.load_model(SMALL, weights(SMALL), "cpu"), torch.randint(0, 256, (3, 3, 224, 224)).byte()
     (note,) = tmp_path.rglob("*.json")
     chosen = first.network.keywords["dtype"], has_kernels(first.network)
-    monkeypatch.setattr(main, "seconds_of", lambda it, sample: (it.keywords["dtype"], has_kernels(it)) != chosen)
+    monkeypatch.setattr(main.timeit, "repeat", lambda it, **_: [(it.keywords["dtype"], has_kernels(it)) != chosen])
     written = note.read_text()
     tried, forward = list[torch.dtype](), main.forward
     monkeypatch.setattr(main, "forward", lambda pixels, **of: [tried.append(of["dtype"]), forward(pixels, **of)][1])
@@ -454,7 +454,7 @@ def test_timm_model_without_a_classifier_from_a_file(tmp_path, monkeypatch):
 
 def test_layers_of_timm_are_folded_and_fused_and_give_the_same_features(trained, only_fp32, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(main, "seconds_of", lambda network, sample: not has_kernels(network))
+    monkeypatch.setattr(main.timeit, "repeat", lambda form, **_: [not has_kernels(form)])
     model, plain = main.load_model(*trained, "cpu"), list[Any]()
     network = model.network.keywords["network"]
     assert sum("one_kernel" in str(node.target) for node in network.graph.nodes) == 49  # all convolutions

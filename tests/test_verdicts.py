@@ -254,6 +254,25 @@ def test_the_heading_counts_variants_and_a_variant_tells_how_much_and_where_it_d
         assert 0 <= left < right <= 600 and 0 <= top < bottom <= 760
 
 
+def test_of_variants_the_one_that_differs_least_comes_first(mixed, run):
+    for seed in (2, 3):
+        with_sticker(form(seed)).save("query.png")
+        first, *others = labelled(run, "query.png", "--threshold", "variant")
+        assert first == (f"form {seed}.png", "variant") and {label for _, label in others} == {"variant"}
+
+
+def test_a_small_part_of_one_of_many_tables_finds_its_own(tmp_path, run):
+    (tmp_path / IMAGES).mkdir()
+    for seed in range(6):
+        small = table(seed)
+        small.resize((500, round(500 * small.height / small.width)), Image.Resampling.BOX).save(
+            tmp_path / IMAGES / f"{seed}.png"
+        )
+    with Image.open(tmp_path / IMAGES / "4.png") as image:
+        image.crop((57, 45, 57 + 387, 45 + image.height * 77 // 100)).save("query.png")
+    assert labelled(run, "query.png")[0] == ("4.png", "copy")
+
+
 def test_a_sticker_is_outlined_in_pixels_of_the_match(tmp_path, run):
     (tmp_path / IMAGES).mkdir()
     photo(2).resize((960, 720), Image.Resampling.BICUBIC).save(tmp_path / IMAGES / "large.png")
