@@ -3704,6 +3704,7 @@ main { padding: 1rem; min-height: 60vh }
 }
 .drop b { font-size: 1.35rem }
 .drop:hover, .drop:focus-within { border-color: var(--accent) }
+.button:focus-within { outline: 3px solid var(--accent); outline-offset: 2px }
 body.dragging::after {
   content: "Drop it: which pictures look like this?"; position: fixed; inset: .6rem; z-index: 40; display: grid;
   place-items: center; font-size: 1.6rem; border: 4px dashed var(--accent); border-radius: 1rem;
@@ -3841,10 +3842,10 @@ PAGE = """<!doctype html>
 {% set over = overlaid(match, one, other) %}{% if over %}
 <details class="compare"><summary>compare</summary>
 <div class="stage" style="--w:{{ over.width }};--h:{{ over.height }}"><div class="slide">
-<p>{{ named(item|of) }}<small>and, right of the line, laid over it:</small>{{ named(match.path) }}</p>
+<p>{{ named(item[0]) }}<small>and, right of the line, laid over it:</small>{{ named(match.path) }}</p>
 <div class="track">{% if ui %}
 <input type="range" min="0" max="100" value="50" aria-label="where the line is">
-{% else %}{% for n in range(stops) %}<input type="radio" name="{{ match.rank }} {{ match.path|text }}"
+{% else %}{% for n in range(stops) %}<input type="radio" name="{{ item[0]|text }} {{ match.path|text }}"
 aria-label="line at {{ n * 10 }} %"{% if n == 5 %} checked{% endif %}>{% endfor %}{% endif %}</div>
 <label><input type="checkbox" class="blink"> the other picture alone (space bar: blink)</label></div>
 <div class="frame"><img src="{{ one|full(item|of) }}" alt="" loading="lazy"><div class="cut">
@@ -3854,7 +3855,7 @@ src="{{ other|full(match.path) }}" alt="" loading="lazy"></div>
 {% for box in over.boxes %}{{ polygon(box, "differs") }}{% endfor %}</svg></div></div></details>
 {% endif %}{% endmacro %}
 {% macro card(item, match) %}
-{% set path, picture = match.path if match.rank else item|of, pictures[match.path] %}
+{% set path, picture = match.path if match.rank else item[0], pictures[match.path] %}
 {% set role = ("query" if item.query else "keep") if not match.rank else match.label %}
 <li class="{{ role }}"><figure{% if ui %} data-key="{{ path|key }}" data-path="{{ path|whole }}"{% endif %}>
 <a class="picture" href="{{ path|link }}" draggable="false">{% if picture.made %}
@@ -3897,7 +3898,7 @@ src="{{ other|full(match.path) }}" alt="" loading="lazy"></div>
 <body{% if live %} data-live="1"{% endif %}><a class="skip" href="#main">Skip to the pictures</a>
 <header>{% set one = found|length == 1 and found[0].query is defined and not found[0].error and found[0] %}
 {% if one and pictures[one|of].made %}<img class="icon" src="{{ pictures[one|of]|source(one|of) }}" alt="">{% endif %}
-<h1{% if one %} class="name" title="{{ one|of|whole }}"{% endif %}>
+<h1{% if one %} class="name" title="{{ one[0]|whole }}"{% endif %}>
 {%- if one %}<span>{{ title[:-tail] }}</span><span>{{ title[-tail:] }}</span>{% else %}{{ title }}{% endif %}</h1>
 {% if one %}<b class="verdict {{ "bad" if verdict(one) else "good" }}">
 {{- "✗" if verdict(one) else "✓" }} {{ verdict(one) or "found" }}</b>{% endif %}
@@ -3935,7 +3936,7 @@ src="{{ other|full(match.path) }}" alt="" loading="lazy"></div>
 {{- " wide" if matches|length > 3 }}">
 {% if item.error or (item[0] and not one) %}{% set bad = item.error or (item.query and verdict(item)) %}
 <h2><b class="verdict {{ "bad" if bad else "good" }}">{{ "✗" if bad else "✓" }}
-{{ (bad or verdict(item) or "found")|text }}</b> {{ named(item|of) if item[0] }}
+{{ (bad or verdict(item) or "found")|text }}</b> {{ named(item[0]) if item[0] }}
 {% if groups and not live %}<button name="dismiss" value="{{ item.keep|key }}" formaction="dismiss">dismiss</button>
 {% endif %}</h2>{% endif %}
 {% if item.query %}<div class="both">{% if matches and not matches[0].rank %}
@@ -4404,7 +4405,7 @@ class Kept:
                 place.mkdir(parents=True, exist_ok=True)
                 path = place / "ui.sqlite"
                 os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # of no other account
-                self.db = Database(path)
+                self.db = Database(path, {})
                 self.db.executescript(KEPT)
                 with self.db.transaction():
                     stored = self.db.execute("SELECT token FROM token").fetchone()

@@ -129,6 +129,16 @@ def test_a_collage_has_an_outline_for_each_picture_in_it(page):
     assert np.abs(np.array(lefts) - [0, 480]).max() < 6 and sum(map(len, outlines)) == 4 * 8
 
 
+def test_a_fetched_query_has_the_name_that_it_was_given_by(page, run, monkeypatch):
+    page()
+    monkeypatch.setattr(main, "fetch", lambda name, path: shutil.copy("query.png", path) and None)
+    address = "http://127.0.0.1/some/cat.png"
+    assert run("--model", "offline", "-q", address).status == 0
+    it = Page(PAGE.read_text())
+    assert "cat.png – DeepVision" in it.text and it.all("h1")[0]["title"] == address
+    assert next(link["href"] for link in it.all("a") if "draggable" in link) == address
+
+
 def test_every_query_has_its_section(page, run):
     assert len(page("query.png", IMAGES / "1.png", IMAGES / "2.png").all("h2")) == 3
     assert page("query.png").all("h1")[0]["title"] == "query.png" and "query.png – DeepVision" in PAGE.read_text()
