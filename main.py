@@ -23,6 +23,7 @@ Written: results.html, the page to look at, and in image_index/<model>/
     index.faiss     the FAISS index over the features: it finds look-alikes
     copies.faiss    the FAISS index over the points: it finds copies. Both are made again from the store
     lock, crash     held by the one run that writes; there only while files are read, or after a crash
+and in image_index/, by --ui alone: ui.sqlite, with small pictures and groups that were dismissed
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ import math
 import operator
 import os
 import re
+import secrets
+import select
 import shutil
 import signal
 import socket
@@ -61,6 +64,7 @@ import unicodedata
 import urllib.parse
 import urllib.request
 import warnings
+import webbrowser
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,7 +75,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 if TYPE_CHECKING:
     import faiss
@@ -2449,8 +2453,13 @@ def build_index(features: np.ndarray | Iterable[Any], index: faiss.Index | None 
     return index
 
 
+watched = threading.local()  # `job`: the Job that a thread of the UI works for
+
+
 def progress_bar(steps: Iterable[Any] | None = None, **options: Any) -> tqdm.tqdm:
-    """A bar that shows on a terminal only, and not with -q."""
+    """A bar that shows on a terminal only, and not with -q; or, in a thread that works for the UI, on its page."""
+    if job := getattr(watched, "job", None):
+        return job.bar(steps, **options)
     return tqdm.tqdm(steps, disable=None if log.isEnabledFor(logging.INFO) else True, **options)
 
 
@@ -3046,6 +3055,7 @@ ALL_SHOWN, AS_LARGE = 0.98, 0.95  # least share that the file to keep shows, and
 LARGEST_LOST, FULL_SIDE = 2, 6000  # as LARGEST and CLOSE, where a file may be deleted
 
 Pairs = Iterator[tuple[bytes, bytes, Match]]  # keep, other, and the Match of the other, still without a path
+Tell = Callable[[str, str, str], None]  # see `find_duplicates`
 
 
 def different_files(engine: Engine, digest: bytes) -> list[str]:
@@ -3177,7 +3187,7 @@ def candidate_pairs(engine: Engine, first: int) -> Iterator[tuple[bytes, bytes, 
                     yield name, by_row[row], None
 
 
-def pairs_by_comparison(engine: Engine, labels: Sequence[str]) -> Pairs:
+def pairs_by_comparison(engine: Engine, labels: Sequence[str], tell: Tell | None = None) -> Pairs:
     """Each two contents of the collection with one of these labels, twice: either one may be the one to keep.
 
     What was found of two contents is stored, so that a second run compares only what is new.
@@ -3218,6 +3228,8 @@ def pairs_by_comparison(engine: Engine, labels: Sequence[str]) -> Pairs:
     results, unsaved, saved = read_ahead(look, needed, usable_cores(), usable_cores()), list[Any](), time.perf_counter()
     for key, found_pair in progress_bar(results, total=len(waiting), desc="comparing", unit="pair"):
         note(key, found_pair and list(found_pair))
+        if found_pair and tell and found_pair.label in labels:
+            tell(files[key[0]], files[key[1]], found_pair.label)
         unsaved.append((*key, known[key]))
         if time.perf_counter() - saved > SAVE_SECONDS:
             store.save_verdicts(unsaved)
@@ -3290,11 +3302,12 @@ def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Match]]) -> Iterator[
             yield Group(first, [match._replace(rank=rank) for rank, match in enumerate(found, start=1)])
 
 
-def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator[Group]:
+def find_duplicates(engine: Engine, threshold: float | str = "copy", found: Tell | None = None) -> Iterator[Group]:
     """Groups of files in the collection that hold the same picture. No file is touched.
 
     threshold  copy: pictures of which no part differs, also mirrored, turned or cropped; variant: also those of which
                parts differ; identical: the same bytes; or a cosine similarity, -1 to 1, whatever they show
+    found      is told at once of two files that were found to show the same, and of their label
 
     Raises DeepVisionError if features turn out to be damaged.
     """
@@ -3303,8 +3316,9 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy") -> Iterator
         if threshold != "identical":
             is_label = isinstance(threshold, str)
             labels = LABELS[LABELS.index(threshold) :] if is_label else ()
-            found = pairs_by_comparison(engine, labels) if is_label else pairs_by_score(engine, float(threshold))
-            for keep, other, match in sorted(found, key=lambda pair: pair[2].score):  # the best one of two stays
+            by_label = pairs_by_comparison(engine, labels, found)
+            ordered = by_label if is_label else pairs_by_score(engine, float(threshold))
+            for keep, other, match in sorted(ordered, key=lambda pair: pair[2].score):  # the best one of two stays
                 pairs.setdefault(keep, {})[other] = match
         yield from grouped(engine, pairs)
 
@@ -3611,76 +3625,378 @@ THUMBNAIL, QUALITY = 256, 60  # pixels of the longer side, and of WebP: 5 KB a p
 ADDRESS = re.compile("https?://", re.IGNORECASE)  # the only queries, and redirects, that are fetched
 PAGE_PICTURES = 5000  # on a page, 34 MB; the rest is left to the other outputs
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # Content-Security-Policy: nothing is loaded
+TAIL = 10  # characters at the end of a name that always show
+UNIT = 1000  # length of a picture's longer side where two are laid over one another
+STOPS = 11  # places of the slider where there is no script
+KINDS = {  # a heading for the matches of each label
+    "identical": ("identical file", ""), "copy": ("copy", "copies"), "variant": ("variant", ""), "": ("look-alike", ""),
+}  # fmt: skip
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --ink: light-dark(#1a1a1f, #e8e8ee);
+  --soft: light-dark(#565662, #a9a9b6);
+  --line: light-dark(#d9d9e0, #34343c);
+  --back: light-dark(#fff, #121215);
+  --card: light-dark(#f5f5f8, #1d1d22);
+  --well: light-dark(#e9e9ef, #26262d);
+  --good: light-dark(#0f6a2b, #7fdc98);
+  --bad: light-dark(#8a4b00, #f2bd70);
+  --accent: light-dark(#1d4fbf, #9dbcff);
+  --side: 12rem;
+  --least: 46%;
+  scroll-padding: 7rem 0 8rem;
+}
+:root:has(#larger:checked) { --side: 22rem; --least: 100% }
+* { box-sizing: border-box }
+body {
+  margin: 0; font: 1rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere;
+  background: var(--back); color: var(--ink);
+}
+a { color: var(--accent) }
+h1, h2, h3, p, figure, ol { margin: 0; padding: 0 }
+h1 { font-size: 1.15rem; min-width: 0 }
+h2 { font-size: 1.1rem; display: flex; flex-wrap: wrap; gap: .3rem .7rem; align-items: center; min-width: 0 }
+h3 { font-size: 1rem; font-weight: 600; color: var(--soft) }
+small { font-size: .85em; color: var(--soft) }
+ol { list-style: none }
+button, input, select, .button {
+  font: inherit; color: var(--ink); background: var(--back); border: 1px solid var(--soft); border-radius: .45rem;
+  padding: .25rem .7rem; max-width: 100%;
+}
+button, .button, summary { cursor: pointer }
+.button { text-decoration: none }
+button:hover, .button:hover { border-color: var(--accent); color: var(--accent) }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
+.good { color: var(--good) }
+.bad { color: var(--bad) }
+.verdict { padding: .05em .6em; border: 2px solid; border-radius: 1em; font-size: .95rem; white-space: nowrap }
+.sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+.skip { position: absolute; left: -99rem }
+.skip:focus { left: 1rem; top: .5rem; z-index: 30; background: var(--back); padding: .3rem .6rem }
+
+/* The header stays. */
+header {
+  position: sticky; top: 0; z-index: 5; display: flex; flex-wrap: wrap; gap: .3rem .9rem; align-items: center;
+  padding: .5rem 1rem; background: var(--back); border-bottom: 1px solid var(--line);
+}
+header .icon { width: 2.6rem; height: 2.6rem; object-fit: cover; border-radius: .4rem; flex: none }
+header h1 { flex: 0 1 auto; max-width: 100% }
+nav { display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center }
+header nav { margin-left: auto }
+.settings summary { width: max-content; color: var(--soft) }
+.settings[open] { flex-basis: 100% }
+.settings form { display: flex; flex-wrap: wrap; gap: .5rem 1.2rem; align-items: center; padding: .5rem 0 }
+@media (max-width: 40rem) {
+  header, header nav { gap: .3rem .7rem }
+  header .icon + h1 { flex: 1 1 0 }
+  header nav, .settings, header .verdict { font-size: .85rem }
+  header nav { margin: 0 }
+  header label span { display: none }
+}
+input[type=number] { width: 6rem }
+main { padding: 1rem; min-height: 60vh }
+.about { color: var(--soft); font-size: .9em; margin-bottom: .8rem }
+#said:not(:empty), .news {
+  margin: 0 0 1rem; padding: .6rem .9rem; border-left: 4px solid var(--bad); background: var(--card);
+  white-space: pre-line;
+}
+
+/* Where a picture is dropped. */
+.drop {
+  display: grid; grid-template-columns: minmax(0, 1fr); place-items: center; gap: .4rem; text-align: center;
+  padding: 2.2rem 1rem; margin-bottom: 1.2rem;
+  border: 3px dashed var(--soft); border-radius: 1rem; background: var(--card); cursor: pointer;
+}
+.drop b { font-size: 1.35rem }
+.drop:hover, .drop:focus-within { border-color: var(--accent) }
+.button:focus-within { outline: 3px solid var(--accent); outline-offset: 2px }
+body.dragging::after {
+  content: "Drop it: which pictures look like this?"; position: fixed; inset: .6rem; z-index: 40; display: grid;
+  place-items: center; font-size: 1.6rem; border: 4px dashed var(--accent); border-radius: 1rem;
+  background: color-mix(in srgb, var(--back) 85%, var(--accent)); color: var(--ink); pointer-events: none;
+}
+
+/* A query stands beside its matches, a file to keep beside the others. */
+section { padding: 1rem 0; border-top: 1px solid var(--line); display: grid; gap: .8rem; break-inside: avoid-page }
+section:first-of-type:not(.group) { border-top: 0; padding-top: 0 }
+.answer, .group { break-inside: auto }
+.both { display: grid; gap: 1.2rem }
+.found { display: grid; gap: .7rem; align-content: start; min-width: 0 }
+@media (min-width: 52rem) {
+  .both { grid-template-columns: minmax(15rem, 24rem) minmax(0, 1fr); align-items: start }
+  .both > .large { position: sticky; top: 5rem }
+}
+.groups { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 34rem), 1fr)) }
+.group { border: 1px solid var(--line); border-radius: .8rem; padding: .8rem !important; align-content: start }
+.group .cards {
+  --side: 9.5rem; grid-template-columns: repeat(auto-fit, minmax(min(var(--side), var(--least)), 1fr));
+}
+.group.wide { grid-column: 1 / -1 }
+.group.wide .cards {
+  --side: 12rem; grid-template-columns: repeat(auto-fill, minmax(min(var(--side), var(--least)), 1fr));
+}
+:root:has(#larger:checked) .groups { grid-template-columns: 1fr }
+.group h2 { font-size: 1rem }
+.group h2 .name { flex: 1 1 8rem }
+.group h2 button { font-size: .9rem; margin-left: auto }
+.cards {
+  display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(var(--side), var(--least)), 1fr));
+}
+.large { --side: 15rem }
+:root:has(#larger:checked) .large { --side: 30rem }
+.large.one { grid-template-columns: 1fr }
+.cards li { break-inside: avoid; min-width: 0 }
+figure {
+  height: 100%; display: flex; flex-direction: column; border-radius: .6rem; overflow: hidden;
+  background: var(--card); border: 1px solid var(--line);
+}
+.identical figure, .copy figure { border: 2px solid var(--good) }
+.variant figure { border: 2px solid var(--bad) }
+.keep figure, .query figure { border: 2px solid var(--accent) }
+.picture { display: block; position: relative; aspect-ratio: 1; background: var(--well); color: var(--ink) }
+.picture img, .picture svg { position: absolute; width: 100%; height: 100% }
+.picture img { object-fit: contain }
+.picture span { position: absolute; inset: 0; display: grid; place-items: center; padding: .5rem; text-align: center }
+polygon { fill: none; stroke: #19b35a; stroke-width: 3; vector-effect: non-scaling-stroke }
+polygon.differs { stroke: #f0531c }
+polygon.part { stroke: #2f6bff; stroke-dasharray: 6 4 }
+.query .picture { touch-action: pan-y; cursor: crosshair }
+figcaption { padding: .5rem .6rem .6rem; font-size: .9em; display: flex; flex-direction: column; gap: .15rem; flex: 1 }
+.name { display: flex; min-width: 0; white-space: pre; font-weight: 500 }
+.name span:first-child { overflow: hidden; text-overflow: ellipsis }
+.name span:last-child { flex: none }
+h1.name, h2 .name { font-weight: 600; max-width: min(100%, 36rem) }
+.folder { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; display: block }
+.acts { display: flex; flex-wrap: wrap; gap: .3rem .7rem; align-items: center; margin-top: auto; padding-top: .3rem }
+.acts button { padding: 0 .5rem }
+.acts summary { color: var(--accent); list-style: none; text-decoration: underline }
+
+/* Two pictures over one another. Without script: radio buttons are the slider, a check box blinks. */
+body:has(.compare[open]) { overflow: hidden }
+.compare[open] > summary {
+  position: fixed; z-index: 21; top: .6rem; right: .8rem; padding: .3rem .8rem; border-radius: .45rem;
+  background: var(--card); border: 1px solid var(--soft); font-size: 0;
+}
+.compare[open] > summary::before { content: "close"; font-size: 1rem }
+.stage {
+  position: fixed; inset: 0; z-index: 20; padding: .6rem .8rem; overflow: hidden; font-size: 1rem;
+  background: var(--back);
+  --fit: min(tan(atan2(96vw, var(--w) * 1px)), tan(atan2(100vh - 11rem, var(--h) * 1px)));
+}
+.stage .slide {
+  display: flex; flex-wrap: wrap; gap: .3rem .8rem; align-items: center; align-content: start;
+  min-height: 8.5rem; padding-right: 10rem;
+}
+.stage .track { display: flex; flex: 1 1 12rem; max-width: 40rem; gap: .2rem }
+.stage .track input { flex: 1; margin: 0; padding: 0 }
+.frame {
+  position: relative; overflow: hidden; width: calc(var(--w) * 1px); height: calc(var(--h) * 1px); margin: 0 auto;
+  transform-origin: 0 0; transform: scale(var(--fit)); left: max(0px, 48vw - var(--w) * .5px * var(--fit)); margin: 0;
+  background: var(--well);
+}
+.frame > img, .frame svg, .cut { position: absolute; inset: 0; width: 100%; height: 100% }
+.cut { clip-path: inset(0 0 0 var(--cut, 50%)); overflow: hidden }
+.cut img { position: absolute; left: 0; top: 0; transform-origin: 0 0; max-width: none }
+.cut img.inverted { filter: invert(1) }
+.edge { position: absolute; top: 0; bottom: 0; left: var(--cut, 50%); border-left: 3px solid var(--accent) }
+.stage:has(.track input:nth-child(1):checked) { --cut: 0% }
+.stage:has(.track input:nth-child(2):checked) { --cut: 10% }
+.stage:has(.track input:nth-child(3):checked) { --cut: 20% }
+.stage:has(.track input:nth-child(4):checked) { --cut: 30% }
+.stage:has(.track input:nth-child(5):checked) { --cut: 40% }
+.stage:has(.track input:nth-child(6):checked) { --cut: 50% }
+.stage:has(.track input:nth-child(7):checked) { --cut: 60% }
+.stage:has(.track input:nth-child(8):checked) { --cut: 70% }
+.stage:has(.track input:nth-child(9):checked) { --cut: 80% }
+.stage:has(.track input:nth-child(10):checked) { --cut: 90% }
+.stage:has(.track input:nth-child(11):checked) { --cut: 100% }
+.stage:has(.blink:checked) .cut { clip-path: none }
+.stage:has(.blink:checked) .edge { display: none }
+dialog {
+  width: 100vw; height: 100vh; height: 100dvh; max-width: none; max-height: none; border: 0; padding: .6rem .8rem;
+  background: var(--back); color: var(--ink);
+}
+dialog[open] { display: grid; grid-template-rows: minmax(0, 1fr) auto; gap: .5rem }
+dialog img { width: 100%; height: 100%; object-fit: contain; min-height: 0 }
+dialog nav { justify-content: center }
+dialog p {
+  flex-basis: 100%; text-align: center; font-family: ui-monospace, monospace; font-size: .9em; user-select: all;
+}
+
+/* What is done with the chosen files, and how far the work is. */
+.chosen, #job {
+  position: sticky; bottom: 0; z-index: 4; display: flex; flex-wrap: wrap; gap: .4rem .9rem; align-items: center;
+  margin: 1rem -1rem 0; padding: .6rem 1rem; background: var(--card); border-top: 1px solid var(--line);
+}
+#job { position: static; margin: 0 0 1rem; border-radius: .6rem }
+progress { flex: 1 1 10rem; max-width: 30rem }
+.pages { justify-content: center; padding: 1rem }
+@media print { header, .chosen, .drop { position: static } .acts, .drop, .chosen, nav { display: none } }
+"""
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
-{% if is_waiting %}<meta http-equiv="refresh" content="2">{% endif %}<title>{{ title }} – DeepVision</title><style>
-:root{color-scheme:light dark;--soft:light-dark(#565662,#a9a9b6);--card:light-dark(#f3f3f6,#1e1e23);
---good:light-dark(#0f6a2b,#7fdc98);--bad:light-dark(#8a4b00,#f2bd70)}
-body{margin:auto;max-width:90rem;padding:1rem;font:1rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere;
-background:light-dark(#fff,#121215);color:light-dark(#1a1a1f,#e8e8ee)}a{color:inherit}
-h1{font-size:1.4rem;margin:0}h2{font-size:1.1rem;margin:0 0 .7rem}
-h2 b{padding:.1em .6em;border:2px solid;border-radius:1em}.good{color:var(--good)}.bad{color:var(--bad)}
-section{margin-top:1rem;padding-top:1rem;border-top:1px solid var(--soft)}
-ol{display:grid;gap:.9rem;list-style:none;margin:0 0 .9rem;padding:0}
-.large{grid-template-columns:repeat(auto-fill,minmax(min(15rem,46%),1fr))}
-.small{grid-template-columns:repeat(auto-fill,minmax(min(8rem,29%),1fr));font-size:.85em}
-figure{margin:0;height:100%;border-radius:.5rem;background:var(--card)}figcaption{padding:.5rem .6rem;font-size:.9em}
-.identical figure,.copy figure{outline:3px solid var(--good)}small{display:block;color:var(--soft)}
-figure>a{display:block;position:relative;aspect-ratio:1}img,svg{position:absolute;width:100%;height:100%}
-img{object-fit:contain}polygon{fill:none;stroke:#19b35a;stroke-width:3;vector-effect:non-scaling-stroke}
-polygon.differs{stroke:#f0531c}.variant figure{outline:3px solid var(--bad)}
-nav,form{display:flex;flex-wrap:wrap;gap:.5rem 1.5rem;margin-top:1rem}input[type=number]{width:5rem}
-.query a{touch-action:none;cursor:crosshair}
-</style></head><body><header><h1>{{ title }}</h1>
-{{ "{:,}".format(engine.summary.images) }} images in {{ engine.images|text }} ·
-{{ engine.model.name }} on {{ engine.model.device }} · {{ about }}
-{% if script %}<nav><a href="?{{ kept }}">The collection</a><a href="?twice=1&{{ kept }}">The same picture twice</a>
-<label>Drop, paste or choose pictures <input type="file" id="given" multiple></label></nav>{% endif %}
-{% if queries %}<form>{% for key in queries %}<input type="hidden" name="q" value="{{ key }}">{% endfor %}
-<label>How many <input type="number" name="k" min="1" value="{{ k }}"></label>
-<label>From which score <input type="number" name="least" min="-1" max="1" step="any" value="{{ least }}"></label>
-<label>Part of the query <input name="part" placeholder="left, top, right, bottom" value="{{ part }}"></label>
-<button>Search</button></form>{% endif %}
-</header><main>{% for item, matches in shown %}<section>{% if item[0] or item.error %}
-{% set bad = item.error or (item.query and verdict(item)) %}
-<h2><b class="{{ "bad" if bad else "good" }}">{{ "✗" if bad else "✓" }} {{ (bad or verdict(item) or "found")|text }}</b>
-{{ item[0]|name }}</h2>{% endif %}
-{% for kind in ("large", "small") %}<ol class="{{ kind }}">
-{% for match in matches if (kind == "large") == (match.label != "" or match.rank == 0) %}
+{% macro named(path) %}
+{% set last = (path|name).rpartition("/")[2] -%}
+<span class="name" title="{{ path|whole }}"><span>{{ last[:-tail] }}</span><span>{{ last[-tail:] }}</span></span>
+{%- endmacro %}
+{% macro polygon(corners, kind="") %}
+<polygon{% if kind %} class="{{ kind }}"{% endif %} points="
+{%- for x, y in corners %}{{ x }},{{ y }} {% endfor %}"/>
+{%- endmacro %}
+{% macro compare(item, match) %}
+{% set one, other = pictures[item|of], pictures[match.path] %}
+{% set over = overlaid(match, one, other) %}{% if over %}
+<details class="compare"><summary>compare</summary>
+<div class="stage" style="--w:{{ over.width }};--h:{{ over.height }}"><div class="slide">
+<p>{{ named(item[0]) }}<small>and, right of the line, laid over it:</small>{{ named(match.path) }}</p>
+<div class="track">{% if ui %}
+<input type="range" min="0" max="100" value="50" aria-label="where the line is">
+{% else %}{% for n in range(stops) %}<input type="radio" name="{{ item[0]|text }} {{ match.path|text }}"
+aria-label="line at {{ n * 10 }} %"{% if n == 5 %} checked{% endif %}>{% endfor %}{% endif %}</div>
+<label><input type="checkbox" class="blink"> the other picture alone (space bar: blink)</label></div>
+<div class="frame"><img src="{{ one|full(item|of) }}" alt="" loading="lazy"><div class="cut">
+<img{% if match.region.inverted %} class="inverted"{% endif %} style="{{ over.style }}"
+src="{{ other|full(match.path) }}" alt="" loading="lazy"></div>
+<div class="edge"></div><svg viewBox="0 0 {{ over.width }} {{ over.height }}">
+{% for box in over.boxes %}{{ polygon(box, "differs") }}{% endfor %}</svg></div></div></details>
+{% endif %}{% endmacro %}
+{% macro card(item, match) %}
 {% set path, picture = match.path if match.rank else item[0], pictures[match.path] %}
-<li class="{{ match.label if match.rank or item.keep else "query" }}"><figure>
-<a href="{{ path|link }}" draggable="false">{% if picture.made %}
-<img src="data:image/webp;base64,{{ picture.made[0] }}" alt="{{ path|name }}" loading="lazy">
-{% set width, height = picture.made[1:] %}<svg viewBox="0 0 {{ width }} {{ height }}">
-{% for corners in ([(match.region or {}).corners or []] if match.rank else
-item.matches|selectattr("region")|map(attribute="region.outline")|list or [[]]) %}<polygon points="
-{%- for x, y in corners %}{{ [0, [x, width]|min]|max }},{{ [0, [y, height]|min]|max }} {% endfor %}"/>{% endfor %}
-{% for left, top, right, bottom in match.region.differs if match.region %}<polygon class="differs" points="
-{{- left }},{{ top }} {{ right }},{{ top }} {{ right }},{{ bottom }} {{ left }},{{ bottom }}"/>{% endfor %}</svg>
-{% else %}{{ (picture.reason or "not there any more")|text }}{% endif %}</a>
-<figcaption>{% if not match.rank %}<b>{{ "query" if item.query else "keep" }}</b>
+{% set role = ("query" if item.query else "keep") if not match.rank else match.label %}
+<li class="{{ role }}"><figure{% if ui %} data-key="{{ path|key }}" data-path="{{ path|whole }}"{% endif %}>
+<a class="picture" href="{{ path|link }}" draggable="false">{% if picture.made %}
+<img src="{{ picture|source(path) }}" alt="{{ path|name }}" loading="lazy">
+{% set _, width, height = picture.made %}<svg viewBox="0 0 {{ width }} {{ height }}">
+{% for corners in outlines(item, match, width, height) %}{{ polygon(corners) }}{% endfor %}
+{% if match.region and match.rank %}{% for l, t, r, b in match.region.differs -%}
+{{ polygon([(l, t), (r, t), (r, b), (l, b)], "differs") }}{% endfor %}{% endif %}
+{% if not match.rank and parts[path] %}{% set l, t, r, b = parts[path] %}
+{% set w, h = (width, height) if parts[path]|max <= 1 else (1, 1) -%}
+{{ polygon([(l * w, t * h), (r * w, t * h), (r * w, b * h), (l * w, b * h)], "part") }}{% endif %}</svg>
+{% else %}<span>{{ (picture.reason or "not there any more")|text }}</span>{% endif %}</a>
+<figcaption>{% if not match.rank %}<b>{{ role }}</b>
 {% elif match.view and item.keep == "" %}<a href="?group={{ match.rank }}&{{ kept }}">{{ match.view }}</a>
-{% else %}{{ match.rank }} · <b>{{ "%.3f" % match.score }}</b>
+{% elif item.keep != "" %}<span>{{ match.rank }} · <b>{{ "%.3f" % match.score }}</b>
 <span class="{{ "bad" if match.label == "variant" or match.lost else
-"good" if match.label }}">{{ remark_on(match) }}</span>{% endif %}<br>{{ path|name }}
-{% if picture.made %}<small>{{ "{:,} × {:,} px".format(*picture.made[1:]) }},
-{{ "{:,.0f} KB".format(picture.file.size / 1000) }}</small>{% endif %}</figcaption></figure></li>
-{% endfor %}</ol>{% endfor %}</section>{% endfor %}</main>
-{% if left_out %}<footer>{{ "{:,}".format(left_out) }} more pictures are left out: --json lists all</footer>{% endif %}
-{% if script %}<script>{{ script|safe }}</script>{% endif %}</body></html>
+"good" if match.label }}">{{ remark_on(match) }}</span></span>{% endif %}
+{{ named(path) }}{% set folder = (path|name).rpartition("/")[0] %}
+{% if folder %}<small class="folder" title="{{ path|whole }}">{{ folder }}/</small>{% endif %}
+{% if picture.made %}
+<small>{{ "{:,} × {:,} px".format(*picture.made[1:]) }}, {{ picture.file.size|bytes }}</small>{% endif %}
+<div class="acts">{% if ui %}{% if match.rank and item.keep and not live %}
+<label><input type="checkbox" name="file" value="{{ path|key }}" data-size="{{ picture.file.size }}"
+{%- if match.lost is none and not match.truncated %} checked{% endif %}> choose</label>
+<button name="keep" value="{{ path|key }}" formaction="keep">keep this one</button>{% endif %}
+{% if match.rank or item.keep %}<a href="?q={{ path|key }}&{{ kept }}">search</a>{% endif %}{% endif %}
+{% if match.rank and item[0] %}{{ compare(item, match) }}{% endif %}</div>
+{% if ui and not match.rank and item.query %}
+<form class="acts"><input type="hidden" name="of" value="{{ path|key }}">
+{% for value in queries %}<input type="hidden" name="q" value="{{ value }}">{% endfor %}
+<input type="hidden" name="k" value="{{ k }}"><input type="hidden" name="least" value="{{ least }}">
+<label>A part <input name="part" size="16" placeholder="left, top, right, bottom" value="
+{{- "%g,%g,%g,%g"|format(*parts[path]) if parts[path] }}"></label><button>Search</button>
+{% if parts[path] %}<button name="whole" value="1">whole picture</button>{% endif %}</form>{% endif %}
+</figcaption></figure></li>
+{% endmacro %}
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">{% if ui %}<link rel="icon" href="data:,">{% endif %}
+<title>{{ title }} – DeepVision</title><style>{{ style|safe }}</style></head>
+<body{% if live %} data-live="1"{% endif %}><a class="skip" href="#main">Skip to the pictures</a>
+<header>{% set one = found|length == 1 and found[0].query is defined and not found[0].error and found[0] %}
+{% if one and pictures[one|of].made %}<img class="icon" src="{{ pictures[one|of]|source(one|of) }}" alt="">{% endif %}
+<h1{% if one %} class="name" title="{{ one[0]|whole }}"{% endif %}>
+{%- if one %}<span>{{ title[:-tail] }}</span><span>{{ title[-tail:] }}</span>{% else %}{{ title }}{% endif %}</h1>
+{% if one %}<b class="verdict {{ "bad" if verdict(one) else "good" }}">
+{{- "✗" if verdict(one) else "✓" }} {{ verdict(one) or "found" }}</b>{% endif %}
+{% if ui %}<nav><a href="?{{ kept }}">Collection</a><a href="?twice=1&{{ kept }}">The same picture twice</a>
+{% if found and found[0].keep != "" or not found %}<label class="button">Search<span> with a picture</span>
+<input type="file" class="sr" id="given" multiple></label>{% endif %}</nav>{% endif %}
+<details class="settings"><summary>Settings</summary>
+{% if ui %}<form method="post" action="changes"><button>Look for changes</button>
+<small>new, changed and missing files of the collection</small></form>{% endif %}
+<label><input type="checkbox" id="larger"> larger pictures</label>{% if queries %}<form>
+{% for value in queries %}<input type="hidden" name="q" value="{{ value }}">{% endfor %}
+<label>How many <input type="number" name="k" min="1" max="{{ most }}" value="{{ k }}"></label>
+<label>Show <select name="least">{% for value, words in scores.items() %}
+<option value="{{ value }}"{% if value == least %} selected{% endif %}>{{ words }}</option>{% endfor %}</select></label>
+<button>Search</button></form>{% endif %}</details></header>
+<main id="main" tabindex="-1">
+{% if engine %}<p class="about">{{ "{:,}".format(engine.summary.images) }} images in {{ engine.images|text }} ·
+{{ engine.model.name }} on {{ engine.model.device }} · {{ about }}</p>{% endif %}
+{% if ui %}<p id="said" role="alert"></p>
+{% for line in news %}<p class="news" role="status">{{ line }}</p>{% endfor %}
+{% if job %}<form id="job" role="status" method="post" action="stop"><b>{{ job.title }}</b>
+<progress max="100" value="{{ job.share }}"></progress><span>{{ job.said }}</span>
+<button>Stop</button></form>{% endif %}
+{% if halted %}<form method="post" action="compare"><button>Go on comparing</button></form>{% endif %}
+{% if hidden %}<form method="post" action="restore" class="about">{{ counted(hidden, "group") }} dismissed
+<button>show again</button></form>{% endif %}
+{% if found and found[0].keep == "" %}<label class="drop"><b>Which of my pictures look like this one?</b>
+<span>Drop a picture here, paste it, or choose it</span>
+<input type="file" id="given" multiple aria-label="Choose pictures to search with"></label>{% endif %}{% endif %}
+{% if groups %}<form method="post" id="files"><button disabled hidden></button>
+<input type="hidden" name="page" value="{{ page }}">{% endif %}
+<div{% if groups %} class="groups"{% endif %}>
+{% for item, matches in shown %}
+<section class="{{ "answer" if item.query else "group" if item[0] else "tiles" }}
+{{- " wide" if matches|length > 3 }}">
+{% if item.error or (item[0] and not one) %}{% set bad = item.error or (item.query and verdict(item)) %}
+<h2><b class="verdict {{ "bad" if bad else "good" }}">{{ "✗" if bad else "✓" }}
+{{ (bad or verdict(item) or "found")|text }}</b> {{ named(item[0]) if item[0] }}
+{% if groups and not live %}<button name="dismiss" value="{{ item.keep|key }}" formaction="dismiss">dismiss</button>
+{% endif %}</h2>{% endif %}
+{% if item.query %}<div class="both">{% if matches and not matches[0].rank %}
+<ol class="cards large one">{{ card(item, matches[0]) }}</ol>{% endif %}
+<div class="found">{% for label, words in kinds.items() %}
+{% set some = matches|selectattr("rank")|selectattr("label", "equalto", label)|list %}
+{% if some %}<h3>{{ counted(some|length, *words) }}</h3>
+<ol class="cards {{ "large" if label else "small" }}">{% for match in some %}{{ card(item, match) }}{% endfor %}</ol>
+{% endif %}{% endfor %}</div></div>
+{% elif matches %}<ol class="cards {{ "large" if item[0] else "small" }}">
+{% for match in matches %}{{ card(item, match) }}{% endfor %}</ol>{% endif %}
+</section>{% endfor %}</div>
+{% if groups %}{% if not live %}<div class="chosen"><b id="sum"></b>
+<button type="button" id="copy">copy paths</button><button formaction="list">save list</button>
+<button formaction="trash">move to trash</button></div>{% endif %}</form>{% endif %}
+{% if left_out %}<footer>{{ counted(left_out, "more picture") }} left out: --json lists all</footer>{% endif %}
+{% if pages > 1 %}<nav class="pages" aria-label="pages">
+{% if page > 1 %}<a rel="prev" href="{{ turn(page - 1) }}">previous</a>{% endif %}
+<span>page {{ page }} of {{ pages }}</span>
+{% if page < pages %}<a rel="next" href="{{ turn(page + 1) }}">next</a>{% endif %}</nav>{% endif %}</main>
+{% if ui %}<dialog aria-label="the picture, large"><img alt=""><nav><p></p>
+<button data-step="-1">previous</button><button data-step="1">next</button>
+<button id="path">copy path</button><button id="folder">show in folder</button>
+<a class="button" id="alone" target="_blank">open alone</a><a class="button" id="from">search</a>
+<button id="close">close</button></nav></dialog><script>{{ script|safe }}</script>{% endif %}</body></html>
 """
 
 
-def thumbnail(image: Image.Image) -> tuple[str, int, int]:
-    """A small upright picture, WebP in base64, and the width and height of the whole picture."""
+class Small(NamedTuple):
+    """A small copy of a picture."""
+
+    webp: bytes
+    width: int  # of the whole picture, upright
+    height: int
+
+
+class Overlaid(NamedTuple):
+    """How a match is laid over its query. The longer side of each picture is UNIT long."""
+
+    width: float  # of the query
+    height: float
+    style: str  # CSS that moves the match to its place
+    boxes: list[Any]  # corners of what differs, in the query
+
+
+def thumbnail(image: Image.Image, side: int = THUMBNAIL) -> Small:
+    """A small upright picture, at most `side` pixels long."""
     width, height = image.size
-    picture = to_rgb(image, THUMBNAIL)
+    picture = to_rgb(image, side)
     if (picture.width - picture.height) * (width - height) < 0:  # turned by EXIF
         width, height = height, width
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture.thumbnail((side, side))
     picture.save(stream := io.BytesIO(), "WEBP", quality=QUALITY, xmp=b"")
-    return base64.b64encode(stream.getvalue()).decode(), width, height
+    return Small(stream.getvalue(), width, height)
 
 
 def decode_path(path: str | Path) -> str:
@@ -3693,39 +4009,116 @@ def link_to(path: str) -> str:
     return path if ADDRESS.match(path) else "" if path == "-" else Path(path).absolute().as_uri()
 
 
+def data_of(picture: Picture, _: str) -> str:
+    """A small picture as a part of the page."""
+    return f"data:image/webp;base64,{base64.b64encode(picture.made.webp).decode()}"
+
+
 def title_of(found: Sequence[Answer | Group]) -> str:
-    """The title of a page: the number of groups, or of queries and of those that were found."""
+    """The title of a page: the name of the query, or the number of groups, or of queries and of those found."""
     if not found:
         return "No picture is there twice"
     if isinstance(found[0], Group):
         return counted(len(found), "group")
+    if len(found) == 1 and not found[0].error:
+        return os.path.basename(decode_path(found[0][0]))
     return f"{counted(len(found), 'query', 'queries')}, {sum(not verdict(item) for item in found):,} found"
+
+
+def file_of(item: Answer | Group) -> str:
+    """The path of the query's picture, or of the file to keep."""
+    return getattr(item, "file", "") or item[0]
 
 
 def with_query(item: Answer | Group) -> list[Match]:
     """The matches, and before them, with rank 0, the query or the file to keep."""
-    if item.error or not item[0]:
-        return item.matches
-    return [Match(0, getattr(item, "file", "") or item[0], 1.0, False), *item.matches]
+    return item.matches if item.error or not item[0] else [Match(0, file_of(item), 1.0, False), *item.matches]
+
+
+def outlines(item: Answer | Group, match: Match, width: int, height: int) -> list[list[tuple[float, float]]]:
+    """What query and match share, drawn on a picture of this size: on the query there is an outline for each match."""
+    regions = [it.region for it in (item.matches if match.rank == 0 else [match]) if it.region]
+    corners = [region.corners if match.rank else region.outline for region in regions] or [[]]
+    return [[(min(max(x, 0), width), min(max(y, 0), height)) for x, y in places] for places in corners]
+
+
+def overlaid(match: Match, one: Picture, other: Picture) -> Overlaid | None:
+    """How the match, a picture, is laid over the query, another one. None: it is not known how."""
+    if not (one.made and other.made and (match.region or match.identical)):
+        return None
+    sizes = [np.array(it.made[1:], float) for it in (one, other)]
+    scales = [UNIT / size.max() for size in sizes]
+    corners = corners_of(sizes[1].tolist())
+    H = homography(corners * scales[1], (np.array(match.region.outline) if match.region else corners) * scales[0])
+    if not np.isfinite(H).all():
+        return None
+    boxes = [(moved(H, np.array([(l, t), (r, t), (r, b), (l, b)]) * scales[1])).round(1).tolist()
+             for l, t, r, b in (match.region.differs if match.region else ())]  # fmt: skip
+    columns = np.insert(np.insert(H, 2, 0, axis=0), 2, 0, axis=1)  # as CSS has it, with a third dimension
+    columns[2, 2] = 1
+    matrix = ",".join(f"{value:.6g}" for value in columns.T.ravel())
+    (width, height), (w, h) = ((size * scale).round(1).tolist() for size, scale in zip(sizes, scales))
+    style = f"width:{w}px;height:{h}px;transform:matrix3d({matrix})"
+    return Overlaid(width, height, style, boxes)
+
+
+def in_bytes(size: int) -> str:
+    """The size of a file, for people."""
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.0f} KB"
+
+
+def limited(found: Sequence[Answer | Group], room: int) -> tuple[list[tuple[Answer | Group, list[Match]]], int]:
+    """What a page with room for so many pictures shows, and how many are left out. A comparison has two pictures."""
+    shown = list[tuple[Answer | Group, list[Match]]]()
+    left_out = 0
+    for item in found:
+        kept = list[Match]()
+        for match in with_query(item):
+            room -= 1 + 2 * bool(match.label)
+            kept += [match] if room >= 0 else []
+            left_out += room < 0
+        shown.append((item, kept))
+    return shown, left_out
+
+
+@cache
+def page_template() -> jinja2.Template:
+    """PAGE, compiled, which takes 0.1 s. Its filters below are functions that `render` passes as variables."""
+
+    def given(name: str) -> Any:
+        return jinja2.pass_context(lambda context, *values: context[name](*values))
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(text=decode_path, of=file_of, bytes=in_bytes)
+    environment.filters.update({name: given(name) for name in ("name", "whole", "link", "source", "full", "key")})
+    return environment.from_string(PAGE)
 
 
 def render(
-    found: Sequence[Answer | Group], engine: Engine, name: Any = decode_path, link: Any = link_to, **values: Any
-) -> str:
-    """The page, HTML. `name` gives the text for a path, `link` its address; `values`: other variables of PAGE."""
-    shown, room = list[tuple[Answer | Group, list[Match]]](), PAGE_PICTURES
-    for item in found:
-        matches = with_query(item)
-        shown.append((item, matches[: max(0, room)]))
-        room -= len(matches)
-    paths = list(dict.fromkeys(match.path for _, matches in shown for match in matches))
-    read = partial(read_path, transform=thumbnail)
-    pictures = dict(zip(paths, read_ahead(read, paths, usable_cores(), 4 * usable_cores())))
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
-    environment.filters.update(text=decode_path, name=name, link=link)
-    values = {"title": title_of(found), "policy": POLICY, "verdict": verdict, "remark_on": remark_on, **values}
-    values |= {"shown": shown, "pictures": pictures, "left_out": max(0, -room), "engine": engine}
-    return environment.from_string(PAGE).render(values)
+    found: Sequence[Answer | Group], engine: Engine | None, look: Any = None, *,
+    shown: Any = None, name: Any = decode_path, whole: Any = decode_path, link: Any = link_to, source: Any = data_of,
+    full: Any = data_of, key: Any = None, **values: Any,
+) -> str:  # fmt: skip
+    """The page, HTML.
+
+    look    gives a Picture with its Small for a path
+    shown   what this page shows of `found`: each item with some of its matches
+    name    the text for a path; `whole` that for all of it, `link` the address of the file, `key` its key
+    source  the address of a Small; `full` that of the picture as it is compared. `values`: other variables of PAGE
+    """
+    left_out = 0
+    if shown is None:
+        shown, left_out = limited(found, PAGE_PICTURES)
+    paths = dict.fromkeys(file_of(item) for item, matches in shown if item[0] and matches)
+    paths |= dict.fromkeys(match.path for _, matches in shown for match in matches)
+    look = look or partial(read_path, transform=thumbnail)
+    pictures = dict(zip(paths, read_ahead(look, paths, usable_cores(), 4 * usable_cores())))
+    helpers = {"verdict": verdict, "remark_on": remark_on, "outlines": outlines, "overlaid": overlaid}
+    given = {"name": name, "whole": whole, "link": link, "source": source, "full": full, "key": key}
+    usual = {"policy": POLICY, "style": STYLE, "tail": TAIL, "kinds": KINDS, "stops": STOPS, "counted": counted}
+    first = {"title": title_of(found), "parts": {}, "pages": 1, "page": 1, "left_out": left_out}
+    values = {**usual, **helpers, **given, **first, **values, "found": found, "shown": shown, "pictures": pictures}
+    return page_template().render(values, engine=engine)
 
 
 def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine, seconds: float) -> None:
@@ -3745,53 +4138,392 @@ def write_page(path: str | Path, found: Sequence[Answer | Group], engine: Engine
 
 QUERY_BYTES = 300_000_000  # of a query given to --ui, on stdin or by an address: 100 million pixels, uncompressed
 TILES = 24  # pictures that stand for the collection
-COMPARING = "Comparing all pictures: each takes a fraction of a second"  # a page with this title reloads itself
-SCRIPT = """// Pictures that a person gives are sent one by one. The answers are keys, which the next page asks for.
-const given = document.querySelector("#given")
+PER_PAGE = 100  # groups or pictures
+UI_SIDE = 480  # pixels of a small picture: 12 KB a photograph, which are sent as files of their own
+FULL_PICTURE = 4096  # pixels of a picture in a format that browsers do not show: it is sent as WebP
+SHOWN_AS = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "GIF": "gif", "WEBP": "webp"}  # sent as they are
+OWN_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?")  # the port may be that of a tunnel
+FOREVER = "private, max-age=31536000, immutable"  # of a small picture: its address has the hash of its content
+UNKNOWN = "this picture is not known any more: give it again"
+FORM_BYTES = 10_000_000  # of what a form sends: the keys of some 50,000 files
+SCORES = {
+    "": "everything", "variant": "variants and copies", "copy": "copies alone", "identical": "identical files alone",
+    "0.3": "copies, and look-alikes from 0.3", "0.6": "copies, and look-alikes from 0.6",
+    "0.9": "copies, and look-alikes from 0.9",
+}  # fmt: skip
+ABOUT = "click a picture to see it large, draw on a query to search with a part of it"
+COMPARING = "Comparing all pictures"
+JOB_BAR = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left|{percentage:.0f}"  # the share comes last
+STOP_SECONDS = 10  # that a job gets to save what it has done
+UI_POLICY = (
+    "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'sha256-{}'; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'"
+)
+KEPT = """
+    CREATE TABLE IF NOT EXISTS small (digest BLOB PRIMARY KEY, webp BLOB, width INTEGER, height INTEGER);
+    CREATE TABLE IF NOT EXISTS dismissed (contents BLOB PRIMARY KEY);
+    CREATE TABLE IF NOT EXISTS token (token TEXT);
+"""
+SCRIPT = """
+const one = (selector, within = document) => within.querySelector(selector)
+const all = selector => [...document.querySelectorAll(selector)]
+const say = text => { one("#said").textContent = text; if (text) one("#said").scrollIntoView({block: "center"}) }
+const gone = "The server is gone. Start it again: python main.py --ui"
+const ask = (address, options) => fetch(address, options).catch(() => ({gone, text: () => gone}))
+
+// Pictures that a person gives are sent one by one. The answers are keys, which the next page asks for.
 const send = async files => {
-    const asked = new URLSearchParams(location.search)
-    for (const name of ["q", "part", "group", "twice"]) asked.delete(name)
+    const asked = new URLSearchParams(location.search), failed = []
+    for (const name of ["q", "of", "part", "group", "twice", "page"]) asked.delete(name)
     for (const file of files) {
-        const request = fetch("/?" + new URLSearchParams({name: file.name}), {method: "POST", body: file})
-        const answer = await request.catch(error => ({statusText: error.message}))
+        const address = "give?" + new URLSearchParams({name: file.name})
+        const answer = await ask(address, {method: "POST", body: file})
         if (answer.ok) asked.append("q", await answer.text())
-        else alert(`${file.name} is not taken: ${answer.statusText}`)
+        else failed.push(answer.gone || `${file.name} is not taken: ${await answer.text()}`)
+        if (answer.gone) break
     }
+    say(failed.join("\\n"))
     if (asked.has("q")) location.search = asked
 }
+const given = one("#given")
 given.onclick = () => { given.value = "" }
 given.onchange = () => send(given.files)
-document.onpaste = event => send(event.clipboardData.files)
-ondragover = event => event.preventDefault()
-ondrop = event => { event.preventDefault(); send(event.dataTransfer.files) }
+
+// A folder that is dropped gives the files in it, at any depth.
+const filesIn = entry => new Promise(done => {
+    if (entry.isFile) return entry.file(file => done([file]), () => done([]))
+    const reader = entry.createReader(), found = []
+    const more = () => reader.readEntries(async entries => {
+        for (const it of entries) found.push(...await filesIn(it))
+        entries.length ? more() : done(found)
+    }, () => done(found))
+    more()
+})
+const take = async data => {
+    const entries = [...data.items].map(item => item.webkitGetAsEntry?.()).filter(Boolean)
+    const text = data.getData("text/uri-list") || data.getData("text/plain")
+    let files = [...data.files]
+    if (entries.some(entry => entry.isDirectory)) {
+        files = (await Promise.all(entries.map(filesIn))).flat().filter(file => file.type.startsWith("image/"))
+        if (!files.length) return say("There is no picture in this folder.")
+    }
+    if (files.length) return send(files)
+    if (text) say(`Only files are taken here. For an address, run: python main.py '${text.trim().split("\\n")[0]}'`)
+}
+const dragging = on => document.body.classList.toggle("dragging", on)
+ondragover = event => { event.preventDefault(); dragging(true) }
+ondragleave = event => { if (!event.relatedTarget) dragging(false) }
+ondrop = event => { event.preventDefault(); dragging(false); take(event.dataTransfer) }
+document.onpaste = event => { if (!event.target.closest("input:not([type=file])")) take(event.clipboardData) }
 
 // A rectangle that a person draws on a query starts a search with that part of it.
-let svg, from, part
+let svg, from, part, before
 const place = event => {
     const {x, y} = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse())
     const {width, height} = svg.viewBox.baseVal
     return [Math.min(Math.max(x, 0), width), Math.min(Math.max(y, 0), height)].map(Math.round)
 }
+const rectangle = () => svg.querySelector(".part")
+    || svg.appendChild(Object.assign(document.createElementNS(svg.namespaceURI, "polygon"), {classList: "part"}))
 onpointerdown = event => {
     part = null
-    svg = event.target.closest(".query a")?.querySelector("svg")
-    if (svg) from = place(event)
+    svg = event.isPrimary && event.button == 0 && event.target.closest(".query .picture")?.querySelector("svg")
+    if (svg) from = [event.clientX, event.clientY, ...place(event)]
 }
 onpointermove = event => {
     if (!svg || !event.buttons) return
-    const [x, y, X, Y] = [...from, ...place(event)]
-    svg.firstElementChild.setAttribute("points", [x, y, X, y, X, Y, x, Y])
+    if (!part && Math.hypot(event.clientX - from[0], event.clientY - from[1]) < 8) return
+    if (!part) before = rectangle().getAttribute("points") || ""
+    const [x, y, X, Y] = [...from.slice(2), ...place(event)]
+    rectangle().setAttribute("points", [x, y, X, y, X, Y, x, Y])
     part = [Math.min(x, X), Math.min(y, Y), Math.max(x, X), Math.max(y, Y)]
 }
-onpointerup = () => {
-    if (part && part[2] - part[0] > 8 && part[3] - part[1] > 8) location = svg.closest("a").href + "&part=" + part
+onpointercancel = () => {  // the touch scrolls
+    if (part) rectangle().setAttribute("points", before)
+    svg = part = null
 }
-onclick = event => { if (part) event.preventDefault() }
+onpointerup = () => {
+    if (part && part[0] < part[2] && part[1] < part[3]) {
+        const asked = new URLSearchParams(location.search), key = svg.closest("figure").dataset.key
+        const others = asked.getAll("q").map(value => value.split("!")[0] == key ? `${key}!${part}` : value)
+        asked.delete("q"), asked.delete("page")
+        others.forEach(value => asked.append("q", value))
+        location.search = asked
+    }
+    svg = null
+}
+
+// The large view: Esc closes it, the arrow keys step.
+const view = one("dialog")
+let at = 0
+const show = index => {
+    const links = all(".picture"), link = links[at = (index + links.length) % links.length]
+    const {key, path} = link.closest("figure").dataset
+    Object.assign(one("img", view), {src: link.href, alt: one("img", link)?.alt || ""})
+    one("p", view).textContent = path
+    one("#alone").href = link.href
+    one("#from").href = one("a[href^='?q=']", link.closest("figure"))?.getAttribute("href") || "?q=" + key
+    if (!view.open) view.showModal()
+}
+const copy = text => navigator.clipboard.writeText(text).then(() => true, () => false)
+onclick = async event => {
+    const {target} = event, link = target.closest(".picture")
+    if (link && !event.ctrlKey && !event.metaKey && !event.shiftKey) {
+        event.preventDefault()
+        if (!part) show(all(".picture").indexOf(link))
+        part = null
+    }
+    if (target.dataset.step) show(at + Number(target.dataset.step))
+    if (target.id == "close") view.close()
+    if (target.id == "path") target.textContent = await copy(one("p", view).textContent) ? "copied" : "select it above"
+    if (target.id == "folder") {
+        const {key} = all(".picture")[at].closest("figure").dataset
+        const answer = await ask("show", {method: "POST", body: new URLSearchParams({file: key})})
+        if (!answer.ok) { view.close(); say(await answer.text()) }
+    }
+    if (target.id == "copy") {
+        const paths = chosen().map(box => box.closest("figure").dataset.path)
+        target.textContent = await copy(paths.join("\\n")) ? `${paths.length} paths copied` : "copying is not allowed"
+    }
+}
+view.onclose = () => { one("#path").textContent = "copy path"; all(".picture")[at]?.focus() }
+onkeydown = event => {
+    const step = {ArrowLeft: -1, ArrowRight: 1}[event.key], open = one(".compare[open]")
+    if (view.open && step) show(at + step)
+    if (!open) return
+    if (event.key == "Escape") { open.open = false; one("summary", open).focus() }
+    if (event.key == " " && !event.target.matches("summary, .blink")) {
+        event.preventDefault()
+        one(".blink", open).click()
+    }
+}
+oninput = event => {
+    const {type, value} = event.target
+    if (type == "range") event.target.closest(".stage").style.setProperty("--cut", value + "%")
+}
+document.addEventListener("toggle", event => {
+    if (event.target.open) one("[type=range]", event.target)?.focus()
+}, true)
+
+// The files that are chosen, and the size of the cards.
+const chosen = () => all("[name=file]:checked")
+const sum = () => {
+    const bytes = chosen().reduce((total, box) => total + Number(box.dataset.size), 0)
+    const size = bytes < 1e6 ? (bytes / 1e3).toFixed() + " KB" : (bytes / 1e6).toFixed(1) + " MB"
+    one("#sum").textContent = `${chosen().length} of ${all("[name=file]").length} files chosen, ${size}`
+}
+one("#larger").checked = localStorage.larger == 1
+onchange = event => {
+    if (event.target.name == "file") sum()
+    if (event.target.id == "larger") localStorage.larger = Number(event.target.checked)
+}
+onsubmit = event => {
+    const action = event.submitter?.getAttribute("formaction")
+    if (action == "trash" && !confirm(`Move to the trash: ${one("#sum").textContent}?`)) event.preventDefault()
+}
+if (one("#sum")) sum()
+
+// How far the work is. Groups are shown as they are found.
+const watch = async () => {
+    const answer = await ask("job"), job = one("#job")
+    if (answer.gone) return say(gone)
+    const {title, said, share} = await answer.json()
+    if (!title) return one("[name=file]") ? job.remove() : location.reload()
+    one("b", job).textContent = title
+    one("span", job).textContent = said
+    one("progress", job).value = share
+    if (document.body.dataset.live) {
+        const page = new DOMParser().parseFromString(await (await ask(location)).text(), "text/html")
+        const fresh = one("main > div", page)
+        if (fresh) one("main > div, #files > div").replaceWith(fresh)
+    }
+    setTimeout(watch, 1000)
+}
+if (one("#job")) watch()
 """
 
 
+class Stopped(Exception):
+    """A person has stopped a job."""
+
+
+class Job(threading.Thread):
+    """Long work that a page shows. It is the file that progress bars of its thread are written to: see `watched`."""
+
+    def __init__(self, title: str, act: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self.title, self.act = title, act
+        self.said, self.share, self.is_stopped = "", "0", False
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        watched.job = self
+        try:
+            self.act()
+        except (Stopped, DeepVisionError, sqlite3.Error, OSError, MemoryError) as error:
+            self.error = error
+        except BaseException:
+            self.error = DeepVisionError("This has failed: the terminal says why")
+            raise
+
+    def stop(self) -> None:
+        """Stop it at its next step."""
+        self.is_stopped = True
+        with suppress(RuntimeError):  # it was not started
+            self.join(STOP_SECONDS)
+
+    def bar(self, steps: Iterable[Any] | None, **options: Any) -> tqdm.tqdm:
+        """A progress bar that this job shows. Raises Stopped at the next step once the job is stopped."""
+
+        def check() -> None:  # not while the bar is written: tqdm then holds a lock
+            if self.is_stopped:
+                raise Stopped("Stopped. What was done is kept, and the next time goes on from there")
+
+        class Bar(tqdm.tqdm):
+            def update(self, n: float | None = 1) -> bool | None:
+                done = super().update(n)
+                check()
+                return done
+
+            def __iter__(self) -> Iterator[Any]:
+                for step in super().__iter__():
+                    check()
+                    yield step
+
+        return Bar(steps, file=self, bar_format=JOB_BAR, **options)
+
+    def write(self, text: str) -> None:
+        """Take a line of a progress bar."""
+        if "|" in text:
+            self.said, self.share = text.strip().split("|")
+
+    def flush(self) -> None:
+        """A file has this."""
+
+
+class Kept:
+    """What the UI keeps beside the indexes, for all models: small pictures by content, dismissed groups, its token."""
+
+    def __init__(self, folder: Path, spare: str) -> None:
+        """`spare`: a folder for it if it cannot be in `folder`."""
+        for place in (folder, folder, Path(spare)):
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                path = place / "ui.sqlite"
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # of no other account
+                self.db = Database(path, {})
+                self.db.executescript(KEPT)
+                with self.db.transaction():
+                    stored = self.db.execute("SELECT token FROM token").fetchone()
+                    self.token = str(stored[0]) if stored else secrets.token_urlsafe(16)
+                    if not stored:  # kept, so that addresses hold after a restart
+                        self.db.execute("INSERT INTO token VALUES (?)", (self.token,))
+                return
+            except sqlite3.OperationalError:
+                continue  # it cannot be written
+            except sqlite3.DatabaseError:
+                self.db.close()
+                path.unlink()  # it is damaged; all but the dismissals is made again
+            except OSError:
+                continue
+
+    def small(self, digest: bytes) -> Small | None:
+        with suppress(sqlite3.Error), self.db.turn:
+            found = self.db.execute("SELECT webp, width, height FROM small WHERE digest = ?", (digest,)).fetchone()
+            return Small(*found) if found else None
+        return None
+
+    def keep_small(self, digest: bytes, small: Small) -> None:
+        with suppress(sqlite3.Error), self.db.transaction():  # without room it is made each time
+            self.db.execute("INSERT OR REPLACE INTO small VALUES (?, ?, ?, ?)", (digest, *small))
+
+    def dismissed(self) -> set[bytes]:
+        with suppress(sqlite3.Error), self.db.turn:
+            return {contents for (contents,) in self.db.execute("SELECT contents FROM dismissed").fetchall()}
+        return set()
+
+    def dismiss(self, contents: bytes) -> None:
+        with self.db.transaction():
+            self.db.execute("INSERT OR REPLACE INTO dismissed VALUES (?)", (contents,))
+
+    def restore(self) -> None:
+        with self.db.transaction():
+            self.db.execute("DELETE FROM dismissed")
+
+
+def has_screen() -> bool:
+    """Whether a window can be opened on this machine."""
+    return sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
+
+
+def show_in_folder(path: str) -> None:
+    """Let the system's file manager show the file. Raises DeepVisionError where there is none."""
+    path = os.path.abspath(path)
+    if not os.path.exists(path):
+        raise DeepVisionError(f"{decode_path(path)} is not there any more")
+    manager = "org.freedesktop.FileManager1"
+    by_bus = ["dbus-send", "--session", "--print-reply", f"--dest={manager}", "/org/freedesktop/FileManager1",
+              f"{manager}.ShowItems", f"array:string:{Path(path).as_uri()}", "string:"]  # fmt: skip
+    commands = {"darwin": [["open", "-R", path]], "win32": [["explorer", f"/select,{path}"]]}
+    for command in commands.get(sys.platform, [by_bus, ["xdg-open", os.path.dirname(path)]]) if has_screen() else ():
+        with suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(command, capture_output=True, timeout=10)
+            if done.returncode == 0 or command[0] == "explorer":  # explorer always gives 1
+                return
+    raise DeepVisionError(f"There is no file manager on the machine where this runs. The file is {decode_path(path)}")
+
+
+def whole_number(text: str, what: str, least: int, most: int) -> int:
+    if not (text.isascii() and text.isdigit() and least <= int(text[:20]) <= most):
+        raise DeepVisionError(f"{what}: {text} is not a whole number from {least} to {most:,}")
+    return int(text)
+
+
+def decimal(text: str, what: str) -> float:
+    with suppress(ValueError):
+        if -1 <= float(text) <= 1:
+            return float(text)
+    raise DeepVisionError(f"{what}: {text} is not a number from -1 to 1, and not one of {', '.join(LABELS)}")
+
+
+def paged(found: list[Any], number: int) -> tuple[int, int, list[tuple[Any, list[Match]]]]:
+    """A page of PER_PAGE groups or pictures: its number, how many there are, and what it shows of each item."""
+    is_whole = bool(found) and isinstance(found[0], Group) and bool(found[0].keep)  # a group is not divided
+    units = list[tuple[Any, Match | None]]()
+    for item in found:
+        matches: list[Any] = [] if is_whole else with_query(item)
+        units += [(item, match) for match in matches or [None]]
+    pages = max(1, -(-len(units) // PER_PAGE))
+    number = min(number, pages)
+    shown = list[tuple[Any, list[Match]]]()
+    for item, match in units[(number - 1) * PER_PAGE : number * PER_PAGE]:
+        if not shown or shown[-1][0] is not item:
+            shown.append((item, []))
+        shown[-1][1].extend([match] if match else with_query(item))
+    return number, pages, shown
+
+
+def kept_instead(engine: Engine, group: Group, path: str, digests: dict[str, bytes]) -> Group:
+    """The group with another file to keep: the others are compared with that one."""
+
+    def look(other: str) -> Match:
+        if digests[other] == digests[path]:
+            return Match(0, other, 1.0, True, LABELS[-1])
+        score = scores.get(digests[other], 0.0)
+        if pair := examined(path, other, (digests[path], digests[other]), None):
+            lost = ", ".join(pair.lost[1]) or None
+            return Match(0, other, score, False, pair.label, pair.relations[1], pair.regions[0], lost)
+        return Match(0, other, score, False, lost="all: it does not show the same as the file to keep")
+
+    others = [other for other in (group.keep, *(match.path for match in group.matches)) if other != path]
+    scores = scored(engine, digests[path], {digests[other] for other in others})
+    matches = [look(other) for other in others]
+    return Group(path, [match._replace(rank=rank) for rank, match in enumerate(matches, start=1)])
+
+
 class Request(http.server.BaseHTTPRequestHandler):
-    """A request to the UI. Requests of other sites are refused. No path that a browser sends is opened."""
+    """A request to the UI. Those of other sites, and those without the token, are refused. No path is opened that a
+    browser sends."""
 
     server: UI
     timeout = 60  # seconds without a byte
@@ -3800,129 +4532,504 @@ class Request(http.server.BaseHTTPRequestHandler):
         """Read the header. False, and an error is sent, unless the UI's own page or a typed address asks for it."""
         if not super().parse_request():
             return False
-        host, port = self.headers["Host"], self.server.server_address[1]
-        is_own = host in [f"{it}:{port}".removesuffix(":80") for it in ("127.0.0.1", "localhost")]  # not another site's
-        is_own &= self.headers.get("Origin", f"http://{host}") == f"http://{host}"
+        host, port = self.headers.get("Host", ""), self.server.server_address[1]
+        is_own = self.headers.get("Origin", f"http://{host}") == f"http://{host}"
         is_own &= self.headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin")
-        if not is_own:
-            self.send_error(403, "not from here")
-        return is_own
+        token, _, rest = self.path[1:].partition("/")
+        self.route, _, self.query = rest.partition("?")
+        if not OWN_HOST.fullmatch(host):
+            tunnel = f"ssh -L {port}:127.0.0.1:{port} THIS-MACHINE"
+            words = f"run `{tunnel}` there, and open the address that the terminal shows here"
+            self.send_error(403, f"This answers to 127.0.0.1 and localhost alone. From another machine, {words}")
+        elif not is_own:
+            self.send_error(403, "Not from another site's page")
+        elif self.path == f"/{self.server.ticket}":
+            self.server.ticket = secrets.token_urlsafe()  # it was in the list of processes, so it counts once
+            self.go_to(f"/{self.server.kept.token}/")
+        elif not secrets.compare_digest(token.encode(), self.server.kept.token.encode()):
+            self.send_error(403, "Open the address that the terminal shows: it ends in a token")
+        else:
+            return True
+        return False
 
     def do_GET(self) -> None:
-        path, _, query = self.path.partition("?")
-        if path != "/":
-            return self.send_error(404)
-        self.reply(self.server.page(query))
+        asked = urllib.parse.parse_qs(self.query)
+        kind, _, key = self.route.partition("/")
+        if "of" in asked:  # a part of one of the queries is chosen: it becomes part of that query's key
+            part = "" if "whole" in asked else asked.get("part", [""])[0].replace(" ", "")
+            of = asked.pop("of")[0]
+            asked["q"] = [f"{of}!{part}".rstrip("!") if it.split("!")[0] == of else it for it in asked.get("q", [])]
+            kept = {name: value for name, value in asked.items() if name not in ("part", "whole")}
+            self.go_to(f"./?{urllib.parse.urlencode(kept, doseq=True)}")
+        elif not self.route:
+            self.reply(self.server.page(asked, self))
+        elif self.route == "job":
+            job = self.server.running()
+            self.reply(json.dumps({"title": job and job.title, "said": job and job.said, "share": job and job.share}))
+        elif kind in ("small", "picture"):
+            self.send_picture(kind, key)
+        else:
+            self.send_error(404, "There is no such page")
 
     def do_POST(self) -> None:
-        """Save the picture that is sent, and answer with its key. Its name is in the address."""
-        size = int(self.headers.get("Content-Length", -1))
-        if not 0 <= size <= QUERY_BYTES:
-            return self.send_error(413, f"more than {QUERY_BYTES:,} bytes")
-        name = urllib.parse.parse_qs(self.path.partition("?")[2]).get("name", ["picture"])[0]
-        path = os.path.join(tempfile.mkdtemp(dir=self.server.folder), os.path.basename(name))
-        Path(path).write_bytes(self.rfile.read(size))
-        self.reply(self.server.key(path))
+        """Take a picture, or do what a form or the script asks for."""
+        length = self.headers.get("Content-Length", "")
+        most = QUERY_BYTES if self.route == "give" else FORM_BYTES
+        if not (length.isascii() and length.isdigit()):
+            return self.send_error(411, "The length of what is sent must be given")
+        if int(length) > most:
+            return self.send_error(413, f"It has more than {most:,} bytes")
+        with tempfile.SpooledTemporaryFile(FORM_BYTES, dir=self.server.own) as body:
+            while (left := int(length) - body.tell()) and (data := self.rfile.read(min(left, 1 << 20))):
+                body.write(data)
+            if left:
+                return self.send_error(400, "The request has broken off")
+            body.seek(0)
+            self.act(body)
 
-    def reply(self, body: str) -> None:
-        with suppress(ConnectionError):  # the browser has gone
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.send_header("X-Frame-Options", "DENY")  # the page's policy cannot say this
+    def act(self, body: IO[bytes]) -> None:
+        """Answer a POST with this body."""
+        try:
+            if self.route == "give":
+                name = urllib.parse.parse_qs(self.query).get("name", ["picture"])[0]
+                return self.reply(self.server.give(body, name), kind="text/plain")
+            if self.route not in UI.ACTIONS:
+                return self.send_error(404, "There is no such action")
+            form = urllib.parse.parse_qs(body.read().decode("utf-8", "replace"))
+            done = self.server.act(self.route, form)
+        except (DeepVisionError, sqlite3.Error, OSError) as error:
+            if self.route in ("give", "show"):  # the script says it
+                return self.send_error(501, first_line(error))
+            self.server.news.append(first_line(error))
+            return self.go_to("./?twice=1")
+        if self.route == "list":
+            attached = {"Content-Disposition": "attachment; filename=paths.txt"}
+            self.reply(done, kind="text/plain", headers=attached)
+        else:
+            self.go_to(str(done)) if done else self.reply("")
+
+    def send_picture(self, kind: str, key: str) -> None:
+        """Send a picture, small or whole, of the collection or given."""
+        try:
+            path = self.server.path(key)
+        except DeepVisionError as error:
+            return self.send_error(404, str(error))
+        if kind == "small":
+            picture = self.server.look(path)
+            data = picture.made and picture.made.webp
+            image_type = "webp"
+        else:
+            picture = read_path(path, lambda image: SHOWN_AS.get(image.format or ""))
+            image_type = picture.made
+            if picture.digest and not image_type:
+                picture = read_path(path, partial(thumbnail, side=FULL_PICTURE))
+                image_type, data = "webp", picture.made and picture.made.webp
+            elif picture.digest:
+                data = Path(path).read_bytes()
+        if not picture.digest:
+            return self.send_error(404, picture.reason or "this is not a picture")
+        cached = FOREVER if kind == "small" and self.query else "private, no-cache"
+        self.reply(data, kind=f"image/{image_type}", headers={"Cache-Control": cached})
+
+    def go_to(self, place: str) -> None:
+        self.reply("", 303, headers={"Location": place})
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer with a sentence."""
+        self.reply(escape_controls(message or explain or "This request is not understood"), code, "text/plain")
+
+    def reply(
+        self, body: str | bytes, code: int = 200, kind: str = "text/html", headers: dict[str, str] | None = None
+    ) -> None:
+        data = body.encode() if isinstance(body, str) else body
+        usual = {
+            "Content-Type": kind + "; charset=utf-8" * kind.startswith("text/"),
+            "Content-Length": str(len(data)),
+            "X-Content-Type-Options": "nosniff",
+            "X-Frame-Options": "DENY",
+            "Referrer-Policy": "same-origin",  # with none, forms would have no origin
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Cache-Control": "no-cache",
+        }
+        if kind != "text/html":  # whatever a picture holds, it is no page
+            usual["Content-Security-Policy"] = "default-src 'none'; sandbox"
+        with suppress(ConnectionError, TimeoutError):  # the browser has gone
+            self.send_response(code)
+            for name, value in {**usual, **(headers or {})}.items():
+                self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(body.encode())
+            self.wfile.write(data)
+
+    def has_gone(self) -> bool:
+        """Whether the browser has closed the connection."""
+        with suppress(OSError):
+            ready, _, _ = select.select([self.connection], [], [], 0)
+            return bool(ready) and not self.connection.recv(1, socket.MSG_PEEK)
+        return True
 
     def log_message(self, *_: Any) -> None:
         """Print nothing."""
 
 
 class UI(socketserver.ThreadingTCPServer):
-    """The server of the UI. It gives a browser small copies of pictures, and keys in place of paths."""
+    """The server of the UI. It gives a browser pictures of the collection, and those given to it, by their keys."""
 
+    ACTIONS = ("changes", "compare", "stop", "keep", "dismiss", "restore", "list", "trash", "show")
     daemon_threads = True
     allow_reuse_address = os.name == "posix"  # on Windows two programs would share the port
+    engine: Engine | None = None  # there is none before the first index is made
 
-    def __init__(self, engine: Engine, port: int, top: int, folder: str) -> None:
+    def __init__(
+        self, prepare: Callable[[Work], Engine], work: Work, port: int, top: int, cache: Path, own: str
+    ) -> None:
+        """`prepare` makes an engine, `cache` has the indexes, `own` is a folder for the pictures that are given."""
         super().__init__(("127.0.0.1", port), Request)
-        self.engine, self.top, self.folder = engine, top, folder  # the folder is for the pictures that are given
-        self.searching = threading.Lock()  # the store is for one thread at a time
-        self.comparing = threading.Thread(target=self.compare, daemon=True)
-        self.duplicates: list[Group] | None = None  # None: not known yet, or the comparison has failed
-        self.groups = representatives(engine, TILES)
-        self.paths = dict[str, str]()  # by key
+        self.prepare, self.work, self.top, self.own = prepare, work, top, own
+        self.kept, self.ticket = Kept(cache, own), secrets.token_urlsafe()
+        self.given = dict[str, tuple[str, str]]()  # by key: path and name
+        self.looked = dict[str, Picture]()  # by path: the small pictures of those
+        self.tiles = list[tuple[int, list[Match]]]()  # groups that stand for the collection
+        self.groups: list[Group] | None = None  # None: not known yet
+        self.noted = dict[str, tuple[File, bytes]]()  # files of the groups as they were compared, with their content
+        self.paired = dict[str, dict[str, str]]()  # while all are compared: pictures found together, with the label
+        self.news = list[str]()  # what the next page says
+        self.answered: tuple[Any, list[Answer]] | None = None  # the last search: its pages are turned
+        self.turn = threading.Lock()  # of actions
+        self.job = Job("", bool)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):  # the browser has gone
+            super().handle_error(request, client_address)
+
+    def service_actions(self) -> None:
+        """End if the first index cannot be made. `serve_forever` calls this every half second."""
+        if self.engine is None and self.job.error and not isinstance(self.job.error, Stopped):
+            raise self.job.error
+
+    # Jobs
+
+    def running(self) -> Job | None:
+        return self.job if self.job.is_alive() else None
+
+    def start(self, title: str, act: Callable[[], Any]) -> None:
+        """Start a job, unless one runs."""
+        with self.turn:
+            if not self.running():
+                self.job = Job(title, act)
+                self.job.start()
+
+    def index(self) -> None:
+        """Bring the index up to date, and show what it has. If that is stopped, show what was read by then."""
+        is_first = self.engine is None
+        try:
+            engine = self.prepare(self.work)
+        except Stopped as stop:
+            try:
+                engine = self.prepare(replace(self.work, update=False))
+            except DeepVisionError:
+                raise stop from None
+            self.news.append(str(stop))
+        self.work = replace(self.work, rebuild=False, update=True)  # of the next time
+        self.tiles = representatives(engine, TILES)
+        self.engine, self.answered = engine, None
+        if not is_first:
+            self.groups = None
+            self.news.append(str(engine.summary))
 
     def compare(self) -> None:
-        """Find the duplicates. It runs in its own thread, with its own connection to the store: searches go on."""
-        store = Store(self.engine.store.folder, self.engine.store.identity, self.engine.store.dim)
-        self.duplicates = list(find_duplicates(replace(self.engine, store=store)))
+        """Find the duplicates, with a connection to the store of its own."""
+        assert self.engine
+        known = self.engine.store
+        engine = replace(self.engine, store=Store(known.folder, known.identity, known.dim))
+        self.paired, groups = {}, list[Group]()
+        for group in find_duplicates(engine, found=self.pair):
+            for path in (group.keep, *(match.path for match in group.matches)):
+                size, mtime, digest = self.file(self.inner(path)) or (0, -1, b"")
+                self.noted[path] = File(b"", size, mtime), digest
+                self.look(path)  # its small picture is there when the page asks for it
+            groups.append(group)
+        self.groups = groups
+
+    def pair(self, one: str, other: str, label: str) -> None:
+        """Note two pictures that were found to be the same. The page shows them before the groups are known."""
+        self.paired.setdefault(one, {})[other] = label
+
+    # Pictures
+
+    def inner(self, path: str) -> bytes:
+        """The path below the collection."""
+        assert self.engine
+        return os.fsencode(path)[len(os.fsencode(os.path.join(self.engine.images, ""))) :]
 
     def key(self, path: str) -> str:
         """The key that stands for a path."""
-        key = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-        self.paths[key] = path
+        if os.path.dirname(path) == self.own:
+            return os.path.basename(path)
+        return base64.urlsafe_b64encode(self.inner(path)).decode().rstrip("=")
+
+    def path(self, key: str) -> str:
+        """The path of a picture that was given, or of a file of the collection that is in its index."""
+        if key in self.given:
+            return self.given[key][0]
+        with suppress(ValueError):  # it is not base64
+            path = base64.urlsafe_b64decode(key + "=" * (-len(key) % 4))
+            if self.engine and self.file(path):
+                return self.engine.path_of(path)
+        raise DeepVisionError(UNKNOWN)
+
+    def file(self, path: bytes) -> Any:
+        """Size, mtime and content of a picture of the collection, as the index knows it; None: it is none."""
+        assert self.engine
+        with self.engine.store.db.turn:
+            query = "SELECT size, mtime, digest FROM files WHERE path = ? AND digest IS NOT NULL"
+            return self.engine.store.db.execute(query, (path,)).fetchone()
+
+    def look(self, path: str) -> Picture:
+        """A Picture with its Small."""
+        read = partial(read_path, path, transform=partial(thumbnail, side=UI_SIDE))
+        if os.path.dirname(path) == self.own:
+            if path not in self.looked:
+                self.looked[path] = read()
+            return self.looked[path]
+        try:
+            now, known = File.of(os.fsencode(path), os.stat(path)), self.file(self.inner(path))
+        except OSError as error:
+            return Picture(File(os.fsencode(path), 0, 0), reason=f"it is not there any more ({error.strerror})")
+        if known and tuple(now[1:]) == known[:2] and (small := self.kept.small(known[2])):
+            return Picture(now, known[2], small)
+        picture = read()
+        if picture.made and picture.digest:
+            self.kept.keep_small(picture.digest, picture.made)
+        return picture
+
+    def give(self, body: IO[bytes], name: str) -> str:
+        """Save a picture that is sent. Returns its key. Its name is for people alone."""
+        suffix = os.path.splitext(name)[1].lower()  # RAW formats are known by it
+        key = f"~{secrets.token_hex(6)}{suffix if re.fullmatch('[.][a-z0-9]{1,5}', suffix) else ''}"
+        path = os.path.join(self.own, key)
+        with open(path, "xb") as file:
+            shutil.copyfileobj(body, file)
+        self.given[key] = path, name.replace("\\", "/").rpartition("/")[2] or "picture"
         return key
+
+    def is_given(self, path: str) -> bool:
+        return os.path.dirname(path) == self.own
 
     def name_of(self, path: str) -> str:
         """What is shown of a path: its part below the collection; of a picture that was given, the file's name."""
-        images = os.path.join(self.engine.images, "")
-        return decode_path(path.removeprefix(images) if path.startswith(images) else os.path.basename(path))
+        if self.is_given(path):
+            return escape_controls(self.given[os.path.basename(path)][1])
+        return decode_path(os.fsdecode(self.inner(path)))
 
-    def page(self, query: str) -> str:
-        """The page that the query of an address asks for."""
-        asked = urllib.parse.parse_qs(query)
-        usual = {"k": str(self.top), "least": "0", "part": ""}
-        choices = {name: asked.get(name, [value])[0] for name, value in usual.items()}
+    def whole(self, path: str) -> str:
+        return self.name_of(path) if self.is_given(path) else decode_path(os.path.abspath(path))
+
+    def link(self, path: str) -> str:
+        return f"picture/{self.key(path)}"
+
+    def source(self, picture: Picture, path: str) -> str:
+        """The address of a small picture. It has the hash of the content, so that a browser may keep it."""
+        return f"small/{self.key(path)}?{(picture.digest or b'').hex()}"
+
+    # Pages
+
+    def page(self, asked: dict[str, list[str]], request: Request) -> str:
+        """The page that an address asks for."""
+        choices = {name: asked.get(name, [value])[0] for name, value in {"k": str(self.top), "least": ""}.items()}
+        parts, number, live = dict[str, tuple[float, ...]](), 1, False
         try:
-            title, found = self.find(asked, **choices)
-        except (DeepVisionError, ValueError, IndexError, argparse.ArgumentTypeError) as error:
+            number = whole_number(asked.get("page", ["1"])[0], "The page", 1, 1_000_000)
+            title, found, live = self.find(asked, parts, request, **choices)
+        except (DeepVisionError, argparse.ArgumentTypeError) as error:
             title, found = "This cannot be done", [Answer("", [], str(error))]
-        kept = urllib.parse.urlencode({name: choices[name] for name in ("k", "least")})  # in all links
+        groups = "twice" in asked and bool(found) and isinstance(found[0], Group)
+        number, pages, shown = paged(found, number)
+        news, self.news = self.news, []
         script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+        scores = {choices["least"]: f"copies, and look-alikes from {choices['least']}", **SCORES}
         return render(
-            found, self.engine, title=title, is_waiting=title == COMPARING,
-            about="click a picture to search from it, or draw on a query to search with a part of it",
-            policy=f"{POLICY}; connect-src 'self'; script-src 'sha256-{script}'", script=SCRIPT,
-            name=self.name_of, link=lambda path: f"?q={self.key(path)}&{kept}",
-            queries=asked.get("q", []), kept=kept, **choices,
+            found, self.engine, self.look, shown=shown, name=self.name_of, whole=self.whole, link=self.link,
+            source=self.source, full=lambda _, path: self.link(path), key=self.key,
+            title=title, policy=UI_POLICY.format(script), script=SCRIPT, ui=True, live=live, job=self.running(),
+            about=ABOUT, news=news, queries=asked.get("q", []), parts=parts, most=PAGE_PICTURES, scores=scores,
+            kept=urllib.parse.urlencode(choices), page=number, pages=pages, groups=groups,
+            turn=lambda page: "?" + urllib.parse.urlencode({**asked, "page": page}, doseq=True),
+            hidden=len(self.kept.dismissed()) if "twice" in asked and not live else 0,
+            halted="twice" in asked and self.job.error and not self.running(), **choices,
         )  # fmt: skip
 
-    def find(self, asked: dict[str, list[str]], k: str, least: str, part: str) -> tuple[str, list[Any]]:
-        """The title and the content of a page: duplicates (`twice`), a search (`q`), a `group`, or the collection."""
+    def find(
+        self, asked: dict[str, list[str]], parts: dict[str, tuple[float, ...]], request: Request, k: str, least: str
+    ) -> tuple[str, list[Any], bool]:
+        """Title and content of a page, and whether it grows: duplicates (`twice`), a search (`q`), a `group`, or the
+        collection. The parts that are searched with go to `parts`."""
+        if self.engine is None:
+            if self.running():
+                return "Reading the pictures", [], True
+            raise DeepVisionError(str(self.job.error))
         if "twice" in asked:
-            with suppress(RuntimeError):  # it was started before
-                self.comparing.start()
-            self.comparing.join(1)  # second; a small collection is compared by then
-            if self.comparing.is_alive():
-                return COMPARING, []
-            if self.duplicates is None:
-                raise DeepVisionError("the comparison has failed: the terminal says why")
-            return title_of(self.duplicates), self.duplicates
-        with self.searching:
-            if "q" in asked:
-                paths = [self.paths[key] for key in asked["q"] if key in self.paths]
-                if len(paths) < len(asked["q"]):
-                    raise DeepVisionError("this picture is not known any more: give it again")
-                crop = crop_box(part) if part else None
-                found = list(search(paths, self.engine, k=int(k), threshold=float(least), crop=crop))
-                return title_of(found), found
-            if "group" in asked:
-                size, images = self.groups[int(asked["group"][0]) - 1]
-                return f"{counted(size, 'picture')} that look alike", [Group("", images)]
-            ranked_groups = enumerate(self.groups, start=1)
-            tiles = [images[0]._replace(rank=n, view=f"group of {size:,}") for n, (size, images) in ranked_groups]
-            return "Pictures that stand for the collection", [Group("", tiles)]
+            return self.duplicates()
+        if "q" in asked:
+            found = self.answers(asked["q"], parts, request, whole_number(k, "How many", 1, PAGE_PICTURES), least)
+            return self.name_of(file_of(found[0])) if len(found) == 1 else title_of(found), found, False
+        if "group" in asked:
+            number = whole_number(asked["group"][0], "The group", 1, len(self.tiles))
+            size, images = self.tiles[number - 1]
+            return f"{counted(size, 'picture')} that look alike", [Group("", images)], False
+        ranked_groups = enumerate(self.tiles, start=1)
+        tiles = [images[0]._replace(rank=n, view=f"group of {size:,}") for n, (size, images) in ranked_groups]
+        return "Pictures that stand for the collection", [Group("", tiles)], False
 
+    def duplicates(self) -> tuple[str, list[Any], bool]:
+        """Title and content of the groups, and whether more are being found. They are looked for if none are known."""
+        if self.groups is None and not self.running() and not self.job.error:
+            self.start(COMPARING, self.compare)
+        self.job.join(1)  # second; a small collection is compared by then
+        if self.groups is None:  # pictures that were found together so far
+            found = list[Group]()
+            for one, others in list(self.paired.items()):
+                matches = [Match(0, other, 0.0, False, label) for other, label in list(others.items())]
+                found.append(Group(one, [it._replace(rank=rank) for rank, it in enumerate(matches, start=1)]))
+            title = COMPARING if self.running() else str(self.job.error or COMPARING)
+            return title, found, bool(self.running())
+        hidden = self.kept.dismissed()
+        groups = [group for group in self.groups if self.contents(group) not in hidden]
+        won = f", {in_bytes(sum(map(self.winnable, groups)))} can be won" if groups else ""
+        return title_of(groups) + won, groups, False
 
-def serve(engine: Engine, port: int, top: int) -> None:
-    """Serve the UI to this machine alone. Never returns: an interrupt ends the process."""
-    with tempfile.TemporaryDirectory() as folder:
+    def answers(
+        self, queries: list[str], parts: dict[str, tuple[float, ...]], request: Request, k: int, least: str
+    ) -> list[Answer]:
+        """What is found for queries: keys, perhaps with a part, as `KEY!left,top,right,bottom`."""
+        for value in queries:
+            key, _, part = value.partition("!")
+            try:
+                parts[self.path(key)] = crop_box(part) if part else ()
+            except argparse.ArgumentTypeError:
+                raise DeepVisionError(
+                    f"The part: {part} is not left, top, right, bottom, in pixels or shares"
+                ) from None
+        score = -1.0 if least in LABELS else decimal(least or "-1", "The score")
+        wanted = (list(parts.items()), k, least)
+        if not self.answered or self.answered[0] != wanted:
+            found = list[Answer]()
+            threshold = least if least in LABELS else -1.0
+            for crop, paths in itertools.groupby(parts, key=parts.__getitem__):
+                for answer in search(list(paths), self.engine, k=k, threshold=threshold, crop=crop or None):
+                    # A copy is never hidden by a score: an edit lowers it below that of look-alikes
+                    matches = [it for it in answer.matches if it.label or it.score >= score]
+                    error = answer.error and answer.error.replace("--crop", "the part")
+                    found.append(answer._replace(matches=matches, error=error, file=answer.query))
+                    if request.has_gone():
+                        raise ConnectionAbortedError
+            self.answered = wanted, found
+        return self.answered[1]
+
+    # What is done with duplicates
+
+    def contents(self, group: Group) -> bytes:
+        """A hash that stands for a group: another file in it makes it another group."""
+        digests = sorted(self.noted[path][1] for path in (group.keep, *(match.path for match in group.matches)))
+        return hashlib.sha256(b"".join(digests)).digest()
+
+    def winnable(self, group: Group) -> int:
+        """Bytes of the files with which nothing is lost."""
+        return sum(self.noted[it.path][0].size for it in group.matches if it.lost is None and it.path in self.noted)
+
+    def group_of(self, path: str) -> Group:
+        for group in self.groups or ():
+            if path == group.keep or any(path == match.path for match in group.matches):
+                return group
+        raise DeepVisionError(f"{self.name_of(path)} is in none of the groups")
+
+    def changed(self, path: str) -> str:
+        """Why a file is not the one that was compared; empty if it is."""
+        (_, *known), digest = self.noted[path]
+        now = read_path(path, lambda _: True)
+        if now.digest == digest and list(now.file[1:]) == known and not now.vanished:
+            return ""
+        return "it has changed since it was compared" if os.path.exists(path) else "it is not there any more"
+
+    def trash(self, paths: Iterable[str]) -> list[str]:
+        """Move files of the groups to the system's trash. Returns what there is to say."""
         try:
-            server = UI(engine, port, top, folder)
+            send = importlib.import_module("send2trash").send2trash
+        except ModuleNotFoundError as error:
+            words = "Nothing was moved. To move files to the trash, stop this, and run: pip install send2trash"
+            raise DeepVisionError(words) from error
+        moved, failed = list[int](), list[str]()
+        for path in paths:
+            group = self.group_of(path)
+            why = "it is the file to keep" if path == group.keep else self.changed(path)
+            if not why and (of_keep := self.changed(group.keep)):
+                why = f"of {self.name_of(group.keep)}, the file to keep, {of_keep}"
+            try:
+                if not why:
+                    send(os.path.abspath(path))
+            except Exception as error:  # it has errors of its own for each system
+                why = first_line(error)
+            if why:
+                failed.append(f"{self.name_of(path)} stays: {why}")
+                continue
+            moved.append(self.noted[path][0].size)
+            group.matches[:] = [match for match in group.matches if match.path != path]
+        self.groups = [group for group in self.groups or () if group.matches]
+        return [f"{counted(len(moved), 'file')} moved to the trash, {in_bytes(sum(moved))}", *failed]
+
+    def keep(self, path: str) -> None:
+        """Make this the file to keep of its group."""
+        group = self.group_of(path)
+        assert self.engine and self.groups
+        if path != group.keep:
+            digests = {it: self.noted[it][1] for it in (group.keep, *(match.path for match in group.matches))}
+            self.groups[self.groups.index(group)] = kept_instead(self.engine, group, path, digests)
+
+    def act(self, action: str, form: dict[str, list[str]]) -> str | bytes:
+        """Do what is asked for. Returns the address of the page that follows; of `list` its text; of `show` nothing."""
+        if action in ("changes", "compare"):
+            self.start(*{"changes": ("Looking for changes", self.index), "compare": (COMPARING, self.compare)}[action])
+            return "./" if action == "changes" else "./?twice=1"
+        if action == "stop":
+            self.job.stop()
+            return "./" if self.job.act == self.index else "./?twice=1"
+        paths = [self.path(key) for key in form.get("file", []) + form.get(action, [])]
+        if action == "list":
+            return b"".join(os.fsencode(os.path.abspath(path)) + b"\n" for path in paths)
+        if action == "show":
+            show_in_folder(*paths[:1]) if paths and not self.is_given(paths[0]) else self.path("")
+            return ""
+        if action in ("keep", "dismiss") and not paths:
+            raise DeepVisionError(UNKNOWN)
+        with self.turn:
+            if action == "trash":
+                self.news += self.trash(paths)
+            elif action == "restore":
+                self.kept.restore()
+            elif action == "keep":
+                self.keep(paths[-1])
+            else:
+                self.kept.dismiss(self.contents(self.group_of(paths[-1])))
+        return "./?twice=1&page=" + urllib.parse.quote(form.get("page", ["1"])[0])
+
+
+def serve(prepare: Callable[[Work], Engine], work: Work, port: int, top: int, cache: Path, is_opened: bool) -> None:
+    """Serve the UI to this machine alone; see `UI`. Never returns: an interrupt ends the process.
+
+    Raises DeepVisionError if the port is taken, or the first index cannot be made.
+    """
+    with tempfile.TemporaryDirectory() as own:
+        try:
+            server = UI(prepare, work, port, top, cache, own)
         except OSError as error:
             raise DeepVisionError(f"port {port}: {error.strerror}. Choose another with --port") from error
+        server.start("Reading the pictures", server.index)
+        address = f"http://127.0.0.1:{server.server_address[1]}/"
+        log.info("%s%s/", address, server.kept.token)
+        if is_opened and has_screen():  # else a browser of the terminal would take it over
+            threading.Thread(target=webbrowser.open, args=(address + server.ticket,), daemon=True).start()
         with server, suppress(KeyboardInterrupt):
-            log.info("http://127.0.0.1:%d", server.server_address[1])
             server.serve_forever()
+        server.job.stop()
     os._exit(0)  # torch aborts a process that ends while a thread is at work
 
 
@@ -4001,6 +5108,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     mode.add_argument("--ui", action="store_true", help="search in the browser")
     mode.add_argument("--export", metavar="DIR", help="features.npy and paths.txt, for any other vector database")
     add("--port", type=int, default=PORT, metavar="N", help="of --ui (default: %(default)s; 0: any that is free)")
+    add("--no-browser", action="store_true", help="of --ui: only print the address, open no browser")
     add("--no-update", action="store_true", help="search the index as it is, without a look at the collection")
     add("--exact", action="store_true", help="compare with every image, however many there are")
     add("--rebuild", action="store_true", help="start again from the images")
@@ -4208,12 +5316,17 @@ def run(options: argparse.Namespace) -> int:
         if work.update:
             read_share(Path(options.images), Path(options.index_dir, model.identity), model, work)
         return 0
-    engine = initialize_reverse_image_search(options.images, options.index_dir, model=model, work=work)
-    report_update(engine, options)
+
+    def prepare(work: Work) -> Engine:
+        engine = initialize_reverse_image_search(options.images, options.index_dir, model=model, work=work)
+        report_update(engine, argparse.Namespace(**{**vars(options), "no_update": not work.update}))
+        return engine
+
+    if options.ui:
+        serve(prepare, work, options.port, options.top, Path(options.index_dir), not options.no_browser)
+    engine = prepare(work)
     if options.export:
         write_export(engine, Path(options.export))
-    elif options.ui:
-        serve(engine, options.port, options.top)
     elif not options.index_only:
         return print_answers(options, engine)
     return 0

@@ -293,3 +293,6 @@ def requests(browser: Any) -> list[str]:
     """The addresses that the browser has asked for since it was last asked."""
     messages = (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
     return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+
+
+from served import found, own, prepared, server, tab, trash  # noqa: E402, F401
