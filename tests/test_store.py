@@ -600,7 +600,7 @@ def test_until_it_has_points_a_store_of_the_format_before_answers_by_features(
 def test_points_are_the_same_whatever_the_model_and_the_threads_and_are_extracted_once(collection, monkeypatch):
     images = collection(N)
     draw(50, (640, 480)).save(images / "photo.jpg")
-    finder = Mock(wraps=main.find_points)
+    finder = Mock(wraps=main.find_points.__wrapped__)  # that remembers nothing
     monkeypatch.setattr(main, "find_points", finder)
     for number, (side, workers) in enumerate([(3, 1), (224, 4)]):
         work = main.Work(workers=workers)
