@@ -199,7 +199,7 @@ def test_a_reader_that_has_seen_enough_ends_the_run_quietly(lines, search, progr
     """As `| head` does."""
     for number in range(100):
         shutil.copy(IMAGES / "0.png", IMAGES / f"{number:0100}.png")
-    process = program("--model", "offline", "-q", "-k", 100, *["bulk_images/0.png"] * 20)  # more than a pipe holds
+    process = program("--model", "offline", "-q", "-k", 100, *["bulk_images/0.png"] * 8)  # more than a pipe holds
     for _ in range(lines):
         assert process.stdout.readline() == "bulk_images/0.png  (offline, 112 images)\n"
     process.stdout.close()
@@ -209,14 +209,16 @@ def test_a_reader_that_has_seen_enough_ends_the_run_quietly(lines, search, progr
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 @pytest.mark.parametrize("form", [(), ("--json",), ("-0",), ("--duplicates",)], ids=" ".join)
-def test_results_that_cannot_be_written_are_one_line(form, search, program):
+def test_results_that_cannot_be_written_are_one_line(form, search, zygote):
     shutil.copy(IMAGES / "0.png", IMAGES / "copy.png")
-    ask = ("--model", "offline", "-q", *form)
-    with open("/dev/full", "wb") as full:
-        for options in ({"stdout": full}, {"preexec_fn": lambda: os.close(1)}):
-            process = program(*ask, **options)
-            error = process.communicate(timeout=60)[1]
-            assert process.returncode == 1 and re.fullmatch("error: the results cannot be written.*\n", error), error
+    ended = zygote("--model", "offline", "-q", *form, terminal="/dev/full")
+    assert ended.status == 1 and re.fullmatch("error: the results cannot be written.*\n", ended.stderr), ended
+
+
+def test_without_a_stdout_the_results_cannot_be_written(search, program):
+    process = program("--model", "offline", "-q", preexec_fn=lambda: os.close(1))
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and re.fullmatch("error: the results cannot be written.*\n", error), error
 
 
 def test_two_dashes_end_the_options(search):
@@ -436,13 +438,14 @@ def finished(process: subprocess.Popen[str]) -> Outcome:
 
 def test_the_main_job_finds_the_sample_that_each_query_was_made_from(samples, program):
     """With no options, and no weights to be had."""
-    first, second = (finished(program()) for _ in range(2))
+    first, second = (finished(program(*queries)) for queries in ((), ("that_one_image/captioned.jpg",)))
     assert first.status == second.status == 0
     assert re.findall(r"^(\S+).*\n +1 +\S+ +(\S+)", first.stdout, re.MULTILINE) == [
         (f"that_one_image/{query}", f"bulk_images/samples/{sample}") for query, sample in SAMPLES.items()
     ]
     assert "offline descriptor" in first.stderr and "Traceback" not in first.stderr
-    assert second.stdout == first.stdout and "0 new" in second.stderr and "no image was opened" in second.stderr
+    assert second.stdout and first.stdout.startswith(second.stdout)
+    assert "0 new" in second.stderr and "no image was opened" in second.stderr
 
 
 def test_the_functions_work_from_python_as_readme_shows(samples):
@@ -457,7 +460,7 @@ def test_the_functions_work_from_python_as_readme_shows(samples):
 
 
 def test_progress_is_seen_on_a_terminal_and_a_polite_stop_saves_the_work(program, collection, run):
-    collection(200)
+    collection(50)
     index = ("--model", "offline", "--index-only", "--batch-size", 1, "--workers", 1)
     terminal, its_end = os.openpty()
     fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
@@ -466,7 +469,7 @@ def test_progress_is_seen_on_a_terminal_and_a_polite_stop_saves_the_work(program
     sent = list[None]()
 
     def stop(seen: bytes) -> None:
-        if re.search(rb" \d\d+/200 ", seen) and not sent:
+        if re.search(rb" \d\d+/50 ", seen) and not sent:
             sent.append(process.send_signal(signal.SIGINT))
 
     seen = shown(terminal, stop)
@@ -475,5 +478,5 @@ def test_progress_is_seen_on_a_terminal_and_a_polite_stop_saves_the_work(program
     figures = counts(run(*index))
     assert figures["new"] > 0 and figures["unchanged"] >= 10
     draw(0, (50, 50)).save("query.png")
-    ask = ("--model", "offline", "-k", 200, "query.png")
+    ask = ("--model", "offline", "-k", 50, "query.png")
     assert run(*ask).stdout == run(*ask, "--index-dir", "undisturbed").stdout != ""

@@ -112,7 +112,7 @@ class World(Box):
 
 FILES = (World.add, World.change, World.rename, World.swap, World.remove, World.restore)
 CACHE = (World.work, World.switch_model, World.kill, World.back_up, World.go_back, World.damage)
-WALKS = [("a short one", 6), ("another", 6), *(pytest.param(walk, 80, marks=pytest.mark.slow) for walk in range(4))]
+WALKS = [("a short one", 6), *(pytest.param(walk, 80, marks=pytest.mark.slow) for walk in range(4))]
 
 
 @pytest.mark.parametrize(("walk", "steps"), WALKS)

@@ -75,7 +75,7 @@ def test_an_index_of_no_rows_is_empty_and_one_of_nothing_an_error():
         main.build_index(iter([]))
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 30, 300])
+@pytest.mark.parametrize("n", [1, 2, 5, 30, 100])  # FIRST_LIST lies between the last two
 def test_a_search_finds_what_brute_force_finds_by_the_best_cosine_of_a_view(n, collection, find, model):
     collection(n)
     Image.new("RGB", (8, 8)).save(IMAGES / "black.png")
@@ -96,8 +96,12 @@ def test_a_search_finds_what_brute_force_finds_by_the_best_cosine_of_a_view(n, c
             assert [match.path for match in matches if match.identical] == ["bulk_images/black.png"] * (query[0] == "b")
 
 
-@pytest.mark.parametrize("workers", [1, 3, 20], ids="{} workers".format)
-@pytest.mark.parametrize("place", [slice(0, 1), slice(10, 11), slice(19, 20), slice(4, 8), slice(0, 19)], ids=str)
+PLACES = [slice(0, 1), slice(10, 11), slice(19, 20), slice(4, 8), slice(0, 19)]
+
+
+@pytest.mark.parametrize(
+    ("place", "workers"), [*((place, 3) for place in PLACES), (slice(4, 8), 1), (slice(4, 8), 20)], ids=str
+)
 def test_bad_files_anywhere_cost_no_other_file(place, workers, collection, model):
     collection(20)
     shutil.copytree(IMAGES, "copies")
@@ -124,7 +128,7 @@ def test_ties_are_in_the_order_of_their_paths_and_the_top_5_begin_the_top_15(ima
     all_of_them = find("query.png", k=48)
     paths = [path.removeprefix("bulk_images/") for path in paths_of(all_of_them)]
     assert [path for path in paths if "/" in path] == sorted(names)
-    for k in range(1, 48):
+    for k in (1, 2, 5, 12, 24, 35, 36, 37, 47):
         assert find("query.png", k=k) == all_of_them[:k]
 
 
