@@ -42,12 +42,12 @@ def remembered(function: Callable[..., Any], key: Callable[..., Any]) -> Callabl
 
     @wraps(function)
     def call(*args: Any, **named: Any) -> Any:
-        found = known.get(this := key(*args, **named), known)
-        if found is known:
+        result = known.get(this := key(*args, **named), known)
+        if result is known:
             if len(known) > 5000:  # some hundred megabytes
                 known.clear()
-            found = known[this] = function(*args, **named)
-        return found
+            result = known[this] = function(*args, **named)
+        return result
 
     return call
 
