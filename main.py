@@ -1405,6 +1405,7 @@ SCALES = (0.1, 10.0)  # least and most that a picture is enlarged to fit the oth
 STRETCHED = 3.0  # most that a picture is stretched along one axis against the other
 PROPOSALS = 5  # of the proposed transforms, so many are fitted: those that most points agree on
 SPOT = 6.0  # pixels: points that are nearer to each other count as one
+PLAIN = 10  # points that agree in a picture that is surely the one: a query need not be described in further sizes
 FEWEST = 5  # points that agree, at least, in a transform (of unrelated photographs, 2 to 3 do)
 TRIED = 3  # transforms that are compared closely, at most
 THUMB, ROUGH, CLOSE = 32, 96, 384  # pixels of the longer side: to compare roughly, less roughly, and closely
@@ -1419,7 +1420,7 @@ LARGEST = 7  # windows in one connected block that may differ in a copy: compres
 SPECK = 2  # windows in a block that is too small to count, or to be shown
 MOST_SCATTERED = 20  # windows in all blocks that count, at most, in a copy
 TRACE = 3  # pixels along the edge of what both show that are not looked at
-TELLING = 20  # windows that agree, at least
+TELLING = 20  # windows that agree, at least; more if what both show is a part of either picture
 CERTAIN = 0.85  # share of windows that agree from which on no further transforms are tried
 LEAST_SHOWN = 0.1, 0.25  # share of one of the pictures that a copy shows, a variant shows: less fits by chance
 SHARED, SHARED_UNPROVEN = 0.5, 0.6  # least share of windows that agree; the second if no points do
@@ -1897,7 +1898,7 @@ def judged(
     shown = float(kept.sum() / seen.sum()) * area_of(part := shared_part(hint.H, a.size, b.size))
     back = np.linalg.inv(hint.H)
     covers = shown / area_of(part) * area_of(moved(back, part)) / math.prod(a.size), shown / math.prod(b.size)
-    if max(covers) < LEAST_SHOWN[differ]:
+    if max(covers) < LEAST_SHOWN[differ] or agree * max(covers) < TELLING:  # parts of both pictures fit by chance
         return agree - worst, share, None
     step, boxes = WINDOW_SIDE // 2, (list[Any](), list[Any]())
     for block in blocks if differ else []:
@@ -2859,14 +2860,23 @@ def read_shown(path: str, digest: bytes) -> Shown | None:
 
 def voted(engine: Engine, query: Picture) -> dict[bytes, Vote]:
     """The contents in which points of the query were found again, those with most points first."""
-    points, neighbours = query.made.shown.points, NEIGHBOURS
-    while len(found := votes(engine.copies, points, neighbours)) > 2 * neighbours:  # they may crowd out others
-        neighbours *= 4
+    shown, found = query.made.shown, list[Vote]()
+    for sizes in ("points", "points_between"):
+        points, neighbours = getattr(shown, sizes), NEIGHBOURS
+        while len(some := votes(engine.copies, points, neighbours)) > 2 * neighbours:  # they may crowd out others
+            neighbours *= 4
+        found = sorted([*found, *some], key=lambda vote: -vote.points)
+        if found and found[0].points >= PLAIN:
+            break
     rows = json.dumps([vote.row for vote in found])
     known = dict(engine.store.db.execute(
         "SELECT row, digest FROM points WHERE row IN (SELECT value FROM json_each(?))", (rows,)
     ).fetchall())  # fmt: skip
-    return {known[vote.row]: vote for vote in found if vote.row in known and known[vote.row] != query.digest}
+    best = dict[bytes, Vote]()
+    for vote in found:
+        if vote.row in known and known[vote.row] != query.digest:
+            best.setdefault(known[vote.row], vote)
+    return best
 
 
 def verified(engine: Engine, query: Picture, near: list[Found], by_vote: dict[bytes, Vote]) -> list[Found]:
