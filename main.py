@@ -2730,7 +2730,8 @@ def new_copy_index(store: Store, points: int) -> faiss.Index:
         sample.append(unpack_codes(stored)[1])
     xt = np.concatenate(sample)
     graph = "_HNSW32" if lists > 1 << 14 else ""
-    index = faiss.index_factory(POINT_DIM, f"IVF{lists}{graph},PQ8")
+    # np: no polysemous training, which takes 30 s and serves a filter of FAISS that no search here uses
+    index = faiss.index_factory(POINT_DIM, f"IVF{lists}{graph},PQ8np")
     index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # no warning
     index.cp.niter = 8
     threads = faiss.omp_get_max_threads()
