@@ -1418,7 +1418,7 @@ UNLIKE = 2.5, 0.4  # the typical window is off at most by so much of 255, or by 
 TINT, TINT_INVERTED = 40.0, 12.0  # of 255: most that all colours may have moved in one direction; of a negative
 LARGEST = 7  # windows in one connected block that may differ in a copy: compression and fits that are a pixel off
 SPECK = 2  # windows in a block that is too small to count, or to be shown
-MOST_SCATTERED = 20  # windows in all blocks that count, at most, in a copy
+MOST_SCATTERED = 25  # windows in all blocks that count, at most, in a copy
 TRACE = 3  # pixels along the edge of what both show that are not looked at
 TELLING = 20  # windows that agree, at least; more if what both show is a part of either picture
 CERTAIN = 0.85  # share of windows that agree from which on no further transforms are tried
@@ -2862,12 +2862,11 @@ def read_shown(path: str, digest: bytes) -> Shown | None:
 def voted(engine: Engine, query: Picture) -> dict[bytes, Vote]:
     """The contents in which points of the query were found again, those with most points first."""
     shown, found = query.made.shown, list[Vote]()
-    for sizes in ("points", "points_between"):
-        points, neighbours = getattr(shown, sizes), NEIGHBOURS
-        while len(some := votes(engine.copies, points, neighbours)) > 2 * neighbours:  # they may crowd out others
-            neighbours *= 4
+    for neighbours, sizes in itertools.product((NEIGHBOURS, 4 * NEIGHBOURS), ("points", "points_between")):
+        while len(some := votes(engine.copies, getattr(shown, sizes), neighbours)) > 2 * neighbours:
+            neighbours *= 4  # many pictures may crowd out others
         found = sorted([*found, *some], key=lambda vote: -vote.points)
-        if found and found[0].points >= PLAIN:
+        if found[0].points >= PLAIN if found else sizes == "points_between":  # the one is found, or nothing agrees
             break
     rows = json.dumps([vote.row for vote in found])
     known = dict(engine.store.db.execute(

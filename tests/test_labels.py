@@ -135,7 +135,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> main.Engine:
 
 
 VARIANTS = {"meme", "stickers"}  # parts of the picture are painted over
-EITHER = {"colour", "screen"}  # the colours of these drawings are so strong that much of them is cut off at white
+# The colours of these drawings are so strong that much of them is cut off at white, and blur takes their thin lines
+EITHER = {"colour", "screen", "blur"}
 
 
 @pytest.mark.parametrize("edit", EDITS)
