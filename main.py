@@ -200,7 +200,7 @@ class Answer(NamedTuple):  # what was found for a query
 
 
 class Group(NamedTuple):  # files that hold the same picture
-    keep: str  # the file with most pixels, then most bytes
+    keep: str  # the file that lets most others go, see `keeping_order`
     matches: list[Match]  # the other files, compared with that one
     error: None = None  # so that a Group can be printed as an Answer is
 
@@ -1922,7 +1922,8 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
     """Whether two pictures show the same, and where: None if they do not. It is the same in both directions.
 
     The transforms that are likely by their points, or by the whole pictures, are compared roughly; the best ones are
-    fitted to the pixel and compared closely. The one with most windows that agree counts.
+    fitted to the pixel and compared closely. The first copy counts, else the variant with most windows that agree, less
+    those of the largest part that differs.
     """
     if (math.prod(a.size), a.image.tobytes()) < (math.prod(b.size), b.image.tobytes()):
         hints = [hint._replace(H=np.linalg.inv(hint.H)) for hint in hints]
@@ -3062,7 +3063,10 @@ def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]
 PAIRED = 100  # contents that `pairs_by_score` compares with each content, at most
 WHOLE = 0.95  # share of a picture's area from which on it counts as all of it
 ALL_SHOWN, AS_LARGE = 0.98, 0.95  # least share that the file to keep shows, and of its resolution, if nothing is lost
+NOT_COMPARED = "it cannot be read now, or has changed meanwhile"
 LARGEST_LOST, FULL_SIDE = 2, 6000  # as LARGEST and CLOSE, where a file may be deleted
+
+WAITS = "waits"  # stored in place of a Pair: two contents that could not be compared, or need not be yet
 
 Pairs = Iterator[tuple[bytes, bytes, Match]]  # keep, other, and the Match of the other, still without a path
 Tell = Callable[[str, str, str], None]  # see `find_duplicates`
@@ -3135,23 +3139,23 @@ class Pair(NamedTuple):
 
 
 def examined(one: str, other: str, digests: Sequence[bytes], vote: Vote | None) -> Pair | None:
-    """The comparison of two files; None: they do not show the same, or one of them cannot be read."""
+    """The comparison of two files; None: they do not show the same. OSError: one cannot be read, or has changed."""
     a, b = read_shown(one, digests[0]), read_shown(other, digests[1])
     if not (a and b):
-        return None
+        raise OSError(NOT_COMPARED)
     hints = [Hint(vote.points, to_pixels(vote.H, a.size, b.size, vote.mirrored), vote.inverted)] if vote else []
     if (verdict := compare(a, b, hints)) is None:
         return None
     back = verdict.reversed()
     lost = [lost_with(verdict, a, b), lost_with(back, b, a)]
     if not all(lost):  # one of the files may be deleted: look closely
-        whole = [
-            read_path(path, lambda image: (holdings_of(image), Shown.of(image, most=FULL_SIDE)))
-            for path in (one, other)
-        ]
-        if not all(it.made for it in whole):
-            return None
-        (of_a, full_a), (of_b, full_b) = (it.made for it in whole)
+        files = list(zip((one, other), digests))
+        # Read apart, because to find out what a file holds a JPEG is decoded at a smaller size
+        held = [read_path(path, holdings_of) for path, _ in files]
+        whole = [read_path(path, partial(Shown.of, most=FULL_SIDE)) for path, _ in files]
+        if any(not it.made or it.digest != digest for it, (_, digest) in zip(held + whole, files * 2)):
+            raise OSError(NOT_COMPARED)
+        (of_a, of_b), (full_a, full_b) = ([it.made for it in read] for read in (held, whole))
         differ = ["small parts that differ"] if differ_in_full(verdict, full_a, full_b) else []
         larger = [["resolution"] * (math.prod(x.size) * AS_LARGE > math.prod(y.size) * 1.1 and (x.raw or y.raw))
                   for x, y in ((of_a, of_b), (of_b, of_a))]  # fmt: skip
@@ -3200,11 +3204,14 @@ def candidate_pairs(engine: Engine, first: int) -> Iterator[tuple[bytes, bytes, 
 def pairs_by_comparison(engine: Engine, labels: Sequence[str], tell: Tell | None = None) -> Pairs:
     """Each two contents of the collection with one of these labels, twice: either one may be the one to keep.
 
-    What was found of two contents is stored, so that a second run compares only what is new.
+    What was found of two contents is stored, so that a second run compares only what is new, and what still waits.
     """
     store = engine.store
     last, known = store.value("SELECT max(row) FROM points") or 0, store.verdicts()
-    found = dict[tuple[bytes, bytes], tuple[bytes, bytes, Vote | None]]()
+    found: dict[tuple[bytes, bytes], tuple[bytes, bytes, Vote | None]] = {
+        key: (*key, None) for key, pair in known.items() if pair == WAITS
+    }
+    known = {key: pair for key, pair in known.items() if pair != WAITS}
     for one, other, vote in candidate_pairs(engine, int(store.get_meta("paired") or 0)):
         key = min(one, other), max(one, other)
         if key not in known and (key not in found or (vote and vote.points > getattr(found[key][2], "points", 0))):
@@ -3215,10 +3222,13 @@ def pairs_by_comparison(engine: Engine, labels: Sequence[str], tell: Tell | None
     # Which contents can go if another one stays. Two that can go with the same one need not be compared
     goes_with: dict[bytes, set[bytes]] = {digest: set() for digest in contents}
 
-    def look(key: tuple[bytes, bytes]) -> tuple[tuple[bytes, bytes], Pair | None]:
+    def look(key: tuple[bytes, bytes]) -> tuple[tuple[bytes, bytes], Pair | str | None]:
         torch.set_num_threads(1)
         one, other, vote = found[key]
-        pair = examined(files[one], files[other], (one, other), vote)
+        try:
+            pair = examined(files[one], files[other], (one, other), vote)
+        except OSError:
+            return key, WAITS
         if pair and key != (one, other):
             pair = Pair(pair.label, pair.relations[::-1], pair.regions[::-1], pair.lost[::-1])
         return key, pair
@@ -3237,6 +3247,8 @@ def pairs_by_comparison(engine: Engine, labels: Sequence[str], tell: Tell | None
     needed = (key for key in waiting if not goes_with[key[0]] & goes_with[key[1]])
     results, unsaved, saved = read_ahead(look, needed, usable_cores(), usable_cores()), list[Any](), time.perf_counter()
     for key, found_pair in progress_bar(results, total=len(waiting), desc="comparing", unit="pair"):
+        if found_pair == WAITS:
+            continue
         note(key, found_pair and list(found_pair))
         if found_pair and tell and found_pair.label in labels:
             tell(files[key[0]], files[key[1]], found_pair.label)
@@ -3244,6 +3256,7 @@ def pairs_by_comparison(engine: Engine, labels: Sequence[str], tell: Tell | None
         if time.perf_counter() - saved > SAVE_SECONDS:
             store.save_verdicts(unsaved)
             unsaved, saved = [], time.perf_counter()
+    unsaved += [(*key, WAITS) for key in found if key not in known]  # a file is gone, or both go with a third one
     store.save_verdicts(unsaved, last)
     known = {key: pair for key, pair in known.items() if all(digest in size for digest in key)}
     for (one, other), stored in known.items():
@@ -3255,7 +3268,7 @@ def pairs_by_comparison(engine: Engine, labels: Sequence[str], tell: Tell | None
                 yield keep, gone, Match(0, "", 0.0, False, label, relations[n], region, words)
 
 
-def keeping_order(engine: Engine, digest: bytes, path: str, lets_go: int) -> tuple[Any, ...]:
+def keeping_order(path: str, lets_go: int) -> tuple[Any, ...]:
     """A key that sorts contents: first what is best to keep. lets_go: how many files may go if it stays."""
     held = holdings(path)
     if held is None:
@@ -3292,7 +3305,8 @@ def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Match]]) -> Iterator[
     order = dict[bytes, tuple[Any, ...]]()
     for digest, files in left.items():
         lets_go = sum(match.lost is None and other in left for other, match in pairs.get(digest, {}).items())
-        order[digest] = keeping_order(engine, digest, files[0], lets_go)
+        order[digest] = keeping_order(files[0], lets_go)
+    damaged = engine.store.damaged_contents(left)
     for keep in sorted(left, key=order.__getitem__):
         if keep not in left:
             continue
@@ -3301,13 +3315,13 @@ def grouped(engine: Engine, pairs: dict[bytes, dict[bytes, Match]]) -> Iterator[
             continue
         first, *same = left.pop(keep)
         scores = scored(engine, keep, others)
-        found = [Match(0, path, 1.0, True, "identical") for path in same]
+        found = [Match(0, path, 1.0, True, "identical", truncated=keep in damaged) for path in same]
         matches = [(pairs[keep][other], other) for other in others]
         for match, other in sorted(
             matches, key=lambda it: (-LABELS.index(it[0].label or "copy"), -scores.get(it[1], 0), left[it[1]])
         ):
             score = match.score if not match.label else scores.get(other, 0.0)
-            found += [match._replace(path=path, score=score) for path in left.pop(other)]
+            found += [match._replace(path=path, score=score, truncated=other in damaged) for path in left.pop(other)]
         if found:
             yield Group(first, [match._replace(rank=rank) for rank, match in enumerate(found, start=1)])
 
@@ -3328,7 +3342,9 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy", found: Tell
             labels = LABELS[LABELS.index(threshold) :] if is_label else ()
             by_label = pairs_by_comparison(engine, labels, found)
             ordered = by_label if is_label else pairs_by_score(engine, float(threshold))
-            for keep, other, match in sorted(ordered, key=lambda pair: pair[2].score):  # the best one of two stays
+            for keep, other, match in sorted(
+                ordered, key=lambda pair: pair[2].score
+            ):  # where a pair comes twice, its higher score stays
                 pairs.setdefault(keep, {})[other] = match
         yield from grouped(engine, pairs)
 

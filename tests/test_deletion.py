@@ -211,3 +211,37 @@ def test_the_words_of_what_is_lost_are_null_in_json_where_nothing_is(run):
     (found,) = map(json.loads, duplicates(run, "--json").splitlines())
     (match,) = found["matches"]
     assert "lost" in match and match["lost"] is None and match["label"] == "copy"
+
+
+def large(n: int) -> Image.Image:
+    """A frame of a film of 1600 × 1200 pixels; in the second one a small thing has moved by some pixels."""
+    image = photo(4, (1600, 1200))
+    thing = Image.fromarray(np.random.default_rng(1).integers(0, 256, (6, 6, 3), np.uint8)).resize((24, 24), 0)
+    image.paste(thing, (800 + 24 * n, 600))
+    return image
+
+
+def test_large_jpegs_are_compared_at_their_full_resolution(run):
+    put("frame.jpg", encoded(large(0), "JPEG", quality=90), age=5)
+    put("next.jpg", encoded(large(1), "JPEG", quality=90))
+    put("again.png", encoded(large(0)))
+    keep, lost = group(run)
+    assert keep == "again.png" and lost == {"frame.jpg": None, "next.jpg": "small parts that differ"}
+
+
+def test_two_that_go_with_a_third_are_compared_once_it_is_gone(run):
+    kept = put("kept.png", encoded(PICTURE))
+    for quality in (70, 80):
+        put(f"{quality}.jpg", encoded(PICTURE, "JPEG", quality=quality))
+    assert group(run) == ("kept.png", {"80.jpg": None, "70.jpg": None})
+    kept.unlink()
+    assert group(run) == ("80.jpg", {"70.jpg": None})
+
+
+def test_a_truncated_file_is_said_to_be_one(run):
+    whole = encoded(PICTURE, "JPEG", quality=90)
+    put("whole.jpg", whole)
+    put("cut.jpg", whole[: len(whole) * 3 // 4])
+    (found,) = map(json.loads, duplicates(run, "variant", "--json").splitlines())
+    (match,) = found["matches"]
+    assert Path(found["keep"]).name == "whole.jpg" and match["truncated"]
