@@ -1010,7 +1010,9 @@ def load_model(name: str | None = None, weights: str | Path | None = None, devic
 
     Raises DeepVisionError for an unknown name or device, and for weights that are missing, corrupt or do not fit.
     """
-    if name == OFFLINE:  # a look for a GPU would take 0.4 GB of its memory
+    if name == OFFLINE:
+        if device not in ("auto", "cpu"):  # for auto, a look for a GPU would take 0.4 GB of its memory
+            choose_device(device)
         if weights:
             raise DeepVisionError(f"--weights {weights}: --model offline takes no weights, leave one out")
         return offline_model()

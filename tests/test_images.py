@@ -203,7 +203,7 @@ def test_exif_orientation_is_applied_once(picture, kind, size, orientation):
     image, undo = picture(5, size), UNDO[orientation]
     stored = image if undo is None else image.transpose(undo)
     touch("stored", encoded(stored, kind, exif=exif(orientation), **ROTATED[kind]))
-    assert difference(pixels("stored"), squeezed(image)) < 3
+    assert difference(pixels("stored"), squeezed(image)) < 4
 
 
 @pytest.mark.parametrize(

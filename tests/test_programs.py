@@ -47,7 +47,7 @@ def found(query: Any, engine: main.Engine) -> tuple[str, list[tuple[str, float]]
 def test_threads_share_an_engine(engine, monkeypatch):
     for function in (main.find_points, main.compare):
         monkeypatch.setattr(main, function.__name__, function.__wrapped__)  # that remembers nothing
-    paths = [f"bulk_images/{number % 12}.png" for number in range(36)]
+    paths = [f"bulk_images/{number % 12}.png" for number in range(8)]
     expected = [found(path, engine) for path in paths]
     with ThreadPoolExecutor(8) as threads:
         assert [*threads.map(lambda path: found(path, engine), paths)] == expected

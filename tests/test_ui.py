@@ -29,6 +29,7 @@ SCREENS = pytest.mark.parametrize(
 
 
 def test_an_edited_copy_is_found_and_searched_from(found):
+    requests(found.browser)  # those of other tests
     assert found.browser.title == "edited.jpg – DeepVision" and found.text("header .verdict") == "✓ found"
     assert found.one("header .icon").rect["width"] > 20
     assert found.text("h3") == "2 copies 1 look-alike"
