@@ -1412,7 +1412,7 @@ FEWEST = 5  # points that agree, at least, in a transform (of unrelated photogra
 TRIED = 3  # transforms that are compared closely, at most
 THUMB, ROUGH, CLOSE = 32, 96, 384  # pixels of the longer side: to compare roughly, less roughly, and closely
 ALIKE_THUMBS, ALIKE_ROUGHLY = 0.6, 0.35  # least correlation for a transform to be looked at more closely
-WINDOW_SIDE, STEP = 10, 5  # pixels of a window, and from one to the next
+WINDOW_SIDE = 10  # pixels of a window; from one to the next it is half of them
 FLAT = 6.0  # of 255: windows with a smaller deviation show nothing that could be compared
 ALIKE, FAINT = 0.5, 0.25  # least correlation of windows that agree; least share of contrast of the fainter one
 LIGHT_OFF, COLOUR_OFF = 60.0, 36.0  # of 255: most that brightness and colour of a window may be off
@@ -2827,6 +2827,11 @@ class Vote(NamedTuple):
     inverted: bool
 
 
+def hints_by_vote(vote: Vote | None, a: Shown, b: Shown) -> list[Hint]:
+    """The transform from a to b of a vote for b, if there is one."""
+    return [Hint(vote.points, to_pixels(vote.H, a.size, b.size, vote.mirrored), vote.inverted)] if vote else []
+
+
 def votes(index: Index, points: Points, neighbours: int = NEIGHBOURS) -> list[Vote]:
     """The pictures on which FEWEST points or more agree, those with most points first.
 
@@ -2899,11 +2904,7 @@ def verified(engine: Engine, query: Picture, near: list[Found], by_vote: dict[by
         path = paths.get(digest) or next(files_of(engine, query, digest), "")
         if not path or (other := read_shown(path, digest)) is None:
             return
-        vote = by_vote.get(digest)
-        hints = (
-            [Hint(vote.points, to_pixels(vote.H, shown.size, other.size, vote.mirrored), vote.inverted)] if vote else []
-        )
-        if verdict := compare(shown, other, hints):
+        if verdict := compare(shown, other, hints_by_vote(by_vote.get(digest), shown, other)):
             verdicts[digest] = other, verdict
 
     with ThreadPoolExecutor(usable_cores(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
@@ -3145,8 +3146,7 @@ def examined(one: str, other: str, digests: Sequence[bytes], vote: Vote | None) 
     a, b = read_shown(one, digests[0]), read_shown(other, digests[1])
     if not (a and b):
         raise OSError(NOT_COMPARED)
-    hints = [Hint(vote.points, to_pixels(vote.H, a.size, b.size, vote.mirrored), vote.inverted)] if vote else []
-    if (verdict := compare(a, b, hints)) is None:
+    if (verdict := compare(a, b, hints_by_vote(vote, a, b))) is None:
         return None
     back = verdict.reversed()
     lost = [lost_with(verdict, a, b), lost_with(back, b, a)]
@@ -3201,6 +3201,14 @@ def candidate_pairs(engine: Engine, first: int) -> Iterator[tuple[bytes, bytes, 
             for score, row in zip(scores, near):
                 if score >= NEAREST_SCORE and by_row.get(row, name) != name:
                     yield name, by_row[row], None
+
+
+def in_both_directions(key: tuple[bytes, bytes], pair: Pair) -> Pairs:
+    """A pair of contents, with the second as the one to keep, then with the first."""
+    for n, (keep, gone) in enumerate((key[::-1], key)):
+        region = Region(*pair.regions[1 - n])  # it leads from the file to keep to the other
+        words = ", ".join(pair.lost[n]) or None
+        yield keep, gone, Match(0, "", 0.0, False, pair.label, pair.relations[n], region, words)
 
 
 def pairs_by_comparison(engine: Engine, labels: Sequence[str], tell: Tell | None = None) -> Pairs:
@@ -3260,14 +3268,9 @@ def pairs_by_comparison(engine: Engine, labels: Sequence[str], tell: Tell | None
             unsaved, saved = [], time.perf_counter()
     unsaved += [(*key, WAITS) for key in found if key not in known]  # a file is gone, or both go with a third one
     store.save_verdicts(unsaved, last)
-    known = {key: pair for key, pair in known.items() if all(digest in size for digest in key)}
-    for (one, other), stored in known.items():
-        if stored and stored[0] in labels:
-            label, relations, regions, lost = stored
-            for n, (keep, gone) in enumerate(((other, one), (one, other))):
-                region = Region(*regions[1 - n])  # it leads from the file to keep to the other
-                words = ", ".join(lost[n]) or None
-                yield keep, gone, Match(0, "", 0.0, False, label, relations[n], region, words)
+    for key, stored in known.items():
+        if stored and stored[0] in labels and all(digest in size for digest in key):
+            yield from in_both_directions(key, Pair(*stored))
 
 
 def keeping_order(path: str, lets_go: int) -> tuple[Any, ...]:
