@@ -1911,7 +1911,7 @@ def judged(
         for found, places in zip(boxes, (moved(back, corners), corners)):
             found.append([round(float(it), 1) for it in (*places.min(0), *places.max(0))])
     label = "variant" if differ else "copy"
-    off = float(differs.sum() / kept.sum()) if label == "variant" else 0.0
+    off = float(differs.sum() / kept.sum()) if differ else 0.0
     return agree - worst, share, Verdict(label, hint, (min(1.0, covers[0]), min(1.0, covers[1])), off, agree, boxes)
 
 
