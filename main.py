@@ -1412,6 +1412,7 @@ FEWEST = 5  # points that agree, at least, in a transform (of unrelated photogra
 TRIED = 3  # transforms that are compared closely, at most
 THUMB, ROUGH, CLOSE = 32, 96, 384  # pixels of the longer side: to compare roughly, less roughly, and closely
 ALIKE_THUMBS, ALIKE_ROUGHLY = 0.6, 0.35  # least correlation for a transform to be looked at more closely
+WORSE = 0.15  # a transform whose correlation is less than the best one's by more is not the right one
 WINDOW_SIDE = 10  # pixels of a window; from one to the next it is half of them
 FLAT = 6.0  # of 255: windows with a smaller deviation show nothing that could be compared
 ALIKE, FAINT = 0.5, 0.25  # least correlation of windows that agree; least share of contrast of the fainter one
@@ -1931,7 +1932,7 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
         hints = [hint._replace(H=np.linalg.inv(hint.H)) for hint in hints]
         found = compare(b, a, hints)
         return found and found.reversed()
-    best, found, sure, known = (False, -math.inf), None, False, list[np.ndarray]()
+    best, found, sure, known, most_alike = (False, -math.inf), None, False, list[np.ndarray](), 0.0
 
     def sources() -> Iterator[Iterator[Hint]]:
         yield itertools.chain(hints, hints_by_thumbs(a, b))
@@ -1946,10 +1947,13 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
             if not any(np.abs(there - other).max() < 0.01 * max(b.size) for other in known):
                 known.append(there)
                 rated.append((roughly_alike(hint, a, b), hint))
-        for alike, hint in sorted(rated, key=lambda it: -it[0])[:TRIED]:
-            if alike < ALIKE_ROUGHLY:
+        for number, (alike, hint) in enumerate(sorted(rated, key=lambda it: -it[0])[:TRIED]):
+            if alike < max(ALIKE_ROUGHLY, most_alike - WORSE):
                 break
-            for closely in (exact(hint, a, b), hint):  # where edges run in few directions, a fit may slide along them
+            most_alike = max(alike, most_alike)
+            fitted = exact(hint, a, b)
+            # Where edges run in few directions, a fit may slide along them: the best one is also judged as it was
+            for closely in (fitted,) if number else (fitted, hint):
                 good, share, verdict = judged(closely, a, b)
                 if verdict and (rank := (verdict.label == "copy", good)) > best:
                     best, found, sure = rank, verdict, share > CERTAIN
