@@ -1602,10 +1602,10 @@ class Overlay:
     @cached_property
     def light(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Brightness of both, (h, w), slightly blurred."""
-        grey = torch.einsum("nchw,c->nhw", torch.stack([self.a, self.b]), torch.tensor(OPPONENT[0]))[:, None]
-        grey = torch.nn.functional.pad(grey, (1, 1, 1, 1), mode="replicate")[:, 0]
+        both = [sum(weight * plane for weight, plane in zip(OPPONENT[0], it)) for it in (self.a, self.b)]
+        grey = torch.nn.functional.pad(torch.stack(both)[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
         rows = grey[:, :-2] + grey[:, 1:-1] + grey[:, 2:]
-        first, second = (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) / 9
+        first, second = (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]).div_(9)
         return first, second
 
 
@@ -1662,13 +1662,13 @@ def overlay(hint: Hint, a: Shown, b: Shown, side: int) -> Overlay | None:
     most = a.image.width / a.size[0]
     size = [max(4, round(length * min(most, scale / zoom))) for length in end - start]
     source = resized(a, np.concatenate([start, end]), size)
-    ys, xs = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
-    of_x, of_y, of_one = torch.from_numpy(to_a.T).float()
-    found = xs[..., None] * of_x + (ys[..., None] * of_y + of_one)
-    place = found[..., :2] / found[..., 2:]
-    grid = (place - torch.from_numpy(start).float()) / torch.from_numpy(end - start).float() * 2 - 1
+    xs, ys = torch.arange(w) + 0.5, (torch.arange(h) + 0.5)[:, None]
+    across, down, one = (float(of_x) * xs + (float(of_y) * ys + float(rest)) for of_x, of_y, rest in to_a)
+    place = torch.stack([across, down]).div_(one)
+    first, length = (torch.from_numpy(it).float()[:, None, None] for it in (start, end - start))
+    grid = ((place - first) * (2 / length) - 1).permute(1, 2, 0)
     warped = torch.nn.functional.grid_sample(source[None], grid[None], padding_mode="border", align_corners=False)[0]
-    shares = (place / torch.tensor(a.size)).permute(2, 0, 1)
+    shares = place / torch.tensor(a.size)[:, None, None]
     box = np.concatenate([low, high])
     return Overlay(255 - warped if hint.inverted else warped, resized(b, box, (w, h)), shares, to_b)
 
