@@ -390,9 +390,12 @@ def open_image(stream: BinaryIO, path: str) -> Image.Image | None:
     formats, suffixes, _ = image_formats()
     suffix = os.path.splitext(path)[1].lower()
     if suffix in RAW_SUFFIXES & suffixes:
-        with suppress(Exception):
+        try:
             return developed(stream)
-        stream.seek(0)
+        except ValueError:  # it is too large
+            raise
+        except Exception:  # perhaps Pillow reads it
+            stream.seek(0)
     try:
         image = Image.open(stream, formats=formats)
         image.info |= {"raw": image.size} if suffix in RAW_SUFFIXES else {}
@@ -576,22 +579,27 @@ def has_hole(image: Any) -> bool:
 
 def holdings_of(image: Any) -> Holdings:
     """The Holdings of an image as `open_image` returns it."""
-    tags, size, count, more = getattr(image, "tag_v2", {}), image.size, 1, set[str]()
+    tags, size, count, turn, more = getattr(image, "tag_v2", {}), image.size, 1, 1, set[str]()
     damaged = TRUNCATED in image.info or (image.format in ("JPEG", "MPO") and has_hole(image))
     deep = 16 if re.search(r";16|65535", f"{image.mode} {getattr(image, 'tile', '')}") else 8  # as the decoder unpacks
     bits = max({"1": 1, "I": 32, "F": 32}.get(image.mode, deep), image.info.get("bit_depth", 0), *tags.get(258, ()))
-    with suppress(Exception):  # malformed metadata raises anything at all
+    with suppress(Exception):  # malformed metadata raises anything at all; so each part of it is read on its own
         count = getattr(image, "n_frames", 1)
-        exif = image.getexif()
-        more |= {"camera metadata"} if {271, 272} & {*exif} or 36867 in exif.get_ifd(0x8769) else set()
-        more |= {"a place"} if 2 in exif.get_ifd(0x8825) else set()  # GPS latitude
-        turn = -1 if exif.get(274, 1) > 4 else 1  # by 90°
+    with suppress(Exception):
+        more |= {"camera metadata"} if {271, 272} & {*image.getexif()} else set()
+        turn = -1 if image.getexif().get(274, 1) > 4 else 1  # by 90°
         size = image.size[:: 1 if tags else turn]  # Pillow itself turns that of a TIFF
+    with suppress(Exception):
+        more |= {"camera metadata"} if 36867 in image.getexif().get_ifd(0x8769) else set()
+    with suppress(Exception):
+        more |= {"a place"} if 2 in image.getexif().get_ifd(0x8825) else set()  # GPS latitude
+    with suppress(Exception):
         for offset in tags.get(330, ()):  # SubIFDs: the first picture of a RAW file is a thumbnail
             image.fp.seek(offset)
             (below := type(image.tag_v2)(image.tag_v2.prefix + b"*\0\0\0\0\0")).load(image.fp)
             size = max(size, (below[256], below[257])[::turn], key=math.prod)
-    more |= {word for mark, word in XMP_MARKS.items() if mark in image.info.get("xmp", b"")}
+    xmp = image.info.get("xmp", b"")
+    more |= {word for mark, word in XMP_MARKS.items() if mark in (xmp if isinstance(xmp, bytes) else str(xmp).encode())}
     more |= {word for key, word in (("depth_images", "depth"), ("aux", "a gain map")) if image.info.get(key)}  # of HEIF
     colours = colours_of(to_rgb(image, COLOUR_SIDE))
     if image.has_transparency_data and (image.mode[0] == "I" or image.convert("RGBA").getextrema()[3][0] < 255):
@@ -1415,7 +1423,7 @@ ALIKE_THUMBS, ALIKE_ROUGHLY = 0.6, 0.35  # least correlation for a transform to 
 WORSE = 0.15  # a transform whose correlation is less than the best one's by more is not the right one
 WINDOW_SIDE = 10  # pixels of a window; from one to the next it is half of them
 FLAT = 6.0  # of 255: windows with a smaller deviation show nothing that could be compared
-ALIKE, FAINT = 0.5, 0.25  # least correlation of windows that agree; least share of contrast of the fainter one
+ALIKE, FAINTER = 0.5, 0.25  # least correlation of windows that agree; least share of contrast of the fainter one
 LIGHT_OFF, COLOUR_OFF = 60.0, 36.0  # of 255: most that brightness and colour of a window may be off
 UNLIKE = 2.5, 0.4  # the typical window is off at most by so much of 255, or by this share of the picture's spread
 TINT, TINT_INVERTED = 40.0, 12.0  # of 255: most that all colours may have moved in one direction; of a negative
@@ -1690,8 +1698,9 @@ def correlations(
     a, b = over.light
     (h, w), n = b.shape, 2 * reach + 1
     framed = torch.nn.functional.pad(a[None, None], (reach,) * 4, mode="replicate")[0, 0]
-    shifted = torch.stack([framed[y : y + h, x : x + w] for y, x in itertools.product(range(n), repeat=2)])
-    means, squares, products = (window_means(it, window) for it in (shifted, shifted * shifted, shifted * b))
+    moved_a = (framed[y : y + h, x : x + w] for y, x in itertools.product(range(n), repeat=2))  # all at once: gigabytes
+    found = [window_means(torch.stack([it, it * it, it * b]), window) for it in moved_a]
+    means, squares, products = torch.stack(found, 1)
     b_mean, b_square = window_means(torch.stack([b, b * b]), window)
     of_a, of_b = (squares - means * means).clamp(min=0).sqrt(), (b_square - b_mean * b_mean).clamp(min=0).sqrt()
     rho = (products - means * b_mean) / (of_a * of_b).clamp(min=1)
@@ -1885,7 +1894,7 @@ def judged(
     of_a, of_b = of_a / (of_a[4][seen].mean() + 1e-3), of_b / (of_b[seen].mean() + 1e-3)  # against the picture's own
     strong, weak = torch.maximum(of_a, of_b), torch.minimum(of_a, of_b)
     tells = seen & (strong[4] > 1) & telling
-    faint = ((weak < FAINT * strong) & (strong > 1)).all(0)  # also if a is moved: else an edge may lie just outside
+    faint = ((weak < FAINTER * strong) & (strong > 1)).all(0)  # also if a is moved: else an edge may lie just outside
     differs = tells & ((rho.flatten(0, 1).amax(0) < ALIKE) | faint) | paint_differs(
         over, seen, tells, TINT_INVERTED if hint.inverted else TINT
     )
@@ -1928,7 +1937,8 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
     fitted to the pixel and compared closely. The first copy counts, else the variant with most windows that agree, less
     those of the largest part that differs.
     """
-    if (math.prod(a.size), a.image.tobytes()) < (math.prod(b.size), b.image.tobytes()):
+    areas = math.prod(a.size), math.prod(b.size)
+    if areas[0] < areas[1] or (areas[0] == areas[1] and a.image.tobytes() < b.image.tobytes()):
         hints = [hint._replace(H=np.linalg.inv(hint.H)) for hint in hints]
         found = compare(b, a, hints)
         return found and found.reversed()
@@ -2178,7 +2188,8 @@ class Store:
 
     def value(self, query: str, *arguments: Any) -> Any:
         """The first value that the query gives, or None."""
-        return (self.db.execute(query, arguments).fetchone() or [None])[0]
+        with self.db.turn:  # Python 3.13 fails now and then where threads share a connection
+            return (self.db.execute(query, arguments).fetchone() or [None])[0]
 
     def count(self, source: str) -> int:
         return self.value(f"SELECT count(*) FROM {source}")
@@ -2198,7 +2209,8 @@ class Store:
 
         Raises DamageError if one of them is not what was written. The next update then reads its files again.
         """
-        found = self.db.execute(f"SELECT * FROM {table} WHERE {condition}", arguments).fetchall()
+        with self.db.turn:
+            found = self.db.execute(f"SELECT * FROM {table} WHERE {condition}", arguments).fetchall()
         if not all(self.crc[f"crc_{table}"](digest, content) == checksum for _, digest, content, checksum in found):
             self.db.rollback()  # the reading transaction of a search
             self.discard_damaged()
@@ -2233,11 +2245,10 @@ class Store:
 
     def is_known(self, digest: bytes) -> tuple[bool, bool]:
         """Whether there are features and points of this content. A damaged file counts as unknown: it is read again."""
-        with self.db.turn:  # threads call it: Python 3.13 fails now and then where they share a connection
-            if self.value("SELECT 1 FROM files WHERE digest = ? AND reason IS NOT NULL", digest):
-                return False, False
-            has_features = self.value("SELECT 1 FROM features WHERE digest = ?", digest)
-            return bool(has_features), bool(self.value("SELECT 1 FROM points WHERE digest = ?", digest))
+        if self.value("SELECT 1 FROM files WHERE digest = ? AND reason IS NOT NULL", digest):
+            return False, False
+        has_features = self.value("SELECT 1 FROM features WHERE digest = ?", digest)
+        return bool(has_features), bool(self.value("SELECT 1 FROM points WHERE digest = ?", digest))
 
     def save(self, pictures: Sequence[Picture]) -> None:
         """Store files, features and points in one transaction, in place of old ones. Mark vanished files as gone."""
@@ -2263,10 +2274,15 @@ class Store:
                 with suppress(sqlite3.DatabaseError), self.attached(path):  # damaged, older, or in use for long
                     self.db.execute(f"INSERT INTO main.points {select}")
 
-    def verdicts(self) -> dict[tuple[bytes, bytes], Any]:
-        """What is stored of each two contents that were compared."""
+    def verdicts(self, judgement: int) -> dict[tuple[bytes, bytes], Any]:
+        """What is stored of each two contents that were compared. Verdicts of another `judgement` are forgotten."""
         rows = self.db.execute("SELECT * FROM verdicts").fetchall()
-        return {row[:2]: json.loads(row[2]) for row in rows if verdict_checksum(*row[:3]) == row[3]}
+        if self.get_meta("judgement") != judgement or any(verdict_checksum(*row[:3]) != row[3] for row in rows):
+            with self.db.transaction():
+                self.db.execute("DELETE FROM verdicts")
+                self.set_meta(judgement=judgement, paired=0)
+            rows = []
+        return {row[:2]: json.loads(row[2]) for row in rows}
 
     def save_verdicts(self, verdicts: Iterable[tuple[bytes, bytes, Any]], last: int | None = None) -> None:
         """Store what was found of each two contents, anything that JSON holds.
@@ -2340,7 +2356,8 @@ class Store:
     def files_with(self, digest: bytes) -> list[File]:
         """The files of the collection with this content, by path."""
         query = "SELECT path, size, mtime FROM files WHERE there AND digest = ? ORDER BY path"
-        return [File(*found) for found in self.db.execute(query, (digest,))]
+        with self.db.turn:
+            return [File(*found) for found in self.db.execute(query, (digest,))]
 
     def damaged_contents(self, digests: Iterable[bytes]) -> set[bytes]:
         """Those of the contents that are truncated or damaged."""
@@ -2370,7 +2387,8 @@ class Store:
         if any(map(self.count, (*DAMAGED, INCOMPLETE))):
             with self.db.transaction():
                 for damaged in DAMAGED:
-                    self.db.execute(f"DELETE FROM {damaged}")
+                    if self.db.execute(f"DELETE FROM {damaged}").rowcount and damaged.startswith("verdicts"):
+                        self.set_meta(paired=0)  # which pairs they were of is not known
                 marked = self.db.execute(f"UPDATE files SET mtime = -1 WHERE path IN (SELECT path FROM {INCOMPLETE})")
             of_files = f"features or points of {counted(marked.rowcount, 'file')}"
             log.warning("%s: %s are damaged or missing, and are extracted again", self.folder, of_files)
@@ -2480,6 +2498,17 @@ def nearest(xq: np.ndarray, k: int, blocks: Blocks) -> tuple[np.ndarray, np.ndar
         heap.add_result(D.numpy(), rows[I.numpy()])
     heap.finalize()
     return heap.D, heap.I
+
+
+def vectors_of(index: faiss.Index) -> Blocks:
+    """Ids, int64 (n,), and features, fp16 (n, dim), of an index as `build_index` makes it, in blocks, not copied."""
+    flat, n = faiss.downcast_index(index.index), index.ntotal
+    if not n:
+        return
+    rows = faiss.rev_swig_ptr(index.id_map.data(), n)
+    vectors = faiss.rev_swig_ptr(flat.codes.data(), n * flat.code_size).view(np.float16).reshape(n, -1)
+    for i0 in range(0, n, BLOCK):
+        yield rows[i0 : i0 + BLOCK], vectors[i0 : i0 + BLOCK]
 
 
 def rotated_components(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -2638,13 +2667,13 @@ def open_copy_index(store: Store, work: Work = Work()) -> Index:
     if work.update and not (index and last - index.last <= LATER):
         renewed_index(store, LOCAL, index)
         index = read_index(store, LOCAL)  # what was added or made is not kept in memory
+    index = index or Index(faiss.index_factory(POINT_DIM, "IDMap,Flat"), 0)
     # Without a file, a few pictures are compared one by one; of more, the nearest ones alone are candidates
-    index = index or Index(faiss.index_factory(POINT_DIM, "IDMap,Flat"), last if last > LATER else 0)
-    if index.last < last:
+    if index.last < last and (index.last or last <= LATER):
         both = faiss.IndexShards(POINT_DIM, False, False)  # one after the other; the ids are rows and places already
         both.add_shard(index.faiss)
         both.add_shard(build_index(point_blocks(store, index.last + 1), faiss.index_factory(POINT_DIM, "IDMap,Flat")))
-        index = index._replace(faiss=both)
+        index = index._replace(faiss=both, last=last)
     return index
 
 
@@ -2671,7 +2700,7 @@ GPU_QUERIES = 32  # views; for fewer, copying all features to a GPU takes longer
 GPU_RESULTS = 2048  # most results that FAISS gives on a GPU
 QUERY_THREADS = 2  # threads that read queries
 TOGETHER = 16  # queries in a batch; each takes a third of the time that it takes alone
-SCAN_VIEWS = 20  # with this many views, `nearest` is quicker than a search in the exact index
+SCAN_VIEWS = 4  # with so many views, `nearest` is quicker than the exact index's own search: 9 views take a third
 FIRST_LIST = 64  # rows that an exact search scores first; `ranked` asks for more
 CLOSELY = 10  # codes rank inexactly: of the rows that they choose, only the best tenth is trusted to be complete
 ROUNDING = 1e-5  # by how much two ways to compute the same score may differ
@@ -2735,19 +2764,20 @@ class Found(NamedTuple):
 def candidate_rows(engine: Engine, queries: Sequence[np.ndarray], count: int) -> list[list[int]]:
     """Rows for each of the queries, (views, dim): its `count` nearest ones by the index, without duplicates.
 
-    Rows that are not in the index yet are scanned and give up to `count` more. If the search is exact or has many
-    views, all rows are scanned instead.
+    Rows that are not in the index yet are scanned and give up to `count` more. If the search is exact, all rows are
+    scanned instead.
     """
     index, last, found = engine.index, engine.store.last_row(), []
     xq = np.concatenate(queries)
-    scans = engine.exact or (not index.shortlist and len(xq) >= SCAN_VIEWS)
-    if not scans:
+    if not engine.exact and not index.shortlist and len(xq) >= SCAN_VIEWS:
+        found.append(nearest(xq, count, vectors_of(index.faiss)))
+    elif not engine.exact:
         is_large = index.shortlist and len(xq) >= GPU_QUERIES and count <= GPU_RESULTS
         on_gpus = engine.on_gpus if is_large else None
         D, I = (on_gpus or index.faiss).search(xq, min(count, index.faiss.ntotal))
         found.append((-D if index.shortlist and not on_gpus else D, I))  # codes give distances
-    if scans or last > index.last:
-        blocks = engine.store.blocks(0 if scans else index.last + 1, last)
+    if engine.exact or last > index.last:
+        blocks = engine.store.blocks(0 if engine.exact else index.last + 1, last)
         found.append(nearest(xq, min(count, last), blocks))
     ends = np.cumsum([len(views) for views in queries])[:-1]
     lists = [list[int]() for _ in queries]
@@ -2865,10 +2895,12 @@ def votes(index: Index, points: Points, neighbours: int = NEIGHBOURS) -> list[Vo
 
 
 @lru_cache(maxsize=64)  # many queries share candidates
-def read_shown(path: str, digest: bytes) -> Shown | None:
-    """A file, to be compared; None if it cannot be read, or if its content has another hash than `digest`."""
+def read_shown(path: str, digest: bytes) -> Shown:
+    """A file, to be compared. OSError: it cannot be read, or its content has another hash than `digest`."""
     read = read_path(path, Shown.of)
-    return read.made if read.digest == digest and not read.vanished else None
+    if not read.made or read.digest != digest or read.vanished:
+        raise OSError(NOT_COMPARED)
+    return read.made
 
 
 def voted(engine: Engine, query: Picture) -> dict[bytes, Vote]:
@@ -2894,22 +2926,24 @@ def voted(engine: Engine, query: Picture) -> dict[bytes, Vote]:
 def verified(engine: Engine, query: Picture, near: list[Found], by_vote: dict[bytes, Vote]) -> list[Found]:
     """`near`, and the files of further contents that show the same as the query, each with its verdict.
 
-    Candidates are the contents that got votes and the nearest ones, in tens: while one of the last ten shows the same,
-    the next ten are compared.
+    Candidates are the contents that got votes and, where no vote is plain, the nearest ones. They come in tens: while
+    one of the last ten shows the same, the next ten are compared.
     """
     shown = query.made.shown
-    few = len(shown.points.places) < FEW_DETAILS
-    nearest = dict.fromkeys(it.digest for it in near if it.digest != query.digest and it.score >= NEAREST_SCORE)
-    candidates = list(dict.fromkeys([*by_vote, *list(nearest)[: CANDIDATES if few else LOOK_ALIKES]]))
+    look_alikes = dict.fromkeys(it.digest for it in near if it.digest != query.digest and it.score >= NEAREST_SCORE)
+    count = CANDIDATES if len(shown.points.places) < FEW_DETAILS else LOOK_ALIKES
+    if any(vote.points >= PLAIN for vote in by_vote.values()):
+        count = 0  # its points are good enough to find what shows the same
+    candidates = list(dict.fromkeys([*by_vote, *list(look_alikes)[:count]]))
     paths = {it.digest: it.path for it in reversed(near)}
     verdicts = dict[bytes, tuple[Shown, Verdict]]()
 
     def look(digest: bytes) -> None:
-        path = paths.get(digest) or next(files_of(engine, query, digest), "")
-        if not path or (other := read_shown(path, digest)) is None:
-            return
-        if verdict := compare(shown, other, hints_by_vote(by_vote.get(digest), shown, other)):
-            verdicts[digest] = other, verdict
+        if path := paths.get(digest) or next(files_of(engine, query, digest), ""):
+            with suppress(OSError):  # it cannot be read
+                other = read_shown(path, digest)
+                if verdict := compare(shown, other, hints_by_vote(by_vote.get(digest), shown, other)):
+                    verdicts[digest] = other, verdict
 
     with ThreadPoolExecutor(usable_cores(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
         for start in range(0, len(candidates), CANDIDATES):
@@ -3072,6 +3106,12 @@ WHOLE = 0.95  # share of a picture's area from which on it counts as all of it
 ALL_SHOWN, AS_LARGE = 0.98, 0.95  # least share that the file to keep shows, and of its resolution, if nothing is lost
 NOT_COMPARED = "it cannot be read now, or has changed meanwhile"
 LARGEST_LOST, FULL_SIDE = 2, 6000  # as LARGEST and CLOSE, where a file may be deleted
+BESIDE, EDGE = (
+    6,
+    8,
+)  # pixels between lines along the side of a part; levels of 255 by which an edge exceeds what is usual
+MOST_COMMON = 0.995  # least share of what both pictures show that is no band along an edge which differs, likewise
+JUDGEMENT = 1  # version of the verdicts that are stored; raise it when `compare` or `examined` find something else
 
 WAITS = "waits"  # stored in place of a Pair: two contents that could not be compared, or need not be yet
 
@@ -3112,6 +3152,27 @@ def relation(verdict: Verdict, size: Sequence[int]) -> str:
     return ", ".join(words) or ("same picture" if verdict.label == "copy" else "same layout")
 
 
+def is_set_in(H: np.ndarray, a: Shown, b: Shown) -> bool:
+    """Whether the first picture ends at an edge within the second: beside a caption, in a frame, on a screen. Around a
+    crop, the picture goes on: beyond its sides it changes no more than before them.
+    """
+    scale = b.image.width / b.size[0]
+    corners, share = moved(H, corners_of(a.size)) * scale, np.linspace(0.05, 0.95, 200)[:, None]
+    pixels = np.asarray(b.image, np.float32)
+    for one, other in zip(corners, np.roll(corners, -1, 0)):
+        outward = np.array([other[1] - one[1], one[0] - other[0]]) / np.linalg.norm(other - one)
+        outward *= np.sign((one - corners.mean(0)) @ outward)
+        lines = [one + (other - one) * share + outward * steps * BESIDE for steps in (-1.5, -0.5, 0.5)]
+        seen = ((lines[2] >= 0) & (lines[2] < b.image.size)).all(1)
+        if seen.mean() < 0.5:  # here the second one ends, too
+            continue
+        places = [np.clip(line[seen], 0, np.array(b.image.size) - 1).astype(int) for line in lines]
+        inner, last, beyond = (pixels[place[:, 1], place[:, 0]] for place in places)
+        if np.abs(beyond - last).mean() > 2 * np.abs(last - inner).mean() + EDGE:
+            return True
+    return False
+
+
 def lost_with(verdict: Verdict, a: Shown, b: Shown) -> list[str]:
     """Words for what the first picture shows and the second does not; empty if nothing would be lost with it."""
     H, lost = verdict.hint.H, edit_words(verdict.hint.H, a.size, verdict.hint.inverted)
@@ -3119,6 +3180,8 @@ def lost_with(verdict: Verdict, a: Shown, b: Shown) -> list[str]:
         lost.append(f"what differs ({100 * verdict.differs:.0f} %)")
     if verdict.covers[0] < ALL_SHOWN:
         lost.append(f"all but a crop of {100 * verdict.covers[0]:.0f} %")
+    if verdict.covers[1] < ALL_SHOWN and is_set_in(H, a, b):
+        lost.append("the picture without what is around it")
     sides = np.linalg.norm(np.diff(moved(H, corners_of(a.size))[:3], axis=0), axis=1) / a.size
     if sides.min() < AS_LARGE:
         lost.append("resolution")
@@ -3133,7 +3196,10 @@ def differ_in_full(verdict: Verdict, a: Shown, b: Shown) -> bool:
     if side > CLOSE:
         hint = refined(hint, smaller, larger, side, 2, 2 * WINDOW_SIDE, 2)
     *_, found = judged(hint, smaller, larger, side, LARGEST_LOST)
-    return not found or found.label != "copy"
+    if not found or found.label != "copy":
+        return True
+    common = area_of(shared_part(found.hint.H, smaller.size, larger.size))
+    return found.covers[1] * math.prod(larger.size) < MOST_COMMON * common  # a line of text along an edge, say
 
 
 class Pair(NamedTuple):
@@ -3148,8 +3214,6 @@ class Pair(NamedTuple):
 def examined(one: str, other: str, digests: Sequence[bytes], vote: Vote | None) -> Pair | None:
     """The comparison of two files; None: they do not show the same. OSError: one cannot be read, or has changed."""
     a, b = read_shown(one, digests[0]), read_shown(other, digests[1])
-    if not (a and b):
-        raise OSError(NOT_COMPARED)
     if (verdict := compare(a, b, hints_by_vote(vote, a, b))) is None:
         return None
     back = verdict.reversed()
@@ -3159,7 +3223,7 @@ def examined(one: str, other: str, digests: Sequence[bytes], vote: Vote | None) 
         # Read apart, because to find out what a file holds a JPEG is decoded at a smaller size
         held = [read_path(path, holdings_of) for path, _ in files]
         whole = [read_path(path, partial(Shown.of, most=FULL_SIDE)) for path, _ in files]
-        if any(not it.made or it.digest != digest for it, (_, digest) in zip(held + whole, files * 2)):
+        if any(not it.made or it.vanished or it.digest != digest for it, (_, digest) in zip(held + whole, files * 2)):
             raise OSError(NOT_COMPARED)
         (of_a, of_b), (full_a, full_b) = ([it.made for it in read] for read in (held, whole))
         differ = ["small parts that differ"] if differ_in_full(verdict, full_a, full_b) else []
@@ -3179,7 +3243,8 @@ def candidate_pairs(engine: Engine, first: int) -> Iterator[tuple[bytes, bytes, 
     Where a picture has few points, its nearest ones by features are candidates as well.
     """
     store, few = engine.store, list[bytes]()
-    digests = dict(store.db.execute(f"SELECT row, digest FROM points WHERE digest IN (SELECT digest FROM {USABLE})"))
+    # Of files that are gone as well: when they are back, their pairs are known
+    digests = dict(store.db.execute("SELECT row, digest FROM points WHERE digest IN (SELECT digest FROM files)"))
     bar = progress_bar(total=sum(row > first for row in digests), desc="looking up", unit="img")
     while found := store.points_after(first, POINT_BLOCK):
         first = found[-1][0]
@@ -3221,7 +3286,7 @@ def pairs_by_comparison(engine: Engine, labels: Sequence[str], tell: Tell | None
     What was found of two contents is stored, so that a second run compares only what is new, and what still waits.
     """
     store = engine.store
-    last, known = store.value("SELECT max(row) FROM points") or 0, store.verdicts()
+    known, last = store.verdicts(JUDGEMENT), min(engine.copies.last, store.last_row("points"))
     found: dict[tuple[bytes, bytes], tuple[bytes, bytes, Vote | None]] = {
         key: (*key, None) for key, pair in known.items() if pair == WAITS
     }
@@ -3230,6 +3295,8 @@ def pairs_by_comparison(engine: Engine, labels: Sequence[str], tell: Tell | None
         key = min(one, other), max(one, other)
         if key not in known and (key not in found or (vote and vote.points > getattr(found[key][2], "points", 0))):
             found[key] = one, other, vote
+    # Noted at once: if this is stopped, nothing is looked up again
+    store.save_verdicts(((*key, WAITS) for key in found), last)
     contents = {it for key in (*found, *(key for key, pair in known.items() if pair)) for it in key}
     files = {digest: paths[0] for digest in contents if (paths := different_files(engine, digest))}
     size = {digest: (-os.path.getsize(path), path) for digest, path in files.items() if os.path.exists(path)}
@@ -3250,7 +3317,7 @@ def pairs_by_comparison(engine: Engine, labels: Sequence[str], tell: Tell | None
     def note(key: tuple[bytes, bytes], pair: Any) -> None:
         known[key] = pair
         for gone, keep, lost in zip(key, key[::-1], pair[3] if pair else ()):
-            if not lost:
+            if not lost and keep in size:
                 goes_with[gone].add(keep)
 
     for key, pair in list(known.items()):
@@ -3260,18 +3327,20 @@ def pairs_by_comparison(engine: Engine, labels: Sequence[str], tell: Tell | None
     waiting.sort(key=lambda key: sorted(size[digest] for digest in key))  # the largest files first
     needed = (key for key in waiting if not goes_with[key[0]] & goes_with[key[1]])
     results, unsaved, saved = read_ahead(look, needed, usable_cores(), usable_cores()), list[Any](), time.perf_counter()
-    for key, found_pair in progress_bar(results, total=len(waiting), desc="comparing", unit="pair"):
-        if found_pair == WAITS:
-            continue
-        note(key, found_pair and list(found_pair))
-        if found_pair and tell and found_pair.label in labels:
-            tell(files[key[0]], files[key[1]], found_pair.label)
-        unsaved.append((*key, known[key]))
-        if time.perf_counter() - saved > SAVE_SECONDS:
-            store.save_verdicts(unsaved)
-            unsaved, saved = [], time.perf_counter()
-    unsaved += [(*key, WAITS) for key in found if key not in known]  # a file is gone, or both go with a third one
-    store.save_verdicts(unsaved, last)
+    try:
+        for key, found_pair in progress_bar(results, total=len(waiting), desc="comparing", unit="pair"):
+            if found_pair == WAITS:
+                continue
+            note(key, found_pair and list(found_pair))
+            if found_pair and tell and found_pair.label in labels:
+                tell(files[key[0]], files[key[1]], found_pair.label)
+            unsaved.append((*key, known[key]))
+            if time.perf_counter() - saved > SAVE_SECONDS:
+                whole, unsaved = unsaved, []  # if saving fails, it is not tried again below
+                store.save_verdicts(whole)
+                saved = time.perf_counter()
+    finally:  # also if a person has stopped it
+        store.save_verdicts(unsaved)
     for key, stored in known.items():
         if stored and stored[0] in labels and all(digest in size for digest in key):
             yield from in_both_directions(key, Pair(*stored))
@@ -3279,12 +3348,11 @@ def pairs_by_comparison(engine: Engine, labels: Sequence[str], tell: Tell | None
 
 def keeping_order(path: str, lets_go: int) -> tuple[Any, ...]:
     """A key that sorts contents: first what is best to keep. lets_go: how many files may go if it stays."""
-    held = holdings(path)
-    if held is None:
-        return True, -lets_go, False, 0, 0, 0, path
-    info = os.stat(path)
-    camera = "camera metadata" in held.more
-    return held.truncated, -lets_go, not camera, -math.prod(held.size), -info.st_size, info.st_mtime_ns, path
+    with suppress(OSError):  # it is gone
+        if held := holdings(path):
+            info, camera = os.stat(path), "camera metadata" in held.more
+            return held.truncated, -lets_go, not camera, -math.prod(held.size), -info.st_size, info.st_mtime_ns, path
+    return True, -lets_go, False, 0, 0, 0, path
 
 
 def scored(engine: Engine, keep: bytes, others: Iterable[bytes]) -> dict[bytes, float]:
@@ -3390,7 +3458,8 @@ def look_at_new(image: Image.Image, model: Model, known: tuple[bool, bool]) -> M
     """What is computed from the pixels of a new picture. known: whether there are its features, and its points."""
     picture = to_rgb(image, max(model.side, POINT_SIDE))
     pixels = None if known[0] else squeeze(picture, model.side, model.side, model.resample)
-    return Made(pixels, None if known[1] else pack_points(find_points(picture)))
+    with one_torch_thread():
+        return Made(pixels, None if known[1] else pack_points(find_points(picture)))
 
 
 def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, work: Work) -> Summary:
@@ -4750,8 +4819,8 @@ class UI(socketserver.ThreadingTCPServer):
         """Start a job, unless one runs."""
         with self.turn:
             if not self.running():
-                self.job = Job(title, act)
-                self.job.start()
+                (job := Job(title, act)).start()
+                self.job = job
 
     def index(self) -> None:
         """Bring the index up to date, and show what it has. If that is stopped, show what was read by then."""
@@ -4945,20 +5014,21 @@ class UI(socketserver.ThreadingTCPServer):
                     f"The part: {part} is not left, top, right, bottom, in pixels or shares"
                 ) from None
         score = -1.0 if least in LABELS else decimal(least or "-1", "The score")
-        wanted = (list(parts.items()), k, least)
-        if not self.answered or self.answered[0] != wanted:
-            found = list[Answer]()
-            threshold = least if least in LABELS else -1.0
-            for crop, paths in itertools.groupby(parts, key=parts.__getitem__):
-                for answer in search(list(paths), self.engine, k=k, threshold=threshold, crop=crop or None):
-                    # A copy is never hidden by a score: an edit lowers it below that of look-alikes
-                    matches = [it for it in answer.matches if it.label or it.score >= score]
-                    error = answer.error and answer.error.replace("--crop", "the part")
-                    found.append(answer._replace(matches=matches, error=error, file=answer.query))
-                    if request.has_gone():
-                        raise ConnectionAbortedError
-            self.answered = wanted, found
-        return self.answered[1]
+        wanted, answered = (list(parts.items()), k, least), self.answered
+        if answered and answered[0] == wanted:
+            return answered[1]
+        found = list[Answer]()
+        threshold = least if least in LABELS else -1.0
+        for crop, paths in itertools.groupby(parts, key=parts.__getitem__):
+            for answer in search(list(paths), self.engine, k=k, threshold=threshold, crop=crop or None):
+                # A copy is never hidden by a score: an edit lowers it below that of look-alikes
+                matches = [it for it in answer.matches if it.label or it.score >= score]
+                error = answer.error and answer.error.replace("--crop", "the part")
+                found.append(answer._replace(matches=matches, error=error, file=answer.query))
+                if request.has_gone():
+                    raise ConnectionAbortedError
+        self.answered = wanted, found
+        return found
 
     # What is done with duplicates
 
@@ -5008,16 +5078,17 @@ class UI(socketserver.ThreadingTCPServer):
                 continue
             moved.append(self.noted[path][0].size)
             group.matches[:] = [match for match in group.matches if match.path != path]
-        self.groups = [group for group in self.groups or () if group.matches]
+        if self.groups is not None:  # None: the index was brought up to date meanwhile
+            self.groups = [group for group in self.groups if group.matches]
         return [f"{counted(len(moved), 'file')} moved to the trash, {in_bytes(sum(moved))}", *failed]
 
     def keep(self, path: str) -> None:
         """Make this the file to keep of its group."""
-        group = self.group_of(path)
-        assert self.engine and self.groups
+        groups, group = self.groups, self.group_of(path)
+        assert self.engine and groups
         if path != group.keep:
             digests = {it: self.noted[it][1] for it in (group.keep, *(match.path for match in group.matches))}
-            self.groups[self.groups.index(group)] = kept_instead(self.engine, group, path, digests)
+            groups[groups.index(group)] = kept_instead(self.engine, group, path, digests)
 
     def act(self, action: str, form: dict[str, list[str]]) -> str | bytes:
         """Do what is asked for. Returns the address of the page that follows; of `list` its text; of `show` nothing."""

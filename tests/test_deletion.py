@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import encoded
 from drawings import photo, two_frames
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageDraw, ImageOps, TiffImagePlugin
 
 IMAGES = Path("bulk_images")
 PICTURE = photo(2, (400, 300))
@@ -127,6 +127,52 @@ def test_nothing_is_lost_with_what_was_resaved_made_smaller_cut_or_made_grey(run
         put(name, content)
     assert group(run) == ("file.png", dict.fromkeys(others))
     assert sorted(listed(run)) == sorted(others)
+
+
+def with_bars(colour: str, top: int, bottom: int) -> Image.Image:
+    image = Image.new("RGB", (400, 300 + top + bottom), colour)
+    image.paste(PICTURE, (0, top))
+    ImageDraw.Draw(image).text((20, 300 + top + 10), "a few words on what this shows", fill="red")
+    return image
+
+
+def on_a_screen() -> Image.Image:
+    screen = Image.new("RGB", (480, 800), "white")
+    canvas = ImageDraw.Draw(screen)
+    canvas.rectangle((0, 0, 480, 60), fill=(30, 60, 120))
+    for y in range(500, 780, 40):
+        canvas.text((30, y), f"a line of the page, number {y}", fill="black")
+    screen.paste(PICTURE, (40, 120))
+    return screen
+
+
+def beside_another() -> Image.Image:
+    both = Image.new("RGB", (800, 300))
+    both.paste(PICTURE, (0, 0))
+    both.paste(photo(9, PICTURE.size), (400, 0))
+    return both
+
+
+SET_IN = {
+    "black bars": lambda: with_bars("black", 60, 60),
+    "a white bar": lambda: with_bars("white", 0, 70),
+    "a screen": on_a_screen,
+    "a collage": beside_another,
+}
+
+
+@pytest.mark.parametrize("what", SET_IN)
+@pytest.mark.parametrize("quality", [None, 90])
+def test_an_original_is_not_listed_behind_a_picture_that_it_was_set_in(what, quality, run):
+    put("original.jpg", encoded(PICTURE, "JPEG", quality=90))
+    put(
+        "larger.png",
+        encoded(SET_IN[what](), *(("JPEG",) if quality else ()), **({"quality": quality} if quality else {})),
+    )
+    assert listed(run) == []
+    keep, lost = group(run)
+    words = "the picture without what is around it" if keep == "larger.png" else "all but a crop"
+    assert all(words in str(it) for it in lost.values())
 
 
 def test_a_raw_file_and_its_picture_are_never_listed_for_one_another(run):

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import draw_rich
+from conftest import cache_folder, draw_rich
+from conftest import edit as edit_database
 from PIL import Image, ImageOps
 
 import main
@@ -219,3 +220,76 @@ def test_a_region_leads_from_the_file_to_keep_to_the_other(collection, run):
     assert (name, region["covers"]) == ("whole.png", pytest.approx(1, abs=0.02))
     assert region["corners"][0] == pytest.approx((-60, -40), abs=2)
     assert region["outline"][0] == pytest.approx((60, 40), abs=2)
+
+
+# ---- What is stored of pairs -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three_sizes(collection: Callable[[int], Path]) -> Path:
+    """One picture in three sizes, among five others."""
+    root = collection(5)
+    draw_rich(7).save(root / "a.png")
+    for name, size in (("b.png", (400, 300)), ("c.jpg", (320, 240))):
+        draw_rich(7).resize(size).save(root / name)
+    return root
+
+
+def test_two_copies_of_a_file_that_has_gone_are_found(three_sizes, run):
+    assert groups(run) == [("a.png", ["b.png", "c.jpg"])]
+    (three_sizes / "a.png").unlink()
+    assert groups(run) == [("b.png", ["c.jpg"])]
+
+
+def test_pictures_that_were_left_out_or_gone_meanwhile_are_paired_when_they_are_back(three_sizes, run):
+    run("--model", "offline", "--index-only")
+    assert groups(run, "--exclude", "b.png", "--exclude", "c.jpg") == []
+    assert groups(run) == [("a.png", ["b.png", "c.jpg"])]
+
+
+def test_what_could_not_be_looked_up_is_looked_up_later(three_sizes, run, monkeypatch):
+    monkeypatch.setattr(main, "LATER", 2)
+    run("--model", "offline", "--index-only")
+    (copies,) = Path("image_index").glob("*/copies.faiss")
+    copies.unlink()
+    assert groups(run, "--no-update") == []  # there is no index of points to look them up in
+    assert groups(run) == [("a.png", ["b.png", "c.jpg"])]
+
+
+def test_a_stop_loses_no_comparison_and_no_look_up(three_sizes, run, monkeypatch):
+    real, compared = main.examined, list[Any]()
+
+    def stopped(*args: Any) -> Any:
+        compared.append(args)
+        if len(compared) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(main, "usable_cores", lambda: 1)
+    monkeypatch.setattr(main, "examined", stopped)
+    assert run("--model", "offline", "--duplicates").status == 130
+    monkeypatch.setattr(main, "votes", None)  # nothing is looked up again
+    assert groups(run) == [("a.png", ["b.png", "c.jpg"])]
+    assert len({frozenset(args[:2]) for args in compared}) + 1 == len(compared)  # the interrupted one comes again
+
+
+@pytest.mark.parametrize(
+    "change", ["UPDATE verdicts SET verdict = 'null'", "UPDATE meta SET value = 0 WHERE key = 'judgement'"]
+)
+def test_verdicts_that_are_damaged_or_of_another_version_are_found_anew(three_sizes, run, change):
+    assert groups(run) == [("a.png", ["b.png", "c.jpg"])]
+    edit_database(cache_folder() / "index.sqlite", change)
+    assert groups(run) == [("a.png", ["b.png", "c.jpg"])]
+    assert groups(run, "--no-update") == [("a.png", ["b.png", "c.jpg"])]
+
+
+def test_a_file_that_could_not_be_read_for_a_moment_is_compared_when_it_can(three_sizes, run):
+    engine = main.initialize_reverse_image_search(model=main.load_model("offline"))
+    content = (three_sizes / "b.png").read_bytes()
+    info = os.stat(three_sizes / "b.png")
+    (three_sizes / "b.png").write_bytes(bytes(len(content)))
+    os.utime(three_sizes / "b.png", ns=(info.st_atime_ns, info.st_mtime_ns))
+    assert [len(group.matches) for group in main.find_duplicates(engine)] == [1]
+    (three_sizes / "b.png").write_bytes(content)
+    os.utime(three_sizes / "b.png", ns=(info.st_atime_ns, info.st_mtime_ns))
+    assert [len(group.matches) for group in main.find_duplicates(engine)] == [2]
