@@ -3747,6 +3747,8 @@ STYLE = """
   --good: light-dark(#0f6a2b, #7fdc98);
   --bad: light-dark(#8a4b00, #f2bd70);
   --accent: light-dark(#1d4fbf, #9dbcff);
+  --gone: light-dark(#a8201a, #ff9d94);
+  accent-color: var(--accent);
   --side: 12rem;
   --least: 46%;
   scroll-padding: 7rem 0 8rem;
@@ -3771,6 +3773,8 @@ button, input, select, .button {
 button, .button, summary { cursor: pointer }
 .button { text-decoration: none }
 button:hover, .button:hover { border-color: var(--accent); color: var(--accent) }
+.main, .main:hover { background: var(--accent); border-color: var(--accent); color: var(--back) }
+[formaction=trash], [formaction=trash]:hover { background: var(--gone); border-color: var(--gone); color: var(--back) }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
 .good { color: var(--good) }
 .bad { color: var(--bad) }
@@ -3786,18 +3790,16 @@ header {
 }
 header .icon { width: 2.6rem; height: 2.6rem; object-fit: cover; border-radius: .4rem; flex: none }
 header h1 { flex: 0 1 auto; max-width: 100% }
-nav { display: flex; flex-wrap: wrap; gap: .4rem 1rem; align-items: center }
+nav { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center }
 header nav { margin-left: auto }
+nav a:not(.button) { padding: .25rem .6rem; border-radius: .45rem; text-decoration: none }
+nav a:hover { background: var(--card) }
+nav a[aria-current] { background: var(--well); color: var(--ink) }
 .settings summary { width: max-content; color: var(--soft) }
 .settings[open] { flex-basis: 100% }
+.settings[open]::details-content { display: flex; flex-wrap: wrap; gap: 0 1.5rem; align-items: center }
+header > :not(nav) + .settings { margin-left: auto }
 .settings form { display: flex; flex-wrap: wrap; gap: .5rem 1.2rem; align-items: center; padding: .5rem 0 }
-@media (max-width: 40rem) {
-  header, header nav { gap: .3rem .7rem }
-  header .icon + h1 { flex: 1 1 0 }
-  header nav, .settings, header .verdict { font-size: .85rem }
-  header nav { margin: 0 }
-  header label span { display: none }
-}
 input[type=number] { width: 6rem }
 main { padding: 1rem; min-height: 60vh }
 .about { color: var(--soft); font-size: .9em; margin-bottom: .8rem }
@@ -3808,13 +3810,13 @@ main { padding: 1rem; min-height: 60vh }
 
 /* Where a picture is dropped. */
 .drop {
-  display: grid; grid-template-columns: minmax(0, 1fr); place-items: center; gap: .4rem; text-align: center;
-  padding: 2.2rem 1rem; margin-bottom: 1.2rem;
-  border: 3px dashed var(--soft); border-radius: 1rem; background: var(--card); cursor: pointer;
+  display: grid; grid-template-columns: minmax(0, 1fr); place-items: center; gap: .6rem; text-align: center;
+  position: relative; padding: 1.8rem 1rem; margin-bottom: 1.2rem;
+  border: 2px dashed var(--soft); border-radius: 1rem; background: var(--card); cursor: pointer;
 }
 .drop b { font-size: 1.35rem }
 .drop:hover, .drop:focus-within { border-color: var(--accent) }
-.button:focus-within { outline: 3px solid var(--accent); outline-offset: 2px }
+.button:focus-within, .drop:focus-within .button { outline: 3px solid var(--accent); outline-offset: 2px }
 body.dragging::after {
   content: "Drop it: which pictures look like this?"; position: fixed; inset: .6rem; z-index: 40; display: grid;
   place-items: center; font-size: 1.6rem; border: 4px dashed var(--accent); border-radius: 1rem;
@@ -3833,37 +3835,37 @@ section:first-of-type:not(.group) { border-top: 0; padding-top: 0 }
 }
 .groups { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 34rem), 1fr)) }
 .group { border: 1px solid var(--line); border-radius: .8rem; padding: .8rem !important; align-content: start }
-.group .cards {
-  --side: 9.5rem; grid-template-columns: repeat(auto-fit, minmax(min(var(--side), var(--least)), 1fr));
-}
+.group .cards { --side: 9.5rem; --fill: auto-fit }
 .group.wide { grid-column: 1 / -1 }
-.group.wide .cards {
-  --side: 12rem; grid-template-columns: repeat(auto-fill, minmax(min(var(--side), var(--least)), 1fr));
-}
+.group.wide .cards { --side: 12rem; --fill: auto-fill }
 :root:has(#larger:checked) .groups { grid-template-columns: 1fr }
 .group h2 { font-size: 1rem }
 .group h2 .name { flex: 1 1 8rem }
-.group h2 button { font-size: .9rem; margin-left: auto }
+.group h2 button { font-size: .9rem; font-weight: 400; margin-left: auto }
 .cards {
-  display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(var(--side), var(--least)), 1fr));
+  display: grid; gap: .8rem;
+  grid-template-columns: repeat(var(--fill, auto-fill), minmax(min(var(--side), var(--least)), 1fr));
 }
 .large { --side: 15rem }
 :root:has(#larger:checked) .large { --side: 30rem }
 .large.one { grid-template-columns: 1fr }
 .cards li { break-inside: avoid; min-width: 0 }
 figure {
-  height: 100%; display: flex; flex-direction: column; border-radius: .6rem; overflow: hidden;
+  position: relative; height: 100%; display: flex; flex-direction: column; border-radius: .6rem; overflow: hidden;
   background: var(--card); border: 1px solid var(--line);
 }
 .identical figure, .copy figure { border: 2px solid var(--good) }
 .variant figure { border: 2px solid var(--bad) }
+.group figure { border: 1px solid var(--line) }
 .keep figure, .query figure { border: 2px solid var(--accent) }
+figure:has([name=file]:checked) { border: 2px solid var(--gone) }
+figure:has([name=file]:checked) .picture img { opacity: .5 }
 .picture { display: block; position: relative; aspect-ratio: 1; background: var(--well); color: var(--ink) }
 .picture img, .picture svg { position: absolute; width: 100%; height: 100% }
 .picture img { object-fit: contain }
 .picture span { position: absolute; inset: 0; display: grid; place-items: center; padding: .5rem; text-align: center }
-polygon { fill: none; stroke: #19b35a; stroke-width: 3; vector-effect: non-scaling-stroke }
-polygon.differs { stroke: #f0531c }
+polygon { fill: none; stroke: #19b35a; stroke-width: 2; vector-effect: non-scaling-stroke }
+polygon.differs { stroke: #f0531c; stroke-width: 3 }
 polygon.part { stroke: #2f6bff; stroke-dasharray: 6 4 }
 .query .picture { touch-action: pan-y; cursor: crosshair }
 figcaption { padding: .5rem .6rem .6rem; font-size: .9em; display: flex; flex-direction: column; gap: .15rem; flex: 1 }
@@ -3874,47 +3876,58 @@ h1.name, h2 .name { font-weight: 600; max-width: min(100%, 36rem) }
 .folder { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; display: block }
 .acts { display: flex; flex-wrap: wrap; gap: .3rem .7rem; align-items: center; margin-top: auto; padding-top: .3rem }
 .acts button { padding: 0 .5rem }
-.acts summary { color: var(--accent); list-style: none; text-decoration: underline }
+.acts small { flex-basis: 100% }
+.acts [name=part] { flex: 1; min-width: 0 }
+.acts a, .acts summary { color: var(--accent); list-style: none; text-decoration: none }
+.acts :is(a, summary):hover { text-decoration: underline }
+.acts > label:has([name=file]) {
+  position: absolute; top: .4rem; left: .4rem; padding: .1rem .5rem; border-radius: .4rem; background: var(--back);
+}
 
 /* Two pictures over one another. Without script: radio buttons are the slider, a check box blinks. */
-body:has(.compare[open]) { overflow: hidden }
-.compare[open] > summary {
-  position: fixed; z-index: 21; top: .6rem; right: .8rem; padding: .3rem .8rem; border-radius: .45rem;
-  background: var(--card); border: 1px solid var(--soft); font-size: 0;
+body:has(.compare[open], dialog[open]) { overflow: hidden }
+.compare[open] > summary, #close {
+  position: fixed; z-index: 21; top: .6rem; right: .8rem; padding: .25rem .7rem; border-radius: .45rem;
+  background: var(--card); border: 1px solid var(--soft); color: var(--ink); font-size: 0;
 }
-.compare[open] > summary::before { content: "close"; font-size: 1rem }
+.compare[open] > summary::before, #close::before { content: "✕ close"; font-size: 1rem }
 .stage {
   position: fixed; inset: 0; z-index: 20; padding: .6rem .8rem; overflow: hidden; font-size: 1rem;
   background: var(--back);
-  --fit: min(tan(atan2(96vw, var(--w) * 1px)), tan(atan2(100vh - 11rem, var(--h) * 1px)));
+  --top: 5.5rem;
+  --fit: min(tan(atan2(96vw, var(--w) * 1px)), tan(atan2(100vh - 1.2rem - var(--top), var(--h) * 1px)));
 }
-.stage .slide {
-  display: flex; flex-wrap: wrap; gap: .3rem .8rem; align-items: center; align-content: start;
-  min-height: 8.5rem; padding-right: 10rem;
+.slide {
+  display: grid; gap: .2rem 1rem; grid-template-columns: minmax(0, 1fr) minmax(12rem, 36rem) minmax(0, 1fr);
+  min-height: var(--top); padding: 0 7rem; align-content: start; justify-items: center;
 }
-.stage .track { display: flex; flex: 1 1 12rem; max-width: 40rem; gap: .2rem }
-.stage .track input { flex: 1; margin: 0; padding: 0 }
+.slide p { max-width: 100%; text-align: center }
+.slide > label { grid-column: 1 / -1 }
+.track { display: flex; width: 100%; gap: .2rem }
+.track input { flex: 1; height: 1.3rem; margin: 0; padding: 0 }
 .frame {
-  position: relative; overflow: hidden; width: calc(var(--w) * 1px); height: calc(var(--h) * 1px); margin: 0 auto;
+  position: relative; overflow: hidden; width: calc(var(--w) * 1px); height: calc(var(--h) * 1px);
   transform-origin: 0 0; transform: scale(var(--fit)); left: max(0px, 48vw - var(--w) * .5px * var(--fit)); margin: 0;
   background: var(--well);
 }
+.stage:has([type=range]) .frame { cursor: ew-resize; touch-action: none; user-select: none }
+.frame * { pointer-events: none }
 .frame > img, .frame svg, .cut { position: absolute; inset: 0; width: 100%; height: 100% }
 .cut { clip-path: inset(0 0 0 var(--cut, 50%)); overflow: hidden }
 .cut img { position: absolute; left: 0; top: 0; transform-origin: 0 0; max-width: none }
 .cut img.inverted { filter: invert(1) }
-.edge { position: absolute; top: 0; bottom: 0; left: var(--cut, 50%); border-left: 3px solid var(--accent) }
-.stage:has(.track input:nth-child(1):checked) { --cut: 0% }
-.stage:has(.track input:nth-child(2):checked) { --cut: 10% }
-.stage:has(.track input:nth-child(3):checked) { --cut: 20% }
-.stage:has(.track input:nth-child(4):checked) { --cut: 30% }
-.stage:has(.track input:nth-child(5):checked) { --cut: 40% }
-.stage:has(.track input:nth-child(6):checked) { --cut: 50% }
-.stage:has(.track input:nth-child(7):checked) { --cut: 60% }
-.stage:has(.track input:nth-child(8):checked) { --cut: 70% }
-.stage:has(.track input:nth-child(9):checked) { --cut: 80% }
-.stage:has(.track input:nth-child(10):checked) { --cut: 90% }
-.stage:has(.track input:nth-child(11):checked) { --cut: 100% }
+.edge { position: absolute; inset: 0 auto 0 var(--cut, 50%); border-left: calc(2px / var(--fit)) solid #2f6bff }
+.stage:has([type=range]) .edge::after {
+  content: "⇔"; position: absolute; top: 50%; left: calc(-1px / var(--fit)); width: 2.2rem; border-radius: 50%;
+  background: #2f6bff; color: #fff; font-size: 1.3rem; line-height: 2.2rem; text-align: center;
+  transform: translate(-50%, -50%) scale(calc(1 / var(--fit)));
+}
+.stage:has(.track :nth-child(1):checked) { --cut: 0% } .stage:has(.track :nth-child(2):checked) { --cut: 10% }
+.stage:has(.track :nth-child(3):checked) { --cut: 20% } .stage:has(.track :nth-child(4):checked) { --cut: 30% }
+.stage:has(.track :nth-child(5):checked) { --cut: 40% } .stage:has(.track :nth-child(6):checked) { --cut: 50% }
+.stage:has(.track :nth-child(7):checked) { --cut: 60% } .stage:has(.track :nth-child(8):checked) { --cut: 70% }
+.stage:has(.track :nth-child(9):checked) { --cut: 80% } .stage:has(.track :nth-child(10):checked) { --cut: 90% }
+.stage:has(.track :nth-child(11):checked) { --cut: 100% }
 .stage:has(.blink:checked) .cut { clip-path: none }
 .stage:has(.blink:checked) .edge { display: none }
 dialog {
@@ -3923,19 +3936,39 @@ dialog {
 }
 dialog[open] { display: grid; grid-template-rows: minmax(0, 1fr) auto; gap: .5rem }
 dialog img { width: 100%; height: 100%; object-fit: contain; min-height: 0 }
-dialog nav { justify-content: center }
-dialog p {
-  flex-basis: 100%; text-align: center; font-family: ui-monospace, monospace; font-size: .9em; user-select: all;
-}
+dialog nav { justify-content: center; gap: .4rem .6rem }
+dialog :is(p, small) { flex-basis: 100%; text-align: center }
+dialog p { font-family: ui-monospace, monospace; font-size: .9em; user-select: all }
+[data-step] { position: fixed; left: .8rem; top: calc(50% - 4rem); font-size: 0 }
+[data-step]::before { content: "‹"; font-size: 2rem; line-height: 1.5 }
+[data-step="1"] { left: auto; right: .8rem }
+[data-step="1"]::before { content: "›" }
 
 /* What is done with the chosen files, and how far the work is. */
 .chosen, #job {
   position: sticky; bottom: 0; z-index: 4; display: flex; flex-wrap: wrap; gap: .4rem .9rem; align-items: center;
   margin: 1rem -1rem 0; padding: .6rem 1rem; background: var(--card); border-top: 1px solid var(--line);
 }
+[formaction=trash] { margin-left: auto }
 #job { position: static; margin: 0 0 1rem; border-radius: .6rem }
 progress { flex: 1 1 10rem; max-width: 30rem }
 .pages { justify-content: center; padding: 1rem }
+@media (max-width: 40rem) {
+  header { gap: .3rem .6rem; padding: .4rem .8rem }
+  header h1 { flex: 1 1 0; font-size: 1rem }
+  header nav, .settings, header .verdict { font-size: .85rem }
+  header nav { order: 1; flex-basis: 100%; margin: 0 -.5rem }
+  header label { margin-left: auto }
+  header label span, .settings summary span, .slide small span, .about span { display: none }
+  .settings summary { list-style: none }
+  .settings summary::before { content: "⚙"; font-size: 1.3rem }
+  .stage { --top: 8.5rem }
+  .slide { grid-template-columns: 1fr 1fr; padding: 0 }
+  .slide > label { order: -1; justify-self: start; padding: .2rem 6rem .4rem 0 }
+  .track { order: 1; grid-column: 1 / -1 }
+  .chosen b { flex-basis: 100% }
+  .chosen { font-size: .9rem; gap: .3rem .4rem }
+}
 @media print { header, .chosen, .drop { position: static } .acts, .drop, .chosen, nav { display: none } }
 """
 PAGE = """<!doctype html>
@@ -3952,12 +3985,14 @@ PAGE = """<!doctype html>
 {% set over = overlaid(match, one, other) %}{% if over %}
 <details class="compare"><summary>compare</summary>
 <div class="stage" style="--w:{{ over.width }};--h:{{ over.height }}"><div class="slide">
-<p>{{ named(item[0]) }}<small>and, right of the line, laid over it:</small>{{ named(match.path) }}</p>
+<p>{{ named(item[0]) }}<small>left of the line</small></p>
 <div class="track">{% if ui %}
 <input type="range" min="0" max="100" value="50" aria-label="where the line is">
 {% else %}{% for n in range(stops) %}<input type="radio" name="{{ item[0]|text }} {{ match.path|text }}"
 aria-label="line at {{ n * 10 }} %"{% if n == 5 %} checked{% endif %}>{% endfor %}{% endif %}</div>
-<label><input type="checkbox" class="blink"> the other picture alone (space bar: blink)</label></div>
+<p>{{ named(match.path) }}<small>right of the line<span>, laid over the other</span></small></p>
+<label><input type="checkbox" class="blink"> the right one alone{% if ui %} <small><span>(space bar)</span></small>
+{% endif %}</label></div>
 <div class="frame"><img src="{{ one|full(item|of) }}" alt="" loading="lazy"><div class="cut">
 <img{% if match.region.inverted %} class="inverted"{% endif %} style="{{ over.style }}"
 src="{{ other|full(match.path) }}" alt="" loading="lazy"></div>
@@ -3980,9 +4015,10 @@ src="{{ other|full(match.path) }}" alt="" loading="lazy"></div>
 {% else %}<span>{{ (picture.reason or "not there any more")|text }}</span>{% endif %}</a>
 <figcaption>{% if not match.rank %}<b>{{ role }}</b>
 {% elif match.view and item.keep == "" %}<a href="?group={{ match.rank }}&{{ kept }}">{{ match.view }}</a>
-{% elif item.keep != "" %}<span>{{ match.rank }} · <b>{{ "%.3f" % match.score }}</b>
+{% elif item.keep != "" %}{% set said, comma, more = remark_on(match).replace(" %", "\u00a0%").partition(",") %}
+<span><small>{{ match.rank }} · {{ "%.3f" % match.score }}</small>
 <span class="{{ "bad" if match.label == "variant" or match.lost else
-"good" if match.label }}">{{ remark_on(match) }}</span></span>{% endif %}
+"good" if match.label }}"><b>{{ said }}</b>{{ comma ~ more }}</span></span>{% endif %}
 {{ named(path) }}{% set folder = (path|name).rpartition("/")[0] %}
 {% if folder %}<small class="folder" title="{{ path|whole }}">{{ folder }}/</small>{% endif %}
 {% if picture.made %}
@@ -3990,15 +4026,16 @@ src="{{ other|full(match.path) }}" alt="" loading="lazy"></div>
 <div class="acts">{% if ui %}{% if match.rank and item.keep and not live %}
 <label><input type="checkbox" name="file" value="{{ path|key }}" data-size="{{ picture.file.size }}"
 {%- if match.lost is none and not match.truncated %} checked{% endif %}> choose</label>
-<button name="keep" value="{{ path|key }}" formaction="keep">keep this one</button>{% endif %}
+<button name="keep" value="{{ path|key }}" formaction="keep" title="keep this one instead">keep</button>{% endif %}
 {% if match.rank or item.keep %}<a href="?q={{ path|key }}&{{ kept }}">search</a>{% endif %}{% endif %}
 {% if match.rank and item[0] %}{{ compare(item, match) }}{% endif %}</div>
 {% if ui and not match.rank and item.query %}
 <form class="acts"><input type="hidden" name="of" value="{{ path|key }}">
 {% for value in queries %}<input type="hidden" name="q" value="{{ value }}">{% endfor %}
 <input type="hidden" name="k" value="{{ k }}"><input type="hidden" name="least" value="{{ least }}">
-<label>A part <input name="part" size="16" placeholder="left, top, right, bottom" value="
-{{- "%g,%g,%g,%g"|format(*parts[path]) if parts[path] }}"></label><button>Search</button>
+<small>Draw on the picture to search with a part, or type it:</small>
+<input name="part" size="16" aria-label="A part" placeholder="left, top, right, bottom" value="
+{{- "%g,%g,%g,%g"|format(*parts[path]) if parts[path] }}"><button>Search</button>
 {% if parts[path] %}<button name="whole" value="1">whole picture</button>{% endif %}</form>{% endif %}
 </figcaption></figure></li>
 {% endmacro %}
@@ -4012,10 +4049,12 @@ src="{{ other|full(match.path) }}" alt="" loading="lazy"></div>
 {%- if one %}<span>{{ title[:-tail] }}</span><span>{{ title[-tail:] }}</span>{% else %}{{ title }}{% endif %}</h1>
 {% if one %}<b class="verdict {{ "bad" if verdict(one) else "good" }}">
 {{- "✗" if verdict(one) else "✓" }} {{ verdict(one) or "found" }}</b>{% endif %}
-{% if ui %}<nav><a href="?{{ kept }}">Collection</a><a href="?twice=1&{{ kept }}">The same picture twice</a>
-{% if found and found[0].keep != "" or not found %}<label class="button">Search<span> with a picture</span>
+{% if ui %}{% set home, here = found and found[0].keep == "", ' aria-current="page"'|safe -%}
+<nav><a href="?{{ kept }}"{{ here if home }}>Collection</a>
+<a href="?twice=1&{{ kept }}"{{ here if groups }}>The same picture twice</a>
+{% if not home %}<label class="button main">Search<span> with a picture</span>
 <input type="file" class="sr" id="given" multiple></label>{% endif %}</nav>{% endif %}
-<details class="settings"><summary>Settings</summary>
+<details class="settings"><summary><span>Settings</span></summary>
 {% if ui %}<form method="post" action="changes"><button>Look for changes</button>
 <small>new, changed and missing files of the collection</small></form>{% endif %}
 <label><input type="checkbox" id="larger"> larger pictures</label>{% if queries %}<form>
@@ -4026,7 +4065,8 @@ src="{{ other|full(match.path) }}" alt="" loading="lazy"></div>
 <button>Search</button></form>{% endif %}</details></header>
 <main id="main" tabindex="-1">
 {% if engine %}<p class="about">{{ "{:,}".format(engine.summary.images) }} images in {{ engine.images|text }} ·
-{{ engine.model.name }} on {{ engine.model.device }} · {{ about }}</p>{% endif %}
+{{ engine.model.name }} on {{ engine.model.device }}
+{%- if not ui %} · {{ about }}{% elif not groups %}<span> · {{ about }}</span>{% endif %}</p>{% endif %}
 {% if ui %}<p id="said" role="alert"></p>
 {% for line in news %}<p class="news" role="status">{{ line }}</p>{% endfor %}
 {% if job %}<form id="job" role="status" method="post" action="stop"><b>{{ job.title }}</b>
@@ -4035,9 +4075,9 @@ src="{{ other|full(match.path) }}" alt="" loading="lazy"></div>
 {% if halted %}<form method="post" action="compare"><button>Go on comparing</button></form>{% endif %}
 {% if hidden %}<form method="post" action="restore" class="about">{{ counted(hidden, "group") }} dismissed
 <button>show again</button></form>{% endif %}
-{% if found and found[0].keep == "" %}<label class="drop"><b>Which of my pictures look like this one?</b>
-<span>Drop a picture here, paste it, or choose it</span>
-<input type="file" id="given" multiple aria-label="Choose pictures to search with"></label>{% endif %}{% endif %}
+{% if home %}<label class="drop"><b>Which of my pictures look like this one?</b>
+<span>Drop a picture here, paste it, or choose it</span><span class="button main">Choose pictures</span>
+<input type="file" class="sr" id="given" multiple></label>{% endif %}{% endif %}
 {% if groups %}<form method="post" id="files"><button disabled hidden></button>
 <input type="hidden" name="page" value="{{ page }}">{% endif %}
 <div{% if groups %} class="groups"{% endif %}>
@@ -4055,7 +4095,8 @@ src="{{ other|full(match.path) }}" alt="" loading="lazy"></div>
 {% set some = matches|selectattr("rank")|selectattr("label", "equalto", label)|list %}
 {% if some %}<h3>{{ counted(some|length, *words) }}</h3>
 <ol class="cards {{ "large" if label else "small" }}">{% for match in some %}{{ card(item, match) }}{% endfor %}</ol>
-{% endif %}{% endfor %}</div></div>
+{% endif %}{% endfor %}{% if not (item.matches or item.error) %}<p>Nothing to show.
+{% if ui %}In the settings you can show more, or look for files that have changed.{% endif %}</p>{% endif %}</div></div>
 {% elif matches %}<ol class="cards {{ "large" if item[0] else "small" }}">
 {% for match in matches %}{{ card(item, match) }}{% endfor %}</ol>{% endif %}
 </section>{% endfor %}</div>
@@ -4067,7 +4108,7 @@ src="{{ other|full(match.path) }}" alt="" loading="lazy"></div>
 {% if page > 1 %}<a rel="prev" href="{{ turn(page - 1) }}">previous</a>{% endif %}
 <span>page {{ page }} of {{ pages }}</span>
 {% if page < pages %}<a rel="next" href="{{ turn(page + 1) }}">next</a>{% endif %}</nav>{% endif %}</main>
-{% if ui %}<dialog aria-label="the picture, large"><img alt=""><nav><p></p>
+{% if ui %}<dialog aria-label="the picture, large"><img alt=""><nav><p></p><small></small>
 <button data-step="-1">previous</button><button data-step="1">next</button>
 <button id="path">copy path</button><button id="folder">show in folder</button>
 <a class="button" id="alone" target="_blank">open alone</a><a class="button" id="from">search</a>
@@ -4329,12 +4370,21 @@ const place = event => {
 }
 const rectangle = () => svg.querySelector(".part")
     || svg.appendChild(Object.assign(document.createElementNS(svg.namespaceURI, "polygon"), {classList: "part"}))
+const slide = event => {  // where two are compared, the line follows the pointer
+    const frame = event.buttons && event.target.closest(".frame"), line = frame && one("[type=range]", frame.parentNode)
+    if (!line) return
+    const {left, width} = frame.getBoundingClientRect()
+    line.value = 100 * (event.clientX - left) / width
+    line.dispatchEvent(new Event("input", {bubbles: true}))
+}
 onpointerdown = event => {
+    slide(event)
     part = null
     svg = event.isPrimary && event.button == 0 && event.target.closest(".query .picture")?.querySelector("svg")
     if (svg) from = [event.clientX, event.clientY, ...place(event)]
 }
 onpointermove = event => {
+    slide(event)
     if (!svg || !event.buttons) return
     if (!part && Math.hypot(event.clientX - from[0], event.clientY - from[1]) < 8) return
     if (!part) before = rectangle().getAttribute("points") || ""
@@ -4365,6 +4415,8 @@ const show = index => {
     const {key, path} = link.closest("figure").dataset
     Object.assign(one("img", view), {src: link.href, alt: one("img", link)?.alt || ""})
     one("p", view).textContent = path
+    const words = link.closest("figure").querySelectorAll("figcaption > :not(.name, .folder, .acts, form)")
+    one("small", view).textContent = [...words].map(it => it.innerText).join(" · ")
     one("#alone").href = link.href
     one("#from").href = one("a[href^='?q=']", link.closest("figure"))?.getAttribute("href") || "?q=" + key
     if (!view.open) view.showModal()
