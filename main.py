@@ -1433,8 +1433,9 @@ MOST_SCATTERED = 25  # windows in all blocks that count, at most, in a copy
 TRACE = 3  # pixels along the edge of what both show that are not looked at
 TELLING = 20  # windows that agree, at least; more if what both show is a part of either picture
 CERTAIN = 0.85  # share of windows that agree from which on no further transforms are tried
-LEAST_SHOWN = 0.1, 0.25  # share of one of the pictures that a copy shows, a variant shows: less fits by chance
-SHARED, SHARED_UNPROVEN = 0.5, 0.6  # least share of windows that agree; the second if no points do
+LEAST_SHOWN = 0.5  # of one of the pictures: two that show less of each other may have no more than a floor in common
+SHARED, SHARED_UNPROVEN = 0.5, 0.63  # least share of windows that agree; the second if fewer points do than PROVEN
+PROVEN = 12  # points: in pictures of different things in one place, 5 to 10 may agree, and 0.62 of the windows
 
 
 class Hint(NamedTuple):
@@ -1905,12 +1906,12 @@ def judged(
     scattered = sum(len(block) for block in blocks if len(block) > SPECK)  # as the entries of a form in small print
     differ = worst > largest or scattered > MOST_SCATTERED
     share = agree / max(1, int((tells & kept).sum()))
-    if agree < TELLING or share < (SHARED if hint.points else SHARED_UNPROVEN):
+    if agree < TELLING or share < (SHARED if hint.points >= PROVEN else SHARED_UNPROVEN):
         return agree - worst, share, None
     shown = float(kept.sum() / seen.sum()) * area_of(part := shared_part(hint.H, a.size, b.size))
     back = np.linalg.inv(hint.H)
     covers = shown / area_of(part) * area_of(moved(back, part)) / math.prod(a.size), shown / math.prod(b.size)
-    if max(covers) < LEAST_SHOWN[differ] or agree * max(covers) < TELLING:  # parts of both pictures fit by chance
+    if max(covers) < LEAST_SHOWN or agree * max(covers) < TELLING:  # parts of both pictures fit by chance
         return agree - worst, share, None
     step, boxes = WINDOW_SIDE // 2, (list[Any](), list[Any]())
     for block in blocks if differ else []:
@@ -1942,7 +1943,8 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
         hints = [hint._replace(H=np.linalg.inv(hint.H)) for hint in hints]
         found = compare(b, a, hints)
         return found and found.reversed()
-    best, found, sure, known, most_alike = (False, -math.inf), None, False, list[np.ndarray](), 0.0
+    best, found, sure, most_alike = (False, -math.inf), None, False, 0.0
+    known = list[tuple[np.ndarray, bool]]()  # the corners of a by each transform that was tried, and if it was proven
 
     def sources() -> Iterator[Iterator[Hint]]:
         yield itertools.chain(hints, hints_by_thumbs(a, b))
@@ -1953,9 +1955,10 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
     for source in sources():
         rated = list[tuple[float, Hint]]()
         for hint in source:
-            there = moved(hint.H, corners_of(a.size))
-            if not any(np.abs(there - other).max() < 0.01 * max(b.size) for other in known):
-                known.append(there)
+            there, is_proven = moved(hint.H, corners_of(a.size)), hint.points >= PROVEN
+            like = [proven for other, proven in known if np.abs(there - other).max() < 0.01 * max(b.size)]
+            if not like or (is_proven and not found and not any(like)):  # else it was tried
+                known.append((there, is_proven))
                 rated.append((roughly_alike(hint, a, b), hint))
         for number, (alike, hint) in enumerate(sorted(rated, key=lambda it: -it[0])[:TRIED]):
             if alike < max(ALIKE_ROUGHLY, most_alike - WORSE):

@@ -111,9 +111,12 @@ def test_a_variant_stands_between_copies_and_look_alikes_and_tells_where_it_diff
 def test_a_candidate_that_cannot_be_read_is_unverified_and_no_error(spoil, rich):
     path, read = str(rich / "3.png"), main.read_shown.__wrapped__  # that remembers nothing
     digest = main.content_hash(io.BytesIO(Path(path).read_bytes()))
-    assert read(path, digest) is not None and read(path, b"other") is None
+    assert read(path, digest).size == draw_rich(3).size
+    with pytest.raises(OSError):
+        read(path, b"other")
     spoil(path)
-    assert read(path, digest) is None
+    with pytest.raises(OSError):
+        read(path, digest)
 
 
 def test_pictures_without_structure_are_copies_by_their_bytes_alone(tmp_path, run):
