@@ -1430,6 +1430,7 @@ TINT, TINT_INVERTED = 40.0, 12.0  # of 255: most that all colours may have moved
 LARGEST = 7  # windows in one connected block that may differ in a copy: compression and fits that are a pixel off
 SPECK = 2  # windows in a block that is too small to count, or to be shown
 MOST_SCATTERED = 25  # windows in all blocks that count, at most, in a copy
+DRAWN = 0.3  # share of the windows of a band that show something in both pictures, from which on it is a difference
 TRACE = 3  # pixels along the edge of what both show that are not looked at
 TELLING = 20  # windows that agree, at least; more if what both show is a part of either picture
 CERTAIN = 0.85  # share of windows that agree from which on no further transforms are tried
@@ -1838,11 +1839,21 @@ def paint_differs(over: Overlay, seen: torch.Tensor, tells: torch.Tensor, tint: 
     return differs
 
 
-def without_bands(over: Overlay, seen: torch.Tensor, differs: torch.Tensor) -> torch.Tensor:
+def next_to_sides(shares: torch.Tensor) -> torch.Tensor:
+    """Which windows, bool (h, w), are the outermost of a picture; `shares` (2, h, w): where they are, of its sides."""
+    steps = [2 * torch.hypot(*torch.gradient(it)).median() for it in shares]
+    return torch.stack([(it < step) | (it > 1 - step) for it, step in zip(shares, steps)]).any(0)
+
+
+def without_bands(
+    over: Overlay, seen: torch.Tensor, differs: torch.Tensor, drawn: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
     """The windows `seen`, bool (h, w), without the bands along an edge of either picture in which all differs.
 
     That is a neighbour in a collage, a frame, or what an app has put over the edge: it is not shown, rather than
-    different. A band is cut off window by window, from the edge on, while each quarter of its length differs.
+    different. A band is cut off window by window, from the edge on, while each quarter of its length differs. It is
+    none if both pictures end there (windows `ends`) and both show something (windows `drawn`): two memes on one
+    picture have lines of text there.
     """
     seen = seen.clone()
     rows, columns = seen.shape
@@ -1853,16 +1864,20 @@ def without_bands(over: Overlay, seen: torch.Tensor, differs: torch.Tensor) -> t
     # Places in either picture, in steps of a window
     steps = [it / torch.hypot(*torch.gradient(it)).median().clamp(min=1e-9) for it in (across, down)]
     for (band, along), sign in itertools.product(((xs, ys), (ys, xs), steps, steps[::-1]), (1, -1)):
-        is_cut = False
+        before, first = seen, None
         while seen.any():
             strip = seen & (sign * band < (sign * band)[seen].min() + 1)
             length = along[strip]
             quarter = ((length - length.min()) / (length.max() - length.min() + 1e-3) * 4).long()
             shares = [float(differs[strip][quarter == it].float().mean()) for it in quarter.unique()]
             if len(shares) < 4 or min(shares) < 0.25 or np.mean(shares) < 0.6:
-                seen &= ~(strip & is_cut)  # windows that lie half on the band
+                if first is not None:
+                    seen = seen & ~strip  # windows that lie half on the band
                 break
-            seen, is_cut = seen & ~strip, True
+            first, seen = strip if first is None else first, seen & ~strip
+        cut = before & ~seen
+        if first is not None and float(ends[first].float().mean()) > 0.5 and float(drawn[cut].float().mean()) > DRAWN:
+            seen = before
     return seen
 
 
@@ -1891,7 +1906,7 @@ def judged(
     if over is None or min(over.b.shape[1:]) < WINDOW_SIDE + 2 or not (seen := seen_windows(over)).any():
         return -1, 0.0, None
     rho, of_a, of_b = correlations(over, 1)
-    telling = torch.maximum(of_a[4], of_b) > FLAT
+    telling, drawn = torch.maximum(of_a[4], of_b) > FLAT, torch.minimum(of_a[4], of_b) > FLAT
     of_a, of_b = of_a / (of_a[4][seen].mean() + 1e-3), of_b / (of_b[seen].mean() + 1e-3)  # against the picture's own
     strong, weak = torch.maximum(of_a, of_b), torch.minimum(of_a, of_b)
     tells = seen & (strong[4] > 1) & telling
@@ -1899,7 +1914,10 @@ def judged(
     differs = tells & ((rho.flatten(0, 1).amax(0) < ALIKE) | faint) | paint_differs(
         over, seen, tells, TINT_INVERTED if hint.inverted else TINT
     )
-    kept = without_bands(over, seen, differs)
+    centres = np.stack(np.meshgrid(*(np.arange(n) * WINDOW_SIDE / 2 + WINDOW_SIDE / 2 for n in seen.shape[::-1])), 2)
+    in_b = torch.from_numpy(moved(over.to_b, centres.reshape(-1, 2)) / b.size).T.view(2, *seen.shape)
+    ends = next_to_sides(window_means(over.places)) & next_to_sides(in_b) if min(seen.shape) > 1 else ~seen
+    kept = without_bands(over, seen, differs, drawn, ends)
     differs &= kept
     agree, blocks = int((tells & kept & ~differs).sum()), blocks_of(differs)
     worst = len(blocks[0]) if blocks else 0
