@@ -2471,7 +2471,7 @@ class Index(NamedTuple):
     """A FAISS index over the features of the store, or over its points."""
 
     faiss: faiss.Index  # its ids are rows of the store; of points, they also hold where the point is
-    last: int  # the last row in the file; later ones are compared one by one
+    last: int  # the last row in it; later ones of the features are compared one by one
     shortlist: int = 0  # how many rows the codes choose for a search; 0: no codes, the index holds the features
     recall: float | None = None  # share of the true ten nearest in the shortlist, measured
     made_of: int = 0  # vectors in the store when it was made

@@ -344,7 +344,8 @@ def test_points_that_are_added_are_found_at_once_and_come_into_the_file_in_lots(
     written = file.read_bytes()
     draw(last).save(f"images/{last}.png")
     engine, _ = add(main.LATER - 1)
-    assert engine.copies.last == 5 and engine.copies.faiss.ntotal > 10 * main.LATER and file.read_bytes() == written
+    assert main.read_index(engine.store, main.LOCAL).last == 5 and file.read_bytes() == written
+    assert engine.copies.last == 5 + main.LATER and engine.copies.faiss.ntotal > 10 * main.LATER
     assert (voted(engine, last), voted(engine, 3)) == (digest_of(last), digest_of(3))
     in_one_go = main.build_index(main.point_blocks(engine.store, 0), faiss.index_factory(main.POINT_DIM, "IDMap,Flat"))
     beside, whole = (
@@ -369,7 +370,8 @@ def test_points_of_many_pictures_are_in_lists_and_what_is_added_is_found(opened,
         engine = opened(exact_bytes=1 << 28)
         assert "IVF" in type(main.read_index(engine.store, main.LOCAL).faiss).__name__
         assert [voted(engine, seed) for seed in (0, 9, n - 1)] == [digest_of(seed) for seed in (0, 9, n - 1)]
-        assert engine.copies.made_of <= engine.copies.faiss.ntotal and engine.copies.last == min(n, 26)
+        assert main.read_index(engine.store, main.LOCAL).last == min(n, 26) and engine.copies.last == n
+        assert engine.copies.made_of <= engine.copies.faiss.ntotal
 
 
 # ---- Without an update -----------------------------------------------------------------------------------------------
