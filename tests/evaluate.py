@@ -654,14 +654,14 @@ def duplicates(paths: list[Path], model: main.Model, count: int) -> None:
         engine = main.initialize_reverse_image_search(root, Path(name, "index"), model=model)
         pairs = [(Path(g.keep), Path(match.path)) for g in main.find_duplicates(engine) for match in g.matches]
     wrong = [(keep, other) for keep, other in pairs if keep.parent != other.parent]
-    right = {keep.parent: {keep.stem} for keep, _ in pairs}
+    groups = {keep: {keep.stem} for keep, _ in pairs}  # a picture may have two: not all copies show the same part
     for keep, other in set(pairs) - set(wrong):
-        right[keep.parent].add(other.stem)
+        groups[keep].add(other.stem)
     for keep, other in wrong:
         print(f"  wrong: {paths[int(keep.parent.name)]} and {paths[int(other.parent.name)]}, {other.stem}")
     print(f"\nduplicates: {len(pairs)} pairs, {len(wrong)} of them wrong; found:")
     for kind in COPIES:
-        found = sum({"original", kind} <= kinds for kinds in right.values())
+        found = sum({"original", kind} <= kinds for kinds in groups.values())
         print(f"{kind:11}{found / count:18.3f}")
 
 
