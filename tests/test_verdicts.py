@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from drawings import (
     bar_code,
@@ -93,6 +94,28 @@ DIFFERENT: dict[str, Callable[[], tuple[Image.Image, Image.Image]]] = {  # varia
 def test_what_differs_in_a_part_is_a_variant(kind):
     found = verdict(*VARIANTS[kind]())
     assert found and found.label == "variant" and found.differs > 0.01 and found.boxes[1]
+
+
+def lines_at_the_edges(seed: int) -> Image.Image:
+    """A photograph with lines of large letters along its upper and its lower edge, from side to side."""
+    random, image = np.random.default_rng(seed), photo(3, (400, 500))
+    canvas = ImageDraw.Draw(image)
+    for top in (0, 448):
+        for x in range(4, 390, 28):
+            for _ in range(7):
+                (x0, x1), (y0, y1) = random.integers(x, x + 26, 2), random.integers(top, top + 52, 2)
+                canvas.line((x0, y0, x1, y1), fill="black", width=13)
+                canvas.line((x0, y0, x1, y1), fill="white", width=7)
+    return image
+
+
+def test_lines_of_text_along_an_edge_are_a_difference_and_no_bar(monkeypatch):
+    pair = lines_at_the_edges(1), lines_at_the_edges(2)
+    found = verdict(*pair)
+    assert found is None or found.label == "variant"
+    monkeypatch.setattr(main, "DRAWN", 1.1)
+    found = main.compare.__wrapped__(*map(main.Shown.of, pair))  # that remembers nothing
+    assert found and found.label == "copy" and found.covers[0] < 0.9
 
 
 @pytest.mark.parametrize("kind", DIFFERENT)
