@@ -1455,9 +1455,7 @@ class Verdict(NamedTuple):
     covers: tuple[float, float]  # share of the area of the first, and of the second picture, that both show
     differs: float  # share of what both show in which they differ
     details: int  # windows that agree
-    boxes: tuple[
-        list[Any], list[Any]
-    ]  # around these parts: left, top, right, bottom in pixels of the first, the second
+    boxes: tuple[list[Any], list[Any]]  # around these parts: left, top, right, bottom in pixels of each of the two
 
     def reversed(self) -> Verdict:
         """The same, with the pictures in the other order."""
@@ -2244,6 +2242,10 @@ class Store:
         vectors = np.frombuffer(bytearray().join(row[2] for row in found), np.float16).reshape(-1, self.dim)
         return np.array([row[0] for row in found], np.int64), [row[1] for row in found], vectors
 
+    def rows_of(self, digests: Iterable[bytes]) -> list[int]:
+        """The rows of the features of those contents that have any."""
+        return [row for it in digests if (row := self.value("SELECT row FROM features WHERE digest = ?", it))]
+
     def features_of(self, rows: Iterable[int]) -> tuple[np.ndarray, list[bytes], np.ndarray]:
         """Those of `rows` that are still there, by row, as `features` gives them."""
         among = json.dumps(sorted(map(int, rows)))
@@ -2972,10 +2974,7 @@ def verified(engine: Engine, query: Picture, near: list[Found], by_vote: dict[by
             list(threads.map(look, ten))
             if not verdicts.keys() & set(ten):
                 break
-    missing = [digest for digest in verdicts if digest not in paths]
-    rows = [
-        row for digest in missing if (row := engine.store.value("SELECT row FROM features WHERE digest = ?", digest))
-    ]
+    rows = engine.store.rows_of(digest for digest in verdicts if digest not in paths)
     further = [
         it._replace(path=path)
         for it in exact_scores(engine.store, query.made.features, rows)
@@ -3136,6 +3135,7 @@ JUDGEMENT = 1  # version of the verdicts that are stored; raise it when `compare
 
 WAITS = "waits"  # stored in place of a Pair: two contents that could not be compared, or need not be yet
 
+Key = tuple[bytes, bytes]  # two contents, the smaller hash first
 Pairs = Iterator[tuple[bytes, bytes, Match]]  # keep, other, and the Match of the other, still without a path
 Tell = Callable[[str, str, str], None]  # see `find_duplicates`
 
@@ -3283,8 +3283,7 @@ def candidate_pairs(engine: Engine, first: int) -> Iterator[tuple[bytes, bytes, 
             bar.update()
     bar.close()
     if few:
-        rows = [store.value("SELECT row FROM features WHERE digest = ?", digest) for digest in few]
-        _, names, vectors = store.features_of(row for row in rows if row)
+        _, names, vectors = store.features_of(store.rows_of(few))
         D, I = nearest(to_float32(vectors), CANDIDATES, store.blocks())
         by_row = dict(store.db.execute("SELECT row, digest FROM features"))
         for name, scores, near in zip(names, D.tolist(), I.tolist()):
@@ -3293,7 +3292,7 @@ def candidate_pairs(engine: Engine, first: int) -> Iterator[tuple[bytes, bytes, 
                     yield name, by_row[row], None
 
 
-def in_both_directions(key: tuple[bytes, bytes], pair: Pair) -> Pairs:
+def in_both_directions(key: Key, pair: Pair) -> Pairs:
     """A pair of contents, with the second as the one to keep, then with the first."""
     for n, (keep, gone) in enumerate((key[::-1], key)):
         region = Region(*pair.regions[1 - n])  # it leads from the file to keep to the other
@@ -3301,14 +3300,11 @@ def in_both_directions(key: tuple[bytes, bytes], pair: Pair) -> Pairs:
         yield keep, gone, Match(0, "", 0.0, False, pair.label, pair.relations[n], region, words)
 
 
-def pairs_by_comparison(engine: Engine, labels: Sequence[str], tell: Tell | None = None) -> Pairs:
-    """Each two contents of the collection with one of these labels, twice: either one may be the one to keep.
-
-    What was found of two contents is stored, so that a second run compares only what is new, and what still waits.
-    """
+def known_and_found(engine: Engine) -> tuple[dict[Key, Any], dict[Key, tuple[bytes, bytes, Vote | None]]]:
+    """Each two contents that were compared, with what is stored of them; and each two that are to be compared."""
     store = engine.store
     known, last = store.verdicts(JUDGEMENT), min(engine.copies.last, store.last_row("points"))
-    found: dict[tuple[bytes, bytes], tuple[bytes, bytes, Vote | None]] = {
+    found: dict[Key, tuple[bytes, bytes, Vote | None]] = {
         key: (*key, None) for key, pair in known.items() if pair == WAITS
     }
     known = {key: pair for key, pair in known.items() if pair != WAITS}
@@ -3318,13 +3314,22 @@ def pairs_by_comparison(engine: Engine, labels: Sequence[str], tell: Tell | None
             found[key] = one, other, vote
     # Noted at once: if this is stopped, nothing is looked up again
     store.save_verdicts(((*key, WAITS) for key in found), last)
+    return known, found
+
+
+def pairs_by_comparison(engine: Engine, labels: Sequence[str], tell: Tell | None = None) -> Pairs:
+    """Each two contents of the collection with one of these labels, twice: either one may be the one to keep.
+
+    What was found of two contents is stored, so that a second run compares only what is new, and what still waits.
+    """
+    store, (known, found) = engine.store, known_and_found(engine)
     contents = {it for key in (*found, *(key for key, pair in known.items() if pair)) for it in key}
     files = {digest: paths[0] for digest in contents if (paths := different_files(engine, digest))}
     size = {digest: (-os.path.getsize(path), path) for digest, path in files.items() if os.path.exists(path)}
     # Which contents can go if another one stays. Two that can go with the same one need not be compared
     goes_with: dict[bytes, set[bytes]] = {digest: set() for digest in contents}
 
-    def look(key: tuple[bytes, bytes]) -> tuple[tuple[bytes, bytes], Pair | str | None]:
+    def look(key: Key) -> tuple[Key, Pair | str | None]:
         torch.set_num_threads(1)
         one, other, vote = found[key]
         try:
@@ -3335,7 +3340,7 @@ def pairs_by_comparison(engine: Engine, labels: Sequence[str], tell: Tell | None
             pair = Pair(pair.label, pair.relations[::-1], pair.regions[::-1], pair.lost[::-1])
         return key, pair
 
-    def note(key: tuple[bytes, bytes], pair: Any) -> None:
+    def note(key: Key, pair: Any) -> None:
         known[key] = pair
         for gone, keep, lost in zip(key, key[::-1], pair[3] if pair else ()):
             if not lost and keep in size:
@@ -3378,8 +3383,7 @@ def keeping_order(path: str, lets_go: int) -> tuple[Any, ...]:
 
 def scored(engine: Engine, keep: bytes, others: Iterable[bytes]) -> dict[bytes, float]:
     """The cosine similarity of the features of a content to those of others."""
-    rows = [engine.store.value("SELECT row FROM features WHERE digest = ?", it) for it in (keep, *others)]
-    _, digests, vectors = engine.store.features_of(row for row in rows if row)
+    _, digests, vectors = engine.store.features_of(engine.store.rows_of((keep, *others)))
     xb = to_float32(vectors)
     return dict(zip(digests, (xb @ xb[digests.index(keep)]).clip(-1, 1).tolist())) if keep in digests else {}
 
@@ -3440,9 +3444,8 @@ def find_duplicates(engine: Engine, threshold: float | str = "copy", found: Tell
             labels = LABELS[LABELS.index(threshold) :] if is_label else ()
             by_label = pairs_by_comparison(engine, labels, found)
             ordered = by_label if is_label else pairs_by_score(engine, float(threshold))
-            for keep, other, match in sorted(
-                ordered, key=lambda pair: pair[2].score
-            ):  # where a pair comes twice, its higher score stays
+            # Where a pair comes twice, its higher score stays
+            for keep, other, match in sorted(ordered, key=lambda pair: pair[2].score):
                 pairs.setdefault(keep, {})[other] = match
         yield from grouped(engine, pairs)
 
@@ -3692,9 +3695,8 @@ def verdict(found: Answer | Group) -> str:
 def remark_on(match: Match) -> str:
     """What is said of a match: its label, how much of it the query shows, and the edit that was undone."""
     covers = f"covers {100 * match.region.covers:.0f} %" if match.region else ""
-    differs = (
-        f"differs {max(1, round(100 * match.region.differing))} %" if match.label == LABELS[0] and match.region else ""
-    )
+    is_variant = match.region and match.label == LABELS[0]
+    differs = f"differs {max(1, round(100 * match.region.differing))} %" if match.region and is_variant else ""
     lost = f"lost with it: {match.lost}" if match.lost else ""
     damaged = "truncated" if match.truncated else ""
     return ", ".join(filter(None, (match.label, differs, covers, match.view, damaged, lost)))
@@ -5267,13 +5269,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--exclude", action="append", default=[], metavar="PATTERN", help="leave out paths that match; may be repeated")
     add("--index-dir", default=INDEX_DIR, metavar="DIR", help="the cache (default: %(default)s/)")
     add("-k", "--top", type=int, default=TOP, metavar="N", help="matches per query (default: %(default)s)")
-    add(
-        "--threshold",
-        type=score_or_label,
-        default=-1.0,
-        metavar="S",
-        help="least cosine, or label: variant, copy, identical",
-    )
+    least = "least cosine, or label: variant, copy, identical"
+    add("--threshold", type=score_or_label, default=-1.0, metavar="S", help=least)
     add("--crop", type=crop_box, metavar="L,T,R,B", help="a part of the query: its sides, in pixels or as shares")
     add("--model", metavar="NAME", help=f"{MODEL} (default), any torchvision classification model, timm:NAME, offline")
     add("--weights", metavar="NAME|FILE", help=f"torchvision weights (default: {WEIGHTS}) or a local file")
