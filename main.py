@@ -3126,10 +3126,7 @@ WHOLE = 0.95  # share of a picture's area from which on it counts as all of it
 ALL_SHOWN, AS_LARGE = 0.98, 0.95  # least share that the file to keep shows, and of its resolution, if nothing is lost
 NOT_COMPARED = "it cannot be read now, or has changed meanwhile"
 LARGEST_LOST, FULL_SIDE = 2, 6000  # as LARGEST and CLOSE, where a file may be deleted
-BESIDE, EDGE = (
-    6,
-    8,
-)  # pixels between lines along the side of a part; levels of 255 by which an edge exceeds what is usual
+BESIDE, EDGE = 6, 8  # pixels between lines along a part's side; levels of 255 by which an edge exceeds the usual
 MOST_COMMON = 0.995  # least share of what both pictures show that is no band along an edge which differs, likewise
 JUDGEMENT = 1  # version of the verdicts that are stored; raise it when `compare` or `examined` find something else
 

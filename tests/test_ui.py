@@ -167,6 +167,18 @@ def test_query_and_match_are_laid_over_one_another(width, scheme, found):
     found.until(lambda: not found.all(".compare[open]"))
 
 
+@pytest.mark.parametrize("pointer", ["mouse", "touch"])
+def test_the_line_between_two_pictures_follows_the_pointer(pointer, found):
+    found.one(".copy .compare summary").click()
+    drag(found, ".compare[open] .frame", pointer, (0.2, 0.5), (0.5, 0.4), (0.75, 0.5))
+    frame, line = found.box(".compare[open] .frame"), found.box(".compare[open] .edge")
+    assert line["x"] == pytest.approx(frame["x"] + 0.75 * frame["width"], abs=3)
+    assert float(found.one(".compare[open] [type=range]").get_attribute("value")) == pytest.approx(75, abs=1)
+    drag(found, ".compare[open] .frame", pointer, (0.1, 0.5))  # a press alone moves it, too
+    assert found.box(".compare[open] .edge")["x"] == pytest.approx(frame["x"] + 0.1 * frame["width"], abs=3)
+    assert found.text("h1") == "edited.jpg" and not part_of(found)
+
+
 def test_of_a_variant_what_differs_is_outlined_where_they_are_compared(tab):
     tab.give("altered.png")
     tab.until(lambda: "no copy found, 1 variant" in tab.text("header"))
