@@ -1401,6 +1401,13 @@ def unpack_where(where: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return (x + 0.5) + 1j * (y + 0.5), frames, dark.astype(bool)
 
 
+def unpack_points(stored: bytes) -> Points:
+    """What `pack_points` has packed, nearly: places, directions and descriptors lose some digits."""
+    where, xb = unpack_codes(stored)
+    places, frames, dark = unpack_where(where)
+    return Points(places.astype(np.complex64), frames.astype(np.complex64), dark, xb)
+
+
 # ---- Verdicts --------------------------------------------------------------------------------------------------------
 #
 # query ─ points ─ index of points ─ votes ─ hints (which picture, by which transform)          section "Search"
@@ -1417,9 +1424,11 @@ PROPOSALS = 5  # of the proposed transforms, so many are fitted: those that most
 SPOT = 6.0  # pixels: points that are nearer to each other count as one
 PLAIN = 10  # points that agree in a picture that is surely the one: a query need not be described in further sizes
 FEWEST = 5  # points that agree, at least, in a transform (of unrelated photographs, 2 to 3 do)
+MANY = 100  # matched pairs of points up to which `agree_at_all` looks; more are worth a fit
 TRIED = 3  # transforms that are compared closely, at most
 THUMB, ROUGH, CLOSE = 32, 96, 384  # pixels of the longer side: to compare roughly, less roughly, and closely
 ALIKE_THUMBS, ALIKE_ROUGHLY = 0.6, 0.35  # least correlation for a transform to be looked at more closely
+ALIKE_FITTED = 0.55  # likewise, once it is fitted roughly: 0.65 and more of edited copies
 WORSE = 0.15  # a transform whose correlation is less than the best one's by more is not the right one
 WINDOW_SIDE = 10  # pixels of a window; from one to the next it is half of them
 FLAT = 6.0  # of 255: windows with a smaller deviation show nothing that could be compared
@@ -1531,15 +1540,37 @@ def fit(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.ndarr
     return min(len(np.unique(z[agrees].real // SPOT + 4096 * (z[agrees].imag // SPOT))) for z in (q, m)), H
 
 
+def agreeing(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> np.ndarray:
+    """Whether matched pairs of points agree with what other ones propose, bool.
+
+    Each of both is places q, places m, and the ratio of their frames, complex. A pair proposes a move, and with the
+    ratio a turn and a scale.
+    """
+    (q, m, ratio), (q2, m2, ratio2) = one, other
+    shift, scale = ratio * (q2 - q), np.abs(ratio)
+    agree = np.abs(m + shift - m2) < TOLERANCE + DRIFT * np.abs(shift)
+    return agree & (np.abs(np.log2(np.abs(ratio2) / scale)) < 1) & (scale >= SCALES[0]) & (scale <= SCALES[1])
+
+
+def agree_at_all(q: np.ndarray, m: np.ndarray, ratio: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """In which groups of matched pairs FEWEST agree with one of them, bool (groups,). `sizes`: how many pairs each has,
+    one group after the other. Most hold nothing, and to look at all at once is quicker than a fit for each.
+    """
+    found, starts = np.ones(len(sizes), bool), np.cumsum(sizes) - sizes
+    for size in np.unique(sizes[sizes <= MANY]):
+        these = np.flatnonzero(sizes == size)
+        pairs = [it[starts[these, None] + np.arange(size)] for it in (q, m, ratio)]  # (these groups, size)
+        agree = agreeing([it[..., None] for it in pairs], [it[:, None] for it in pairs])
+        found[these] = (agree.sum(2) >= FEWEST).any(1)
+    return found
+
+
 def fits(q: np.ndarray, m: np.ndarray, ratio: np.ndarray, count: int = PROPOSALS) -> list[tuple[int, np.ndarray]]:
     """The best `count` transforms from places q to m, complex (n,), each with its number of agreeing spots: see `fit`.
 
-    Each matched pair proposes a move, and with `ratio`, complex (n,), a turn and a scale. Nothing is random.
+    Each pair proposes one, see `agreeing`. Nothing is random.
     """
-    shift, scale = ratio[:, None] * (q - q[:, None]), np.abs(ratio)  # (proposals, pairs)
-    agree = np.abs(m[:, None] + shift - m) < TOLERANCE + DRIFT * np.abs(shift)
-    agree &= np.abs(np.log2(scale / scale[:, None])) < 1
-    agree[(scale < SCALES[0]) | (scale > SCALES[1])] = False
+    agree = agreeing((q[:, None], m[:, None], ratio[:, None]), (q, m, ratio))  # (proposals, pairs)
     likely = np.argsort(-agree.sum(1), kind="stable")[:count]
     return [found for one in likely if (found := fit(q, m, agree[one]))[0] >= FEWEST]
 
@@ -1698,9 +1729,11 @@ def correlations(
     a, b = over.light
     (h, w), n = b.shape, 2 * reach + 1
     framed = torch.nn.functional.pad(a[None, None], (reach,) * 4, mode="replicate")[0, 0]
-    moved_a = (framed[y : y + h, x : x + w] for y, x in itertools.product(range(n), repeat=2))  # all at once: gigabytes
-    found = [window_means(torch.stack([it, it * it, it * b]), window) for it in moved_a]
-    means, squares, products = torch.stack(found, 1)
+    moved_a = framed.unfold(0, h, 1).unfold(1, w, 1)  # (n, n, h, w), not copied
+    at_once = n if h * w < CLOSE**2 else 1  # of large pictures, all at once would take gigabytes
+    some = [it for row in moved_a for it in row.split(at_once)]
+    found = [window_means(torch.cat([it, it * it, it * b]), window).unflatten(0, (3, -1)) for it in some]
+    means, squares, products = torch.cat(found, 1)
     b_mean, b_square = window_means(torch.stack([b, b * b]), window)
     of_a, of_b = (squares - means * means).clamp(min=0).sqrt(), (b_square - b_mean * b_mean).clamp(min=0).sqrt()
     rho = (products - means * b_mean) / (of_a * of_b).clamp(min=1)
@@ -1942,9 +1975,12 @@ def judged(
     return agree - worst, share, Verdict(label, hint, (min(1.0, covers[0]), min(1.0, covers[1])), off, agree, boxes)
 
 
-def exact(hint: Hint, a: Shown, b: Shown) -> Hint:
-    """The hint, its transform exact to a pixel of the frame on which two pictures are compared."""
-    return refined(refined(hint, a, b, CLOSE // 3, 3, 16, 3), a, b, CLOSE, 1, WINDOW_SIDE, 2)
+def exact(hint: Hint, a: Shown, b: Shown) -> Iterator[Hint]:
+    """The hint, its transform exact to a pixel of the frame on which two pictures are compared; none if, once it is
+    fitted roughly, the pictures are still not alike."""
+    hint = refined(hint, a, b, CLOSE // 3, 3, 16, 3)
+    if roughly_alike(hint, a, b) > ALIKE_FITTED:
+        yield refined(hint, a, b, CLOSE, 1, WINDOW_SIDE, 2)
 
 
 def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
@@ -1980,9 +2016,9 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
             if alike < max(ALIKE_ROUGHLY, most_alike - WORSE):
                 break
             most_alike = max(alike, most_alike)
-            fitted = exact(hint, a, b)
             # Where edges run in few directions, a fit may slide along them: the best one is also judged as it was
-            for closely in (fitted,) if number else (fitted, hint):
+            as_it_was = [hint] if not number and alike > ALIKE_FITTED else []
+            for closely in itertools.chain(exact(hint, a, b), as_it_was):
                 good, share, verdict = judged(closely, a, b)
                 if verdict and (rank := (verdict.label == "copy", good)) > best:
                     best, found, sure = rank, verdict, share > CERTAIN
@@ -2463,7 +2499,8 @@ POINT_BLOCK = 512  # pictures whose points are added to their index at once
 FEW_POINTS = 20_000  # fewer points than this are all compared
 LIST_POINTS, TRAINING = 1200, 40  # points in a list of the index; points for each list that it is trained on
 ONE_THREAD = 200_000  # fewer points than this are trained on by one thread
-LISTS, NEIGHBOURS = 4, 4  # lists that are looked at for each point of a query; points that are taken from them
+LISTS = 4  # lists of the index that are looked at for each point of a query
+NEIGHBOURS, MORE_NEIGHBOURS = 4, 16  # points that are taken from them; if those do not tell, or point to many pictures
 LATER = 128  # pictures that are not in the file yet, at most: they are compared one by one
 POINT_BYTES = WHERE_BYTES + CODE_BYTES  # of a stored point
 GPU_RESERVE = 3 << 30  # bytes left to the model and to FAISS's own work
@@ -2889,32 +2926,43 @@ def hints_by_vote(vote: Vote | None, a: Shown, b: Shown) -> list[Hint]:
     return [Hint(vote.points, to_pixels(vote.H, a.size, b.size, vote.mirrored), vote.inverted)] if vote else []
 
 
-def votes(index: Index, points: Points, neighbours: int = NEIGHBOURS) -> list[Vote]:
-    """The pictures on which FEWEST points or more agree, those with most points first.
+def nearest_points(index: Index, pictures: Sequence[Points], k: int) -> np.ndarray:
+    """Ids of the k points of the index nearest to each of the n points of the pictures, and then of these pictures
+    mirrored, int64 (2, n, k), see `Index`; -1: none. Of many pictures at once, each takes half the time."""
+    mirrored = (it.mirrored() for it in pictures)
+    xq = np.concatenate([it.descriptors for it in (*pictures, *mirrored)])
+    if not (len(xq) and index.faiss.ntotal):
+        return np.full((2, len(xq) // 2, k), -1)
+    return index.faiss.search(xq, k)[1].reshape(2, -1, k)
 
-    Each point, and each point of the mirrored picture, votes for the pictures of its nearest neighbours in the index.
-    The votes for a picture count if one transform explains them.
+
+def votes(pictures: Sequence[Points], ids: np.ndarray) -> list[list[Vote]]:
+    """For each of the pictures, those on which FEWEST points or more agree, with most points first.
+
+    Each point, and each point of the mirrored picture, votes for the pictures of its neighbours, `ids` as
+    `nearest_points` finds them. The votes for a picture count if one transform explains them.
     """
-    found = dict[int, Vote]()
-    for mirrored in (False, True):
-        seen = points.mirrored() if mirrored else points
-        if not (len(seen.places) and index.faiss.ntotal):
-            continue
-        ids = index.faiss.search(seen.descriptors, neighbours)[1]
-        voter, ids = np.repeat(np.arange(len(ids)), ids.shape[1]), ids.ravel()
-        voter, ids = voter[ids >= 0], ids[ids >= 0]
-        group = (ids >> WHERE_BITS) * 2 + (seen.dark[voter] != (ids & 1))  # a picture, and whether it is a negative
-        _, inverse, counts = np.unique(group, return_inverse=True, return_counts=True)
-        order = np.argsort(inverse, kind="stable")
-        order = order[counts[inverse[order]] >= FEWEST]
-        for pairs in np.split(order, np.flatnonzero(np.diff(group[order])) + 1) if len(order) else []:
-            places, frames, _ = unpack_where(ids[pairs])
-            q = voter[pairs]
-            for count, H in fits(seen.places[q], places, frames / seen.frames[q], 2):
-                row, inverted = divmod(int(group[pairs[0]]), 2)
-                if row not in found or count > found[row].points:
-                    found[row] = Vote(row, count, H, mirrored, bool(inverted))
-    return sorted(found.values(), key=lambda vote: (-vote.points, vote.row))
+    found = [dict[int, Vote]() for _ in pictures]
+    numbers = np.repeat(np.arange(len(pictures)), [len(it.places) for it in pictures])
+    for mirrored, near in zip((False, True), ids):
+        seen = Points(*map(np.concatenate, zip(*(it.mirrored() if mirrored else it for it in pictures))))
+        voter, id_ = np.nonzero(near >= 0)[0], near[near >= 0]
+        # One group for each of the pictures, each picture in which a point was found, and whether that is a negative
+        key = ((id_ >> WHERE_BITS) * len(pictures) + numbers[voter]) * 2 + (seen.dark[voter] != (id_ & 1))
+        _, group, sizes = np.unique(key, return_inverse=True, return_counts=True)
+        order = np.argsort(group, kind="stable")
+        order = order[sizes[group[order]] >= FEWEST]
+        voter, id_, sizes = voter[order], id_[order], sizes[sizes >= FEWEST]
+        places, frames, dark = unpack_where(id_)
+        q, m, ratio = seen.places[voter], places, frames / seen.frames[voter]
+        starts, ends = np.cumsum(sizes) - sizes, np.cumsum(sizes)
+        for number in np.flatnonzero(agree_at_all(q, m, ratio, sizes)):
+            start, end = starts[number], ends[number]
+            for points, H in fits(q[start:end], m[start:end], ratio[start:end], 2):
+                row, best = int(id_[start] >> WHERE_BITS), found[numbers[voter[start]]]
+                if row not in best or points > best[row].points:
+                    best[row] = Vote(row, points, H, mirrored, bool(seen.dark[voter[start]] != dark[start]))
+    return [sorted(it.values(), key=lambda vote: (-vote.points, vote.row)) for it in found]
 
 
 @lru_cache(maxsize=64)  # many queries share candidates
@@ -2929,11 +2977,16 @@ def read_shown(path: str, digest: bytes) -> Shown:
 def voted(engine: Engine, query: Picture) -> dict[bytes, Vote]:
     """The contents in which points of the query were found again, those with most points first."""
     shown, found = query.made.shown, list[Vote]()
-    for neighbours, sizes in itertools.product((NEIGHBOURS, 4 * NEIGHBOURS), ("points", "points_between")):
-        while len(some := votes(engine.copies, getattr(shown, sizes), neighbours)) > 2 * neighbours:
-            neighbours *= 4  # many pictures may crowd out others
+    for sizes in ("points", "points_between"):
+        points, k = [getattr(shown, sizes)], MORE_NEIGHBOURS
+        ids = nearest_points(engine.copies, points, k)
+        (some,) = votes(points, ids[..., :NEIGHBOURS])
+        if len(some) > 2 * NEIGHBOURS or not (some and some[0].points >= PLAIN):
+            while len(some := votes(points, ids)[0]) > 2 * k:  # many pictures may crowd out others
+                k *= 4
+                ids = nearest_points(engine.copies, points, k)
         found = sorted([*found, *some], key=lambda vote: -vote.points)
-        if found[0].points >= PLAIN if found else sizes == "points_between":  # the one is found, or nothing agrees
+        if found and found[0].points >= PLAIN:  # the one is found
             break
     rows = json.dumps([vote.row for vote in found])
     known = dict(engine.store.db.execute(
@@ -3124,11 +3177,12 @@ def representatives(engine: Engine, count: int) -> list[tuple[int, list[Match]]]
 PAIRED = 100  # contents that `pairs_by_score` compares with each content, at most
 WHOLE = 0.95  # share of a picture's area from which on it counts as all of it
 ALL_SHOWN, AS_LARGE = 0.98, 0.95  # least share that the file to keep shows, and of its resolution, if nothing is lost
+LOOKED_UP = 64  # pictures whose points are looked up at once
 NOT_COMPARED = "it cannot be read now, or has changed meanwhile"
 LARGEST_LOST, FULL_SIDE = 2, 6000  # as LARGEST and CLOSE, where a file may be deleted
 BESIDE, EDGE = 6, 8  # pixels between lines along a part's side; levels of 255 by which an edge exceeds the usual
 MOST_COMMON = 0.995  # least share of what both pictures show that is no band along an edge which differs, likewise
-JUDGEMENT = 1  # version of the verdicts that are stored; raise it when `compare` or `examined` find something else
+JUDGEMENT = 2  # version of the verdicts that are stored; raise it when `compare` or `examined` find something else
 
 WAITS = "waits"  # stored in place of a Pair: two contents that could not be compared, or need not be yet
 
@@ -3263,22 +3317,27 @@ def candidate_pairs(engine: Engine, first: int) -> Iterator[tuple[bytes, bytes, 
     store, few = engine.store, list[bytes]()
     # Of files that are gone as well: when they are back, their pairs are known
     digests = dict(store.db.execute("SELECT row, digest FROM points WHERE digest IN (SELECT digest FROM files)"))
-    bar = progress_bar(total=sum(row > first for row in digests), desc="looking up", unit="img")
-    while found := store.points_after(first, POINT_BLOCK):
-        first = found[-1][0]
-        for row, stored in found:
-            if row not in digests:
-                continue
-            where, xb = unpack_codes(stored)
-            places, frames, dark = unpack_where(where)
-            points = Points(places.astype(np.complex64), frames.astype(np.complex64), dark, xb)
-            if len(where) < FEW_DETAILS:
-                few.append(digests[row])
-            for vote in votes(engine.copies, points):
-                if vote.row in digests and vote.row != row:
-                    yield digests[row], digests[vote.row], vote
-            bar.update()
-    bar.close()
+
+    def blocks() -> Iterator[list[tuple[int, bytes]]]:
+        last = first
+        while found := store.points_after(last, LOOKED_UP):
+            last = found[-1][0]
+            yield [(row, stored) for row, stored in found if row in digests]
+
+    def look_up(block: list[tuple[int, bytes]]) -> list[tuple[int, int, list[Vote]]]:  # row, number of points, votes
+        faiss.omp_set_num_threads(1)  # of this thread
+        unpacked = [unpack_points(stored) for _, stored in block]
+        found = votes(unpacked, nearest_points(engine.copies, unpacked, NEIGHBOURS)) if block else []
+        return [(row, len(it.places), of_row) for (row, _), it, of_row in zip(block, unpacked, found)]
+
+    with progress_bar(total=sum(row > first for row in digests), desc="looking up", unit="img") as bar:
+        for block in read_ahead(look_up, blocks(), usable_cores(), usable_cores()):
+            for row, points, found in block:
+                few += [digests[row]] if points < FEW_DETAILS else []
+                for vote in found:
+                    if vote.row in digests and vote.row != row:
+                        yield digests[row], digests[vote.row], vote
+            bar.update(len(block))
     if few:
         _, names, vectors = store.features_of(store.rows_of(few))
         D, I = nearest(to_float32(vectors), CANDIDATES, store.blocks())

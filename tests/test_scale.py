@@ -317,10 +317,14 @@ def test_damage_in_a_large_collection_is_never_answered_from_and_costs_only_what
 # ---- The index of points ---------------------------------------------------------------------------------------------
 
 
+def votes(index: main.Index, picture: Image.Image) -> list[main.Vote]:
+    points = [main.find_points(picture)]
+    return main.votes(points, main.nearest_points(index, points, main.NEIGHBOURS))[0]
+
+
 def voted(engine: main.Engine, seed: int) -> bytes:
     """The content for which a mirrored picture gets most votes."""
-    points = main.find_points(draw(seed).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
-    best = main.votes(engine.copies, points)[0]
+    best = votes(engine.copies, draw(seed).transpose(Image.Transpose.FLIP_LEFT_RIGHT))[0]
     return engine.store.value("SELECT digest FROM points WHERE row = ?", best.row)
 
 
@@ -348,10 +352,7 @@ def test_points_that_are_added_are_found_at_once_and_come_into_the_file_in_lots(
     assert engine.copies.last == 5 + main.LATER and engine.copies.faiss.ntotal > 10 * main.LATER
     assert (voted(engine, last), voted(engine, 3)) == (digest_of(last), digest_of(3))
     in_one_go = main.build_index(main.point_blocks(engine.store, 0), faiss.index_factory(main.POINT_DIM, "IDMap,Flat"))
-    beside, whole = (
-        [vote[:2] for vote in main.votes(it, main.find_points(draw(last)))]
-        for it in (engine.copies, main.Index(in_one_go, 0))
-    )
+    beside, whole = ([vote[:2] for vote in votes(it, draw(last))] for it in (engine.copies, main.Index(in_one_go, 0)))
     assert beside == whole
     again = opened(exact_bytes=1 << 28, update=False)
     assert voted(again, last) == digest_of(last)
