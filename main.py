@@ -635,7 +635,7 @@ def usable_cores() -> int:
 
 def read_ahead(read: Callable[[Any], Any], files: Iterable[Any], workers: int, ahead: int) -> Iterator[Any]:
     """`read(file)` for each file, in order, computed by `workers` threads. At most `ahead` results wait."""
-    threads = ThreadPoolExecutor(workers)
+    threads = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     results = (threads.submit(read, file) for file in files)
     try:
         pending = deque(itertools.islice(results, ahead))
@@ -1248,8 +1248,10 @@ def find_blobs(canvas: torch.Tensor, boxes: torch.Tensor, counts: torch.Tensor, 
     fine = smooth(smooth(smooth(canvas)))  # 16³ times as bright, and smaller by 3 on each side
     D = torch.nn.functional.pad(smooth(fine, 2).sub_(fine[2:-2, 2:-2], alpha=16), (5, 5, 5, 5))
     strength = D.abs()
-    rows = torch.maximum(torch.maximum(strength[:-2], strength[1:-1]), strength[2:])  # max_pool2d takes 5 times as long
-    around = torch.maximum(torch.maximum(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
+    rows = torch.maximum(strength[:-2], strength[1:-1])  # max_pool2d takes 5 times as long
+    torch.maximum(rows, strength[2:], out=rows)
+    around = torch.maximum(rows[:, :-2], rows[:, 1:-1])
+    torch.maximum(around, rows[:, 2:], out=around)
     y, x = ((strength[1:-1, 1:-1] == around) & (around > CONTRAST * 16**4)).nonzero().T + 1
     levels = torch.zeros(canvas.shape, dtype=torch.uint8)  # the number of the level + 1 where a window fits, else 0
     for number, (left, top, w, h, *_) in enumerate(boxes.long().tolist(), start=1):
@@ -1355,12 +1357,18 @@ def find_points(image: Image.Image, finer: int = 0, between: bool = False) -> Po
 
 
 @cache
-def code_rotation() -> np.ndarray:
+def code_rotation() -> torch.Tensor:
     """A Hadamard matrix of length 1, (POINT_DIM, POINT_DIM): it spreads a descriptor evenly over all values."""
-    matrix = np.ones((1, 1), np.float32)
+    matrix = torch.ones(1, 1)
     while len(matrix) < POINT_DIM:
-        matrix = np.kron(matrix, np.array([[1, 1], [1, -1]], np.float32)) / np.float32(2**0.5)
+        matrix = torch.kron(matrix, torch.tensor([[1.0, 1.0], [1.0, -1.0]])) / 2**0.5
     return matrix
+
+
+def turned_for_code(descriptors: np.ndarray) -> np.ndarray:
+    """The descriptors (n, POINT_DIM) times `code_rotation`, which is its own inverse. NumPy's own product has a thread
+    for each core in each thread of ours: with two that read pictures, it halved their speed."""
+    return (torch.from_numpy(descriptors) @ code_rotation()).numpy()
 
 
 def pack_points(points: Points) -> bytes:
@@ -1374,7 +1382,7 @@ def pack_points(points: Points) -> bytes:
     level = (2 * np.log2(np.abs(points.frames))).round().astype(np.int64).clip(0, (1 << LEVEL_BITS) - 1)
     angle = (np.angle(points.frames) * (ANGLES / (2 * math.pi))).round().astype(np.int64) % ANGLES
     where = (((x << PLACE_BITS | y) << LEVEL_BITS | level) << ANGLE_BITS | angle) << 1 | points.dark
-    turned = points.descriptors @ code_rotation()
+    turned = turned_for_code(points.descriptors)
     turned /= turned.std(1, keepdims=True) * CODE_STEP
     values = (np.floor(turned) + 2).clip(0, 3).astype(np.uint8).reshape(len(place), CODE_BYTES, 4)
     codes = (values << np.array([0, 2, 4, 6], np.uint8)).sum(2, dtype=np.uint8)
@@ -1387,7 +1395,7 @@ def unpack_codes(stored: bytes) -> tuple[np.ndarray, np.ndarray]:
     where = np.zeros((len(rows), 8), np.uint8)
     where[:, :WHERE_BYTES] = rows[:, :WHERE_BYTES]
     values = rows[:, WHERE_BYTES:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3
-    xb = np.array(CODE_VALUES, np.float32)[values].reshape(-1, POINT_DIM) @ code_rotation()  # it is its own inverse
+    xb = turned_for_code(np.array(CODE_VALUES, np.float32)[values].reshape(-1, POINT_DIM))
     return where.view("<i8")[:, 0].astype(np.int64), xb / np.linalg.norm(xb, axis=1, keepdims=True)
 
 
@@ -1425,7 +1433,7 @@ SPOT = 6.0  # pixels: points that are nearer to each other count as one
 PLAIN = 10  # points that agree in a picture that is surely the one: a query need not be described in further sizes
 FEWEST = 5  # points that agree, at least, in a transform (of unrelated photographs, 2 to 3 do)
 MANY = 100  # matched pairs of points up to which `agree_at_all` looks; more are worth a fit
-TRIED = 3  # transforms that are compared closely, at most
+TRIED = 2  # transforms of one kind that are compared closely, at most: the right one is the first by far most often
 THUMB, ROUGH, CLOSE = 32, 96, 384  # pixels of the longer side: to compare roughly, less roughly, and closely
 ALIKE_THUMBS, ALIKE_ROUGHLY = 0.6, 0.35  # least correlation for a transform to be looked at more closely
 ALIKE_FITTED = 0.55  # likewise, once it is fitted roughly: 0.65 and more of edited copies
@@ -2854,7 +2862,7 @@ def exact_scores(store: Store, xq: np.ndarray, rows: Iterable[int]) -> list[Foun
     while block := list(itertools.islice(left, BLOCK)):  # all rows of a million at once would take 16 GB
         _, digests, vectors = store.features_of(block)
         xb = to_float32(vectors)
-        S = xb @ xq.T  # (rows, views)
+        S = (torch.from_numpy(xb) @ torch.from_numpy(xq).T).numpy()  # (rows, views)
         views = (S.max(1, keepdims=True) - ROUNDING <= S).argmax(1)  # of equal views the first: the query as it is
         D = np.einsum("nd,nd->n", xb, xq[views]).clip(-1, 1)  # computed row by row: the same in any company
         found += map(Found, D.tolist(), digests)
@@ -3538,8 +3546,7 @@ def look_at_new(image: Image.Image, model: Model, known: tuple[bool, bool]) -> M
     """What is computed from the pixels of a new picture. known: whether there are its features, and its points."""
     picture = to_rgb(image, max(model.side, POINT_SIDE))
     pixels = None if known[0] else squeeze(picture, model.side, model.side, model.resample)
-    with one_torch_thread():
-        return Made(pixels, None if known[1] else pack_points(find_points(picture)))
+    return Made(pixels, None if known[1] else pack_points(find_points(picture)))
 
 
 def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, work: Work) -> Summary:
@@ -3564,7 +3571,7 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
         into.repair()  # it is new
     start = saved = time.perf_counter()
     bar = progress_bar(total=len(files), desc=f"{model.name} on {model.device}, {model.precision}", unit="img")
-    with open(store.report, "ab") as report, bar:  # all ranks write to its end
+    with one_torch_thread(), open(store.report, "ab") as report, bar:  # all ranks write to its end
         faulthandler.enable(report)
         try:
             for batch in batches:
