@@ -1163,7 +1163,7 @@ def query_views(picture: Image.Image, model: Model) -> torch.Tensor:
 AREA = 90_000  # pixels to which each picture is scaled for its points: copies of any resolution then get the same ones
 POINTS = 150  # of a square picture, at most: more make the index larger, fewer lose small parts
 FINER = 4  # levels by which a query, and a picture to compare, is described finer if it has the pixels
-FINER_POINTS = 700  # points of a square one of these, at most
+FINER_POINTS, PIXELS_A_POINT = 700, 20  # points of a square one of these, at most; pixels of a small picture for each
 LEVELS = 8  # sizes in which points are looked for; each is smaller than the one before by the square root of 2
 SHORT_SIDE = 150  # pixels of a long picture's short side, at least: a strip of comics has panels to be found
 MOST_LONGER = 12  # a long picture has at most 12 times the area and the points
@@ -1335,7 +1335,9 @@ def find_points(image: Image.Image, finer: int = 0, between: bool = False) -> Po
 
     between: in sizes halfway between the usual ones. Small print is found again only in nearly the same size.
     """
-    scale, points = point_scale(image.size), FINER_POINTS if finer else POINTS
+    scale, points = point_scale(image.size), POINTS
+    if finer:
+        points = max(POINTS, min(FINER_POINTS, image.width * image.height // PIXELS_A_POINT))
     finer = max(0, min(finer, math.floor(0.1 - 2 * math.log2(scale))))
     zoom = 2 ** (finer / 2 - between / 4)
     size = [max(2, round(scale * zoom * side)) for side in image.size]
