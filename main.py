@@ -3573,7 +3573,8 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
         into.repair()  # it is new
     start = saved = time.perf_counter()
     bar = progress_bar(total=len(files), desc=f"{model.name} on {model.device}, {model.precision}", unit="img")
-    with one_torch_thread(), open(store.report, "ab") as report, bar:  # all ranks write to its end
+    threads = one_torch_thread() if model.network is describe else nullcontext()  # the others read
+    with threads, open(store.report, "ab") as report, bar:  # all ranks write to its end
         faulthandler.enable(report)
         try:
             for batch in batches:

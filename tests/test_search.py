@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,32 @@ def test_a_link_elsewhere_is_a_query_like_any_other(link, collection, find):
     link(own, "query.png")
     first = find("query.png")[0]
     assert (first.path, first.identical) == (str(IMAGES / "2.png"), True)
+
+
+@pytest.mark.parametrize("kind", ["network", "offline"])
+def test_a_network_computes_with_all_threads_and_readers_with_one(kind, collection, model, monkeypatch):
+    """Two readers with two threads each wait for each other; a network on the CPU needs all of them."""
+    seen: dict[str, set[int]] = {"network": set(), "points": set()}
+    network, points = model.network, main.find_points
+    known = torch.get_num_threads()
+
+    def noted(where: str, function: Any) -> Any:
+        return lambda *args: (seen[where].add(torch.get_num_threads()), function(*args))[1]
+
+    main.torch_threads.cache_clear()
+    torch.set_num_threads(3)
+    try:
+        if kind == "network":
+            model = replace(model, name="other", network=noted("network", network))
+        else:
+            monkeypatch.setattr(main, "describe_squares", noted("network", main.describe_squares))
+        monkeypatch.setattr(main, "find_points", noted("points", points))
+        main.initialize_reverse_image_search(collection(4), "index", model=model)
+        assert seen == {"network": {3 if kind == "network" else 1}, "points": {1}}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(known)
+        main.torch_threads.cache_clear()
 
 
 def test_of_many_copies_each_is_a_match(collection, find):
