@@ -634,7 +634,9 @@ def usable_cores() -> int:
 
 
 def read_ahead(read: Callable[[Any], Any], files: Iterable[Any], workers: int, ahead: int) -> Iterator[Any]:
-    """`read(file)` for each file, in order, computed by `workers` threads. At most `ahead` results wait."""
+    """`read(file)` for each file, in order, by `workers` threads, in each of which torch computes with one. At most
+    `ahead` results wait."""
+    own = torch_threads()
     threads = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     results = (threads.submit(read, file) for file in files)
     try:
@@ -644,6 +646,7 @@ def read_ahead(read: Callable[[Any], Any], files: Iterable[Any], workers: int, a
             pending.extend(itertools.islice(results, 1))
     finally:
         threads.shutdown(cancel_futures=True)
+        torch.set_num_threads(own)  # threads that are made later take over what was set last, in any thread
 
 
 # ---- Descriptor ------------------------------------------------------------------------------------------------------
@@ -741,7 +744,7 @@ MIN_COSINE = 0.999  # least similarity of a fast form's features to those of pla
 AHEAD_BATCHES, AHEAD_MOST = 4, 1024  # how far decoding runs ahead of the model: 4 batches, but at most 1024 files
 Recipe = tuple[int, Sequence[float], Sequence[float], str]  # side, mean and deviation of each channel, resampling
 
-torch_threads = cache(lambda: torch.get_num_threads())  # torch's own number: `one_torch_thread` asks, then changes it
+torch_threads = cache(lambda: torch.get_num_threads())  # torch's own number, asked before it is changed
 first_process = cache(os.getpid)  # the process that computed first, or its parent did before the fork
 
 
@@ -753,14 +756,16 @@ def refuse_fork() -> None:
 
 
 @contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Have torch compute small operations with one thread: more take up to five times as long on a busy machine."""
-    threads = torch_threads()
-    torch.set_num_threads(1)
+def computing_with(threads: int) -> Iterator[None]:
+    """Have torch compute with so many threads, in this thread of ours. Small operations want one: more take up to five
+    times as long on a busy machine."""
+    torch_threads()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def load_weights(network: torch.nn.Module, path: str | Path, *heads: str) -> None:
@@ -852,7 +857,7 @@ def forward(pixels: torch.Tensor, network: Any, dtype: torch.dtype, mean: Any, s
 def fused(plain: partial[torch.Tensor], dtype: torch.dtype, kernels: bool) -> partial[torch.Tensor]:
     """A copy of `plain`, a partial of `forward`, in precision `dtype`. kernels: see `fuse_convolutions`."""
     fold = importlib.import_module("torch.fx.experimental.optimization").fuse
-    with one_torch_thread():
+    with computing_with(1):
         network = fold(layers_of_torch(plain.keywords["network"]), True).to(dtype, memory_format=torch.channels_last)
     if kernels:
         fuse_convolutions(network)
@@ -1061,7 +1066,7 @@ def launch(pixels: torch.Tensor, model: Model, size: int) -> tuple[torch.Tensor,
     pixels = pixels.pin_memory() if model.device == "cuda" else pixels
     while True:
         try:
-            with torch.inference_mode(), one_torch_thread() if model.network is describe else nullcontext():
+            with torch.inference_mode(), computing_with(1 if model.network is describe else torch_threads()):
                 parts = (part.to(model.device, non_blocking=True) for part in pixels.split(size))
                 return torch.cat([torch.nn.functional.normalize(model.network(part)) for part in parts]), size
         except torch.OutOfMemoryError as error:
@@ -1163,7 +1168,8 @@ def query_views(picture: Image.Image, model: Model) -> torch.Tensor:
 AREA = 90_000  # pixels to which each picture is scaled for its points: copies of any resolution then get the same ones
 POINTS = 150  # of a square picture, at most: more make the index larger, fewer lose small parts
 FINER = 4  # levels by which a query, and a picture to compare, is described finer if it has the pixels
-FINER_POINTS, PIXELS_A_POINT = 700, 20  # points of a square one of these, at most; pixels of a small picture for each
+FINER_POINTS = 700  # points of a square one of these, at most
+PIXELS_A_POINT = 20  # below 14,000 pixels, such a picture has fewer: one for so many pixels, but at least POINTS
 LEVELS = 8  # sizes in which points are looked for; each is smaller than the one before by the square root of 2
 SHORT_SIDE = 150  # pixels of a long picture's short side, at least: a strip of comics has panels to be found
 MOST_LONGER = 12  # a long picture has at most 12 times the area and the points
@@ -1331,7 +1337,7 @@ def point_scale(size: Sequence[float]) -> float:
 
 
 def find_points(image: Image.Image, finer: int = 0, between: bool = False) -> Points:
-    """The points of an upright picture; in up to `finer` further levels if it has the pixels.
+    """The points of an upright picture. finer: more points, and up to so many further levels if it has the pixels.
 
     between: in sizes halfway between the usual ones. Small print is found again only in nearly the same size.
     """
@@ -1431,14 +1437,15 @@ TOLERANCE, DRIFT = 5.0, 0.06  # pixels that an agreeing point may be off; more f
 SCALES = (0.1, 10.0)  # least and most that a picture is enlarged to fit the other; beyond, all points fall on one spot
 STRETCHED = 3.0  # most that a picture is stretched along one axis against the other
 PROPOSALS = 5  # of the proposed transforms, so many are fitted: those that most points agree on
+MOST_PROPOSING = 500  # matched pairs of points that propose one
 SPOT = 6.0  # pixels: points that are nearer to each other count as one
 PLAIN = 20  # points that agree in a picture that is surely the one; 10 may in another page of the same layout
-FEWEST = 5  # points that agree, at least, in a transform (of unrelated photographs, 2 to 3 do)
-MANY = 100  # matched pairs of points up to which `agree_at_all` looks; more are worth a fit
-TRIED = 2  # transforms of one kind that are compared closely, at most: the right one is the first by far most often
+FEWEST = 5  # points that agree, at least, in a transform (of unrelated photographs, 2 to 3 of 4 neighbours do)
+MANY = 50  # matched pairs of points up to which `agree_at_all` looks; more are worth a fit
+TRIED = 2  # transforms of one source, see `compare`, that are compared closely: the right one is mostly the first
 THUMB, ROUGH, CLOSE = 32, 96, 384  # pixels of the longer side: to compare roughly, less roughly, and closely
-ALIKE_THUMBS, ALIKE_ROUGHLY = 0.6, 0.35  # least correlation for a transform to be looked at more closely
-ALIKE_FITTED = 0.55  # likewise, once it is fitted roughly: 0.65 and more of edited copies
+ALIKE_THUMBS = 0.6  # least correlation of two whole pictures for a transform of the whole
+ALIKE_ROUGHLY, ALIKE_FITTED = 0.35, 0.55  # least `roughly_alike` to fit a transform, then to go on: edits have 0.65 up
 WORSE = 0.15  # a transform whose correlation is less than the best one's by more is not the right one
 WINDOW_SIDE = 10  # pixels of a window; from one to the next it is half of them
 FLAT = 6.0  # of 255: windows with a smaller deviation show nothing that could be compared
@@ -1450,6 +1457,7 @@ LARGEST = 7  # windows in one connected block that may differ in a copy: compres
 SPECK = 2  # windows in a block that is too small to count, or to be shown
 MOST_SCATTERED = 25  # windows in all blocks that count, at most, in a copy
 DRAWN = 0.3  # share of the windows of a band that show something in both pictures, from which on it is a difference
+BESIDE_SIDE = 0.07  # share of a side from its end, in which a band lies at the end of a picture
 TRACE = 3  # pixels along the edge of what both show that are not looked at
 TELLING = 20  # windows that agree, at least; more if what both show is a part of either picture
 CERTAIN = 0.85  # share of windows that agree from which on no further transforms are tried
@@ -1550,13 +1558,13 @@ def fit(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.ndarr
     return min(len(np.unique(z[agrees].real // SPOT + 4096 * (z[agrees].imag // SPOT))) for z in (q, m)), H
 
 
-def agreeing(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> np.ndarray:
-    """Whether matched pairs of points agree with what other ones propose, bool.
+def proposals_agree(proposing: Sequence[np.ndarray], pairs: Sequence[np.ndarray]) -> np.ndarray:
+    """Whether `pairs` of matched points lie where the `proposing` ones would have them, bool.
 
-    Each of both is places q, places m, and the ratio of their frames, complex. A pair proposes a move, and with the
-    ratio a turn and a scale.
+    Both are places q, places m, and the ratio of their frames, complex, of shapes that fit together. A pair proposes to
+    move q to m, and with the ratio a turn and a scale.
     """
-    (q, m, ratio), (q2, m2, ratio2) = one, other
+    (q, m, ratio), (q2, m2, ratio2) = proposing, pairs
     shift, scale = ratio * (q2 - q), np.abs(ratio)
     agree = np.abs(m + shift - m2) < TOLERANCE + DRIFT * np.abs(shift)
     return agree & (np.abs(np.log2(np.abs(ratio2) / scale)) < 1) & (scale >= SCALES[0]) & (scale <= SCALES[1])
@@ -1570,7 +1578,7 @@ def agree_at_all(q: np.ndarray, m: np.ndarray, ratio: np.ndarray, sizes: np.ndar
     for size in np.unique(sizes[sizes <= MANY]):
         these = np.flatnonzero(sizes == size)
         pairs = [it[starts[these, None] + np.arange(size)] for it in (q, m, ratio)]  # (these groups, size)
-        agree = agreeing([it[..., None] for it in pairs], [it[:, None] for it in pairs])
+        agree = proposals_agree([it[..., None] for it in pairs], [it[:, None] for it in pairs])
         found[these] = (agree.sum(2) >= FEWEST).any(1)
     return found
 
@@ -1578,9 +1586,10 @@ def agree_at_all(q: np.ndarray, m: np.ndarray, ratio: np.ndarray, sizes: np.ndar
 def fits(q: np.ndarray, m: np.ndarray, ratio: np.ndarray, count: int = PROPOSALS) -> list[tuple[int, np.ndarray]]:
     """The best `count` transforms from places q to m, complex (n,), each with its number of agreeing spots: see `fit`.
 
-    Each pair proposes one, see `agreeing`. Nothing is random.
+    Each pair proposes one, see `proposals_agree`; of many, as in an index of one picture, some do. Nothing is random.
     """
-    agree = agreeing((q[:, None], m[:, None], ratio[:, None]), (q, m, ratio))  # (proposals, pairs)
+    some = slice(None, None, 1 + len(q) // MOST_PROPOSING)
+    agree = proposals_agree([it[some, None] for it in (q, m, ratio)], (q, m, ratio))  # (proposals, pairs)
     likely = np.argsort(-agree.sum(1), kind="stable")[:count]
     return [found for one in likely if (found := fit(q, m, agree[one]))[0] >= FEWEST]
 
@@ -1881,8 +1890,9 @@ def paint_differs(over: Overlay, seen: torch.Tensor, tells: torch.Tensor, tint: 
 
 
 def next_to_sides(shares: torch.Tensor) -> torch.Tensor:
-    """Which windows, bool (h, w), are the outermost of a picture; `shares` (2, h, w): where they are, of its sides."""
-    steps = [2 * torch.hypot(*torch.gradient(it)).median() for it in shares]
+    """Which windows, bool (h, w), are the outermost of a picture, or nearly; `shares` (2, h, w): where they are, of its
+    sides."""
+    steps = [max(2 * float(torch.hypot(*torch.gradient(it)).median()), BESIDE_SIDE) for it in shares]
     return torch.stack([(it < step) | (it > 1 - step) for it, step in zip(shares, steps)]).any(0)
 
 
@@ -1985,19 +1995,19 @@ def judged(
     return agree - worst, share, Verdict(label, hint, (min(1.0, covers[0]), min(1.0, covers[1])), off, agree, boxes)
 
 
-def exact(hint: Hint, a: Shown, b: Shown) -> Iterator[Hint]:
-    """The hint, its transform exact to a pixel of the frame on which two pictures are compared; none if, once it is
+def fitted_exactly(hint: Hint, a: Shown, b: Shown) -> Hint | None:
+    """The hint, its transform exact to a pixel of the frame on which two pictures are compared; None if, once it is
     fitted roughly, the pictures are still not alike."""
     hint = refined(hint, a, b, CLOSE // 3, 3, 16, 3)
-    if roughly_alike(hint, a, b) > ALIKE_FITTED:
-        yield refined(hint, a, b, CLOSE, 1, WINDOW_SIDE, 2)
+    return refined(hint, a, b, CLOSE, 1, WINDOW_SIDE, 2) if roughly_alike(hint, a, b) > ALIKE_FITTED else None
 
 
 def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
     """Whether two pictures show the same, and where: None if they do not. It is the same in both directions.
 
-    The transforms that are likely by their points, or by the whole pictures, are compared roughly; the best ones are
-    fitted to the pixel and compared closely. The first copy counts, else the variant with most windows that agree, less
+    Transforms come from the hints and the whole pictures, then from matched points, then from points in further sizes.
+    All of one source are compared roughly; the best TRIED are fitted roughly, compared again, fitted to the pixel, and
+    compared closely. The first copy counts, else the variant with most windows that agree, less
     those of the largest part that differs.
     """
     areas = math.prod(a.size), math.prod(b.size)
@@ -2026,9 +2036,10 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
             if alike < max(ALIKE_ROUGHLY, most_alike - WORSE):
                 break
             most_alike = max(alike, most_alike)
-            # Where edges run in few directions, a fit may slide along them: the best one is also judged as it was
-            as_it_was = [hint] if not number and alike > ALIKE_FITTED else []
-            for closely in itertools.chain(exact(hint, a, b), as_it_was):
+            # Where edges run in few directions, a fit may slide along them: the best one, if the pictures are alike by
+            # it, is also judged as it was
+            as_it_was = hint if not number and alike > ALIKE_FITTED else None
+            for closely in filter(None, (fitted_exactly(hint, a, b), as_it_was)):
                 good, share, verdict = judged(closely, a, b)
                 if verdict and (rank := (verdict.label == "copy", good)) > best:
                     best, found, sure = rank, verdict, share > CERTAIN
@@ -2510,7 +2521,7 @@ FEW_POINTS = 20_000  # fewer points than this are all compared
 LIST_POINTS, TRAINING = 1200, 40  # points in a list of the index; points for each list that it is trained on
 ONE_THREAD = 200_000  # fewer points than this are trained on by one thread
 LISTS = 4  # lists of the index that are looked at for each point of a query
-NEIGHBOURS, MORE_NEIGHBOURS = 4, 16  # points that are taken from them; if those do not tell, or point to many pictures
+NEIGHBOURS, MORE_NEIGHBOURS = 4, 16  # points of the index that vote for each; if they do not tell, or for many pictures
 LATER = 128  # pictures that are not in the file yet, at most: they are compared one by one
 POINT_BYTES = WHERE_BYTES + CODE_BYTES  # of a stored point
 GPU_RESERVE = 3 << 30  # bytes left to the model and to FAISS's own work
@@ -2949,8 +2960,8 @@ def nearest_points(index: Index, pictures: Sequence[Points], k: int) -> np.ndarr
 def votes(pictures: Sequence[Points], ids: np.ndarray) -> list[list[Vote]]:
     """For each of the pictures, those on which FEWEST points or more agree, with most points first.
 
-    Each point, and each point of the mirrored picture, votes for the pictures of its neighbours, `ids` as
-    `nearest_points` finds them. The votes for a picture count if one transform explains them.
+    Each point, and each point of the mirrored picture, votes for the pictures that its neighbours lie in: `ids`, from
+    `nearest_points`, say which ones, and where. The votes for a picture count if one transform explains them.
     """
     found = [dict[int, Vote]() for _ in pictures]
     numbers = np.repeat(np.arange(len(pictures)), [len(it.places) for it in pictures])
@@ -2963,13 +2974,13 @@ def votes(pictures: Sequence[Points], ids: np.ndarray) -> list[list[Vote]]:
         order = np.argsort(group, kind="stable")
         order = order[sizes[group[order]] >= FEWEST]
         voter, id_, sizes = voter[order], id_[order], sizes[sizes >= FEWEST]
-        places, frames, dark = unpack_where(id_)
-        q, m, ratio = seen.places[voter], places, frames / seen.frames[voter]
-        starts, ends = np.cumsum(sizes) - sizes, np.cumsum(sizes)
+        m, frames, dark = unpack_where(id_)
+        q, ratio, ends = seen.places[voter], frames / seen.frames[voter], np.cumsum(sizes)
         for number in np.flatnonzero(agree_at_all(q, m, ratio, sizes)):
-            start, end = starts[number], ends[number]
-            for points, H in fits(q[start:end], m[start:end], ratio[start:end], 2):
-                row, best = int(id_[start] >> WHERE_BITS), found[numbers[voter[start]]]
+            start = ends[number] - sizes[number]
+            of_one, row = slice(start, ends[number]), int(id_[start] >> WHERE_BITS)
+            for points, H in fits(q[of_one], m[of_one], ratio[of_one], 2):
+                best = found[numbers[voter[start]]]
                 if row not in best or points > best[row].points:
                     best[row] = Vote(row, points, H, mirrored, bool(seen.dark[voter[start]] != dark[start]))
     return [sorted(it.values(), key=lambda vote: (-vote.points, vote.row)) for it in found]
@@ -2985,18 +2996,23 @@ def read_shown(path: str, digest: bytes) -> Shown:
 
 
 def voted(engine: Engine, query: Picture) -> dict[bytes, Vote]:
-    """The contents in which points of the query were found again, those with most points first."""
+    """The contents in which points of the query were found again, those with most points first.
+
+    The query is looked up in the sizes of the index, then in sizes between them; each time, NEIGHBOURS of each point
+    vote, then more. This ends with the first vote that is plain.
+    """
     shown, found = query.made.shown, list[Vote]()
+    own = engine.store.value("SELECT row FROM points WHERE digest = ?", query.digest)
     for sizes in ("points", "points_between"):
         points, k = [getattr(shown, sizes)], MORE_NEIGHBOURS
-        ids = nearest_points(engine.copies, points, k)
-        (some,) = votes(points, ids[..., :NEIGHBOURS])
+        ids = nearest_points(engine.copies, points, k)  # both numbers of neighbours in one look-up
+        some = [vote for vote in votes(points, ids[..., :NEIGHBOURS])[0] if vote.row != own]
         if len(some) > 2 * NEIGHBOURS or not (some and some[0].points >= PLAIN):
-            while len(some := votes(points, ids)[0]) > 2 * k:  # many pictures may crowd out others
-                k *= 4
+            while len(some := [vote for vote in votes(points, ids)[0] if vote.row != own]) > 2 * k:
+                k *= 4  # many pictures may crowd out others
                 ids = nearest_points(engine.copies, points, k)
         found = sorted([*found, *some], key=lambda vote: -vote.points)
-        if found and found[0].points >= PLAIN:  # the one is found
+        if found and found[0].points >= PLAIN:
             break
     rows = json.dumps([vote.row for vote in found])
     known = dict(engine.store.db.execute(
@@ -3004,7 +3020,7 @@ def voted(engine: Engine, query: Picture) -> dict[bytes, Vote]:
     ).fetchall())  # fmt: skip
     best = dict[bytes, Vote]()
     for vote in found:
-        if vote.row in known and known[vote.row] != query.digest:
+        if vote.row in known:
             best.setdefault(known[vote.row], vote)
     return best
 
@@ -3031,12 +3047,11 @@ def verified(engine: Engine, query: Picture, near: list[Found], by_vote: dict[by
                 if verdict := compare(shown, other, hints_by_vote(by_vote.get(digest), shown, other)):
                     verdicts[digest] = other, verdict
 
-    with ThreadPoolExecutor(usable_cores(), initializer=torch.set_num_threads, initargs=(1,)) as threads:
-        for start in range(0, len(candidates), CANDIDATES):
-            ten = candidates[start : start + CANDIDATES]
-            list(threads.map(look, ten))
-            if not verdicts.keys() & set(ten):
-                break
+    for start in range(0, len(candidates), CANDIDATES):
+        ten = candidates[start : start + CANDIDATES]
+        list(read_ahead(look, ten, usable_cores(), CANDIDATES))
+        if not verdicts.keys() & set(ten):
+            break
     rows = engine.store.rows_of(digest for digest in verdicts if digest not in paths)
     further = [
         it._replace(path=path)
@@ -3056,10 +3071,9 @@ def compared(
 
     def look_at(image: Image.Image) -> Seen:
         image, *corner = cut_out(image, crop) if crop else (image, 0, 0)
-        with one_torch_thread():
-            shown = Shown.of(image, engine.model.side)
-            views = query_views(shown.image, engine.model)
-            _ = shown.points  # computed here, in a thread that reads
+        shown = Shown.of(image, engine.model.side)
+        views = query_views(shown.image, engine.model)
+        _ = shown.points  # computed here, in a thread that reads
         features = to_float32(launch(views, engine.model, engine.model.batch)[0].cpu().numpy().astype(np.float16))
         if not np.isfinite(features).all():
             raise ValueError(NOT_FINITE)
@@ -3328,7 +3342,7 @@ def candidate_pairs(engine: Engine, first: int) -> Iterator[tuple[bytes, bytes, 
     # Of files that are gone as well: when they are back, their pairs are known
     digests = dict(store.db.execute("SELECT row, digest FROM points WHERE digest IN (SELECT digest FROM files)"))
 
-    def blocks() -> Iterator[list[tuple[int, bytes]]]:
+    def blocks() -> Iterator[list[tuple[int, bytes]]]:  # runs in the thread of the caller, who may ask the database
         last = first
         while found := store.points_after(last, LOOKED_UP):
             last = found[-1][0]
@@ -3343,7 +3357,8 @@ def candidate_pairs(engine: Engine, first: int) -> Iterator[tuple[bytes, bytes, 
     with progress_bar(total=sum(row > first for row in digests), desc="looking up", unit="img") as bar:
         for block in read_ahead(look_up, blocks(), usable_cores(), usable_cores()):
             for row, points, found in block:
-                few += [digests[row]] if points < FEW_DETAILS else []
+                if points < FEW_DETAILS:
+                    few.append(digests[row])
                 for vote in found:
                     if vote.row in digests and vote.row != row:
                         yield digests[row], digests[vote.row], vote
@@ -3378,7 +3393,7 @@ def known_and_found(engine: Engine) -> tuple[dict[Key, Any], dict[Key, tuple[byt
         key = min(one, other), max(one, other)
         if key not in known and (key not in found or (vote and vote.points > getattr(found[key][2], "points", 0))):
             found[key] = one, other, vote
-    # Noted at once: if this is stopped, nothing is looked up again
+    # Noted at once: if comparing is stopped, nothing is looked up again
     store.save_verdicts(((*key, WAITS) for key in found), last)
     return known, found
 
@@ -3396,7 +3411,6 @@ def pairs_by_comparison(engine: Engine, labels: Sequence[str], tell: Tell | None
     goes_with: dict[bytes, set[bytes]] = {digest: set() for digest in contents}
 
     def look(key: Key) -> tuple[Key, Pair | str | None]:
-        torch.set_num_threads(1)
         one, other, vote = found[key]
         try:
             pair = examined(files[one], files[other], (one, other), vote)
@@ -3573,8 +3587,7 @@ def read_new(store: Store, unread: Sequence[File], images: Path, model: Model, w
         into.repair()  # it is new
     start = saved = time.perf_counter()
     bar = progress_bar(total=len(files), desc=f"{model.name} on {model.device}, {model.precision}", unit="img")
-    threads = one_torch_thread() if model.network is describe else nullcontext()  # the others read
-    with threads, open(store.report, "ab") as report, bar:  # all ranks write to its end
+    with open(store.report, "ab") as report, bar:  # all ranks write to its end
         faulthandler.enable(report)
         try:
             for batch in batches:

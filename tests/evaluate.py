@@ -676,7 +676,7 @@ def times(paths: list[Path], engine: main.Engine) -> None:
         of_cpu = (time.process_time() - start) / len(alone)
         each = seconds(lambda: list(main.search(many, engine))) / len(many)
     local = []
-    with main.one_torch_thread():
+    with main.computing_with(1):
         for path in paths[:50]:
             (image := Image.open(path)).load()
             local.append(seconds(lambda image=image: main.find_points(image)))

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -293,6 +294,27 @@ def test_a_picture_with_few_points_is_no_copy_by_them(count, engine):
     spot = points._replace(places=np.full_like(points.places, 100 + 100j), frames=points.frames * 0.01)
     ids = main.nearest_points(engine.copies, [points, few, spot], main.NEIGHBOURS)
     assert [it and it[0].points > 50 for it in main.votes([points, few, spot], ids)] == [True, [], []]
+
+
+def test_in_an_index_of_one_picture_all_points_vote_for_it_and_memory_is_bounded():
+    random = np.random.default_rng(0)
+    q, m, ratio = (random.normal(0, 100, (3, 5000, 2)) @ (1, 1j)) * [[1], [1], [0.01]]
+    m[::10], ratio[::10] = q[::10] * 2j + 5, 2j  # a tenth agrees
+    tracemalloc.start()
+    (count, H), *_ = main.fits(q, m, ratio)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count > 100 and np.allclose(H, [(0, -2, 5), (2, 0, 0), (0, 0, 1)], atol=0.5)
+    assert peak < 300_000_000  # 5,000 × 5,000 complex numbers are 400 million bytes
+
+
+def test_a_query_that_is_in_the_collection_is_no_plain_vote_for_itself(engine, monkeypatch):
+    """Else what shows a part of it would not be looked for in all sizes."""
+    asked, nearest = [], main.nearest_points
+    monkeypatch.setattr(main, "nearest_points", lambda index, points, k: asked.append(k) or nearest(index, points, k))
+    known, *_ = engine.store.files_with(engine.store.value("SELECT digest FROM points WHERE row = 1"))
+    list(main.search(engine.path_of(known.path), engine))
+    assert len(asked) >= 2
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1), (17, 17)])

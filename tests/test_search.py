@@ -8,6 +8,7 @@ import random
 import shutil
 import sqlite3
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +203,8 @@ def test_a_network_computes_with_all_threads_and_readers_with_one(kind, collecti
         main.initialize_reverse_image_search(collection(4), "index", model=model)
         assert seen == {"network": {3 if kind == "network" else 1}, "points": {1}}
         assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as made_later:
+            assert made_later.submit(torch.get_num_threads).result() == 3
     finally:
         torch.set_num_threads(known)
         main.torch_threads.cache_clear()

@@ -118,6 +118,14 @@ def test_lines_of_text_along_an_edge_are_a_difference_and_no_bar(monkeypatch):
     assert found and found.label == "copy" and found.covers[0] < 0.9
 
 
+def test_lines_of_text_are_no_bar_either_where_one_picture_was_moved_a_little():
+    one, other = lines_at_the_edges(1), lines_at_the_edges(2)
+    x, y = (round(0.02 * side) for side in one.size)
+    found = verdict(one.crop((x, y, *one.size)), other)
+    assert found is None or found.label == "variant"
+    assert verdict(one.crop((x, y, *one.size)), one).label == "copy"
+
+
 @pytest.mark.parametrize("kind", DIFFERENT)
 def test_what_only_has_the_same_layout_is_no_copy(kind):
     found = verdict(*DIFFERENT[kind]())
