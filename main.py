@@ -623,8 +623,9 @@ def lost_beside(file: Holdings, keep: Holdings) -> list[str]:
         f"{file.bits} bits": file.bits > keep.bits,
         "colour": file.colours > keep.colours,
         "what is damaged there": keep.truncated > file.truncated,
+        "transparency": "transparency" in file.more,  # also if `keep` has some: pictures are compared over white
     }
-    return [word for word, is_lost in lost.items() if is_lost] + sorted(file.more - keep.more)
+    return [word for word, is_lost in lost.items() if is_lost] + sorted(file.more - keep.more - {*lost})
 
 
 def usable_cores() -> int:
@@ -1687,18 +1688,19 @@ def area_of(corners: np.ndarray) -> float:
     return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
 
 
-def resized(shown: Shown, box: np.ndarray, size: Sequence[int]) -> torch.Tensor:
-    """The part `box` of a picture, left, top, right, bottom in its pixels, resized to `size`: float32 (3, h, w)."""
+def resized(shown: Shown, box: np.ndarray, size: Sequence[int], method: int) -> torch.Tensor:
+    """The part `box` of a picture, left, top, right, bottom in its pixels, resized to `size`: float32 (3, h, w).
+    method: Pillow's way to make it smaller."""
     scale = np.array(shown.image.size) / shown.size
     box = np.clip((box.reshape(2, 2) * scale).ravel(), 0, [*shown.image.size] * 2)
     finer = size[0] > box[2] - box[0]
-    method = Image.Resampling.BICUBIC if finer else Image.Resampling.BOX
-    picture = shown.image.resize((size[0], size[1]), method, box=tuple(box))
+    picture = shown.image.resize((size[0], size[1]), Image.Resampling.BICUBIC if finer else method, box=tuple(box))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
 
 
-def overlay(hint: Hint, a: Shown, b: Shown, side: int) -> Overlay | None:
-    """Both pictures on a frame of at most `side` pixels around what they share, at the lower resolution of the two."""
+def overlay(hint: Hint, a: Shown, b: Shown, side: int, method: int = 4) -> Overlay | None:
+    """Both pictures on a frame of at most `side` pixels around what they share, at the lower resolution of the two.
+    method: Pillow's way to make one smaller; 4 is BOX, the quickest."""
     H, part = hint.H, shared_part(hint.H, a.size, b.size)
     if len(part) < 3 or (np.ptp(part, 0) < 2).any() or abs(np.linalg.det(H)) < 1e-12:
         return None
@@ -1719,7 +1721,7 @@ def overlay(hint: Hint, a: Shown, b: Shown, side: int) -> Overlay | None:
         return None
     most = a.image.width / a.size[0]
     size = [max(4, round(length * min(most, scale / zoom))) for length in end - start]
-    source = resized(a, np.concatenate([start, end]), size)
+    source = resized(a, np.concatenate([start, end]), size, method)
     xs, ys = torch.arange(w) + 0.5, (torch.arange(h) + 0.5)[:, None]
     across, down, one = (float(of_x) * xs + (float(of_y) * ys + float(rest)) for of_x, of_y, rest in to_a)
     place = torch.stack([across, down]).div_(one)
@@ -1728,7 +1730,7 @@ def overlay(hint: Hint, a: Shown, b: Shown, side: int) -> Overlay | None:
     warped = torch.nn.functional.grid_sample(source[None], grid[None], padding_mode="border", align_corners=False)[0]
     shares = place / torch.tensor(a.size)[:, None, None]
     box = np.concatenate([low, high])
-    return Overlay(255 - warped if hint.inverted else warped, resized(b, box, (w, h)), shares, to_b)
+    return Overlay(255 - warped if hint.inverted else warped, resized(b, box, (w, h), method), shares, to_b)
 
 
 def window_means(planes: torch.Tensor, window: int = WINDOW_SIDE) -> torch.Tensor:
@@ -3205,6 +3207,11 @@ LOOKED_UP = 64  # pictures whose points are looked up at once
 NOT_COMPARED = "it cannot be read now, or has changed meanwhile"
 LARGEST_LOST, FULL_SIDE = 2, 6000  # as LARGEST and CLOSE, where a file may be deleted
 BESIDE, EDGE = 6, 8  # pixels between lines along a part's side; levels of 255 by which an edge exceeds the usual
+DETAIL = 6  # pixels of a window in which details of two copies are compared, likewise
+OFF, OFF_SHARE = 6.0, 0.15  # of 255, and of the contrast around it: a window that is off by more differs,
+OFF_USUAL = 2.0  # if it is off by so many times what busy windows are: compression and scaling do that to them
+FEW_OFF = 2  # windows that may differ
+SHARP = 0.7  # least share of the sharpness of a file that the one to keep has, likewise
 MOST_COMMON = 0.995  # least share of what both pictures show that is no band along an edge which differs, likewise
 JUDGEMENT = 2  # version of the verdicts that are stored; raise it when `compare` or `examined` find something else
 
@@ -3284,6 +3291,31 @@ def lost_with(verdict: Verdict, a: Shown, b: Shown) -> list[str]:
     return lost
 
 
+def differ_in_detail(over: Overlay) -> bool:
+    """Whether two copies, laid over one another, differ by more than compression and scaling make them differ: in a
+    digit, a faint line, a watermark, a face that was softened."""
+    a, b = over.light
+    seen, (h, w) = seen_windows(over, DETAIL), b.shape
+    x, y = (window_means(it[None], DETAIL)[0][seen] for it in (a, b))
+    keep = torch.ones_like(x)
+    for _ in range(5):  # one change of brightness and contrast of the whole, in which what differs has no say
+        of_x, of_y = ((keep * it).sum() / keep.sum() for it in (x, y))
+        gain = (keep * (x - of_x) * (y - of_y)).sum() / (keep * (x - of_x) ** 2).sum().clamp(min=1)
+        keep = (1 + ((y - of_y - gain * (x - of_x)) / 4) ** 2).reciprocal()
+    a = (a - of_x) * gain + of_y
+    framed = torch.nn.functional.pad(a[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
+    moved_a = (framed[y : y + h, x : x + w] for y, x in itertools.product(range(3), repeat=2))
+    off = window_means((next(moved_a) - b).abs_()[None], DETAIL)
+    for it in moved_a:
+        torch.minimum(off, window_means((it - b).abs_()[None], DETAIL), out=off)
+    means, squares = (window_means(torch.stack(it), DETAIL) for it in ((a, b), (a * a, b * b)))
+    contrast = torch.nn.functional.max_pool2d((squares - means**2).clamp_(min=0).sqrt_(), 5, 1, 2).amax(0)
+    share = off[0] / (contrast + 8)
+    busy = share[seen & (contrast > 10)]
+    usual = float(busy[:: 1 + len(busy) // 100_000].quantile(0.9)) if len(busy) else 0.0
+    return int((seen & (off[0] > OFF) & (share > max(OFF_SHARE, OFF_USUAL * usual))).sum()) > FEW_OFF
+
+
 def differ_in_full(verdict: Verdict, a: Shown, b: Shown) -> bool:
     """Whether small parts of two copies differ at the full resolution of the smaller one, as in frames of a film."""
     hint = verdict.hint
@@ -3295,7 +3327,19 @@ def differ_in_full(verdict: Verdict, a: Shown, b: Shown) -> bool:
     if not found or found.label != "copy":
         return True
     common = area_of(shared_part(found.hint.H, smaller.size, larger.size))
-    return found.covers[1] * math.prod(larger.size) < MOST_COMMON * common  # a line of text along an edge, say
+    if found.covers[1] * math.prod(larger.size) < MOST_COMMON * common:  # a line of text along an edge, say
+        return True
+    over = overlay(found.hint, smaller, larger, side, Image.Resampling.BICUBIC)  # as most programs scale
+    return not over or differ_in_detail(over.trimmed())
+
+
+def is_sharper(a: Shown, b: Shown) -> bool:
+    """Whether the first picture shows details that are blurred in the second, as in one enlarged from a thumbnail."""
+    (w, h), edges = map(min, a.image.size, b.image.size), list[float]()
+    for it in (a, b):
+        light = torch.from_numpy(np.array(it.image.convert("L").resize((w, h), Image.Resampling.LANCZOS), np.float32))
+        edges.append(float((light[1:-1, 1:-1] - smooth(light) / 16).abs().mean()))
+    return edges[1] < SHARP * edges[0]
 
 
 class Pair(NamedTuple):
@@ -3325,9 +3369,10 @@ def examined(one: str, other: str, digests: Sequence[bytes], vote: Vote | None) 
         differ = ["small parts that differ"] if differ_in_full(verdict, full_a, full_b) else []
         larger = [["resolution"] * (math.prod(x.size) * AS_LARGE > math.prod(y.size) * 1.1 and (x.raw or y.raw))
                   for x, y in ((of_a, of_b), (of_b, of_a))]  # fmt: skip
+        blurred = [["sharpness"] * is_sharper(*pair) for pair in ((full_a, full_b), (full_b, full_a))]
         lost = [
-            lost[0] + differ + larger[0] + lost_beside(of_a, of_b),
-            lost[1] + differ + larger[1] + lost_beside(of_b, of_a),
+            lost[0] + differ + larger[0] + blurred[0] + lost_beside(of_a, of_b),
+            lost[1] + differ + larger[1] + blurred[1] + lost_beside(of_b, of_a),
         ]
     regions = [region_of(verdict, a.size, b.size), region_of(back, b.size, a.size)]
     return Pair(verdict.label, [relation(verdict, a.size), relation(back, b.size)], regions, lost)
