@@ -1447,6 +1447,7 @@ TRIED = 2  # transforms of one source, see `compare`, that are compared closely:
 THUMB, ROUGH, CLOSE = 32, 96, 384  # pixels of the longer side: to compare roughly, less roughly, and closely
 ALIKE_THUMBS = 0.6  # least correlation of two whole pictures for a transform of the whole
 ALIKE_ROUGHLY, ALIKE_FITTED = 0.35, 0.55  # least `roughly_alike` to fit a transform, then to go on: edits have 0.65 up
+FINE = 1.2  # times CLOSE: pictures with more pixels along the longer side have details that are looked at in a copy
 WORSE = 0.15  # a transform whose correlation is less than the best one's by more is not the right one
 WINDOW_SIDE = 10  # pixels of a window; from one to the next it is half of them
 FLAT = 6.0  # of 255: windows with a smaller deviation show nothing that could be compared
@@ -2004,6 +2005,13 @@ def fitted_exactly(hint: Hint, a: Shown, b: Shown) -> Hint | None:
     return refined(hint, a, b, CLOSE, 1, WINDOW_SIDE, 2) if roughly_alike(hint, a, b) > ALIKE_FITTED else None
 
 
+def seen_finer(verdict: Verdict, a: Shown, b: Shown) -> Verdict:
+    """The verdict `copy`, or that of twice the pixels along each side: small print is nothing but a line in fewer."""
+    fitted = refined(verdict.hint, a, b, 2 * CLOSE, 2, 2 * WINDOW_SIDE, 2)
+    finer = [judged(hint, a, b, 2 * CLOSE)[2] for hint in (verdict.hint, fitted)]
+    return max((it for it in finer if it), key=lambda it: it.label == "copy", default=verdict)
+
+
 def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
     """Whether two pictures show the same, and where: None if they do not. It is the same in both directions.
 
@@ -2043,6 +2051,8 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
             as_it_was = hint if not number and alike > ALIKE_FITTED else None
             for closely in filter(None, (fitted_exactly(hint, a, b), as_it_was)):
                 good, share, verdict = judged(closely, a, b)
+                if verdict and verdict.label == "copy" and min(max(a.image.size), max(b.image.size)) > FINE * CLOSE:
+                    verdict = seen_finer(verdict, a, b)
                 if verdict and (rank := (verdict.label == "copy", good)) > best:
                     best, found, sure = rank, verdict, share > CERTAIN
                 if best[0]:

@@ -140,7 +140,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> main.Engine:
 
 VARIANTS = {"meme", "stickers"}  # parts of the picture are painted over
 # The colours of these drawings are so strong that much of them is cut off at white, and blur takes their thin lines
-EITHER = {"colour", "screen", "blur"}
+EITHER = {"colour", "screen", "blur", "64 px"}
 
 
 @pytest.mark.parametrize("edit", EDITS)

@@ -7,11 +7,14 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 from drawings import (
+    NAMES,
+    WORDS,
     bar_code,
     bricks,
     card,
@@ -21,6 +24,7 @@ from drawings import (
     comic_strip,
     drawing,
     flag,
+    font,
     form,
     meme,
     panel,
@@ -124,6 +128,31 @@ def test_lines_of_text_are_no_bar_either_where_one_picture_was_moved_a_little():
     found = verdict(one.crop((x, y, *one.size)), other)
     assert found is None or found.label == "variant"
     assert verdict(one.crop((x, y, *one.size)), one).label == "copy"
+
+
+def small_form(seed: int) -> Image.Image:
+    """A form in small print; what is written in it depends on the seed."""
+    image, random = Image.new("RGB", (850, 1200), "white"), Random(seed)
+    canvas = ImageDraw.Draw(image)
+    canvas.rectangle((60, 60, 790, 130), outline="black", fill=(225, 232, 245))
+    for number, word in enumerate(WORDS[:12]):
+        y = 180 + 50 * number
+        canvas.rectangle((60, y, 320, y + 50), outline="black", fill=(242, 242, 242))
+        canvas.rectangle((320, y, 790, y + 50), outline="black")
+        canvas.text((70, y + 15), f"{number + 1}. {word}", "black", font(15))
+        canvas.text((335, y + 14), f"{random.choice(NAMES)} {random.randint(100, 99999)}", "navy", font(17))
+    for number in range(5):
+        canvas.text((90, 820 + 38 * number), f"{number}. {' '.join(WORDS[number : number + 8])}", "black", font(14))
+    return image
+
+
+@pytest.mark.parametrize("seeds", [(1, 2), (3, 4), (5, 6)])
+def test_what_is_written_small_in_a_part_of_a_form_is_a_difference(seeds):
+    """Along 384 pixels of the side each entry is a line of three windows."""
+    one, other = map(small_form, seeds)
+    found = verdict(one.crop((30, 120, 688, 1050)), other)
+    assert found is None or found.label == "variant"
+    assert verdict(one.crop((30, 120, 688, 1050)), one).label == "copy"
 
 
 @pytest.mark.parametrize("kind", DIFFERENT)
