@@ -1855,8 +1855,10 @@ def homography(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.full((3, 3), np.nan)
 
 
-def one_change(x: torch.Tensor, y: torch.Tensor, noise: float, most: float) -> torch.Tensor:
-    """By how much y (c, n) is off from x (c, n) after one change for all: y ≈ gain x + shift. Returns (n,).
+def one_change(
+    x: torch.Tensor, y: torch.Tensor, noise: float, most: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One change for all: y ≈ gain x + shift, of x and y (c, n). Returns by how much y is off then (n,), gain, shift.
 
     The gain is not negative, and the shift at most `most`. What is off by much more than `noise` has no say in them.
     """
@@ -1869,7 +1871,7 @@ def one_change(x: torch.Tensor, y: torch.Tensor, noise: float, most: float) -> t
         shift = shift * (most / shift.norm().clamp(min=most))
         off = (y - gain * x - shift).square().sum(0).sqrt()
         keep = (1 + (off / noise) ** 2).reciprocal()
-    return off
+    return off, gain, shift
 
 
 def paint_differs(over: Overlay, seen: torch.Tensor, tells: torch.Tensor, tint: float) -> torch.Tensor:
@@ -1883,7 +1885,7 @@ def paint_differs(over: Overlay, seen: torch.Tensor, tells: torch.Tensor, tint: 
     for axes, noise, most, limit in ((light, 12.0, 255.0, LIGHT_OFF), (chroma, 8.0, tint, COLOUR_OFF)):
         x, y = axes @ a, axes @ b
         # Either picture may be the one that was made flatter, or grey
-        off = min((one_change(*pair, noise, most) for pair in ((x, y), (y, x))), key=lambda it: float(it.median()))
+        off = min((one_change(*pair, noise, most)[0] for pair in ((x, y), (y, x))), key=lambda it: float(it.median()))
         typical, spread = float(off.median()), float((x - x.median()).abs().median())
         if axes is light and typical > max(UNLIKE[0], UNLIKE[1] * spread):
             wrong |= ~tells[seen] & (off > typical)  # as in two dark pictures under one watermark
@@ -3306,15 +3308,11 @@ def differ_in_detail(over: Overlay) -> bool:
     digit, a faint line, a watermark, a face that was softened."""
     a, b = over.light
     seen, (h, w) = seen_windows(over, DETAIL), b.shape
-    x, y = (window_means(it[None], DETAIL)[0][seen] for it in (a, b))
-    keep = torch.ones_like(x)
-    for _ in range(5):  # one change of brightness and contrast of the whole, in which what differs has no say
-        of_x, of_y = ((keep * it).sum() / keep.sum() for it in (x, y))
-        gain = (keep * (x - of_x) * (y - of_y)).sum() / (keep * (x - of_x) ** 2).sum().clamp(min=1)
-        keep = (1 + ((y - of_y - gain * (x - of_x)) / 4) ** 2).reciprocal()
-    a = (a - of_x) * gain + of_y
+    x, y = (window_means(it[None], DETAIL)[:, seen] for it in (a, b))
+    _, gain, shift = one_change(x, y, noise=4.0, most=255.0)
+    a = gain * a + shift
     framed = torch.nn.functional.pad(a[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
-    moved_a = (framed[y : y + h, x : x + w] for y, x in itertools.product(range(3), repeat=2))
+    moved_a = (framed[down : down + h, right : right + w] for down, right in itertools.product(range(3), repeat=2))
     off = window_means((next(moved_a) - b).abs_()[None], DETAIL)
     for it in moved_a:
         torch.minimum(off, window_means((it - b).abs_()[None], DETAIL), out=off)
@@ -3343,13 +3341,13 @@ def differ_in_full(verdict: Verdict, a: Shown, b: Shown) -> bool:
     return not over or differ_in_detail(over.trimmed())
 
 
-def is_sharper(a: Shown, b: Shown) -> bool:
-    """Whether the first picture shows details that are blurred in the second, as in one enlarged from a thumbnail."""
-    (w, h), edges = map(min, a.image.size, b.image.size), list[float]()
+def sharpness(a: Shown, b: Shown) -> list[float]:
+    """How much detail each of two pictures shows at the smaller size of both: little if it was enlarged, or blurred."""
+    (w, h), found = map(min, a.image.size, b.image.size), list[float]()
     for it in (a, b):
         light = torch.from_numpy(np.array(it.image.convert("L").resize((w, h), Image.Resampling.LANCZOS), np.float32))
-        edges.append(float((light[1:-1, 1:-1] - smooth(light) / 16).abs().mean()))
-    return edges[1] < SHARP * edges[0]
+        found.append(float((light[1:-1, 1:-1] - smooth(light) / 16).abs().mean()))
+    return found
 
 
 class Pair(NamedTuple):
@@ -3379,7 +3377,8 @@ def examined(one: str, other: str, digests: Sequence[bytes], vote: Vote | None) 
         differ = ["small parts that differ"] if differ_in_full(verdict, full_a, full_b) else []
         larger = [["resolution"] * (math.prod(x.size) * AS_LARGE > math.prod(y.size) * 1.1 and (x.raw or y.raw))
                   for x, y in ((of_a, of_b), (of_b, of_a))]  # fmt: skip
-        blurred = [["sharpness"] * is_sharper(*pair) for pair in ((full_a, full_b), (full_b, full_a))]
+        sharp = sharpness(full_a, full_b)
+        blurred = [["sharpness"] * (keep < SHARP * gone) for gone, keep in (sharp, sharp[::-1])]
         lost = [
             lost[0] + differ + larger[0] + blurred[0] + lost_beside(of_a, of_b),
             lost[1] + differ + larger[1] + blurred[1] + lost_beside(of_b, of_a),
