@@ -1442,7 +1442,7 @@ MOST_PROPOSING = 500  # matched pairs of points that propose one
 SPOT = 6.0  # pixels: points that are nearer to each other count as one
 PLAIN = 20  # points that agree in a picture that is surely the one; 10 may in another page of the same layout
 FEWEST = 5  # points that agree, at least, in a transform (of unrelated photographs, 2 to 3 of 4 neighbours do)
-MANY = 50  # matched pairs of points up to which `agree_at_all` looks; more are worth a fit
+TOGETHER_AT_MOST = 1 << 18  # proposals × pairs that are looked at together, for the memory
 TRIED = 2  # transforms of one source, see `compare`, that are compared closely: the right one is mostly the first
 THUMB, ROUGH, CLOSE = 32, 96, 384  # pixels of the longer side: to compare roughly, less roughly, and closely
 ALIKE_THUMBS = 0.6  # least correlation of two whole pictures for a transform of the whole
@@ -1536,28 +1536,36 @@ def corners_of(size: Sequence[float]) -> np.ndarray:
     return np.array([(0, 0), (size[0], 0), size, (0, size[1])], float)
 
 
-def fit(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[int, np.ndarray]:
-    """How many spots of the pairs of places q and m, complex (n,), agree on a transform; and the transform, (3, 3).
+def fit(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each group of pairs of places q and m, complex (groups, n): how many spots agree on a transform, int
+    (groups,), and the transforms, (groups, 3, 3).
 
-    It is fitted to the pairs in `agrees`, then to all that agree: a similarity to few, an affine transform to many.
+    Each is fitted to the pairs in `agrees`, then to all that agree: a similarity to few, an affine transform to many.
     0: too few agree, or the picture would be distorted.
     """
-    H = np.eye(3)
-    Q, M = (np.stack([z.real, z.imag], 1) for z in (q, m))
+    usable = np.ones(len(q), bool)
     for _ in range(3):
-        if (count := agrees.sum()) < FEWEST:
-            return 0, H
-        if count < 2 * FEWEST:
-            (turn, move), *_ = np.linalg.lstsq(np.stack([q, np.ones(len(q))], 1)[agrees], m[agrees], rcond=None)
-            H = np.array([(turn.real, -turn.imag, move.real), (turn.imag, turn.real, move.imag), (0, 0, 1)])
-        else:
-            H[:2] = np.linalg.lstsq(np.insert(Q, 2, 1, 1)[agrees], M[agrees], rcond=None)[0].T
-        longer, shorter = np.linalg.svd(H[:2, :2])[1]  # by how much it stretches along its axes
-        if not (SCALES[0] < shorter and longer < min(SCALES[1], STRETCHED * shorter)):
-            return 0, H
-        agrees = np.linalg.norm(moved(H, Q) - M, axis=1) < TOLERANCE * max(1.0, (longer * shorter) ** 0.5)
+        count = agrees.sum(1)
+        q0, m0 = (np.where(agrees, z, 0).sum(1) / np.maximum(1, count) for z in (q, m))
+        x, y = (np.where(agrees, z - z0[:, None], 0) for z, z0 in ((q, q0), (m, m0)))
+        # Least squares for y = u x + v conj(x): of a similarity v is 0
+        n, s, c, d = (np.abs(x) ** 2).sum(1), (x * x).sum(1), (x.conj() * y).sum(1), (x * y).sum(1)
+        area, many = n * n - np.abs(s) ** 2, count >= 2 * FEWEST
+        usable &= (count >= FEWEST) & np.where(many, area > 1e-9 * n * n, n > 0)  # not all on one line or spot
+        area, n = np.where(usable & many, area, 1), np.where(usable, n, 1)
+        u = np.where(many, (n * c - s.conj() * d) / area, c / n)
+        v = np.where(many, (n * d - s * c) / area, 0)
+        longer, shorter = np.abs(u) + np.abs(v), np.abs(np.abs(u) - np.abs(v))  # by how much it stretches its axes
+        usable &= (shorter > SCALES[0]) & (longer < np.minimum(SCALES[1], STRETCHED * shorter))
+        shift, least = m0 - u * q0 - v * q0.conj(), TOLERANCE * np.maximum(1, (longer * shorter) ** 0.5)
+        agrees = np.abs(u[:, None] * q + v[:, None] * q.conj() + shift[:, None] - m) < least[:, None]
+    H = np.zeros((len(q), 3, 3))
+    H[:, :2] = np.stack([u + v, 1j * (u - v), shift], 1).view(float).reshape(-1, 3, 2).swapaxes(1, 2)
+    H[:, 2, 2] = 1
     # Points on one spot count once, in either picture
-    return min(len(np.unique(z[agrees].real // SPOT + 4096 * (z[agrees].imag // SPOT))) for z in (q, m)), H
+    spots = (np.sort(np.where(agrees, z.real // SPOT + 4096 * (z.imag // SPOT), np.inf), 1) for z in (q, m))
+    found = [1 + (it[:, 1:] != it[:, :-1]).sum(1) - (~agrees).any(1) for it in spots]
+    return np.where(usable, np.minimum(*found), 0), H
 
 
 def proposals_agree(proposing: Sequence[np.ndarray], pairs: Sequence[np.ndarray]) -> np.ndarray:
@@ -1572,28 +1580,31 @@ def proposals_agree(proposing: Sequence[np.ndarray], pairs: Sequence[np.ndarray]
     return agree & (np.abs(np.log2(np.abs(ratio2) / scale)) < 1) & (scale >= SCALES[0]) & (scale <= SCALES[1])
 
 
-def agree_at_all(q: np.ndarray, m: np.ndarray, ratio: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """In which groups of matched pairs FEWEST agree with one of them, bool (groups,). `sizes`: how many pairs each has,
-    one group after the other. Most hold nothing, and to look at all at once is quicker than a fit for each.
+def fits(pairs: Sequence[np.ndarray], sizes: np.ndarray, count: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """For groups of matched pairs, the best `count` transforms of each: the number of the group, that of the spots that
+    agree, and the transform, see `fit`.
+
+    pairs are places q, places m and the ratio of their frames, complex (n,), one group after the other; `sizes` has how
+    many pairs each has. Each pair proposes a transform, see `proposals_agree`; of many, as in an index of one picture,
+    some do. Groups of much the same size are looked at together. Nothing is random.
     """
-    found, starts = np.ones(len(sizes), bool), np.cumsum(sizes) - sizes
-    for size in np.unique(sizes[sizes <= MANY]):
-        these = np.flatnonzero(sizes == size)
-        pairs = [it[starts[these, None] + np.arange(size)] for it in (q, m, ratio)]  # (these groups, size)
-        agree = proposals_agree([it[..., None] for it in pairs], [it[:, None] for it in pairs])
-        found[these] = (agree.sum(2) >= FEWEST).any(1)
-    return found
-
-
-def fits(q: np.ndarray, m: np.ndarray, ratio: np.ndarray, count: int = PROPOSALS) -> list[tuple[int, np.ndarray]]:
-    """The best `count` transforms from places q to m, complex (n,), each with its number of agreeing spots: see `fit`.
-
-    Each pair proposes one, see `proposals_agree`; of many, as in an index of one picture, some do. Nothing is random.
-    """
-    some = slice(None, None, 1 + len(q) // MOST_PROPOSING)
-    agree = proposals_agree([it[some, None] for it in (q, m, ratio)], (q, m, ratio))  # (proposals, pairs)
-    likely = np.argsort(-agree.sum(1), kind="stable")[:count]
-    return [found for one in likely if (found := fit(q, m, agree[one]))[0] >= FEWEST]
+    ends, order = np.cumsum(sizes), np.argsort(sizes, kind="stable")
+    order = order[sizes[order] >= FEWEST]
+    while len(order):
+        width = int(1.5 * sizes[order[0]])
+        these = order[: max(1, min(int(np.searchsorted(sizes[order], width, "right")), TOGETHER_AT_MOST // width**2))]
+        order = order[len(these) :]
+        column = np.arange(sizes[these].max())
+        places = np.minimum((ends - sizes)[these, None] + column, ends[these, None] - 1)
+        q, m, ratio = (np.where(column < sizes[these, None], it[places], np.nan) for it in pairs)  # (groups, most)
+        some = slice(None, None, 1 + len(column) // MOST_PROPOSING)
+        agree = proposals_agree([it[:, some, None] for it in (q, m, ratio)], [it[:, None] for it in (q, m, ratio)])
+        agreeing = agree.sum(2)  # (groups, proposals)
+        likely = np.argsort(-agreeing, 1, kind="stable")[:, :count]
+        group, rank = np.nonzero(np.take_along_axis(agreeing, likely, 1) >= FEWEST)
+        points, H = fit(q[group], m[group], agree[group, likely[group, rank]])
+        for one in np.flatnonzero(points >= FEWEST):
+            yield int(these[group[one]]), int(points[one]), H[one]
 
 
 def to_pixels(H: np.ndarray, a: Sequence[int], b: Sequence[int], mirrored: bool) -> np.ndarray:
@@ -1624,7 +1635,7 @@ def hints_by_points(points: Points, a: Shown, b: Shown) -> Iterator[Hint]:
         if good.sum() >= FEWEST:
             match = best.numpy()[good]
             q, m, ratio = seen.places[good], other.places[match], other.frames[match] / seen.frames[good]
-            for count, H in fits(q, m, ratio):
+            for _, count, H in fits((q, m, ratio), np.array([len(q)]), PROPOSALS):
                 yield Hint(count, to_pixels(H, a.size, b.size, mirrored), inverted)
 
 
@@ -2990,13 +3001,11 @@ def votes(pictures: Sequence[Points], ids: np.ndarray) -> list[list[Vote]]:
         voter, id_, sizes = voter[order], id_[order], sizes[sizes >= FEWEST]
         m, frames, dark = unpack_where(id_)
         q, ratio, ends = seen.places[voter], frames / seen.frames[voter], np.cumsum(sizes)
-        for number in np.flatnonzero(agree_at_all(q, m, ratio, sizes)):
-            start = ends[number] - sizes[number]
-            of_one, row = slice(start, ends[number]), int(id_[start] >> WHERE_BITS)
-            for points, H in fits(q[of_one], m[of_one], ratio[of_one], 2):
-                best = found[numbers[voter[start]]]
-                if row not in best or points > best[row].points:
-                    best[row] = Vote(row, points, H, mirrored, bool(seen.dark[voter[start]] != dark[start]))
+        for number, points, H in fits((q, m, ratio), sizes, 2):
+            first = ends[number] - 1
+            best, row = found[numbers[voter[first]]], int(id_[first] >> WHERE_BITS)
+            if row not in best or points > best[row].points:
+                best[row] = Vote(row, points, H, mirrored, bool(seen.dark[voter[first]] != dark[first]))
     return [sorted(it.values(), key=lambda vote: (-vote.points, vote.row)) for it in found]
 
 

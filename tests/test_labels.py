@@ -267,8 +267,8 @@ def test_a_verdict_is_the_same_in_both_directions(edit):
     assert there.covers == pytest.approx(back.covers[::-1]) and len(there.boxes[0]) == len(back.boxes[1])
 
 
-PLANE = np.random.default_rng(0).uniform(0, 300, (40, 2)) @ [1, 1j]
-EVERY = np.ones(40, bool)
+PLANE = np.random.default_rng(0).uniform(0, 300, (1, 40, 2)) @ [1, 1j]
+EVERY = np.ones((1, 40), bool)
 
 
 @pytest.mark.parametrize(
@@ -279,11 +279,12 @@ EVERY = np.ones(40, bool)
         pytest.param(0.05 * PLANE, id="too small"),
         pytest.param(12 * PLANE, id="too large"),
         pytest.param(PLANE.real + 0.3j * PLANE.imag, id="stretched too much"),
-        pytest.param(np.repeat(PLANE[:8], 5), id="few places, many points"),
+        pytest.param(np.repeat(PLANE[:, :8], 5, 1), id="few places, many points"),
     ],
 )
 def test_a_degenerate_transform_has_no_points(there):
-    assert main.fit(PLANE, there, EVERY)[0] == 0 and main.fit(there, PLANE, EVERY)[0] == 0
+    for q, m in ((PLANE, there), (there, PLANE)):
+        assert main.fit(q, m, EVERY)[0] == 0
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, main.FEWEST - 1])
@@ -301,7 +302,7 @@ def test_in_an_index_of_one_picture_all_points_vote_for_it_and_memory_is_bounded
     q, m, ratio = (random.normal(0, 100, (3, 5000, 2)) @ (1, 1j)) * [[1], [1], [0.01]]
     m[::10], ratio[::10] = q[::10] * 2j + 5, 2j  # a tenth agrees
     tracemalloc.start()
-    (count, H), *_ = main.fits(q, m, ratio)
+    (_, count, H), *_ = main.fits((q, m, ratio), np.array([5000]), main.PROPOSALS)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count > 100 and np.allclose(H, [(0, -2, 5), (2, 0, 0), (0, 0, 1)], atol=0.5)
