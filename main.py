@@ -1577,7 +1577,8 @@ def proposals_agree(proposing: Sequence[np.ndarray], pairs: Sequence[np.ndarray]
     (q, m, ratio), (q2, m2, ratio2) = proposing, pairs
     shift, scale = ratio * (q2 - q), np.abs(ratio)
     agree = np.abs(m + shift - m2) < TOLERANCE + DRIFT * np.abs(shift)
-    return agree & (np.abs(np.log2(np.abs(ratio2) / scale)) < 1) & (scale >= SCALES[0]) & (scale <= SCALES[1])
+    agree &= np.abs(np.log2(np.abs(ratio2)) - np.log2(scale)) < 1
+    return agree & (scale >= SCALES[0]) & (scale <= SCALES[1])
 
 
 def fits(pairs: Sequence[np.ndarray], sizes: np.ndarray, count: int) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -1597,8 +1598,8 @@ def fits(pairs: Sequence[np.ndarray], sizes: np.ndarray, count: int) -> Iterator
         column = np.arange(sizes[these].max())
         places = np.minimum((ends - sizes)[these, None] + column, ends[these, None] - 1)
         q, m, ratio = (np.where(column < sizes[these, None], it[places], np.nan) for it in pairs)  # (groups, most)
-        some = slice(None, None, 1 + len(column) // MOST_PROPOSING)
-        agree = proposals_agree([it[:, some, None] for it in (q, m, ratio)], [it[:, None] for it in (q, m, ratio)])
+        some, quick = slice(None, None, 1 + len(column) // MOST_PROPOSING), [np.complex64(it) for it in (q, m, ratio)]
+        agree = proposals_agree([it[:, some, None] for it in quick], [it[:, None] for it in quick])
         agreeing = agree.sum(2)  # (groups, proposals)
         likely = np.argsort(-agreeing, 1, kind="stable")[:, :count]
         group, rank = np.nonzero(np.take_along_axis(agreeing, likely, 1) >= FEWEST)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import atexit
 import io
 import json
 import os
@@ -12,10 +12,11 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from functools import cache, wraps
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,39 +32,15 @@ MAIN = Path(__file__).parent.parent / "main.py"
 sys.path.insert(0, str(MAIN.parent))
 
 import faults  # noqa: E402
+import remembered  # noqa: E402
 from zygote import Outcome, Zygote  # noqa: E402
 
 import main  # noqa: E402
 
-
-def remembered(function: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which calls itself once for each key of its arguments. Its __wrapped__ remembers nothing."""
-    known = dict[Any, Any]()
-
-    @wraps(function)
-    def call(*args: Any, **named: Any) -> Any:
-        result = known.get(this := key(*args, **named), known)
-        if result is known:
-            if len(known) > 5000:  # some hundred megabytes
-                known.clear()
-            result = known[this] = function(*args, **named)
-        return result
-
-    return call
-
-
-def pixels_of(image: Image.Image) -> bytes:
-    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).digest()
-
-
-def pair_of(a: main.Shown, b: main.Shown, hints: Sequence[main.Hint] = ()) -> Any:
-    return a.size, pixels_of(a.image), b.size, pixels_of(b.image), [(it[0], it[1].tobytes(), *it[2:]) for it in hints]
-
-
-# Hundreds of tests of this process index and ask about the same few pictures. Both depend on their arguments alone;
-# each picture, and each pair, is looked at once. Programs that tests start, also by the zygote, remember nothing.
-main.find_points = remembered(main.find_points, lambda image, *how, **named: (pixels_of(image), how, *named.items()))
-main.compare = remembered(main.compare, lambda *pair: repr(pair_of(*pair)))
+if remembered.FOLDER not in os.environ:  # the first process of the tests: the others have it from there
+    os.environ[remembered.FOLDER] = tempfile.mkdtemp(prefix="known-")
+    atexit.register(shutil.rmtree, os.environ[remembered.FOLDER], ignore_errors=True)
+remembered.remember(main)
 
 HOSTILE_NAMES = {  # each is one name of a file, as bytes
     "newline": b"a\nb.png",

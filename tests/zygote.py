@@ -2,7 +2,8 @@
 
 `Zygote` starts this file as a program and gives it requests, one JSON object a line. Each run is main.py as `python
 main.py` would run it, its `if __name__` included, in a process and a process group of its own; nothing in it is
-replaced but the values of constants that a test asks for.
+replaced but the values of constants that a test asks for, and what remembered.py knows of pixels seen before (not where
+memory or files are limited).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import types
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import remembered
 
 MAIN = Path(__file__).parent.parent / "main.py"
 SUBMODULES = ["concurrent.futures.thread", "http.server", "PIL.Image", "PIL.ImageCms", "PIL.ImageOps", "urllib.request"]
@@ -147,6 +150,8 @@ def be_main(request: dict[str, Any]) -> None:
     module.__file__ = str(MAIN)
     body, start = compiled(json.dumps(request.get("constants") or {}))
     exec(body, vars(module))
+    if not request.keys() & {"limits", "room"}:
+        remembered.remember(module, json.dumps(request.get("constants")))
     arm(request)
     exec(compile(request["code"], "code", "exec") if "code" in request else start, vars(module))
 
