@@ -198,8 +198,8 @@ def test_colour_on_a_terminal_alone_and_not_if_it_is_not_wanted(search, zygote):
 def test_a_reader_that_has_seen_enough_ends_the_run_quietly(lines, search, program):
     """As `| head` does."""
     for number in range(100):
-        shutil.copy(IMAGES / "0.png", IMAGES / f"{number:0100}.png")
-    process = program("--model", "offline", "-q", "-k", 100, *["bulk_images/0.png"] * 8)  # more than a pipe holds
+        shutil.copy(IMAGES / "0.png", IMAGES / f"{number:0240}.png")
+    process = program("--model", "offline", "-q", "-k", 100, *["bulk_images/0.png"] * 3)  # more than a pipe holds
     for _ in range(lines):
         assert process.stdout.readline() == "bulk_images/0.png  (offline, 112 images)\n"
     process.stdout.close()
