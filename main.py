@@ -1589,15 +1589,14 @@ def fits(pairs: Sequence[np.ndarray], sizes: np.ndarray, count: int) -> Iterator
     many pairs each has. Each pair proposes a transform, see `proposals_agree`; of many, as in an index of one picture,
     some do. Groups of much the same size are looked at together. Nothing is random.
     """
-    ends, order = np.cumsum(sizes), np.argsort(sizes, kind="stable")
-    order = order[sizes[order] >= FEWEST]
+    starts, order = np.cumsum(sizes) - sizes, np.argsort(sizes, kind="stable")
     while len(order):
-        width = int(1.5 * sizes[order[0]])
-        these = order[: max(1, min(int(np.searchsorted(sizes[order], width, "right")), TOGETHER_AT_MOST // width**2))]
-        order = order[len(these) :]
-        column = np.arange(sizes[these].max())
-        places = np.minimum((ends - sizes)[these, None] + column, ends[these, None] - 1)
-        q, m, ratio = (np.where(column < sizes[these, None], it[places], np.nan) for it in pairs)  # (groups, most)
+        most = int(1.5 * sizes[order[0]])
+        together = min(int(np.searchsorted(sizes[order], most, "right")), TOGETHER_AT_MOST // most**2)
+        these, order = np.split(order, [max(1, together)])
+        column = np.arange(sizes[these[-1]])  # of the largest group; smaller ones end with nan, which never agrees
+        there = starts[these, None] + np.minimum(column, sizes[these, None] - 1)
+        q, m, ratio = (np.where(column < sizes[these, None], it[there], np.nan) for it in pairs)  # (groups, pairs)
         some, quick = slice(None, None, 1 + len(column) // MOST_PROPOSING), [np.complex64(it) for it in (q, m, ratio)]
         agree = proposals_agree([it[:, some, None] for it in quick], [it[:, None] for it in quick])
         agreeing = agree.sum(2)  # (groups, proposals)
@@ -3003,10 +3002,10 @@ def votes(pictures: Sequence[Points], ids: np.ndarray) -> list[list[Vote]]:
         m, frames, dark = unpack_where(id_)
         q, ratio, ends = seen.places[voter], frames / seen.frames[voter], np.cumsum(sizes)
         for number, points, H in fits((q, m, ratio), sizes, 2):
-            first = ends[number] - 1
-            best, row = found[numbers[voter[first]]], int(id_[first] >> WHERE_BITS)
+            one = ends[number] - 1
+            best, row = found[numbers[voter[one]]], int(id_[one] >> WHERE_BITS)
             if row not in best or points > best[row].points:
-                best[row] = Vote(row, points, H, mirrored, bool(seen.dark[voter[first]] != dark[first]))
+                best[row] = Vote(row, points, H, mirrored, bool(seen.dark[voter[one]] != dark[one]))
     return [sorted(it.values(), key=lambda vote: (-vote.points, vote.row)) for it in found]
 
 
