@@ -143,6 +143,15 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+NO_MEMORY = re.compile(  # as torch, FAISS, Python and ld.so say it; other words on memory are of other errors
+    "out of memory|not enough memory|[Cc]an(no|')t allocate memory|bad_alloc|start new thread|failed to map segment"
+)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)))
+
+
 def escape_controls(text: str) -> str:
     """The text with control and direction characters as escapes, so that no file name can steer a terminal."""
     unsafe = ("Cc", "Cf", "Zl", "Zp")
@@ -457,7 +466,7 @@ def read_picture(file: File, root: bytes, wanted: Callable[[bytes], Callable[...
                 digest, reason = content_hash(stream), None
                 made = transform(image) if (transform := wanted(digest)) else None
             except Exception as error:
-                if isinstance(error, (sqlite3.Error, MemoryError)) or getattr(error, "errno", None):
+                if isinstance(error, sqlite3.Error) or lacks_memory(error) or getattr(error, "errno", None):
                     raise
                 digest, reason = content_hash(stream), TRUNCATED
                 transform = wanted(digest)
@@ -467,9 +476,10 @@ def read_picture(file: File, root: bytes, wanted: Callable[[bytes], Callable[...
     except sqlite3.Error:
         raise  # from `wanted`: the database failed, not the file
     except Exception as error:  # decoders raise anything at all on a malformed file
-        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+        if lacks_memory(error) or getattr(error, "errno", None):
             file = file._replace(mtime=-1)  # perhaps the machine failed and not the file: try again next time
         reason = escape_controls(getattr(error, "strerror", None) or first_line(error))
+        reason = "too little memory: try --workers 1" if lacks_memory(error) else reason
         return Picture(file, reason=reason, vanished=isinstance(error, FileNotFoundError))
 
 
@@ -5360,9 +5370,6 @@ def serve(prepare: Callable[[Work], Engine], work: Work, port: int, top: int, ca
 
 FETCH_STEP, FETCH_LEAST = 60, 60_000  # an address is given up if in so many seconds fewer bytes come
 FETCH_STEPS = 10  # for one address, at most: QUERY_BYTES at 0.5 MB/s
-NO_MEMORY = re.compile(  # as torch, FAISS, Python and ld.so say it; other words on memory are of other errors
-    "out of memory|not enough memory|[Cc]an(no|')t allocate memory|bad_alloc|start new thread|failed to map segment"
-)
 EXCLUDED = {  # by option: those that cannot be combined with it
     "no_update": ("index_only", "rebuild", "prune", "exclude"),
     "index_only": ("queries", "crop"),
@@ -5668,7 +5675,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("error: %s", error)
         return 1
     except (MemoryError, RuntimeError, ImportError) as error:
-        if not (isinstance(error, MemoryError) or NO_MEMORY.search(str(error))):
+        if not lacks_memory(error):
             raise
         log.error("error: out of memory (%s): try --workers 1 and a small --batch-size", first_line(error))
         return 1

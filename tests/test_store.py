@@ -284,6 +284,16 @@ def test_a_bad_file_is_remembered_until_it_or_the_decoders_change(index, run):
     assert index() == {"found": N + 1, "new": 1, "unchanged": N, "opened": 1}
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: you tried to allocate 8 bytes")])
+def test_a_file_that_memory_was_too_small_for_is_no_bad_file_and_is_read_again(error, index, run, monkeypatch):
+    index()
+    draw(50).save(IMAGES / "new.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "find_points", Mock(side_effect=error))
+        assert "new.png: too little memory: try --workers 1" in run(*OFFLINE, "--index-only", "-v").stderr
+    assert index() == {"found": N + 1, "new": 1, "unchanged": N, "opened": 1}
+
+
 def test_a_truncated_file_is_used_counted_and_named_until_it_changes(index, run, answers):
     """Also after it was moved: its content is known, but not as a sound one."""
     whole = (IMAGES / "5.png").read_bytes()
