@@ -1,7 +1,8 @@
-"""The search at scale, on vectors that are made up: no image is needed.
+"""The search at scale, on vectors that are made up, and on points mixed from those of your photographs.
 
     python tests/bench_million.py                       100,000 vectors of 2,048 dimensions: 2 minutes, 3 GB of disk
     python tests/bench_million.py --vectors 1000000     a million: 20 minutes, 14 GB
+    python tests/bench_million.py --points FOLDER       the points of 100,000 pictures: 5 minutes, 1 GB
 
 A process of its own for each measurement; what it takes beyond start-up (imports), and its memory beyond that. Cold:
 the files of the cache were dropped from the page cache before. The peer's way is FAISS flat, fp32, loaded whole.
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +205,60 @@ def peer_flat(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
     return figures | {"again ms": 1e3 * again}
 
 
+def mixed(pool: np.ndarray, n: int) -> Iterator[list[bytes]]:
+    """The stored points of n pictures, a thousand at a time. Each point has the place and most of the code of one in
+    the pool, and the rest of another one: no two are the same, as they would be if a pool were drawn from."""
+    random = np.random.default_rng(3)
+    for _ in range(n // 1000):
+        one, other = random.integers(0, len(pool), (2, 1000, 2 * main.POINTS // 3))
+        points, second = pool[one], pool[other]
+        foreign = random.random(points.shape) < 0.3
+        foreign[..., : main.WHERE_BYTES] = False
+        points[foreign] = second[foreign]
+        yield [it.tobytes() for it in points]
+
+
+def fill_points(photos: Path, store: main.Store, n: int) -> None:
+    """Store the points of n pictures: those of the photographs of the folder, then mixed ones."""
+    paths = sorted(path for path in photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))[:1000]
+    points = lambda path: main.pack_points(main.find_points(Image.open(path).convert("RGB")))  # noqa: E731
+    own = list(main.read_ahead(points, paths, main.usable_cores(), 8))
+    pool = np.frombuffer(b"".join(own), np.uint8).reshape(-1, main.POINT_BYTES)
+    with store.locked():
+        store.repair()
+        for number, block in enumerate(itertools.chain([own], mixed(pool, n))):
+            files = (main.File(b"%d/%d.jpg" % (number, i), 0, 0) for i in range(len(block)))
+            store.save([main.Picture(file, os.urandom(main.DIGEST_BYTES), points=it) for file, it in zip(files, block)])
+
+
+def index_points(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
+    store = store_of(cache, dim)
+    with measured("build") as figures:
+        main.renewed_index(store, main.LOCAL, None)
+    return figures
+
+
+def look_up(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
+    """Photographs, saved again at half their size, are looked up: how often the right one has most votes."""
+    photos = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))[:1000:20]
+    halves = [Image.open(path).convert("RGB").reduce(2) for path in photos]
+    pictures = [main.find_points(half, main.FINER) for half in halves]
+    with measured("first") as figures:
+        index = main.read_index(store_of(cache, dim), main.LOCAL)
+        assert index
+        first = main.votes(pictures[:1], main.nearest_points(index, pictures[:1], main.MORE_NEIGHBOURS))
+    times, found = [], first
+    for picture in pictures[1:]:
+        start = time.perf_counter()
+        found += main.votes([picture], main.nearest_points(index, [picture], main.MORE_NEIGHBOURS))
+        times.append(time.perf_counter() - start)
+    right = [bool(votes) and votes[0].row == 1 + 20 * number for number, votes in enumerate(found)]
+    return figures | {"again ms": 1e3 * statistics.median(times), "recall": float(np.mean(right))}
+
+
 STEPS: dict[str, Callable[..., dict[str, float]]] = {
-    step.__name__: step for step in (build, first_answer, batch, add, rerun, duplicates, peer_flat)
+    step.__name__: step
+    for step in (build, first_answer, batch, add, rerun, duplicates, peer_flat, index_points, look_up)
 }
 
 
@@ -243,12 +297,24 @@ def measure(n: int, dim: int, folder: Path, peers: bool) -> Iterator[tuple[str, 
         (cache / "peer.faiss").unlink()
 
 
+def measure_points(n: int, photos: Path, folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    args = _, cache, *_ = photos, folder / "points", 1, n
+    known, store = cache.exists(), store_of(cache, 1)
+    if not known:
+        fill_points(photos, store, n)
+    yield "copies.faiss made from stored points", in_a_process("index_points", True, *args)
+    yield "disk", {"KB an image": sum(path.stat().st_size for path in store.folder.iterdir()) / n / 1e3}
+    for kind in ("cold", "warm"):
+        yield f"points of a picture looked up, {kind}", in_a_process("look_up", kind == "cold", *args)
+
+
 def run() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--vectors", type=int, default=100_000)
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--folder", type=Path, help="keep what is made here, and use it again")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--points", type=Path, metavar="FOLDER", help="measure points instead, of photographs there")
     parser.add_argument("--step", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:
@@ -258,7 +324,9 @@ def run() -> None:
         return
     folder = options.folder or Path(tempfile.mkdtemp())
     try:
-        for what, figures in measure(options.vectors, options.dim, folder, not options.no_peers):
+        of_features = partial(measure, options.vectors, options.dim, folder, not options.no_peers)
+        rows = measure_points(options.vectors, options.points, folder) if options.points else of_features()
+        for what, figures in rows:
             print(f"{what:46}", *(f"{name} {value:.4g}  " for name, value in figures.items()), flush=True)
     finally:
         if not options.folder:

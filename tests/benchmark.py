@@ -264,15 +264,28 @@ FLOORS = {  # what is promised of the search at 100,000 and at 1,000,000 vectors
 }  # fmt: skip
 
 
+def as_rows(of: str, steps: Iterator[tuple[str, dict[str, float]]], promised: Mapping[str, str]) -> Iterator[Row]:
+    for what, figures in steps:
+        for figure, value in figures.items():
+            name, unit = figure.rsplit(" ", 1) if figure.endswith((" s", " ms", " MB")) else (figure, "")
+            row = f"{of}, {what}: {name}"
+            floors = (floor for end, floor in promised.items() if row.endswith(end))
+            yield Row(row, value, unit, promised=next(floors, ""))
+
+
 def search(options: Options, vectors: int) -> Iterator[Row]:
     """The index of so many made-up vectors and the answers from it, then the peers' ways: see bench_million.py."""
     n = max(300, round(vectors * options.share))
-    for what, figures in bench_million.measure(n, 2048, options.folder / f"search {n}", peers=True):
-        for figure, value in figures.items():
-            name, unit = figure.rsplit(" ", 1) if figure.endswith((" s", " ms", " MB")) else (figure, "")
-            row = f"{n:,} vectors, {what}: {name}"
-            floors = (floor for end, floor in FLOORS[vectors].items() if row.endswith(end))
-            yield Row(row, value, unit, promised=next(floors, ""))
+    steps = bench_million.measure(n, 2048, options.folder / f"search {n}", peers=True)
+    yield from as_rows(f"{n:,} vectors", steps, FLOORS[vectors])
+
+
+def points(options: Options, pictures: int) -> Iterator[Row]:
+    """The index of the points of so many pictures, and how long it takes to look a picture up: see bench_million.py."""
+    n = max(20, round(pictures * options.share))
+    photos = collection(options, min(n, 1000), 500, 375, distinct=1000)
+    steps = bench_million.measure_points(n, photos, options.folder / f"points {n}")
+    yield from as_rows(f"points of {n:,}", steps, {})
 
 
 def duplicates(options: Options) -> Iterator[Row]:
@@ -450,6 +463,7 @@ SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "memory": memory,
     "search": partial(search, vectors=100_000),
     "million": partial(search, vectors=1_000_000),
+    "points": partial(points, pictures=100_000),
     "duplicates": duplicates,
     "copies": copies,
 }
