@@ -210,7 +210,7 @@ def mixed(pool: np.ndarray, n: int) -> Iterator[list[bytes]]:
     the pool, and the rest of another one: no two are the same, as they would be if a pool were drawn from."""
     random = np.random.default_rng(3)
     for _ in range(n // 1000):
-        one, other = random.integers(0, len(pool), (2, 1000, 2 * main.POINTS // 3))
+        one, other = random.integers(0, len(pool), (2, 1000, main.POINTS))
         points, second = pool[one], pool[other]
         foreign = random.random(points.shape) < 0.3
         foreign[..., : main.WHERE_BYTES] = False
