@@ -1413,8 +1413,8 @@ def unpack_codes(stored: bytes) -> tuple[np.ndarray, np.ndarray]:
     rows = np.frombuffer(stored, np.uint8).reshape(-1, WHERE_BYTES + CODE_BYTES)
     where = np.zeros((len(rows), 8), np.uint8)
     where[:, :WHERE_BYTES] = rows[:, :WHERE_BYTES]
-    values = rows[:, WHERE_BYTES:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3
-    xb = turned_for_code(np.array(CODE_VALUES, np.float32)[values].reshape(-1, POINT_DIM))
+    of_byte = np.array(CODE_VALUES, np.float32)[np.arange(256)[:, None] >> (0, 2, 4, 6) & 3]  # (256, 4)
+    xb = turned_for_code(of_byte[rows[:, WHERE_BYTES:]].reshape(-1, POINT_DIM))
     return where.view("<i8")[:, 0].astype(np.int64), xb / np.linalg.norm(xb, axis=1, keepdims=True)
 
 
