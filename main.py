@@ -149,7 +149,19 @@ NO_MEMORY = re.compile(  # as torch, FAISS, Python and ld.so say it; other words
 
 
 def lacks_memory(error: BaseException) -> bool:
+    """Whether the machine had too little memory, by the error's type or its words. Words of an OSError are about a
+    file, which may claim an absurd size.
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)))
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a file or a query cannot be used, in one line."""
+    if lacks_memory(error):
+        return "too little memory: try --workers 1"
+    return escape_controls(getattr(error, "strerror", None) or first_line(error))
 
 
 def escape_controls(text: str) -> str:
@@ -443,7 +455,9 @@ def decode_damaged(stream: BinaryIO, path: str, transform: Callable[..., Any]) -
         made, top = transform(image), min(16, image.height - 1)  # rows that may be one broken block of a JPEG
         extremes = np.array(image.crop((0, top, *image.size)).getextrema())
         return made if (extremes[..., 0] < extremes[..., 1]).any() else None
-    except Exception:
+    except Exception as error:
+        if lacks_memory(error):
+            raise
         return None
     finally:
         tolerance.is_on = False
@@ -478,9 +492,7 @@ def read_picture(file: File, root: bytes, wanted: Callable[[bytes], Callable[...
     except Exception as error:  # decoders raise anything at all on a malformed file
         if lacks_memory(error) or getattr(error, "errno", None):
             file = file._replace(mtime=-1)  # perhaps the machine failed and not the file: try again next time
-        reason = escape_controls(getattr(error, "strerror", None) or first_line(error))
-        reason = "too little memory: try --workers 1" if lacks_memory(error) else reason
-        return Picture(file, reason=reason, vanished=isinstance(error, FileNotFoundError))
+        return Picture(file, reason=reason_of(error), vanished=isinstance(error, FileNotFoundError))
 
 
 def read_path(path: str | bytes | Path, transform: Callable[[Image.Image], Any]) -> Picture:
@@ -507,7 +519,7 @@ def read_query(query: Any, transform: Callable[[Image.Image], Any]) -> Picture:
             raise ValueError("not a query: give a path as str, or the bytes of an image as io.BytesIO(...)")
         return Picture(file, digest, transform(image)) if image else Picture(file)
     except Exception as error:  # see `read_picture`
-        return Picture(file, reason=escape_controls(first_line(error)))
+        return Picture(file, reason=reason_of(error))
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
@@ -1452,7 +1464,8 @@ MOST_PROPOSING = 500  # matched pairs of points that propose one
 SPOT = 6.0  # pixels: points that are nearer to each other count as one
 PLAIN = 20  # points that agree in a picture that is surely the one; 10 may in another page of the same layout
 FEWEST = 5  # points that agree, at least, in a transform (of unrelated photographs, 2 to 3 of 4 neighbours do)
-TOGETHER_AT_MOST = 1 << 18  # proposals × pairs that are looked at together, for the memory
+OCTAVES = 0.9  # by which the scales of two agreeing pairs may differ; points come in steps of half an octave
+TOGETHER_AT_MOST = 1 << 18  # proposals × pairs at once; under 2 × MOST_PROPOSING²: only groups alone are thinned
 TRIED = 2  # transforms of one source, see `compare`, that are compared closely: the right one is mostly the first
 THUMB, ROUGH, CLOSE = 32, 96, 384  # pixels of the longer side: to compare roughly, less roughly, and closely
 ALIKE_THUMBS = 0.6  # least correlation of two whole pictures for a transform of the whole
@@ -1551,14 +1564,15 @@ def fit(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[np.ndarray, n
     (groups,), and the transforms, (groups, 3, 3).
 
     Each is fitted to the pairs in `agrees`, then to all that agree: a similarity to few, an affine transform to many.
-    0: too few agree, or the picture would be distorted.
+    The number is 0 if too few agree, or if the picture would be distorted.
     """
+    q, m = np.complex128(q), np.complex128(m)
     usable = np.ones(len(q), bool)
     for _ in range(3):
         count = agrees.sum(1)
         q0, m0 = (np.where(agrees, z, 0).sum(1) / np.maximum(1, count) for z in (q, m))
         x, y = (np.where(agrees, z - z0[:, None], 0) for z, z0 in ((q, q0), (m, m0)))
-        # Least squares for y = u x + v conj(x): of a similarity v is 0
+        # Least squares for y = u x + v conj(x), by sums of |x|², x², conj(x) y and x y: of a similarity v is 0
         n, s, c, d = (np.abs(x) ** 2).sum(1), (x * x).sum(1), (x.conj() * y).sum(1), (x * y).sum(1)
         area, many = n * n - np.abs(s) ** 2, count >= 2 * FEWEST
         usable &= (count >= FEWEST) & np.where(many, area > 1e-9 * n * n, n > 0)  # not all on one line or spot
@@ -1567,37 +1581,37 @@ def fit(q: np.ndarray, m: np.ndarray, agrees: np.ndarray) -> tuple[np.ndarray, n
         v = np.where(many, (n * d - s * c) / area, 0)
         longer, shorter = np.abs(u) + np.abs(v), np.abs(np.abs(u) - np.abs(v))  # by how much it stretches its axes
         usable &= (shorter > SCALES[0]) & (longer < np.minimum(SCALES[1], STRETCHED * shorter))
-        shift, least = m0 - u * q0 - v * q0.conj(), TOLERANCE * np.maximum(1, (longer * shorter) ** 0.5)
-        agrees = np.abs(u[:, None] * q + v[:, None] * q.conj() + shift[:, None] - m) < least[:, None]
+        shift, room = m0 - u * q0 - v * q0.conj(), TOLERANCE * np.maximum(1, (longer * shorter) ** 0.5)
+        agrees = np.abs(u[:, None] * q + v[:, None] * q.conj() + shift[:, None] - m) < room[:, None]
     H = np.zeros((len(q), 3, 3))
     H[:, :2] = np.stack([u + v, 1j * (u - v), shift], 1).view(float).reshape(-1, 3, 2).swapaxes(1, 2)
     H[:, 2, 2] = 1
-    # Points on one spot count once, in either picture
+    # Points on one spot count once, in either picture; inf, which stands for those that do not agree, is no spot
     spots = (np.sort(np.where(agrees, z.real // SPOT + 4096 * (z.imag // SPOT), np.inf), 1) for z in (q, m))
     found = [1 + (it[:, 1:] != it[:, :-1]).sum(1) - (~agrees).any(1) for it in spots]
     return np.where(usable, np.minimum(*found), 0), H
 
 
 def proposals_agree(proposing: Sequence[np.ndarray], pairs: Sequence[np.ndarray]) -> np.ndarray:
-    """Whether `pairs` of matched points lie where the `proposing` ones would have them, bool.
+    """Whether `pairs` of matched points lie where the `proposing` ones would have them, and have about their scale.
 
-    Both are places q, places m, and the ratio of their frames, complex, of shapes that fit together. A pair proposes to
-    move q to m, and with the ratio a turn and a scale.
+    Both are (places q, places m, ratios of the frames), complex, of shapes that broadcast. A pair proposes to move q to
+    m, and by the ratio a turn and a scale. What is nan agrees with nothing.
     """
     (q, m, ratio), (q2, m2, ratio2) = proposing, pairs
     shift, scale = ratio * (q2 - q), np.abs(ratio)
     agree = np.abs(m + shift - m2) < TOLERANCE + DRIFT * np.abs(shift)
-    agree &= np.abs(np.log2(np.abs(ratio2)) - np.log2(scale)) < 1
+    agree &= np.abs(np.log2(np.abs(ratio2)) - np.log2(scale)) < OCTAVES
     return agree & (scale >= SCALES[0]) & (scale <= SCALES[1])
 
 
 def fits(pairs: Sequence[np.ndarray], sizes: np.ndarray, count: int) -> Iterator[tuple[int, int, np.ndarray]]:
-    """For groups of matched pairs, the best `count` transforms of each: the number of the group, that of the spots that
-    agree, and the transform, see `fit`.
+    """The best `count` transforms of each group of matched pairs: yields (group, spots that agree, transform), see
+    `fit`; small groups come first, and of a group the proposal that most agree with.
 
-    pairs are places q, places m and the ratio of their frames, complex (n,), one group after the other; `sizes` has how
-    many pairs each has. Each pair proposes a transform, see `proposals_agree`; of many, as in an index of one picture,
-    some do. Groups of much the same size are looked at together. Nothing is random.
+    pairs are (places q, places m, ratios of the frames), complex (n,), one group after the other; `sizes` has how many
+    pairs each group has, at least 1. Each pair proposes a transform, see `proposals_agree`; of many, as in an index of
+    one picture, some do. Groups of much the same size are looked at together. Nothing is random.
     """
     starts, order = np.cumsum(sizes) - sizes, np.argsort(sizes, kind="stable")
     while len(order):
@@ -3012,10 +3026,11 @@ def votes(pictures: Sequence[Points], ids: np.ndarray) -> list[list[Vote]]:
         m, frames, dark = unpack_where(id_)
         q, ratio, ends = seen.places[voter], frames / seen.frames[voter], np.cumsum(sizes)
         for number, points, H in fits((q, m, ratio), sizes, 2):
-            one = ends[number] - 1
+            one = ends[number] - 1  # any of the group: all have the same picture, row and inversion
             best, row = found[numbers[voter[one]]], int(id_[one] >> WHERE_BITS)
-            if row not in best or points > best[row].points:
-                best[row] = Vote(row, points, H, mirrored, bool(seen.dark[voter[one]] != dark[one]))
+            vote = Vote(row, points, H, mirrored, bool(seen.dark[voter[one]] != dark[one]))
+            if row not in best or (points, not vote.inverted) > (best[row].points, not best[row].inverted):
+                best[row] = vote
     return [sorted(it.values(), key=lambda vote: (-vote.points, vote.row)) for it in found]
 
 

@@ -207,10 +207,10 @@ def peer_flat(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
 
 def mixed(pool: np.ndarray, n: int) -> Iterator[list[bytes]]:
     """The stored points of n pictures, a thousand at a time. Each point has the place and most of the code of one in
-    the pool, and the rest of another one: no two are the same, as they would be if a pool were drawn from."""
+    the pool, and the rest of another one, so that no two are equal."""
     random = np.random.default_rng(3)
-    for _ in range(n // 1000):
-        one, other = random.integers(0, len(pool), (2, 1000, main.POINTS))
+    for start in range(0, n, 1000):
+        one, other = random.integers(0, len(pool), (2, min(1000, n - start), main.POINTS))
         points, second = pool[one], pool[other]
         foreign = random.random(points.shape) < 0.3
         foreign[..., : main.WHERE_BYTES] = False
@@ -218,15 +218,23 @@ def mixed(pool: np.ndarray, n: int) -> Iterator[list[bytes]]:
         yield [it.tobytes() for it in points]
 
 
+def photographs(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    assert found, f"there are no photographs in {folder}"
+    return found[:1000]
+
+
 def fill_points(photos: Path, store: main.Store, n: int) -> None:
     """Store the points of n pictures: those of the photographs of the folder, then mixed ones."""
-    paths = sorted(path for path in photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))[:1000]
-    points = lambda path: main.pack_points(main.find_points(Image.open(path).convert("RGB")))  # noqa: E731
-    own = list(main.read_ahead(points, paths, main.usable_cores(), 8))
+
+    def points(path: Path) -> bytes:
+        return main.pack_points(main.find_points(Image.open(path).convert("RGB")))
+
+    own = list(main.read_ahead(points, photographs(photos)[:n], main.usable_cores(), 8))
     pool = np.frombuffer(b"".join(own), np.uint8).reshape(-1, main.POINT_BYTES)
     with store.locked():
         store.repair()
-        for number, block in enumerate(itertools.chain([own], mixed(pool, n))):
+        for number, block in enumerate(itertools.chain([own], mixed(pool, n - len(own)))):
             files = (main.File(b"%d/%d.jpg" % (number, i), 0, 0) for i in range(len(block)))
             store.save([main.Picture(file, os.urandom(main.DIGEST_BYTES), points=it) for file, it in zip(files, block)])
 
@@ -239,9 +247,9 @@ def index_points(images: Path, cache: Path, dim: int, n: int) -> dict[str, float
 
 
 def look_up(images: Path, cache: Path, dim: int, n: int) -> dict[str, float]:
-    """Photographs, saved again at half their size, are looked up: how often the right one has most votes."""
-    photos = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))[:1000:20]
-    halves = [Image.open(path).convert("RGB").reduce(2) for path in photos]
+    """Photographs at half their size are looked up, once their points are found: how often has the right one most
+    votes?"""
+    halves = [Image.open(path).convert("RGB").reduce(2) for path in photographs(images)[:n:20]]
     pictures = [main.find_points(half, main.FINER) for half in halves]
     with measured("first") as figures:
         index = main.read_index(store_of(cache, dim), main.LOCAL)
@@ -298,7 +306,8 @@ def measure(n: int, dim: int, folder: Path, peers: bool) -> Iterator[tuple[str, 
 
 
 def measure_points(n: int, photos: Path, folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    args = _, cache, *_ = photos, folder / "points", 1, n
+    cache = folder / f"points {n}"
+    args = photos, cache, 1, n  # there are no vectors: their dimension means nothing
     known, store = cache.exists(), store_of(cache, 1)
     if not known:
         fill_points(photos, store, n)
@@ -314,7 +323,12 @@ def run() -> None:
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--folder", type=Path, help="keep what is made here, and use it again")
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--points", type=Path, metavar="FOLDER", help="measure points instead, of photographs there")
+    parser.add_argument(
+        "--points",
+        type=Path,
+        metavar="FOLDER",
+        help="measure points of as many pictures, mixed from photographs there",
+    )
     parser.add_argument("--step", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step:

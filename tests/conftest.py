@@ -37,7 +37,7 @@ from zygote import Outcome, Zygote  # noqa: E402
 
 import main  # noqa: E402
 
-if remembered.FOLDER not in os.environ:  # the first process of the tests: the others have it from there
+if remembered.FOLDER not in os.environ:  # the first process of the tests: its workers inherit it
     os.environ[remembered.FOLDER] = tempfile.mkdtemp(prefix="known-")
     atexit.register(shutil.rmtree, os.environ[remembered.FOLDER], ignore_errors=True)
 remembered.remember(main)

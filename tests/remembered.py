@@ -30,36 +30,42 @@ def remembered(function: Callable[..., Any], key: Callable[..., str], plain: Any
     @wraps(function)
     def call(*args: Any, **named: Any) -> Any:
         name = hashlib.sha256(key(*args, **named).encode()).hexdigest()
-        path = Path(os.environ[FOLDER], name)
-        if name not in known:
-            if len(known) > 5000:  # some hundred megabytes
-                known.clear()
+        path, result = Path(os.environ[FOLDER], name), known.get(name, known)
+        if result is known:
             with suppress(OSError):
-                known[name] = whole(pickle.loads(path.read_bytes()))
-        if name not in known:
-            known[name] = function(*args, **named)
-            with suppress(OSError):  # whole or absent
-                part = path.with_suffix(f".{os.getpid()}.{id(args)}")
-                part.write_bytes(pickle.dumps(plain(known[name])))
+                result = whole(pickle.loads(path.read_bytes()))
+        if result is known:
+            result = function(*args, **named)
+            with suppress(OSError):
+                part = path.with_suffix(f".{os.getpid()}.{id(args)}")  # so that a reader sees all of a file or none
+                part.write_bytes(pickle.dumps(plain(result)))
                 part.replace(path)
-        return known[name]
+        if len(known) > 5000:  # some hundred megabytes
+            known.clear()
+        known[name] = result
+        return result
 
     return call
 
 
 def pixels_of(image: Image.Image) -> str:
-    return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
+    return hashlib.sha256(f"{image.mode} {image.size} {image.getpalette()}".encode() + image.tobytes()).hexdigest()
 
 
-def remember(main: Any, constants: str = "") -> None:
-    """In the module `main`, whose constants have these other values."""
+def constants_of(main: Any) -> list[Any]:
+    """All that a test may have changed: what is computed with other constants is another result."""
+    return [it for it in vars(main).items() if it[0].isupper() and isinstance(it[1], (int, float, str, tuple))]
+
+
+def remember(main: Any) -> None:
+    """Let the module `main` look up points and verdicts."""
 
     def of_points(image: Image.Image, *how: Any, **named: Any) -> str:
-        return f"points {constants} {pixels_of(image)} {how} {named}"
+        return f"points {constants_of(main)} {pixels_of(image)} {how} {named}"
 
     def of_pair(a: Any, b: Any, hints: Sequence[Any] = ()) -> str:
         known = [(it.points, it.H.tobytes(), it.inverted) for it in hints]
-        return f"pair {constants} {a.size} {pixels_of(a.image)} {b.size} {pixels_of(b.image)} {known}"
+        return f"pair {constants_of(main)} {a.size} {pixels_of(a.image)} {b.size} {pixels_of(b.image)} {known}"
 
     def plain(verdict: Any) -> Any:
         return verdict and tuple(verdict._replace(hint=tuple(verdict.hint)))

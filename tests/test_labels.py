@@ -287,6 +287,23 @@ def test_a_degenerate_transform_has_no_points(there):
         assert main.fit(q, m, EVERY)[0] == 0
 
 
+def test_groups_of_matched_pairs_have_the_same_transforms_alone_and_together():
+    random = np.random.default_rng(0)
+    sizes = np.array([*random.integers(1, 60, 300), 400, 700])
+    turns = np.exp(random.normal(0, 0.3, len(sizes)) + 1j * random.uniform(-3, 3, len(sizes))).repeat(sizes)
+    q, m, ratio = random.normal(0, 100, (3, sizes.sum(), 2)) @ (1, 1j)
+    ratio = np.where(inlier := random.random(len(q)) < 0.5, turns, ratio / 100)
+    m = np.where(inlier, q * turns, m) + random.normal(0, 0.5, (len(q), 2)) @ (1, 1j)
+    together, alone = list(main.fits((q, m, ratio), sizes, 2)), []
+    for number, start in enumerate(np.cumsum(sizes) - sizes):
+        of_one = slice(start, start + sizes[number])
+        found = main.fits((q[of_one], m[of_one], ratio[of_one]), sizes[number : number + 1], 2)
+        alone += [(number, points, H) for _, points, H in found]
+    together.sort(key=lambda it: it[0])
+    assert len(alone) > 300 and [it[:2] for it in together] == [it[:2] for it in alone]
+    assert np.allclose([it[2] for it in together], [it[2] for it in alone], atol=1e-6)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, main.FEWEST - 1])
 def test_a_picture_with_few_points_is_no_copy_by_them(count, engine):
     """The recipe of counting inliers alone says yes to many pairs of which one has all its points on one spot."""

@@ -30,6 +30,7 @@ from conftest import (
     draw,
     draw_rich,
     edit,
+    encoded,
     one_line,
     ruin_page,
 )
@@ -284,14 +285,23 @@ def test_a_bad_file_is_remembered_until_it_or_the_decoders_change(index, run):
     assert index() == {"found": N + 1, "new": 1, "unchanged": N, "opened": 1}
 
 
+@pytest.mark.parametrize("is_cut", [False, True], ids=["whole", "truncated"])
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: you tried to allocate 8 bytes")])
-def test_a_file_that_memory_was_too_small_for_is_no_bad_file_and_is_read_again(error, index, run, monkeypatch):
+def test_a_file_that_memory_was_too_small_for_is_no_bad_file_and_is_read_again(error, is_cut, index, run, monkeypatch):
     index()
-    draw(50).save(IMAGES / "new.png")
+    content = encoded(draw(50))
+    (IMAGES / "new.png").write_bytes(content[: len(content) - 300 * is_cut])
     with monkeypatch.context() as patch:
-        patch.setattr(main, "find_points", Mock(side_effect=error))
+        patch.setattr(main, "find_points", Mock(side_effect=[error, main.find_points(draw(50))]))
         assert "new.png: too little memory: try --workers 1" in run(*OFFLINE, "--index-only", "-v").stderr
     assert index() == {"found": N + 1, "new": 1, "unchanged": N, "opened": 1}
+
+
+def test_words_on_memory_in_the_error_of_a_decoder_are_about_the_file():
+    """As Pillow says it of a malformed file that claims an absurd size."""
+    assert not main.lacks_memory(OSError("out of memory when reading image file"))
+    assert not main.lacks_memory(FileNotFoundError(2, "No such file or directory", "/not enough memory/a.png"))
+    assert main.lacks_memory(OSError(12, "Cannot allocate memory")) and main.lacks_memory(MemoryError())
 
 
 def test_a_truncated_file_is_used_counted_and_named_until_it_changes(index, run, answers):

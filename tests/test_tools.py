@@ -16,7 +16,7 @@ from conftest import draw, draw_rich
 from evaluate import CHAINS, COPIES, EDITS, OTHERS, by_class, planned
 from PIL import Image
 
-HERE = {"duplicates": 2, "points": 8, "search": 15}  # rows, at least
+HERE = {"duplicates": 2, "points": 11, "search": 15}  # rows, at least
 
 
 def tool(name: str, *args: object) -> subprocess.CompletedProcess[str]:
@@ -30,7 +30,8 @@ def test_a_section_is_measured_in_all_its_steps(section, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_million, "in_a_process", lambda step, cold, *args: bench_million.STEPS[step](*args))
     rows = list(SECTIONS[section](Options(0.003, 1, None, "resnet18", tmp_path, tmp_path)))
     assert all(row.value >= 0 for row in rows) and len(rows) >= HERE[section]
-    assert all(row.value == 1 for row in rows if section == "points" and row.what.endswith("recall"))
+    if section == "points":
+        assert [row.value for row in rows if row.what.endswith("recall")] == [1, 1]
     assert section != "duplicates" or rows[0].what == "3 groups of copies among 300"
 
 

@@ -118,7 +118,7 @@ def test_lines_of_text_along_an_edge_are_a_difference_and_no_bar(monkeypatch):
     found = verdict(*pair)
     assert found is None or found.label == "variant"
     monkeypatch.setattr(main, "DRAWN", 1.1)
-    found = main.compare.__wrapped__(*map(main.Shown.of, pair))  # that remembers nothing
+    found = main.compare(*map(main.Shown.of, pair))
     assert found and found.label == "copy" and found.covers[0] < 0.9
 
 

@@ -2,8 +2,7 @@
 
 `Zygote` starts this file as a program and gives it requests, one JSON object a line. Each run is main.py as `python
 main.py` would run it, its `if __name__` included, in a process and a process group of its own; nothing in it is
-replaced but the values of constants that a test asks for, and what remembered.py knows of pixels seen before (not where
-memory or files are limited).
+replaced but constants that a test asks for, and results that remembered.py knows, unless memory or files are limited.
 """
 
 from __future__ import annotations
@@ -151,7 +150,7 @@ def be_main(request: dict[str, Any]) -> None:
     body, start = compiled(json.dumps(request.get("constants") or {}))
     exec(body, vars(module))
     if not request.keys() & {"limits", "room"}:
-        remembered.remember(module, json.dumps(request.get("constants")))
+        remembered.remember(module)
     arm(request)
     exec(compile(request["code"], "code", "exec") if "code" in request else start, vars(module))
 
