@@ -3259,7 +3259,7 @@ OFF_USUAL = 2.0  # if it is off by so many times what busy windows are: compress
 FEW_OFF = 2  # windows that may differ
 SHARP = 0.7  # least share of the sharpness of a file that the one to keep has, likewise
 MOST_COMMON = 0.995  # least share of what both pictures show that is no band along an edge which differs, likewise
-JUDGEMENT = 2  # version of the verdicts that are stored; raise it when `compare` or `examined` find something else
+JUDGEMENT = 3  # version of the verdicts that are stored; raise it when `compare` or `examined` find something else
 
 WAITS = "waits"  # stored in place of a Pair: two contents that could not be compared, or need not be yet
 
