@@ -1724,19 +1724,18 @@ def area_of(corners: np.ndarray) -> float:
     return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
 
 
-def resized(shown: Shown, box: np.ndarray, size: Sequence[int], method: int) -> torch.Tensor:
-    """The part `box` of a picture, left, top, right, bottom in its pixels, resized to `size`: float32 (3, h, w).
-    method: Pillow's way to make it smaller."""
+def resized(shown: Shown, box: np.ndarray, size: Sequence[int], smoothly: bool) -> torch.Tensor:
+    """The part `box` of a picture, left, top, right, bottom in its pixels, resized to `size`: float32 (3, h, w)."""
     scale = np.array(shown.image.size) / shown.size
     box = np.clip((box.reshape(2, 2) * scale).ravel(), 0, [*shown.image.size] * 2)
-    finer = size[0] > box[2] - box[0]
-    picture = shown.image.resize((size[0], size[1]), Image.Resampling.BICUBIC if finer else method, box=tuple(box))
+    method = Image.Resampling.BICUBIC if smoothly or size[0] > box[2] - box[0] else Image.Resampling.BOX
+    picture = shown.image.resize((size[0], size[1]), method, box=tuple(box))
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
 
 
-def overlay(hint: Hint, a: Shown, b: Shown, side: int, method: int = 4) -> Overlay | None:
+def overlay(hint: Hint, a: Shown, b: Shown, side: int, smoothly: bool = False) -> Overlay | None:
     """Both pictures on a frame of at most `side` pixels around what they share, at the lower resolution of the two.
-    method: Pillow's way to make one smaller; 4 is BOX, the quickest."""
+    smoothly: made smaller as most programs do it, not by means of boxes of pixels, which is the quickest."""
     H, part = hint.H, shared_part(hint.H, a.size, b.size)
     if len(part) < 3 or (np.ptp(part, 0) < 2).any() or abs(np.linalg.det(H)) < 1e-12:
         return None
@@ -1757,7 +1756,7 @@ def overlay(hint: Hint, a: Shown, b: Shown, side: int, method: int = 4) -> Overl
         return None
     most = a.image.width / a.size[0]
     size = [max(4, round(length * min(most, scale / zoom))) for length in end - start]
-    source = resized(a, np.concatenate([start, end]), size, method)
+    source = resized(a, np.concatenate([start, end]), size, smoothly)
     xs, ys = torch.arange(w) + 0.5, (torch.arange(h) + 0.5)[:, None]
     across, down, one = (float(of_x) * xs + (float(of_y) * ys + float(rest)) for of_x, of_y, rest in to_a)
     place = torch.stack([across, down]).div_(one)
@@ -1766,7 +1765,7 @@ def overlay(hint: Hint, a: Shown, b: Shown, side: int, method: int = 4) -> Overl
     warped = torch.nn.functional.grid_sample(source[None], grid[None], padding_mode="border", align_corners=False)[0]
     shares = place / torch.tensor(a.size)[:, None, None]
     box = np.concatenate([low, high])
-    return Overlay(255 - warped if hint.inverted else warped, resized(b, box, (w, h), method), shares, to_b)
+    return Overlay(255 - warped if hint.inverted else warped, resized(b, box, (w, h), smoothly), shares, to_b)
 
 
 def window_means(planes: torch.Tensor, window: int = WINDOW_SIDE) -> torch.Tensor:
@@ -2044,9 +2043,11 @@ def fitted_exactly(hint: Hint, a: Shown, b: Shown) -> Hint | None:
 
 def seen_finer(verdict: Verdict, a: Shown, b: Shown) -> Verdict:
     """The verdict `copy`, or that of twice the pixels along each side: small print is nothing but a line in fewer."""
-    fitted = refined(verdict.hint, a, b, 2 * CLOSE, 2, 2 * WINDOW_SIDE, 2)
-    finer = [judged(hint, a, b, 2 * CLOSE)[2] for hint in (verdict.hint, fitted)]
-    return max((it for it in finer if it), key=lambda it: it.label == "copy", default=verdict)
+    finer = judged(verdict.hint, a, b, 2 * CLOSE)[2]
+    if not finer or finer.label != "copy":
+        fitted = judged(refined(verdict.hint, a, b, 2 * CLOSE, 2, 2 * WINDOW_SIDE, 2), a, b, 2 * CLOSE)[2]
+        finer = fitted if fitted and (fitted.label == "copy" or not finer) else finer
+    return finer or verdict
 
 
 def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
@@ -3371,7 +3372,7 @@ def differ_in_full(verdict: Verdict, a: Shown, b: Shown) -> bool:
     common = area_of(shared_part(found.hint.H, smaller.size, larger.size))
     if found.covers[1] * math.prod(larger.size) < MOST_COMMON * common:  # a line of text along an edge, say
         return True
-    over = overlay(found.hint, smaller, larger, side, Image.Resampling.BICUBIC)  # as most programs scale
+    over = overlay(found.hint, smaller, larger, side, smoothly=True)
     return not over or differ_in_detail(over.trimmed())
 
 

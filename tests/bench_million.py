@@ -306,13 +306,15 @@ def measure(n: int, dim: int, folder: Path, peers: bool) -> Iterator[tuple[str, 
 
 
 def measure_points(n: int, photos: Path, folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    cache = folder / f"points {n}"
+    cache, part = folder / f"points {n}", folder / f"points {n}.part"
     args = photos, cache, 1, n  # there are no vectors: their dimension means nothing
-    known, store = cache.exists(), store_of(cache, 1)
-    if not known:
-        fill_points(photos, store, n)
+    if not cache.exists():
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
+        fill_points(photos, store := store_of(part, 1), n)
+        store.db.close()
+        part.rename(cache)
     yield "copies.faiss made from stored points", in_a_process("index_points", True, *args)
-    yield "disk", {"KB an image": sum(path.stat().st_size for path in store.folder.iterdir()) / n / 1e3}
+    yield "disk", {"KB an image": sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) / n / 1e3}
     for kind in ("cold", "warm"):
         yield f"points of a picture looked up, {kind}", in_a_process("look_up", kind == "cold", *args)
 

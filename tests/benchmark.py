@@ -284,7 +284,7 @@ def points(options: Options, pictures: int) -> Iterator[Row]:
     """The index of the points of so many pictures, and how long it takes to look a picture up: see bench_million.py."""
     n = max(20, round(pictures * options.share))
     photos = collection(options, min(n, 1000), 500, 375, distinct=1000)
-    steps = bench_million.measure_points(n, photos, options.folder / f"points {n}")
+    steps = bench_million.measure_points(n, photos, options.folder)
     yield from as_rows(f"points of {n:,}", steps, {})
 
 
