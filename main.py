@@ -1426,7 +1426,7 @@ def unpack_codes(stored: bytes) -> tuple[np.ndarray, np.ndarray]:
     where = np.zeros((len(rows), 8), np.uint8)
     where[:, :WHERE_BYTES] = rows[:, :WHERE_BYTES]
     of_byte = np.array(CODE_VALUES, np.float32)[np.arange(256)[:, None] >> (0, 2, 4, 6) & 3]  # (256, 4)
-    xb = turned_for_code(of_byte[rows[:, WHERE_BYTES:]].reshape(-1, POINT_DIM))
+    xb = turned_for_code(of_byte.take(rows[:, WHERE_BYTES:], 0).reshape(-1, POINT_DIM))
     return where.view("<i8")[:, 0].astype(np.int64), xb / np.linalg.norm(xb, axis=1, keepdims=True)
 
 
@@ -1920,9 +1920,11 @@ def paint_differs(over: Overlay, seen: torch.Tensor, tells: torch.Tensor, tint: 
         x, y = axes @ a, axes @ b
         # Either picture may be the one that was made flatter, or grey
         off = min((one_change(*pair, noise, most)[0] for pair in ((x, y), (y, x))), key=lambda it: float(it.median()))
-        typical, spread = float(off.median()), float((x - x.median()).abs().median())
-        if axes is light and typical > max(UNLIKE[0], UNLIKE[1] * spread):
-            wrong |= ~tells[seen] & (off > typical)  # as in two dark pictures under one watermark
+        plain = ~tells[seen]
+        if axes is light and plain.sum() > 1:
+            typical, spread = float(off[plain].median()), float(x[:, plain].std())
+            if typical > max(UNLIKE[0], UNLIKE[1] * spread):
+                wrong |= plain & (off > typical)  # as bricks of other shades, or two dark pictures under one watermark
         wrong |= off > limit
     differs[seen] = wrong
     return differs
@@ -2571,6 +2573,7 @@ FEW_POINTS = 20_000  # fewer points than this are all compared
 LIST_POINTS, TRAINING = 1200, 40  # points in a list of the index; points for each list that it is trained on
 ONE_THREAD = 200_000  # fewer points than this are trained on by one thread
 LISTS = 4  # lists of the index that are looked at for each point of a query
+MANY_LISTS, CELL_LISTS, CELLS = 2048, 32, 8  # lists that lie in cells; lists in a cell; cells that are looked at
 NEIGHBOURS, MORE_NEIGHBOURS = 4, 16  # points of the index that vote for each; if they do not tell, or for many pictures
 LATER = 128  # pictures that are not in the file yet, at most: they are compared one by one
 POINT_BYTES = WHERE_BYTES + CODE_BYTES  # of a stored point
@@ -2703,6 +2706,35 @@ def point_blocks(store: Store, first: int) -> Blocks:
         first = found[-1][0] + 1
 
 
+def centres(xt: np.ndarray, count: int) -> np.ndarray:
+    """Centres of `count` clusters of the vectors, float32 (n, dim), by k-means: float32 (count, dim)."""
+    means = faiss.Kmeans(xt.shape[1], count, niter=8, min_points_per_centroid=1)  # 1: no warning about few
+    means.train(xt)
+    return means.centroids
+
+
+def list_centres(xt: np.ndarray, lists: int) -> faiss.Index:
+    """An index of the centres of so many lists, made from the vectors xt, float32 (n, dim): it tells a vector's list.
+
+    Many centres lie in cells, and those in the cells nearest to a vector are looked at, as in a tree of k-means (Nistér
+    & Stewénius, CVPR 2006). To compare all with all would take ten times as long to fill the index.
+    """
+    flat = faiss.IndexFlatL2(xt.shape[1])
+    if lists < MANY_LISTS:
+        flat.add(centres(xt, lists))
+        return flat
+    flat.add(centres(xt, lists // CELL_LISTS))
+    cell = flat.search(xt, 1)[1][:, 0]
+    ends = np.bincount(cell, minlength=flat.ntotal).cumsum()
+    shares = np.diff((ends * (lists / len(xt))).round().astype(int), prepend=0)  # as many lists as fit a cell's vectors
+    parts = np.split(xt[np.argsort(cell, kind="stable")], ends[:-1])
+    index = faiss.IndexIVFFlat(flat, xt.shape[1], flat.ntotal)
+    index.nprobe = CELLS
+    index.add(np.concatenate([centres(part, share) for part, share in zip(parts, shares) if share]))
+    index.make_direct_map()
+    return index
+
+
 def empty_copy_index(store: Store, points: int) -> faiss.Index:
     """An index for about as many points: of few all are compared, of many those in some of its lists."""
     if points < FEW_POINTS:
@@ -2712,12 +2744,11 @@ def empty_copy_index(store: Store, points: int) -> faiss.Index:
     # A digest is a hash: the first ones are a random sample.
     sample = store.rows("points", "length(points) ORDER BY digest LIMIT ?", pictures)
     xt = unpack_codes(b"".join(points for _, _, points, _ in sample))[1]
-    # np: no polysemous training, which takes 30 s and serves a filter of FAISS that no search here uses
-    index = faiss.index_factory(POINT_DIM, f"IVF{lists}{'_HNSW32' if lists > 1 << 14 else ''},PQ8np")
-    index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # no warning
-    index.cp.niter, index.nprobe = 8, LISTS
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1 if len(xt) < ONE_THREAD else threads)  # its many small steps wait for busy cores
+    index = faiss.IndexIVFPQ(list_centres(xt, lists), POINT_DIM, lists, POINT_DIM // 8, 8)
+    index.pq.cp.min_points_per_centroid = 1  # no warning
+    index.nprobe = LISTS
     index.train(xt)
     faiss.omp_set_num_threads(threads)
     return index
@@ -2752,7 +2783,9 @@ def read_index(store: Store, source: Source) -> Index | None:
     if zlib.crc32(json.dumps(notes).encode(), zlib.crc32(data[: source.checked])) != checksum:
         log.warning("%s is damaged or out of date: it is made again by an update", path)
         return None
-    return Index(faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size)), *notes)._replace(file=data)
+    no_table = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE  # it has up to 500 MB, and makes no search faster
+    index = faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size), no_table)
+    return Index(index, *notes)._replace(file=data)
 
 
 def renewed_index(store: Store, source: Source, index: Index | None, coded: bool = False) -> Index:
@@ -3260,7 +3293,7 @@ OFF_USUAL = 2.0  # if it is off by so many times what busy windows are: compress
 FEW_OFF = 2  # windows that may differ
 SHARP = 0.7  # least share of the sharpness of a file that the one to keep has, likewise
 MOST_COMMON = 0.995  # least share of what both pictures show that is no band along an edge which differs, likewise
-JUDGEMENT = 3  # version of the verdicts that are stored; raise it when `compare` or `examined` find something else
+JUDGEMENT = 4  # version of the verdicts that are stored; raise it when `compare` or `examined` find something else
 
 WAITS = "waits"  # stored in place of a Pair: two contents that could not be compared, or need not be yet
 

@@ -8,7 +8,7 @@ from functools import cache
 from random import Random
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 WORDS = (  # noqa: SIM905
     "amber basket candle dragon eleven fountain garden harbour island jacket kettle ladder meadow needle "
@@ -216,13 +216,21 @@ def meme(template: int, above: str, below: str) -> Image.Image:
 
 
 def bricks(size: tuple[int, int] = (480, 360), wall: str = "#a04030", joint: str = "#e0d8c8", row: int = 30,
-           offset: float = 0.5) -> Image.Image:  # fmt: skip
+           offset: float = 0.5, shades: int | None = None) -> Image.Image:  # fmt: skip
+    """A wall of bricks; with a seed `shades`, each brick has its own shade."""
+    random, base = Random(shades), ImageColor.getrgb(wall)
     image = Image.new("RGB", size, wall)
     canvas = ImageDraw.Draw(image)
-    for n, y in enumerate(range(0, size[1], row)):
-        canvas.line((0, y, size[0], y), joint, 4)
-        for x in range(int(n % 2 * offset * 2 * row) - 2 * row, size[0], 2 * row):
-            canvas.line((x, y, x, y + row), joint, 4)
+    places = [
+        (x, y)
+        for n, y in enumerate(range(0, size[1], row))
+        for x in range(int(n % 2 * offset * 2 * row) - 2 * row, size[0], 2 * row)
+    ]
+    for x, y in places if shades is not None else []:
+        change = random.randint(-12, 12)
+        canvas.rectangle((x, y, x + 2 * row, y + row), tuple(value + change for value in base))
+    for x, y in places:
+        canvas.line((x, y + row, x, y, x + 2 * row, y), joint, 4)
     return image
 
 

@@ -361,15 +361,22 @@ def test_points_that_are_added_are_found_at_once_and_come_into_the_file_in_lots(
     assert file.read_bytes() != written and (voted(engine, 10), voted(engine, 3)) == (digest_of(10), digest_of(3))
 
 
-def test_points_of_many_pictures_are_in_lists_and_what_is_added_is_found(opened, monkeypatch):
+@pytest.mark.parametrize("lists", ["IndexFlatL2", "IndexIVFFlat"])
+def test_points_of_many_pictures_are_in_lists_and_what_is_added_is_found(lists, opened, monkeypatch):
+    """Many lists lie in cells, few do not."""
     monkeypatch.setattr(main, "FEW_POINTS", 500)
+    if lists == "IndexIVFFlat":
+        monkeypatch.setattr(main, "MANY_LISTS", 16)
+        monkeypatch.setattr(main, "CELL_LISTS", 4)
     monkeypatch.setattr(main, "LATER", 3)
     Path("images").mkdir()
     for before, n in ((0, 20), (20, 26), (26, 28)):
         for seed in range(before, n):
             draw(seed).save(f"images/{seed}.png")
         engine = opened(exact_bytes=1 << 28)
-        assert "IVF" in type(main.read_index(engine.store, main.LOCAL).faiss).__name__
+        in_file = main.read_index(engine.store, main.LOCAL).faiss
+        assert in_file.nlist == in_file.quantizer.ntotal >= 16
+        assert type(faiss.downcast_index(in_file.quantizer)).__name__ == lists
         assert [voted(engine, seed) for seed in (0, 9, n - 1)] == [digest_of(seed) for seed in (0, 9, n - 1)]
         assert main.read_index(engine.store, main.LOCAL).last == min(n, 26) and engine.copies.last == n
         assert engine.copies.made_of <= engine.copies.faiss.ntotal

@@ -87,6 +87,7 @@ DIFFERENT: dict[str, Callable[[], tuple[Image.Image, Image.Image]]] = {  # varia
         bricks(wall="black", joint="white"), bricks(wall="white", joint="black", row=24)
     ),
     "bricks of other rows": lambda: (bricks(), bricks(row=24)),
+    "bricks of other shades": lambda: (bricks(shades=1), bricks(shades=2)),
     "dark photographs under one watermark": lambda: (dark(1), dark(2)),
     "faces": lambda: (drawing(1), drawing(1, smile=False)),
     "chats": lambda: (chat(1), chat(2)),
