@@ -2728,9 +2728,11 @@ def list_centres(xt: np.ndarray, lists: int) -> faiss.Index:
     ends = np.bincount(cell, minlength=flat.ntotal).cumsum()
     shares = np.diff((ends * (lists / len(xt))).round().astype(int), prepend=0)  # as many lists as fit a cell's vectors
     parts = np.split(xt[np.argsort(cell, kind="stable")], ends[:-1])
+    some = [(part, share) for part, share in zip(parts, shares) if share]
     index = faiss.IndexIVFFlat(flat, xt.shape[1], flat.ntotal)
     index.nprobe = CELLS
-    index.add(np.concatenate([centres(part, share) for part, share in zip(parts, shares) if share]))
+    with ThreadPoolExecutor(usable_cores(), initializer=faiss.omp_set_num_threads, initargs=(1,)) as threads:
+        index.add(np.concatenate(list(threads.map(centres, *zip(*some)))))
     index.make_direct_map()
     return index
 
