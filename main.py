@@ -1476,7 +1476,7 @@ WINDOW_SIDE = 10  # pixels of a window; from one to the next it is half of them
 FLAT = 6.0  # of 255: windows with a smaller deviation show nothing that could be compared
 ALIKE, FAINTER = 0.5, 0.25  # least correlation of windows that agree; least share of contrast of the fainter one
 LIGHT_OFF, COLOUR_OFF = 60.0, 36.0  # of 255: most that brightness and colour of a window may be off
-UNLIKE = 2.5, 0.4  # a typical window without contrast is off at most by so much of 255, or of the spread of all those
+UNLIKE = 2.5, 0.4  # a typical window of little contrast is off at most by so much of 255, or of their own spread
 TINT, TINT_INVERTED = 40.0, 12.0  # of 255: most that all colours may have moved in one direction; of a negative
 LARGEST = 7  # windows in one connected block that may differ in a copy: compression and fits that are a pixel off
 SPECK = 2  # windows in a block that is too small to count, or to be shown
@@ -1908,24 +1908,29 @@ def one_change(
     return off, gain, shift
 
 
+def likelier_change(x: torch.Tensor, y: torch.Tensor, noise: float, most: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`one_change` from x to y, or back: either picture may be the one that was made flatter, or grey. Returns by how
+    much all are off, and what they are off from."""
+    both = ((one_change(*pair, noise, most)[0], pair[1]) for pair in ((x, y), (y, x)))
+    return min(both, key=lambda it: float(it[0].median()))
+
+
 def paint_differs(over: Overlay, seen: torch.Tensor, tells: torch.Tensor, tint: float) -> torch.Tensor:
     """Which of the windows `seen`, bool (h, w), differ in brightness or colour, but for one change of the whole.
 
-    `tells`, bool (h, w): those that have enough contrast to tell by it. The others are looked at more closely.
+    `tells`, bool (h, w): those whose contrast is compared. The others, as the bricks between their joints, must also
+    have about the brightness that one change of theirs gives. Else the darker and lighter ones of them differ: half.
     """
     a, b = (window_means(picture)[:, seen] for picture in (over.a, over.b))
     light, chroma = torch.tensor(OPPONENT[:1]), torch.tensor([(0.701, -0.587, -0.114), (-0.299, -0.587, 0.886)])
     differs, wrong = torch.zeros_like(seen), torch.zeros(a.shape[1], dtype=torch.bool)
     for axes, noise, most, limit in ((light, 12.0, 255.0, LIGHT_OFF), (chroma, 8.0, tint, COLOUR_OFF)):
-        x, y = axes @ a, axes @ b
-        # Either picture may be the one that was made flatter, or grey
-        off = min((one_change(*pair, noise, most)[0] for pair in ((x, y), (y, x))), key=lambda it: float(it.median()))
-        plain = ~tells[seen]
-        if axes is light and plain.sum() > 1:
-            typical, spread = float(off[plain].median()), float(x[:, plain].std())
-            if typical > max(UNLIKE[0], UNLIKE[1] * spread):
-                wrong |= plain & (off > typical)  # as bricks of other shades, or two dark pictures under one watermark
-        wrong |= off > limit
+        wrong |= likelier_change(axes @ a, axes @ b, noise, most)[0] > limit
+    plain = ~tells[seen]
+    if plain.sum() > 1:
+        off, target = likelier_change(light @ a[:, plain], light @ b[:, plain], 12.0, 255.0)
+        if (typical := float(off.median())) > max(UNLIKE[0], UNLIKE[1] * float(target.std())):
+            wrong[plain] |= off > typical
     differs[seen] = wrong
     return differs
 
@@ -2573,7 +2578,9 @@ FEW_POINTS = 20_000  # fewer points than this are all compared
 LIST_POINTS, TRAINING = 1200, 40  # points in a list of the index; points for each list that it is trained on
 ONE_THREAD = 200_000  # fewer points than this are trained on by one thread
 LISTS = 4  # lists of the index that are looked at for each point of a query
-MANY_LISTS, CELL_LISTS, CELLS = 2048, 32, 8  # lists that lie in cells; lists in a cell; cells that are looked at
+MANY_LISTS, CELL_LISTS = 2048, 32  # from so many lists on, they lie in cells; lists in a cell, on average
+CELLS = 8  # cells that are looked at for each point
+NO_TABLE = 16  # FAISS's IO_FLAG_SKIP_PRECOMPUTE_TABLE: that has up to 512 MiB, and makes no look-up faster
 NEIGHBOURS, MORE_NEIGHBOURS = 4, 16  # points of the index that vote for each; if they do not tell, or for many pictures
 LATER = 128  # pictures that are not in the file yet, at most: they are compared one by one
 POINT_BYTES = WHERE_BYTES + CODE_BYTES  # of a stored point
@@ -2706,7 +2713,7 @@ def point_blocks(store: Store, first: int) -> Blocks:
         first = found[-1][0] + 1
 
 
-def centres(xt: np.ndarray, count: int) -> np.ndarray:
+def cluster_centres(xt: np.ndarray, count: int) -> np.ndarray:
     """Centres of `count` clusters of the vectors, float32 (n, dim), by k-means: float32 (count, dim)."""
     means = faiss.Kmeans(xt.shape[1], count, niter=8, min_points_per_centroid=1)  # 1: no warning about few
     means.train(xt)
@@ -2721,19 +2728,19 @@ def list_centres(xt: np.ndarray, lists: int) -> faiss.Index:
     """
     flat = faiss.IndexFlatL2(xt.shape[1])
     if lists < MANY_LISTS:
-        flat.add(centres(xt, lists))
+        flat.add(cluster_centres(xt, lists))
         return flat
-    flat.add(centres(xt, lists // CELL_LISTS))
-    cell = flat.search(xt, 1)[1][:, 0]
+    flat.add(cluster_centres(xt, lists // CELL_LISTS))
+    cell = flat.assign(xt, 1)[:, 0]
     ends = np.bincount(cell, minlength=flat.ntotal).cumsum()
     shares = np.diff((ends * (lists / len(xt))).round().astype(int), prepend=0)  # as many lists as fit a cell's vectors
     parts = np.split(xt[np.argsort(cell, kind="stable")], ends[:-1])
-    some = [(part, share) for part, share in zip(parts, shares) if share]
+    some = [it for it in zip(parts, shares) if it[1]]
     index = faiss.IndexIVFFlat(flat, xt.shape[1], flat.ntotal)
     index.nprobe = CELLS
     with ThreadPoolExecutor(usable_cores(), initializer=faiss.omp_set_num_threads, initargs=(1,)) as threads:
-        index.add(np.concatenate(list(threads.map(centres, *zip(*some)))))
-    index.make_direct_map()
+        index.add(np.concatenate(list(threads.map(cluster_centres, *zip(*some)))))
+    index.make_direct_map()  # a point is coded by what it differs from its centre, which FAISS asks for by number
     return index
 
 
@@ -2748,11 +2755,13 @@ def empty_copy_index(store: Store, points: int) -> faiss.Index:
     xt = unpack_codes(b"".join(points for _, _, points, _ in sample))[1]
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1 if len(xt) < ONE_THREAD else threads)  # its many small steps wait for busy cores
-    index = faiss.IndexIVFPQ(list_centres(xt, lists), POINT_DIM, lists, POINT_DIM // 8, 8)
-    index.pq.cp.min_points_per_centroid = 1  # no warning
-    index.nprobe = LISTS
-    index.train(xt)
-    faiss.omp_set_num_threads(threads)
+    try:
+        index = faiss.IndexIVFPQ(list_centres(xt, lists), POINT_DIM, lists, POINT_DIM // 8, 8)
+        index.pq.cp.min_points_per_centroid = 1  # no warning
+        index.nprobe, index.use_precomputed_table = LISTS, -1  # see NO_TABLE
+        index.train(xt)
+    finally:
+        faiss.omp_set_num_threads(threads)
     return index
 
 
@@ -2785,8 +2794,7 @@ def read_index(store: Store, source: Source) -> Index | None:
     if zlib.crc32(json.dumps(notes).encode(), zlib.crc32(data[: source.checked])) != checksum:
         log.warning("%s is damaged or out of date: it is made again by an update", path)
         return None
-    no_table = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE  # it has up to 500 MB, and makes no search faster
-    index = faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size), no_table)
+    index = faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size), NO_TABLE)
     return Index(index, *notes)._replace(file=data)
 
 
@@ -2797,7 +2805,7 @@ def renewed_index(store: Store, source: Source, index: Index | None, coded: bool
         stored = store.value(f"SELECT {source.vectors} FROM {source.table}") or 0
         new = store.value(f"SELECT {source.vectors} FROM {source.table} WHERE row > ?", index.last) if index else 0
         if index and index.faiss.ntotal + (new or 0) < OUTGROWN * min(stored, index.made_of):
-            copy = faiss.deserialize_index(index.file)  # vectors cannot be added to an index that looks into a file
+            copy = faiss.deserialize_index(index.file, NO_TABLE)  # one that looks into a file cannot grow
             index = index._replace(faiss=build_index(source.blocks(store, index.last + 1), copy), last=last, file=None)
         elif coded:
             index = coded_index(store, last)

@@ -368,6 +368,7 @@ def test_points_of_many_pictures_are_in_lists_and_what_is_added_is_found(lists, 
     if lists == "IndexIVFFlat":
         monkeypatch.setattr(main, "MANY_LISTS", 16)
         monkeypatch.setattr(main, "CELL_LISTS", 4)
+        monkeypatch.setattr(main, "CELLS", 2)
     monkeypatch.setattr(main, "LATER", 3)
     Path("images").mkdir()
     for before, n in ((0, 20), (20, 26), (26, 28)):
