@@ -1482,6 +1482,7 @@ LARGEST = 7  # windows in one connected block that may differ in a copy: compres
 SPECK = 2  # windows in a block that is too small to count, or to be shown
 MOST_SCATTERED = 25  # windows in all blocks that count, at most, in a copy
 DRAWN = 0.55  # share of the windows of a band that show something in both pictures, from which on it is a difference
+ONE_LINE = 2.0  # windows: beside a band that is cut off, more must be seen than the edge between two stripes of a flag
 BESIDE_SIDE = 0.07  # share of a side from its end, in which a band lies at the end of a picture
 TRACE = 3  # pixels along the edge of what both show that are not looked at
 TELLING = 20  # windows that agree, at least; more if what both show is a part of either picture
@@ -1991,6 +1992,11 @@ def blocks_of(windows: torch.Tensor) -> list[np.ndarray]:
     return sorted(blocks, key=len, reverse=True)
 
 
+def thickness(windows: torch.Tensor) -> float:
+    """The standard deviation, in windows, of where the windows, bool (h, w), are, across the line that fits them."""
+    return float(torch.linalg.eigvalsh(torch.cov(windows.nonzero().double().T))[0].clamp(min=0).sqrt())
+
+
 def judged(
     hint: Hint, a: Shown, b: Shown, side: int = CLOSE, largest: int = LARGEST
 ) -> tuple[int, float, Verdict | None]:
@@ -2016,12 +2022,15 @@ def judged(
     ends = next_to_sides(window_means(over.places)) & next_to_sides(in_b) if min(seen.shape) > 1 else ~seen
     kept = without_bands(over, seen, differs, drawn, ends)
     differs &= kept
-    agree, blocks = int((tells & kept & ~differs).sum()), blocks_of(differs)
+    agreeing = tells & kept & ~differs
+    agree, blocks = int(agreeing.sum()), blocks_of(differs)
     worst = len(blocks[0]) if blocks else 0
     scattered = sum(len(block) for block in blocks if len(block) > SPECK)  # as the entries of a form in small print
     differ = worst > largest or scattered > MOST_SCATTERED
     share = agree / max(1, int((tells & kept).sum()))
     if agree < TELLING or share < (SHARED if hint.points >= PROVEN else SHARED_UNPROVEN):
+        return agree - worst, share, None
+    if bool((kept != seen).any()) and thickness(agreeing) < ONE_LINE:
         return agree - worst, share, None
     shown = float(kept.sum() / seen.sum()) * area_of(part := shared_part(hint.H, a.size, b.size))
     back = np.linalg.inv(hint.H)

@@ -35,7 +35,7 @@ from drawings import (
     two_frames,
     watermarked,
 )
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageOps
 
 import main
 
@@ -63,6 +63,14 @@ def half(image: Image.Image) -> Image.Image:
     return image.resize((image.width // 2, image.height // 2))
 
 
+def stripes(*colours: str) -> Image.Image:
+    """A flag of stripes, one above the other, and nothing else."""
+    image = Image.new("RGB", (1, len(colours)))
+    for y, colour in enumerate(colours):
+        image.putpixel((0, y), ImageColor.getrgb(colour))
+    return image.resize((1063, 709), Image.Resampling.NEAREST)
+
+
 VARIANTS: dict[str, Callable[[], tuple[Image.Image, Image.Image]]] = {
     "one form, two persons": lambda: (form(1), form(2)),
     "eight and nine": lambda: (card(8, "spade"), card(9, "spade")),
@@ -81,6 +89,9 @@ DIFFERENT: dict[str, Callable[[], tuple[Image.Image, Image.Image]]] = {  # varia
     "a red and a black suit": lambda: (card(8, "heart"), card(8, "spade")),
     "flags": lambda: (flag(NATION), flag(("black", "yellow", "red", "purple"))),
     "flags of the same colours": lambda: (flag(NATION), flag(("blue", "white", "red", "green"))),
+    "flags that share the edge between two stripes": lambda: (
+        stripes("blue", "black", "white"), stripes("white", "darkblue", "red")
+    ),
     "bar codes": lambda: (bar_code(1), bar_code(2)),
     "codes": lambda: (qr_code(1), qr_code(2)),
     "bricks in negative colours": lambda: (
