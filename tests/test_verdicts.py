@@ -173,6 +173,15 @@ def test_what_only_has_the_same_layout_is_no_copy(kind):
     assert found is None or found.label == "variant"
 
 
+def test_two_things_on_one_floor_are_not_the_same_picture():
+    floor = photo(21, (600, 800))
+    one, other = floor.copy(), floor.crop((0, 0, 360, 400))
+    one.paste(photo(22, (300, 500)), (200, 250))
+    other.paste(photo(23, (150, 400)), (210, 0))
+    assert verdict(one, other) is None
+    assert verdict(floor, floor.crop((0, 0, 360, 400))).label == "copy"
+
+
 @pytest.mark.parametrize("seed", [(1, 2), (5, 6)])
 def test_photographs_that_have_nothing_in_common_have_no_verdict(seed):
     assert verdict(*map(photo, seed)) is None
