@@ -1487,7 +1487,7 @@ BESIDE_SIDE = 0.07  # share of a side from its end, in which a band lies at the 
 TRACE = 3  # pixels along the edge of what both show that are not looked at
 TELLING = 20  # windows that agree, at least; more if what both show is a part of either picture
 CERTAIN = 0.85  # share of windows that agree from which on no further transforms are tried
-LEAST_SHOWN = 1.0  # share of either picture that the other shows, both together: else they may lie on one floor
+LEAST_SHOWN, LEAST_TOGETHER = 0.75, 1.0  # share of one picture, or of both, added, in the other: else it may be a floor
 SHARED, SHARED_UNPROVEN = 0.5, 0.8  # least share of windows that agree; the second if fewer points do than PROVEN
 PROVEN = 12  # points: in pictures of different things in one place, 5 to 10 may agree, and 0.62 of the windows
 
@@ -2035,7 +2035,8 @@ def judged(
     shown = float(kept.sum() / seen.sum()) * area_of(part := shared_part(hint.H, a.size, b.size))
     back = np.linalg.inv(hint.H)
     covers = shown / area_of(part) * area_of(moved(back, part)) / math.prod(a.size), shown / math.prod(b.size)
-    if sum(covers) < LEAST_SHOWN or agree * max(covers) < TELLING:  # parts of both pictures fit by chance
+    too_little = max(covers) < LEAST_SHOWN and sum(covers) < LEAST_TOGETHER
+    if too_little or agree * max(covers) < TELLING:  # parts of both pictures fit by chance
         return agree - worst, share, None
     step, boxes = WINDOW_SIDE // 2, (list[Any](), list[Any]())
     for block in blocks if differ else []:
