@@ -1482,12 +1482,13 @@ LARGEST = 7  # windows in one connected block that may differ in a copy: compres
 SPECK = 2  # windows in a block that is too small to count, or to be shown
 MOST_SCATTERED = 25  # windows in all blocks that count, at most, in a copy
 DRAWN = 0.55  # share of the windows of a band that show something in both pictures, from which on it is a difference
-ONE_LINE = 2.0  # windows: beside a band that is cut off, more must be seen than the edge between two stripes of a flag
+ONE_LINE = 1.0  # windows: beside a band that is cut off, more must be seen than the edge between two stripes of a flag
 BESIDE_SIDE = 0.07  # share of a side from its end, in which a band lies at the end of a picture
 TRACE = 3  # pixels along the edge of what both show that are not looked at
 TELLING = 20  # windows that agree, at least; more if what both show is a part of either picture
 CERTAIN = 0.85  # share of windows that agree from which on no further transforms are tried
-LEAST_SHOWN, LEAST_TOGETHER = 0.75, 1.0  # share of one picture, or of both, added, in the other: else it may be a floor
+LEAST_SHOWN = 0.5  # of one of the pictures: two that show less of each other may have no more than a floor in common
+LEAST_OF_VARIANT = 0.75, 1.0  # of one of the pictures, or of both, added, if they differ: floors are larger then
 SHARED, SHARED_UNPROVEN = 0.5, 0.8  # least share of windows that agree; the second if fewer points do than PROVEN
 PROVEN = 12  # points: in pictures of different things in one place, 5 to 10 may agree, and 0.62 of the windows
 
@@ -2035,8 +2036,8 @@ def judged(
     shown = float(kept.sum() / seen.sum()) * area_of(part := shared_part(hint.H, a.size, b.size))
     back = np.linalg.inv(hint.H)
     covers = shown / area_of(part) * area_of(moved(back, part)) / math.prod(a.size), shown / math.prod(b.size)
-    too_little = max(covers) < LEAST_SHOWN and sum(covers) < LEAST_TOGETHER
-    if too_little or agree * max(covers) < TELLING:  # parts of both pictures fit by chance
+    too_little = differ and max(covers) < LEAST_OF_VARIANT[0] and sum(covers) < LEAST_OF_VARIANT[1]
+    if too_little or max(covers) < LEAST_SHOWN or agree * max(covers) < TELLING:  # parts that fit by chance, or a floor
         return agree - worst, share, None
     step, boxes = WINDOW_SIDE // 2, (list[Any](), list[Any]())
     for block in blocks if differ else []:

@@ -182,6 +182,16 @@ def test_two_things_on_one_floor_are_not_the_same_picture():
     assert verdict(floor, floor.crop((0, 0, 360, 400))).label == "copy"
 
 
+def test_a_cell_of_a_collage_cut_to_a_square_is_a_copy():
+    pictures = [photo(seed, (600, 400)) for seed in range(31, 35)]
+    collage = Image.new("RGB", (600, 600))
+    for number, picture in enumerate(pictures):
+        square = picture.crop((100, 0, 500, 400)).resize((300, 300))
+        collage.paste(square, (number % 2 * 300, number // 2 * 300))
+    found = verdict(collage, pictures[2])
+    assert found.label == "copy" and sum(found.covers) < 1
+
+
 @pytest.mark.parametrize("seed", [(1, 2), (5, 6)])
 def test_photographs_that_have_nothing_in_common_have_no_verdict(seed):
     assert verdict(*map(photo, seed)) is None
