@@ -2591,7 +2591,6 @@ ONE_THREAD = 200_000  # fewer points than this are trained on by one thread
 LISTS = 4  # lists of the index that are looked at for each point of a query
 MANY_LISTS, CELL_LISTS = 2048, 32  # from so many lists on, they lie in cells; lists in a cell, on average
 CELLS = 8  # cells that are looked at for each point
-NO_TABLE = 16  # FAISS's IO_FLAG_SKIP_PRECOMPUTE_TABLE: that has up to 512 MiB, and makes no look-up faster
 NEIGHBOURS, MORE_NEIGHBOURS = 4, 16  # points of the index that vote for each; if they do not tell, or for many pictures
 LATER = 128  # pictures that are not in the file yet, at most: they are compared one by one
 POINT_BYTES = WHERE_BYTES + CODE_BYTES  # of a stored point
@@ -2769,7 +2768,7 @@ def empty_copy_index(store: Store, points: int) -> faiss.Index:
     try:
         index = faiss.IndexIVFPQ(list_centres(xt, lists), POINT_DIM, lists, POINT_DIM // 8, 8)
         index.pq.cp.min_points_per_centroid = 1  # no warning
-        index.nprobe, index.use_precomputed_table = LISTS, -1  # see NO_TABLE
+        index.nprobe, index.use_precomputed_table = LISTS, -1  # -1: no table, see `read_index`
         index.train(xt)
     finally:
         faiss.omp_set_num_threads(threads)
@@ -2805,7 +2804,8 @@ def read_index(store: Store, source: Source) -> Index | None:
     if zlib.crc32(json.dumps(notes).encode(), zlib.crc32(data[: source.checked])) != checksum:
         log.warning("%s is damaged or out of date: it is made again by an update", path)
         return None
-    index = faiss.read_index(faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size), NO_TABLE)
+    reader = faiss.ZeroCopyIOReader(faiss.swig_ptr(data), size)
+    index = faiss.read_index(reader, faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)  # of up to 512 MiB, and no look-up is faster
     return Index(index, *notes)._replace(file=data)
 
 
@@ -2816,7 +2816,8 @@ def renewed_index(store: Store, source: Source, index: Index | None, coded: bool
         stored = store.value(f"SELECT {source.vectors} FROM {source.table}") or 0
         new = store.value(f"SELECT {source.vectors} FROM {source.table} WHERE row > ?", index.last) if index else 0
         if index and index.faiss.ntotal + (new or 0) < OUTGROWN * min(stored, index.made_of):
-            copy = faiss.deserialize_index(index.file, NO_TABLE)  # one that looks into a file cannot grow
+            # Vectors cannot be added to an index that looks into a file
+            copy = faiss.deserialize_index(index.file, faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE)
             index = index._replace(faiss=build_index(source.blocks(store, index.last + 1), copy), last=last, file=None)
         elif coded:
             index = coded_index(store, last)
