@@ -833,10 +833,9 @@ def one_kernel(layer: Any, then: str = "none", *limits: float) -> Callable[..., 
     return compute
 
 
-def layers_of_torch(network: torch.nn.Module) -> torch.nn.Module:
-    """A copy with layers of torch in place of timm's, which cannot be traced or folded. The padding is that of inputs
-    whose side is a multiple of the stride; where one is not, `fastest_form` sees other features and refuses."""
-    network = deepcopy(network)
+def replace_timm_layers(network: torch.nn.Module) -> None:
+    """Put layers of torch in place of timm's, which cannot be traced or folded. The padding is that of inputs whose
+    side is a multiple of the stride; where one is not, `fastest_form` sees other features and refuses."""
     for name, layer in list(network.named_modules()):
         if type(layer).__name__ == "Conv2dSame":
             spare = layer.kernel_size[0] - layer.stride[0]
@@ -845,7 +844,6 @@ def layers_of_torch(network: torch.nn.Module) -> torch.nn.Module:
         elif type(layer).__name__ == "BatchNormAct2d":
             layer.__class__ = torch.nn.BatchNorm2d
             network.set_submodule(name, torch.nn.Sequential(layer, layer.act))
-    return network
 
 
 def fuse_convolutions(network: torch.fx.GraphModule) -> None:
@@ -878,10 +876,11 @@ def forward(pixels: torch.Tensor, network: Any, dtype: torch.dtype, mean: Any, s
 
 
 def fused(plain: partial[torch.Tensor], dtype: torch.dtype, kernels: bool) -> partial[torch.Tensor]:
-    """A copy of `plain`, a partial of `forward`, in precision `dtype`. kernels: see `fuse_convolutions`."""
-    fold = importlib.import_module("torch.fx.experimental.optimization").fuse
+    """`plain`, a partial of `forward`, in precision `dtype`; its network is used up. kernels: see `fuse_convolutions`."""
+    fold, network = importlib.import_module("torch.fx.experimental.optimization").fuse, plain.keywords["network"]
     with computing_with(1):
-        network = fold(layers_of_torch(plain.keywords["network"]), True).to(dtype, memory_format=torch.channels_last)
+        replace_timm_layers(network)
+        network = fold(network, True).to(dtype, memory_format=torch.channels_last)
     if kernels:
         fuse_convolutions(network)
     return partial(plain, network=network, dtype=dtype)
@@ -911,13 +910,17 @@ def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor, note: Path)
     device, forms = sample.device.type, possible_forms(sample.device.type)
     processor = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
     machine = f"{torch.__version__}, {device}, {processor}, {forms}"
+    form, dim = None, 0
     with suppress(Exception):  # there is no note, a damaged one, or one of another machine
         best, dim = json.loads(note.read_text())[machine]
-        return fused(plain, *forms[best]), dim
+        form = forms[best]
+    if form:
+        return fused(plain, *form), dim
+    plain.keywords["network"].to(memory_format=torch.channels_last)
     expected, found = plain(sample), list[tuple[float, int, partial[torch.Tensor]]]()
     for number, form in enumerate(forms):
         with suppress(Exception):  # a network that looks at its pixels cannot be fused, and raises anything at all
-            fast = fused(plain, *form)
+            fast = fused(deepcopy(plain), *form)
             if torch.cosine_similarity(fast(sample), expected).min() >= MIN_COSINE:
                 times = timeit.repeat(partial(fast, sample), number=1, repeat=3) if device == "cpu" else [number]
                 found.append((min(times), number, fast))
@@ -937,9 +940,10 @@ def assemble_model(name: str, network: torch.nn.Module, recipe: Recipe, device: 
     side, mean, std, resample = recipe
     sha = hashlib.sha256(repr((side, *mean, *std, resample)).encode())
     for key, value in sorted(network.state_dict().items()):
-        sha.update(key.encode() + value.numpy().tobytes())
+        sha.update(key.encode())
+        sha.update(value.ravel().numpy())
     identity = re.sub(r"[^\w.-]", "-", f"{name}-{sha.hexdigest()[:8]}-p{PREPROCESSING}")
-    network = network.eval().to(device).to(memory_format=torch.channels_last)
+    network = network.eval().to(device)
     centre, spread = (torch.tensor(list(values), device=device).view(3, 1, 1) for values in (mean, std))
     noise = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255  # enlarged: two blurred pictures
     sample = torch.nn.functional.interpolate(noise, (side, side), mode="bicubic").clamp(0, 255).byte().to(device)

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def extracted(images: Iterable[Image.Image], model: main.Model) -> np.ndarray:
 def forms(plain: Any, side: int) -> None:
     """Print images a second of each form, the best of five passes of each in turn."""
     tried = {"plain": plain}
-    tried |= {f"folded{', our kernels' * own}": main.fused(plain, torch.float32, own) for own in (False, True)}
+    tried |= {f"folded{', our kernels' * own}": main.fused(deepcopy(plain), torch.float32, own) for own in (False, True)}
     for threads, batch in itertools.product((1, main.usable_cores()), (1, 8)):
         torch.set_num_threads(threads)
         pixels, best = torch.randint(0, 256, (batch, 3, side, side)).byte(), dict.fromkeys(tried, 0.0)
@@ -81,7 +82,7 @@ def codes(paths: list[Path], count: int, model: main.Model) -> None:
 
 def measure(options: argparse.Namespace) -> None:
     plain, fastest_form = [], main.fastest_form
-    main.fastest_form = lambda it, *args: (plain.append(it), fastest_form(it, *args))[1]  # type: ignore
+    main.fastest_form = lambda it, *args: (plain.append(deepcopy(it)), fastest_form(it, *args))[1]  # type: ignore
     model = main.load_model(options.model, options.weights, "cpu")
     threads = torch.get_num_threads()
     forms(plain[0], model.side)
