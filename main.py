@@ -876,7 +876,7 @@ def forward(pixels: torch.Tensor, network: Any, dtype: torch.dtype, mean: Any, s
 
 
 def fused(plain: partial[torch.Tensor], dtype: torch.dtype, kernels: bool) -> partial[torch.Tensor]:
-    """`plain`, a partial of `forward`, in precision `dtype`; its network is used up. kernels: see `fuse_convolutions`."""
+    """`plain`, a partial of `forward`, in precision `dtype`. Its network is used up. kernels: `fuse_convolutions`."""
     fold, network = importlib.import_module("torch.fx.experimental.optimization").fuse, plain.keywords["network"]
     with computing_with(1):
         replace_timm_layers(network)
@@ -1494,6 +1494,7 @@ CERTAIN = 0.85  # share of windows that agree from which on no further transform
 LEAST_SHOWN = 0.5  # of one of the pictures: two that show less of each other may have no more than a floor in common
 LEAST_OF_VARIANT = 0.75, 1.0  # of one of the pictures, or of both, added, if they differ: floors are larger then
 SHARED, SHARED_UNPROVEN = 0.5, 0.8  # least share of windows that agree; the second if fewer points do than PROVEN
+SAME_PLACE = 0.01  # of the longer side: two transforms that move the corners by less apart are one
 PROVEN = 12  # points: in pictures of different things in one place, 5 to 10 may agree, and 0.62 of the windows
 
 
@@ -1513,6 +1514,8 @@ class Verdict(NamedTuple):
     covers: tuple[float, float]  # share of the area of the first, and of the second picture, that both show
     differs: float  # share of what both show in which they differ
     details: int  # windows that agree
+    good: int  # these, less those in the largest block that differs: the better transform has more
+    share: float  # of the windows that tell something, those that agree
     boxes: tuple[list[Any], list[Any]]  # around these parts: left, top, right, bottom in pixels of each of the two
 
     def reversed(self) -> Verdict:
@@ -2002,17 +2005,12 @@ def thickness(windows: torch.Tensor) -> float:
     return float(torch.linalg.eigvalsh(torch.cov(windows.nonzero().double().T))[0].clamp(min=0).sqrt())
 
 
-def judged(
-    hint: Hint, a: Shown, b: Shown, side: int = CLOSE, largest: int = LARGEST
-) -> tuple[int, float, Verdict | None]:
-    """The verdict on two pictures by an exact transform, and how good the transform is.
-
-    That is how many windows agree, less those in the largest block that differs; and the share of windows that agree.
-    """
+def judged(hint: Hint, a: Shown, b: Shown, side: int = CLOSE, largest: int = LARGEST) -> Verdict | None:
+    """The verdict on two pictures by an exact transform; None: by this one they do not show the same."""
     over = overlay(hint, a, b, side)
     over = over and over.trimmed()
     if over is None or min(over.b.shape[1:]) < WINDOW_SIDE + 2 or not (seen := seen_windows(over)).any():
-        return -1, 0.0, None
+        return None
     rho, of_a, of_b = correlations(over, 1)
     telling, drawn = torch.maximum(of_a[4], of_b) > FLAT, torch.minimum(of_a[4], of_b) > FLAT
     of_a, of_b = of_a / (of_a[4][seen].mean() + 1e-3), of_b / (of_b[seen].mean() + 1e-3)  # against the picture's own
@@ -2028,21 +2026,22 @@ def judged(
     kept = without_bands(over, seen, differs, drawn, ends)
     differs &= kept
     agreeing = tells & kept & ~differs
-    agree, blocks = int(agreeing.sum()), blocks_of(differs)
+    agree = int(agreeing.sum())
+    share = agree / max(1, int((tells & kept).sum()))
+    if agree < TELLING or share < (SHARED if hint.points >= PROVEN else SHARED_UNPROVEN):
+        return None
+    if bool((kept != seen).any()) and thickness(agreeing) < ONE_LINE:
+        return None
+    blocks = blocks_of(differs)
     worst = len(blocks[0]) if blocks else 0
     scattered = sum(len(block) for block in blocks if len(block) > SPECK)  # as the entries of a form in small print
     differ = worst > largest or scattered > MOST_SCATTERED
-    share = agree / max(1, int((tells & kept).sum()))
-    if agree < TELLING or share < (SHARED if hint.points >= PROVEN else SHARED_UNPROVEN):
-        return agree - worst, share, None
-    if bool((kept != seen).any()) and thickness(agreeing) < ONE_LINE:
-        return agree - worst, share, None
     shown = float(kept.sum() / seen.sum()) * area_of(part := shared_part(hint.H, a.size, b.size))
     back = np.linalg.inv(hint.H)
     covers = shown / area_of(part) * area_of(moved(back, part)) / math.prod(a.size), shown / math.prod(b.size)
     too_little = differ and max(covers) < LEAST_OF_VARIANT[0] and sum(covers) < LEAST_OF_VARIANT[1]
     if too_little or max(covers) < LEAST_SHOWN or agree * max(covers) < TELLING:  # parts that fit by chance, or a floor
-        return agree - worst, share, None
+        return None
     step, boxes = WINDOW_SIDE // 2, (list[Any](), list[Any]())
     for block in blocks if differ else []:
         if len(block) <= SPECK:
@@ -2053,23 +2052,26 @@ def judged(
             found.append([round(float(it), 1) for it in (*places.min(0), *places.max(0))])
     label = "variant" if differ else "copy"
     off = float(differs.sum() / kept.sum()) if differ else 0.0
-    return agree - worst, share, Verdict(label, hint, (min(1.0, covers[0]), min(1.0, covers[1])), off, agree, boxes)
+    covers = min(1.0, covers[0]), min(1.0, covers[1])
+    return Verdict(label, hint, covers, off, agree, agree - worst, share, boxes)
 
 
-def fitted_exactly(hint: Hint, a: Shown, b: Shown) -> Hint | None:
-    """The hint, its transform exact to a pixel of the frame on which two pictures are compared; None if, once it is
-    fitted roughly, the pictures are still not alike."""
-    hint = refined(hint, a, b, CLOSE // 3, 3, 16, 3)
-    return refined(hint, a, b, CLOSE, 1, WINDOW_SIDE, 2) if roughly_alike(hint, a, b) > ALIKE_FITTED else None
+def is_among(hint: Hint, tried: Sequence[Hint], a: Shown, b: Shown) -> bool:
+    """Whether nearly the same transform is among those that were tried; if enough points agree on this one to prove it,
+    that one must have been proven, too."""
+    corners, near = corners_of(a.size), SAME_PLACE * max(b.size)
+    there = moved(hint.H, corners)
+    some = (it for it in tried if it.points >= PROVEN or hint.points < PROVEN)
+    return any(np.abs(there - moved(it.H, corners)).max() < near for it in some)
 
 
 def seen_finer(verdict: Verdict, a: Shown, b: Shown) -> Verdict:
     """The verdict `copy`, or that of twice the pixels along each side: small print is nothing but a line in fewer."""
-    finer = judged(verdict.hint, a, b, 2 * CLOSE)[2]
+    finer = judged(verdict.hint, a, b, 2 * CLOSE)
     if not finer or finer.label != "copy":
-        fitted = judged(refined(verdict.hint, a, b, 2 * CLOSE, 2, 2 * WINDOW_SIDE, 2), a, b, 2 * CLOSE)[2]
+        fitted = judged(refined(verdict.hint, a, b, 2 * CLOSE, 2, 2 * WINDOW_SIDE, 2), a, b, 2 * CLOSE)
         finer = fitted if fitted and (fitted.label == "copy" or not finer) else finer
-    return finer or verdict
+    return finer._replace(good=verdict.good, share=verdict.share) if finer else verdict
 
 
 def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
@@ -2077,47 +2079,52 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
 
     Transforms come from the hints and the whole pictures, then from matched points, then from points in further sizes.
     All of one source are compared roughly; the best TRIED are fitted roughly, compared again, fitted to the pixel, and
-    compared closely. The first copy counts, else the variant with most windows that agree, less
-    those of the largest part that differs.
+    compared closely. The first copy counts, else the best variant.
     """
     areas = math.prod(a.size), math.prod(b.size)
     if areas[0] < areas[1] or (areas[0] == areas[1] and a.image.tobytes() < b.image.tobytes()):
         hints = [hint._replace(H=np.linalg.inv(hint.H)) for hint in hints]
         found = compare(b, a, hints)
         return found and found.reversed()
-    best, found, sure, most_alike = (False, -math.inf), None, False, 0.0
-    known = list[tuple[np.ndarray, bool]]()  # the corners of a by each transform that was tried, and if it was proven
+    found, most_alike = None, 0.0
+    rough, exact = list[Hint](), list[Hint]()  # transforms that were compared roughly, and those that were fitted
 
     def sources() -> Iterator[Iterator[Hint]]:
         yield itertools.chain(hints, hints_by_thumbs(a, b))
         yield hints_by_points(a.points, a, b)
-        if known:  # something agreed, if not well: unrelated pictures end here
+        if rough:  # something agreed, if not well: unrelated pictures end here
             yield hints_by_points(a.points_between, a, b)
+
+    def fitted(hint: Hint, alike: float, is_best: bool) -> Iterator[Hint]:
+        """The hint, exact to a pixel of the frame on which pictures are compared, if it may be the right one."""
+        close = refined(hint, a, b, CLOSE // 3, 3, 16, 3)
+        if not is_among(close, exact, a, b) and roughly_alike(close, a, b) > ALIKE_FITTED:
+            exact.append(refined(close, a, b, CLOSE, 1, WINDOW_SIDE, 2))
+            yield exact[-1]
+        # Where edges run in few directions, a fit may slide along them: the best one, if the pictures are alike by it,
+        # is also judged as it was
+        if is_best and alike > ALIKE_FITTED:
+            yield hint
 
     for source in sources():
         rated = list[tuple[float, Hint]]()
         for hint in source:
-            there, is_proven = moved(hint.H, corners_of(a.size)), hint.points >= PROVEN
-            like = [proven for other, proven in known if np.abs(there - other).max() < 0.01 * max(b.size)]
-            if not like or (is_proven and not found and not any(like)):  # else it was tried
-                known.append((there, is_proven))
+            if not is_among(hint, rough, a, b):
+                rough.append(hint)
                 rated.append((roughly_alike(hint, a, b), hint))
         for number, (alike, hint) in enumerate(sorted(rated, key=lambda it: -it[0])[:TRIED]):
             if alike < max(ALIKE_ROUGHLY, most_alike - WORSE):
                 break
             most_alike = max(alike, most_alike)
-            # Where edges run in few directions, a fit may slide along them: the best one, if the pictures are alike by
-            # it, is also judged as it was
-            as_it_was = hint if not number and alike > ALIKE_FITTED else None
-            for closely in filter(None, (fitted_exactly(hint, a, b), as_it_was)):
-                good, share, verdict = judged(closely, a, b)
+            for closely in fitted(hint, alike, not number):
+                verdict = judged(closely, a, b)
                 if verdict and verdict.label == "copy" and min(max(a.image.size), max(b.image.size)) > FINE * CLOSE:
                     verdict = seen_finer(verdict, a, b)
-                if verdict and (rank := (verdict.label == "copy", good)) > best:
-                    best, found, sure = rank, verdict, share > CERTAIN
-                if best[0]:
-                    return found
-            if found and sure:
+                if verdict and verdict.label == "copy":
+                    return verdict
+                if verdict and (not found or verdict.good > found.good):
+                    found = verdict
+            if found and found.share > CERTAIN:
                 return found
     return found
 
@@ -3425,7 +3432,7 @@ def differ_in_full(verdict: Verdict, a: Shown, b: Shown) -> bool:
     side = min(max(smaller.size), FULL_SIDE)
     if side > CLOSE:
         hint = refined(hint, smaller, larger, side, 2, 2 * WINDOW_SIDE, 2)
-    *_, found = judged(hint, smaller, larger, side, LARGEST_LOST)
+    found = judged(hint, smaller, larger, side, LARGEST_LOST)
     if not found or found.label != "copy":
         return True
     common = area_of(shared_part(found.hint.H, smaller.size, larger.size))
