@@ -1933,11 +1933,12 @@ def paint_differs(over: Overlay, seen: torch.Tensor, tells: torch.Tensor, tint: 
     a, b = (window_means(picture)[:, seen] for picture in (over.a, over.b))
     light, chroma = torch.tensor(OPPONENT[:1]), torch.tensor([(0.701, -0.587, -0.114), (-0.299, -0.587, 0.886)])
     differs, wrong = torch.zeros_like(seen), torch.zeros(a.shape[1], dtype=torch.bool)
-    for axes, noise, most, limit in ((light, 12.0, 255.0, LIGHT_OFF), (chroma, 8.0, tint, COLOUR_OFF)):
-        wrong |= likelier_change(axes @ a, axes @ b, noise, most)[0] > limit
+    of_light, of_colour = (12.0, 255.0), (8.0, tint)  # noise, and most that all may have moved
+    for axes, room, limit in ((light, of_light, LIGHT_OFF), (chroma, of_colour, COLOUR_OFF)):
+        wrong |= likelier_change(axes @ a, axes @ b, *room)[0] > limit
     plain = ~tells[seen]
     if plain.sum() > 1:
-        off, target = likelier_change(light @ a[:, plain], light @ b[:, plain], 12.0, 255.0)
+        off, target = likelier_change(light @ a[:, plain], light @ b[:, plain], *of_light)
         if (typical := float(off.median())) > max(UNLIKE[0], UNLIKE[1] * float(target.std())):
             wrong[plain] |= off > typical
     differs[seen] = wrong
@@ -2597,7 +2598,7 @@ SHORTLIST, LONGEST_SHORTLIST = 160, 32_768  # codes whose exact scores are compu
 RECALL = 0.998  # share of the true ten nearest that the shortlist must hold
 POINT_BLOCK = 512  # pictures whose points are added to their index at once
 FEW_POINTS = 20_000  # fewer points than this are all compared
-LIST_POINTS, TRAINING = 1200, 40  # points in a list of the index; points for each list that it is trained on
+LIST_POINTS, TRAINING = 600, 40  # points in a list of the index; points for each list that it is trained on
 ONE_THREAD = 200_000  # fewer points than this are trained on by one thread
 LISTS = 4  # lists of the index that are looked at for each point of a query
 MANY_LISTS, CELL_LISTS = 2048, 32  # from so many lists on, they lie in cells; lists in a cell, on average
@@ -3001,21 +3002,22 @@ def exact_scores(store: Store, xq: np.ndarray, rows: Iterable[int]) -> list[Foun
 def ranked(engine: Engine, xq: np.ndarray, rows: Sequence[int]) -> Iterator[Found]:
     """All contents of the store, compared with a query's views, xq (views, dim), best first. `rows`: for round one.
 
-    `count` rows are scored, then four times as many, and so on. Each round yields the scores above `bound` and up to
-    `end`. Up to `bound`, more rows may still be missing. `end` is the bound of the round before: what lies above it was
-    yielded then. A row above it that is found only now comes too late and is left out.
+    The index gives a list of the `count` rows that seem best, then of four times as many, and so on. Each list is
+    complete down to a score, its `floor`. What scores more is yielded, if no list before has reached so far down: a row
+    that is found only after that comes too late, and is left out.
     """
-    count, end = engine.first_list, math.inf
+    count, last_floor = engine.first_list, math.inf
     while True:
         scored = exact_scores(engine.store, xq, rows)
         if count >= max(engine.index.faiss.ntotal, engine.store.last_row()):  # these are all rows
-            yield from (it for it in scored if it.score <= end)
+            yield from (it for it in scored if it.score <= last_floor)
             return
         missing = len(rows) - len(scored)  # rows that a rebuild has replaced meanwhile
-        trusted = count // CLOSELY if engine.index.shortlist and not engine.exact else count - 1 - missing
-        bound = min(end, scored[min(trusted, len(scored) - 1)].score + ROUNDING) if scored and trusted >= 0 else end
-        yield from (it for it in scored if bound < it.score <= end)
-        count, end = 4 * count, bound
+        best = count // CLOSELY if engine.index.shortlist and not engine.exact else count - 1 - missing  # surely listed
+        floor = scored[min(best, len(scored) - 1)].score + ROUNDING if scored and best >= 0 else math.inf
+        floor = min(floor, last_floor)
+        yield from (it for it in scored if floor < it.score <= last_floor)
+        count, last_floor = 4 * count, floor
         engine = replace(engine, exact=True) if count > LONGEST_SHORTLIST else engine  # a copy has no `on_gpus` yet
         (rows,) = candidate_rows(engine, [xq], count)
 
