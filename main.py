@@ -3433,7 +3433,7 @@ def differ_in_full(verdict: Verdict, a: Shown, b: Shown) -> bool:
     smaller, larger, hint = (a, b, hint) if math.prod(a.size) < math.prod(b.size) else (b, a, verdict.reversed().hint)
     side = min(max(smaller.size), FULL_SIDE)
     if side > CLOSE:
-        hint = refined(hint, smaller, larger, side, 2, 2 * WINDOW_SIDE, 2)
+        hint = refined(hint, smaller, larger, side, 1 if side < 2 * CLOSE else 2, 2 * WINDOW_SIDE, 2)
     found = judged(hint, smaller, larger, side, LARGEST_LOST)
     if not found or found.label != "copy":
         return True
