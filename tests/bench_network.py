@@ -47,7 +47,9 @@ def extracted(images: Iterable[Image.Image], model: main.Model) -> np.ndarray:
 def forms(plain: Any, side: int) -> None:
     """Print images a second of each form, the best of five passes of each in turn."""
     tried = {"plain": plain}
-    tried |= {f"folded{', our kernels' * own}": main.fused(deepcopy(plain), torch.float32, own) for own in (False, True)}
+    tried |= {
+        f"folded{', our kernels' * own}": main.fused(deepcopy(plain), torch.float32, own) for own in (False, True)
+    }
     for threads, batch in itertools.product((1, main.usable_cores()), (1, 8)):
         torch.set_num_threads(threads)
         pixels, best = torch.randint(0, 256, (batch, 3, side, side)).byte(), dict.fromkeys(tried, 0.0)

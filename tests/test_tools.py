@@ -28,7 +28,7 @@ def tool(name: str, *args: object) -> subprocess.CompletedProcess[str]:
 def test_a_section_is_measured_in_all_its_steps(section, tmp_path, monkeypatch):
     """In this process, for fourteen more take a minute to start."""
     monkeypatch.setattr(bench_million, "in_a_process", lambda step, cold, *args: bench_million.STEPS[step](*args))
-    rows = list(SECTIONS[section](Options(0.003, 1, None, "resnet18", tmp_path, tmp_path)))
+    rows = list(SECTIONS[section](Options(0.0015, 1, None, "resnet18", tmp_path, tmp_path)))
     assert all(row.value >= 0 for row in rows) and len(rows) >= HERE[section]
     if section == "points":
         assert [row.value for row in rows if row.what.endswith("recall")] == [1, 1]
@@ -88,14 +88,14 @@ def test_the_evaluation_prints_a_row_for_each_copy_and_all_other_measures(tmp_pa
 @pytest.mark.parametrize("others", [(), pytest.param(("--others",), marks=pytest.mark.slow)], ids=str)
 def test_distractors_are_crops_of_no_source_and_no_stranger_and_are_made_once(others, tmp_path):
     photos, more = photographs(tmp_path / "photos", range(5)), photographs(tmp_path / "more", range(10, 16))
-    options = ["--distractors", 40, "--from", more, "--cache", tmp_path / "kept", "--strangers", 5, "--queries"]
+    options = ["--distractors", 12, "--from", more, "--cache", tmp_path / "kept", "--strangers", 5, "--queries"]
     outcome = tool("evaluate.py", photos, *options, 1, *others)
     rows, edits = rows_of(outcome), {*EDITS, *OTHERS, *CHAINS} if others else {*EDITS}
     assert edits <= set(rows)
     assert [float(value) for value in rows["mirror"]] == [1, 1, 1, 1]
-    assert "4 photographs and 40 crops of others" in outcome.stdout and "of 8 queries with no source" in outcome.stdout
+    assert "4 photographs and 12 crops of others" in outcome.stdout and "of 8 queries with no source" in outcome.stdout
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("kept/*/distractors/*.jpg")}
-    assert len(made) == 40
+    assert len(made) == 12
     again = tool("evaluate.py", photos, *options, 0).stdout
     assert again.splitlines()[-1] == outcome.stdout.splitlines()[-1]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("kept/*/distractors/*")} == made
