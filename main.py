@@ -915,7 +915,14 @@ def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor, note: Path)
         best, dim = json.loads(note.read_text())[machine]
         form = forms[best]
     if form:
-        return fused(plain, *form), dim
+        try:
+            return fused(plain, *form), dim
+        except Exception as error:  # the network is used up, so no other form can be tried
+            if lacks_memory(error):
+                raise
+            note.unlink(missing_ok=True)
+            what = f"{note} names a form in which the model cannot run here ({first_line(error)})"
+            raise DeepVisionError(f"{what}: it was deleted, run the command again") from error
     plain.keywords["network"].to(memory_format=torch.channels_last)
     expected, found = plain(sample), list[tuple[float, int, partial[torch.Tensor]]]()
     for number, form in enumerate(forms):
@@ -935,7 +942,7 @@ def fastest_form(plain: partial[torch.Tensor], sample: torch.Tensor, note: Path)
 
 
 def assemble_model(name: str, network: torch.nn.Module, recipe: Recipe, device: str) -> Model:
-    """A Model around the network. It computes in the fastest form that gives the features of the network in fp32."""
+    """A Model around the network, which may be used up: it becomes the fastest form that gives the same features."""
     refuse_fork()
     side, mean, std, resample = recipe
     sha = hashlib.sha256(repr((side, *mean, *std, resample)).encode())
@@ -1494,7 +1501,7 @@ CERTAIN = 0.85  # share of windows that agree from which on no further transform
 LEAST_SHOWN = 0.5  # of one of the pictures: two that show less of each other may have no more than a floor in common
 LEAST_OF_VARIANT = 0.75, 1.0  # of one of the pictures, or of both, added, if they differ: floors are larger then
 SHARED, SHARED_UNPROVEN = 0.5, 0.8  # least share of windows that agree; the second if fewer points do than PROVEN
-SAME_PLACE = 0.01  # of the longer side: two transforms that move the corners by less apart are one
+SAME_ROUGHLY, SAME_FITTED = 0.01, 0.005  # of the longer side: corners nearer than this are moved to the same place
 PROVEN = 12  # points: in pictures of different things in one place, 5 to 10 may agree, and 0.62 of the windows
 
 
@@ -1514,8 +1521,8 @@ class Verdict(NamedTuple):
     covers: tuple[float, float]  # share of the area of the first, and of the second picture, that both show
     differs: float  # share of what both show in which they differ
     details: int  # windows that agree
-    good: int  # these, less those in the largest block that differs: the better transform has more
-    share: float  # of the windows that tell something, those that agree
+    good: int  # at CLOSE, for `compare`: these, less those of the largest block that differs; the best one has most
+    share: float  # likewise: of the windows that tell something, those that agree
     boxes: tuple[list[Any], list[Any]]  # around these parts: left, top, right, bottom in pixels of each of the two
 
     def reversed(self) -> Verdict:
@@ -1933,9 +1940,9 @@ def paint_differs(over: Overlay, seen: torch.Tensor, tells: torch.Tensor, tint: 
     a, b = (window_means(picture)[:, seen] for picture in (over.a, over.b))
     light, chroma = torch.tensor(OPPONENT[:1]), torch.tensor([(0.701, -0.587, -0.114), (-0.299, -0.587, 0.886)])
     differs, wrong = torch.zeros_like(seen), torch.zeros(a.shape[1], dtype=torch.bool)
-    of_light, of_colour = (12.0, 255.0), (8.0, tint)  # noise, and most that all may have moved
-    for axes, room, limit in ((light, of_light, LIGHT_OFF), (chroma, of_colour, COLOUR_OFF)):
-        wrong |= likelier_change(axes @ a, axes @ b, *room)[0] > limit
+    of_light, of_colour = (12.0, 255.0), (8.0, tint)  # `noise` and `most` of `one_change`
+    for axes, change, limit in ((light, of_light, LIGHT_OFF), (chroma, of_colour, COLOUR_OFF)):
+        wrong |= likelier_change(axes @ a, axes @ b, *change)[0] > limit
     plain = ~tells[seen]
     if plain.sum() > 1:
         off, target = likelier_change(light @ a[:, plain], light @ b[:, plain], *of_light)
@@ -2057,13 +2064,12 @@ def judged(hint: Hint, a: Shown, b: Shown, side: int = CLOSE, largest: int = LAR
     return Verdict(label, hint, covers, off, agree, agree - worst, share, boxes)
 
 
-def is_among(hint: Hint, tried: Sequence[Hint], a: Shown, b: Shown) -> bool:
-    """Whether nearly the same transform is among those that were tried; if enough points agree on this one to prove it,
-    that one must have been proven, too."""
-    corners, near = corners_of(a.size), SAME_PLACE * max(b.size)
-    there = moved(hint.H, corners)
-    some = (it for it in tried if it.points >= PROVEN or hint.points < PROVEN)
-    return any(np.abs(there - moved(it.H, corners)).max() < near for it in some)
+def is_among(hint: Hint, tried: Sequence[Hint], near: float, a: Shown, b: Shown) -> bool:
+    """Whether a transform was tried that moves the corners of a to the same places, but for `near` of b's longer side.
+    A proven hint, on which enough points agree, counts as tried only if a proven one was."""
+    corners, proven = corners_of(a.size), hint.points >= PROVEN
+    places = [moved(it.H, corners) for it in tried if it.points >= PROVEN or not proven]
+    return any(np.abs(place - moved(hint.H, corners)).max() < near * max(b.size) for place in places)
 
 
 def seen_finer(verdict: Verdict, a: Shown, b: Shown) -> Verdict:
@@ -2080,7 +2086,7 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
 
     Transforms come from the hints and the whole pictures, then from matched points, then from points in further sizes.
     All of one source are compared roughly; the best TRIED are fitted roughly, compared again, fitted to the pixel, and
-    compared closely. The first copy counts, else the best variant.
+    compared closely, unless the same was before. The first copy counts, else the best variant; a very good one at once.
     """
     areas = math.prod(a.size), math.prod(b.size)
     if areas[0] < areas[1] or (areas[0] == areas[1] and a.image.tobytes() < b.image.tobytes()):
@@ -2088,7 +2094,7 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
         found = compare(b, a, hints)
         return found and found.reversed()
     found, most_alike = None, 0.0
-    rough, exact = list[Hint](), list[Hint]()  # transforms that were compared roughly, and those that were fitted
+    rough, fitted = list[Hint](), list[Hint]()  # transforms that were compared roughly, and those that were fitted
 
     def sources() -> Iterator[Iterator[Hint]]:
         yield itertools.chain(hints, hints_by_thumbs(a, b))
@@ -2096,12 +2102,12 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
         if rough:  # something agreed, if not well: unrelated pictures end here
             yield hints_by_points(a.points_between, a, b)
 
-    def fitted(hint: Hint, alike: float, is_best: bool) -> Iterator[Hint]:
+    def to_judge(hint: Hint, alike: float, is_best: bool) -> Iterator[Hint]:
         """The hint, exact to a pixel of the frame on which pictures are compared, if it may be the right one."""
         close = refined(hint, a, b, CLOSE // 3, 3, 16, 3)
-        if not is_among(close, exact, a, b) and roughly_alike(close, a, b) > ALIKE_FITTED:
-            exact.append(refined(close, a, b, CLOSE, 1, WINDOW_SIDE, 2))
-            yield exact[-1]
+        if not is_among(close, fitted, SAME_FITTED, a, b) and roughly_alike(close, a, b) > ALIKE_FITTED:
+            fitted.append(refined(close, a, b, CLOSE, 1, WINDOW_SIDE, 2))
+            yield fitted[-1]
         # Where edges run in few directions, a fit may slide along them: the best one, if the pictures are alike by it,
         # is also judged as it was
         if is_best and alike > ALIKE_FITTED:
@@ -2110,14 +2116,14 @@ def compare(a: Shown, b: Shown, hints: Iterable[Hint] = ()) -> Verdict | None:
     for source in sources():
         rated = list[tuple[float, Hint]]()
         for hint in source:
-            if not is_among(hint, rough, a, b):
+            if not is_among(hint, rough, SAME_ROUGHLY, a, b):
                 rough.append(hint)
                 rated.append((roughly_alike(hint, a, b), hint))
         for number, (alike, hint) in enumerate(sorted(rated, key=lambda it: -it[0])[:TRIED]):
             if alike < max(ALIKE_ROUGHLY, most_alike - WORSE):
                 break
             most_alike = max(alike, most_alike)
-            for closely in fitted(hint, alike, not number):
+            for closely in to_judge(hint, alike, not number):
                 verdict = judged(closely, a, b)
                 if verdict and verdict.label == "copy" and min(max(a.image.size), max(b.image.size)) > FINE * CLOSE:
                     verdict = seen_finer(verdict, a, b)
@@ -3003,8 +3009,8 @@ def ranked(engine: Engine, xq: np.ndarray, rows: Sequence[int]) -> Iterator[Foun
     """All contents of the store, compared with a query's views, xq (views, dim), best first. `rows`: for round one.
 
     The index gives a list of the `count` rows that seem best, then of four times as many, and so on. Each list is
-    complete down to a score, its `floor`. What scores more is yielded, if no list before has reached so far down: a row
-    that is found only after that comes too late, and is left out.
+    complete down to a score, its `floor`, and yields what scores between that and the floor of the list before. A row
+    above that one, found only now, comes too late and is left out.
     """
     count, last_floor = engine.first_list, math.inf
     while True:
@@ -3013,8 +3019,8 @@ def ranked(engine: Engine, xq: np.ndarray, rows: Sequence[int]) -> Iterator[Foun
             yield from (it for it in scored if it.score <= last_floor)
             return
         missing = len(rows) - len(scored)  # rows that a rebuild has replaced meanwhile
-        best = count // CLOSELY if engine.index.shortlist and not engine.exact else count - 1 - missing  # surely listed
-        floor = scored[min(best, len(scored) - 1)].score + ROUNDING if scored and best >= 0 else math.inf
+        trusted = count // CLOSELY if engine.index.shortlist and not engine.exact else count - 1 - missing
+        floor = scored[min(trusted, len(scored) - 1)].score + ROUNDING if scored and trusted >= 0 else math.inf
         floor = min(floor, last_floor)
         yield from (it for it in scored if floor < it.score <= last_floor)
         count, last_floor = 4 * count, floor
@@ -3035,7 +3041,8 @@ def files_of(engine: Engine, query: Picture, digest: bytes) -> Iterator[str]:
         with suppress(OSError):  # it is gone
             now = File.of(file.path, os.stat(path))
             is_same = now == file or (now.size, -1) == file[1:]  # -1: only its points are missing yet
-            if is_same and (digest != query.digest is not None or location(path) != own):
+            is_other = query.digest is not None and digest != query.digest
+            if is_same and (is_other or location(path) != own):
                 yield path
 
 
@@ -3046,7 +3053,7 @@ def nearest_files(engine: Engine, query: Picture, rows: Sequence[int], k: int) -
         if len(found) >= k and len(contents) >= CANDIDATES and it.score < found[-1].score:
             break
         found += (files := [it._replace(path=path) for path in files_of(engine, query, it.digest)])
-        contents |= {it.digest} - {query.digest} if files else set()
+        contents |= {it.digest} if files and it.digest != query.digest else set()
     return sorted(found, key=lambda it: (-it.score, it.path))
 
 
@@ -3328,7 +3335,7 @@ OFF_USUAL = 2.0  # if it is off by so many times what busy windows are: compress
 FEW_OFF = 2  # windows that may differ
 SHARP = 0.7  # least share of the sharpness of a file that the one to keep has, likewise
 MOST_COMMON = 0.995  # least share of what both pictures show that is no band along an edge which differs, likewise
-JUDGEMENT = 4  # version of the verdicts that are stored; raise it when `compare` or `examined` find something else
+JUDGEMENT = 5  # version of the verdicts that are stored; raise it when `compare` or `examined` find something else
 
 WAITS = "waits"  # stored in place of a Pair: two contents that could not be compared, or need not be yet
 
@@ -3433,7 +3440,8 @@ def differ_in_full(verdict: Verdict, a: Shown, b: Shown) -> bool:
     smaller, larger, hint = (a, b, hint) if math.prod(a.size) < math.prod(b.size) else (b, a, verdict.reversed().hint)
     side = min(max(smaller.size), FULL_SIDE)
     if side > CLOSE:
-        hint = refined(hint, smaller, larger, side, 1 if side < 2 * CLOSE else 2, 2 * WINDOW_SIDE, 2)
+        reach = 1 if side < 2 * CLOSE else 2  # it is exact to a pixel at CLOSE
+        hint = refined(hint, smaller, larger, side, reach, 2 * WINDOW_SIDE, 2)
     found = judged(hint, smaller, larger, side, LARGEST_LOST)
     if not found or found.label != "copy":
         return True

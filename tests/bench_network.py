@@ -86,6 +86,7 @@ def measure(options: argparse.Namespace) -> None:
     plain, fastest_form = [], main.fastest_form
     main.fastest_form = lambda it, *args: (plain.append(deepcopy(it)), fastest_form(it, *args))[1]  # type: ignore
     model = main.load_model(options.model, options.weights, "cpu")
+    plain[0].keywords["network"].to(memory_format=torch.channels_last)  # as in `fastest_form`
     threads = torch.get_num_threads()
     forms(plain[0], model.side)
     torch.set_num_threads(threads)

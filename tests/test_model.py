@@ -386,6 +386,22 @@ def test_fastest_form_is_remembered_and_a_note_that_does_not_hold_is_made_again(
         tried.clear()
 
 
+def test_a_note_on_a_form_that_cannot_be_made_any_more_is_deleted_and_that_is_said(weights, tmp_path, monkeypatch):
+    """The network is used up by then: the next run measures again."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    first = main.load_model(SMALL, weights(SMALL), "cpu")
+    (note,) = tmp_path.rglob("*.json")
+
+    def fused(*_: object) -> None:
+        raise RuntimeError("no such operator")
+
+    with monkeypatch.context() as patch, pytest.raises(main.DeepVisionError, match=r"json names .* run the command"):
+        patch.setattr(main, "fused", fused)
+        main.load_model(SMALL, weights(SMALL), "cpu")
+    assert not note.exists()
+    assert main.load_model(SMALL, weights(SMALL), "cpu").identity == first.identity and note.exists()
+
+
 def test_batch_is_halved_where_memory_is_short_and_that_is_said(offline, collection, caplog):
     def narrow(pixels: torch.Tensor) -> torch.Tensor:
         if len(pixels) > 3:
