@@ -3125,17 +3125,20 @@ def voted(engine: Engine, query: Picture) -> dict[bytes, Vote]:
     The query is looked up in the sizes of the index, then in sizes between them; each time, NEIGHBOURS of each point
     vote, then more. This ends with the first vote that is plain.
     """
-    shown, found = query.made.shown, list[Vote]()
-    own = engine.store.value("SELECT row FROM points WHERE digest = ?", query.digest)
+    own, found = engine.store.value("SELECT row FROM points WHERE digest = ?", query.digest), list[Vote]()
+
+    def looked_up(points: Points) -> list[Vote]:
+        near, k = nearest_points(engine.copies, [points], MORE_NEIGHBOURS), MORE_NEIGHBOURS
+        few = [vote for vote in votes([points], near[..., :NEIGHBOURS])[0] if vote.row != own]
+        if few and few[0].points >= PLAIN and len(few) <= 2 * NEIGHBOURS:
+            return few
+        while len(more := [vote for vote in votes([points], near)[0] if vote.row != own]) > 2 * k:
+            k *= 4  # many pictures may crowd out others
+            near = nearest_points(engine.copies, [points], k)
+        return more
+
     for sizes in ("points", "points_between"):
-        points, k = [getattr(shown, sizes)], MORE_NEIGHBOURS
-        ids = nearest_points(engine.copies, points, k)  # both numbers of neighbours in one look-up
-        some = [vote for vote in votes(points, ids[..., :NEIGHBOURS])[0] if vote.row != own]
-        if len(some) > 2 * NEIGHBOURS or not (some and some[0].points >= PLAIN):
-            while len(some := [vote for vote in votes(points, ids)[0] if vote.row != own]) > 2 * k:
-                k *= 4  # many pictures may crowd out others
-                ids = nearest_points(engine.copies, points, k)
-        found = sorted([*found, *some], key=lambda vote: -vote.points)
+        found = sorted([*found, *looked_up(getattr(query.made.shown, sizes))], key=lambda vote: -vote.points)
         if found and found[0].points >= PLAIN:
             break
     rows = json.dumps([vote.row for vote in found])
